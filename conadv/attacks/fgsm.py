@@ -1,0 +1,40 @@
+"""The fast gradient sign method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..types import Forward
+from .pgd import PGD
+from .space import Norm, PixelSpace, check_eps
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """x + eps * sign(grad_x L(x, y)), clipped to valid pixels. One input-only forward-backward pass.
+
+    Arguments as in :class:`PGD`; the l2 form moves by eps along the normalised gradient.
+
+    Source: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", arXiv 1412.6572, section 4.
+    """
+
+    eps: float
+    norm: Norm = "linf"
+    targeted: bool = False
+    space: PixelSpace = field(default=PixelSpace())
+
+    def __post_init__(self) -> None:
+        check_eps("eps", self.eps, self.norm)
+
+    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Adversarial images like ``x_NCHW``."""
+        attack = PGD(self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space)
+        return attack(forward, x_NCHW, y_N, generator)
+
+    def from_gradient(self, x_NCHW: Tensor, gradient: Tensor) -> Tensor:
+        """The perturbed images for an input gradient that is already there (see the recycle method)."""
+        x = self.space.ascend(x_NCHW.detach(), gradient, self.eps, self.norm)
+        return self.space.project(x, x_NCHW.detach(), self.eps, self.norm)

@@ -1,0 +1,29 @@
+"""Random signs: the control that has the attack's size and none of its knowledge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..types import Forward
+from .space import PixelSpace, check_eps
+
+
+@dataclass(frozen=True)
+class RandomSigns:
+    """x + eps * s with s = -1 or +1 at random for every value, clipped to valid pixels. ``forward`` is not called."""
+
+    eps: float
+    space: PixelSpace = field(default=PixelSpace())
+
+    def __post_init__(self) -> None:
+        check_eps("eps", self.eps, "linf")
+
+    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Perturbed images like ``x_NCHW``."""
+        x = x_NCHW.detach()
+        coins = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
+        signs = coins.to(x.dtype).mul_(2).sub_(1)
+        return self.space.project(self.space.ascend(x, signs, self.eps, "linf"), x, self.eps, "linf")

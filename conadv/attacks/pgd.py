@@ -1,0 +1,74 @@
+"""Projected gradient descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import ConadvError
+from ..types import Forward
+from .space import Norm, PixelSpace, check_eps
+from .targets import ascent_loss, random_other_class
+
+
+@dataclass(frozen=True)
+class PGD:
+    """x_{k+1} = Project(x_k + step_size * direction(grad_x L(x_k, y))), k = 0 .. num_steps - 1.
+
+    ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps / num_steps for more).
+    ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``: probability, for
+    each image, of starting from a random point of the ball instead of the image itself. ``space``: the model's
+    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values.
+
+    Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of range.
+    Reduces to: FGSM for num_steps = 1 and random_start = 0; the identity for eps = 0.
+
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv 1706.06083, eq. 2.2.
+    """
+
+    eps: float
+    num_steps: int = 10
+    step_size: float | None = None
+    norm: Norm = "linf"
+    targeted: bool = False
+    random_start: float = 0.0
+    space: PixelSpace = field(default=PixelSpace())
+
+    def __post_init__(self) -> None:
+        check_eps("eps", self.eps, self.norm)
+        if self.step_size is None:
+            share = 1.0 if self.num_steps == 1 else 2.5 / max(self.num_steps, 1)
+            object.__setattr__(self, "step_size", share * self.eps)
+        check_eps("step_size", self.step_size, self.norm)  # type: ignore[arg-type]
+        if self.num_steps < 1:
+            raise ConadvError(f"num_steps = {self.num_steps} must be 1 or more.")
+        if not 0 <= self.random_start <= 1:
+            raise ConadvError(f"random_start = {self.random_start} is a probability in [0, 1].")
+
+    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+        """Adversarial images like ``x_NCHW``. Parameters get no gradient; randomness comes from ``generator`` only."""
+        assert self.step_size is not None
+        origin = x_NCHW.detach()
+        target_N = None
+        x = self._start(origin, generator)
+        for _ in range(self.num_steps):
+            x.requires_grad_()
+            with torch.enable_grad():
+                logits_NK = forward(x)
+                if self.targeted and target_N is None:
+                    target_N = random_other_class(y_N, logits_NK.shape[1], generator)
+                loss = ascent_loss(logits_NK, y_N, 1) if target_N is None else ascent_loss(logits_NK, target_N, -1)
+                (gradient,) = torch.autograd.grad(loss, x)
+            with torch.no_grad():
+                x = self.space.ascend(x.detach(), gradient, self.step_size, self.norm)
+                x = self.space.project(x, origin, self.eps, self.norm)
+        return x
+
+    def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
+        if not self.random_start:
+            return origin.clone()
+        chosen = torch.rand(len(origin), generator=generator, device=origin.device) < self.random_start
+        start = self.space.random_start(origin, self.eps, self.norm, generator)
+        return torch.where(chosen.view(-1, 1, 1, 1), start, origin)

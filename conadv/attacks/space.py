@@ -1,0 +1,120 @@
+"""The pixel space: eps balls and the box of valid images, seen through the model's normalisation.
+
+Models take (pixel - mean) / std. An eps in [0, 1] pixels is eps / std there, another one for every channel, and the
+valid images are the box [(0 - mean) / std, (1 - mean) / std]. Clipping normalised images to a fixed interval instead,
+as the released ConAdv code does, moves nearly half of all values by more than eps (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConadvError
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass(frozen=True)
+class PixelSpace:
+    """Normalisation by mean and std per channel, in [0, 1] pixel units; one value serves all channels.
+
+    The default is no normalisation: model space is [0, 1] pixels.
+
+    >>> space = PixelSpace(mean=(0.5,), std=(0.25,))
+    >>> space.normalize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    tensor([[[[-2.,  2.]]]])
+    """
+
+    mean: Sequence[float] = (0.0,)
+    std: Sequence[float] = (1.0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(map(float, self.mean)))
+        object.__setattr__(self, "std", tuple(map(float, self.std)))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ConadvError(f"PixelSpace: mean {self.mean} and std {self.std} need one value per channel each.")
+        if min(self.std) <= 0 or max(map(abs, (*self.mean, *self.std))) > 2:
+            raise ConadvError(
+                f"PixelSpace: mean {self.mean} and std {self.std} are in [0, 1] pixel units with std > 0. "
+                "Divide values meant for 0..255 pixels by 255."
+            )
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 0..255 (or floats in [0, 1]) of shape (N, C, H, W) -> model space, float32 or the given float type."""
+        x = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
+        mean, std, _, _ = self._constants(x)
+        return (x - mean).div_(std)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Model space -> floats in [0, 1]."""
+        mean, std, _, _ = self._constants(x)
+        return x * std + mean
+
+    def clip(self, x: Tensor) -> Tensor:
+        """The nearest valid images, elementwise. Changes ``x`` in place and returns it."""
+        _, _, low, high = self._constants(x)
+        return x.clamp_(low, high)
+
+    def ascend(self, x: Tensor, gradient: Tensor, step_size: float, norm: Norm) -> Tensor:
+        """One steepest-ascent step of ``step_size`` pixels from x; out of place. A zero gradient moves nothing.
+
+        linf: x + step_size * sign(g). l2: x + step_size * g / |g|, with g and the length taken in pixel units.
+        """
+        std = self._constants(x)[1]
+        if norm == "linf":
+            return x + gradient.sign().mul_(step_size / std)
+        pixel_gradient = gradient / std  # chain rule: d loss / d pixel = (d loss / d x) / std
+        length = pixel_gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        return x + pixel_gradient.mul_((step_size / length).view(-1, 1, 1, 1)).div_(std)
+
+    def project(self, x: Tensor, origin: Tensor, eps: float, norm: Norm) -> Tensor:
+        """The eps ball around ``origin``, then the box. The box only brings x nearer to a valid origin."""
+        std = self._constants(x)[1]
+        delta = x - origin
+        if norm == "linf":
+            delta = torch.clamp(delta, -eps / std, eps / std)
+        else:
+            length = (delta * std).flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+            delta *= (eps / length).clamp_max(1).view(-1, 1, 1, 1)
+        return self.clip(origin + delta)
+
+    def random_start(self, x: Tensor, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
+        """A uniformly random valid point of the eps ball around each image (linf: per value; l2: in the ball)."""
+        std = self._constants(x)[1]
+        if norm == "linf":
+            draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            return self.clip(x + (2 * draw - 1).mul_(eps / std))
+        direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
+        length = direction.flatten(1).norm(dim=1)
+        return self.clip(x + direction.mul_((eps * radius / length).view(-1, 1, 1, 1)).div_(std))
+
+    def _constants(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if len(self.mean) not in (1, x.shape[1]):
+            raise ConadvError(f"PixelSpace has {len(self.mean)} channels, the images have {x.shape[1]}.")
+        return _constants(self, x.dtype, x.device)
+
+
+@lru_cache(maxsize=64)
+def _constants(space: PixelSpace, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, std, low and high as (1, C, 1, 1), made once per dtype and device."""
+    mean = torch.tensor(space.mean, dtype=dtype, device=device).view(1, -1, 1, 1)
+    std = torch.tensor(space.std, dtype=dtype, device=device).view(1, -1, 1, 1)
+    # the same arithmetic as normalize, so that black and white stay exactly on the edge of the box
+    return mean, std, (0 - mean) / std, (1 - mean) / std
+
+
+def check_eps(name: str, eps: float, norm: Norm) -> None:
+    """ConadvError for an eps that cannot be meant in [0, 1] pixel units."""
+    if not eps >= 0:
+        raise ConadvError(f"{name} = {eps} must be 0 or more.")
+    if norm == "linf" and eps > 1:
+        raise ConadvError(f"{name} = {eps:g} is in [0, 1] pixel units. Did you mean {eps:g}/255?")
+    if norm not in ("linf", "l2"):
+        raise ConadvError(f"norm {norm!r} is not known. Use 'linf' or 'l2'.")

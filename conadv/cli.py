@@ -1,0 +1,266 @@
+"""The program: ``conadv COMMAND``. Torch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from ._version import __version__
+from .config import Config, load_yaml, override, resolve
+from .errors import ConadvError, unknown
+
+if TYPE_CHECKING:
+    from .progress import Observer
+
+HELP = """\
+usage: conadv COMMAND [options]
+
+Large-batch training with concurrent adversarial learning.
+
+  recipes                  list the recipes
+  train RECIPE [options]   train; `conadv train RECIPE --help` lists every setting with the recipe's values
+  train --config FILE      train again by a saved config.yaml
+  eval RUN                 evaluate a trained run, clean and under attack
+  export RUN               write the clean route's weights as model.safetensors
+  report RUN...            an HTML and Markdown report about runs (or folders of runs)
+  demo                     the main comparison on the embedded digits, a few minutes on 2 cores
+
+  --version, --help        `conadv COMMAND --help` has the details
+"""
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class RunOptions:
+    """Where a run goes and what it shows; none of this changes what is computed."""
+
+    out: Path | None = None
+    """Run directory (default: runs/RECIPE/METHOD-seedN)."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint."""
+    overwrite: bool = False
+    """Delete the run that is in --out first."""
+    quiet: bool = False
+    """Show nothing but errors."""
+    tensorboard: bool = False
+    """Also write TensorBoard scalars into OUT/tensorboard."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """CPU threads that torch uses (bitwise repeatability needs the same number)."""
+
+
+@dataclass
+class TrainArgs:
+    """Train by a recipe."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code (0, 2 for a user's error, 130 when interrupted)."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        _say(HELP)
+        return 0
+    if args[0] == "--version":
+        _say(__version__)
+        return 0
+    try:
+        if args[0] not in COMMANDS:
+            raise unknown("command", args[0], COMMANDS)
+        COMMANDS[args[0]](args[1:])
+    except ConadvError as error:
+        sys.stderr.write(f"conadv: {error}\n")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("conadv: interrupted; the newest checkpoint is intact (--resume)\n")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def _recipes(args: Sequence[str]) -> None:
+    """List the recipes with one line each."""
+    from . import recipes
+
+    tyro.cli(_no_arguments, args=args, prog="conadv recipes", description="List the recipes.")
+    width = max(map(len, recipes.RECIPES))
+    for name in recipes.RECIPES:
+        _say(f"{name:<{width}}  {recipes.summary(name)}")
+
+
+def _no_arguments() -> None:
+    return None
+
+
+def _train(args: Sequence[str]) -> None:
+    from . import recipes
+
+    base, prog, rest = _base_config(list(args), recipes.get)
+    parsed = tyro.cli(
+        TrainArgs,
+        default=TrainArgs(base, RunOptions()),
+        args=rest,
+        prog=prog,
+        description=recipes.RECIPES[base.recipe].__doc__ if base.recipe in recipes.RECIPES else None,
+    )
+    config = resolve(override(base, parsed.config))
+    options = parsed.run
+    out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
+    _set_threads(options.threads)
+    from .trainer import train
+
+    summary = train(
+        config,
+        out,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        device=options.device,
+        observer=_observer(options, out),
+    )
+    if not options.quiet:
+        _say(_result_line(summary))
+        _say(f"run directory: {out}")
+
+
+def _base_config(args: list[str], get: Callable[[str], Config]) -> tuple[Config, str, list[str]]:
+    """The config that options apply to: the recipe named first, or a saved file."""
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == "--config":
+            path = value or (args[i + 1] if i + 1 < len(args) else "")
+            if not path:
+                raise ConadvError("--config needs a file, such as RUN/config.yaml.")
+            rest = args[:i] + args[i + (1 if value else 2) :]
+            return load_yaml(Path(path)), f"conadv train --config {path}", rest
+    if args and args[0] in ("-h", "--help"):
+        return Config(), "conadv train RECIPE", args
+    if not args or args[0].startswith("-"):
+        raise ConadvError("Name the recipe first: conadv train RECIPE [options]. `conadv recipes` lists them.")
+    return get(args[0]), f"conadv train {args[0]}", args[1:]
+
+
+def _slug(config: Config) -> str:
+    """The run directory's default name."""
+    method = config.method
+    if method == "conadv":
+        method += f"-tau{config.staleness}" + ("-lookahead" if config.lookahead else "")
+    return f"{method}-{config.optim.name}-batch{config.global_batch_size}"
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConadvError(f"--threads {threads} must be 1 or more.")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _observer(options: RunOptions, out: Path) -> Observer:
+    from .progress import TensorBoard, Together, for_terminal
+
+    shown = for_terminal(options.quiet)
+    return Together([shown, TensorBoard(out / "tensorboard")]) if options.tensorboard else shown
+
+
+def _result_line(summary: dict[str, object]) -> str:
+    def percent(name: str) -> str:
+        value = summary[name]
+        return "-" if not isinstance(value, float) else f"{100 * value:.2f} %"
+
+    return (
+        f"test accuracy {percent('test_accuracy')}, under attack {percent('robust_accuracy')}, "
+        f"train accuracy {percent('train_accuracy')}; {summary['steps']} steps in {summary['seconds']:.1f} s, "
+        f"attack share {percent('attack_seconds_share')}"
+    )
+
+
+@dataclass
+class EvalArgs:
+    """Evaluate a run's newest checkpoint on its own data, clean and under PGD."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """CPU threads that torch uses."""
+
+
+def _eval(args: Sequence[str]) -> None:
+    options = tyro.cli(EvalArgs, args=args, prog="conadv eval")
+    _set_threads(options.threads)
+    from .run import RunDir
+
+    RunDir(options.run).open()
+    from .trainer import load_run, measure, pick_device
+
+    for name, result in measure(load_run(options.run, pick_device(options.device))).items():
+        if result is not None:
+            _say(f"{name:<6}  accuracy {100 * result.accuracy:6.2f} %  loss {result.loss:.4f}  images {result.images}")
+
+
+@dataclass
+class ExportArgs:
+    """Write the clean route's weights of a run as model.safetensors under the plain model's own names."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+
+
+def _export(args: Sequence[str]) -> None:
+    options = tyro.cli(ExportArgs, args=args, prog="conadv export")
+    from .export import export
+
+    _say(str(export(options.run)))
+
+
+@dataclass
+class ReportArgs:
+    """Write a report about runs: report.html, report.md and report.json."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or folders that contain runs."""
+    out: Path = Path("runs/report.html")
+    """The HTML file; the others lie beside it."""
+    baseline: str | None = None
+    """Label of the arm that differences refer to."""
+
+
+def _report(args: Sequence[str]) -> None:
+    options = tyro.cli(ReportArgs, args=args, prog="conadv report")
+    if not options.runs:
+        raise ConadvError("Name at least one run directory: conadv report RUN...")
+    from .report import show, write_report
+
+    summary = write_report(options.runs, options.out, baseline=options.baseline)
+    show(summary)
+    _say(f"report: {options.out}")
+
+
+def _demo(args: Sequence[str]) -> None:
+    from .demo import DemoArgs, demo
+
+    demo(tyro.cli(DemoArgs, args=args, prog="conadv demo"))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "recipes": _recipes,
+    "train": _train,
+    "eval": _eval,
+    "export": _export,
+    "report": _report,
+    "demo": _demo,
+}

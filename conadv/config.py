@@ -1,0 +1,436 @@
+"""The configuration of a run: one owner per value, resolved and checked before anything is loaded.
+
+``None`` means "the default that belongs to the choice beside it"; :func:`resolve` fills it in, so that a saved
+``config.yaml`` has no ``None`` left that a newer version could read differently. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from tyro.constructors import PrimitiveConstructorSpec
+
+from .errors import ConadvError, unknown
+from .methods import METHODS
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+OptimizerName = Literal["lars", "lamb", "sgd", "adamw"]
+AugmentName = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
+SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
+
+
+def parse_fraction(value: object) -> object:
+    """``"4/255"`` -> 0.0157; anything else is left to the field's own check."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value.replace(" ", "")))
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{value!r} is not a number or a fraction such as 4/255") from error
+    return value
+
+
+_FRACTION = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FLOAT|A/B",
+    instance_from_str=lambda args: parse_fraction(args[0]),
+    is_instance=lambda value: isinstance(value, (int, float)),
+    str_from_instance=lambda value: [f"{value:.6g}"],
+)
+FractionFloat = Annotated[float, BeforeValidator(parse_fraction), _FRACTION]
+
+
+class Section(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where the images come from and what happens to them before the model."""
+
+    source: SourceName = "digits"
+    dir: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
+    """Image folder DIR/{train,test}/<class>/*; for a download, where it is kept."""
+    download: Annotated[bool, tyro.conf.arg(aliases=["--download"])] = False
+    """Let torchvision download the data set into dir."""
+    image_size: int | None = Field(None, ge=4, le=1024)
+    """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
+    train_images: int | None = Field(None, ge=2)
+    """Train on this many images, the same share of every class, chosen by seed 0; None takes all."""
+    augment: Annotated[AugmentName, tyro.conf.arg(aliases=["--augment"])] = "none"
+    """Augmentation of the clean view."""
+    aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
+    """Augmentation of a third view with its own route; None has no third view."""
+    num_workers: int = Field(0, ge=0, le=256)
+    """Loader processes; 0 loads in the training process (best for images held in memory)."""
+    mean: tuple[float, ...] = (0.5,)
+    """Mean of each channel in [0, 1] pixels; one value serves all channels."""
+    std: tuple[float, ...] = (0.5,)
+    """Standard deviation of each channel in [0, 1] pixels."""
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "resnet8"
+    """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), or any torchvision classifier."""
+    width: int | None = Field(None, ge=1)
+    """Channels of the first stage of the small-image networks (16 in the paper)."""
+
+
+class OptimConfig(Section):
+    """The optimizer. None takes the default of the optimizer named, see OPTIMIZER_DEFAULTS."""
+
+    name: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimizer"])] = "lars"
+    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = Field(1.0, gt=0)
+    """Peak learning rate (before lr_scaling)."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Multiply lr by (global_batch_size / lr_reference_batch) or its square root."""
+    lr_reference_batch: int | None = Field(None, ge=1)
+    """The global batch that lr was chosen for; needed by lr_scaling."""
+    momentum: float | None = Field(None, ge=0, lt=1)
+    nesterov: bool | None = None
+    weight_decay: float | None = Field(None, ge=0)
+    variant: Literal["tf", "timm", "nus", "larc", "no-wd-ratio"] | None = None
+    """Which LARS formula, see conadv.optim.LARS."""
+    trust_coefficient: float | None = Field(None, gt=0)
+    """eta of LARS."""
+    betas: tuple[float, float] | None = None
+    eps: float | None = Field(None, ge=0)
+    """Added to LARS's denominator, or to LAMB's and AdamW's root."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over steps: linear warm-up, then decay to end_lr."""
+
+    warmup_epochs: float = Field(0.0, ge=0)
+    decay: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    power: float = Field(2.0, gt=0)
+    """Exponent of the polynomial decay."""
+    end_lr: float = Field(0.0, ge=0)
+
+
+class AttackConfig(Section):
+    """Adversarial images for training (eps is also the magnitude of the noise control)."""
+
+    eps: Annotated[FractionFloat, tyro.conf.arg(aliases=["--eps"])] = Field(4 / 255, ge=0)
+    """Size of the perturbation in [0, 1] pixel units, such as 4/255."""
+    norm: Literal["linf", "l2"] = "linf"
+    num_steps: int = Field(1, ge=1)
+    """Gradient steps: 1 is FGSM, more is PGD."""
+    step_size: FractionFloat | None = Field(None, gt=0)
+    """In pixel units; None is eps for one step and 2.5 eps / num_steps for more."""
+    targeted: bool = False
+    """Towards a random other class instead of away from the true one."""
+    random_start: float = Field(0.0, ge=0, le=1)
+    """Probability that an image starts from a random point of the eps ball."""
+
+
+class EvalConfig(Section):
+    """Evaluation: clean route, running statistics, no augmentation."""
+
+    every_epochs: float | None = Field(None, gt=0)
+    """Evaluate on the test set this often; None only at the end."""
+    batch_size: int = Field(500, ge=1)
+    """Images per forward pass."""
+    robust_eps: FractionFloat | None = Field(None, ge=0)
+    """eps of the PGD attack behind robust_accuracy; None is attack.eps."""
+    robust_steps: int = Field(10, ge=1)
+    robust_images: int = Field(1000, ge=0)
+    """How many test images robust_accuracy uses; 0 leaves it out."""
+    train_images: int = Field(5000, ge=1)
+    """How many training images train_loss and train_accuracy use at most."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints for --resume."""
+
+    every_epochs: float | None = Field(None, gt=0)
+    """Save this often; None only at the end."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints stay."""
+
+
+class Config(Section):
+    """Everything that decides what a run computes."""
+
+    recipe: tyro.conf.Suppress[str] = "custom"
+    method: MethodName = "vanilla"
+    """vanilla | multiview, noise (controls) | disadv (sequential attack) | conadv (concurrent) | recycle."""
+    staleness: int | None = Field(None, ge=0, le=1024)
+    """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only; default 1)."""
+    lookahead: bool = False
+    """Attack at predicted weights instead of stale ones (conadv only)."""
+    pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
+    """How adversarial images wait between steps (conadv and recycle; default float32)."""
+    adv_weight: float | None = Field(None, gt=0)
+    """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
+    aug_weight: float | None = Field(None, gt=0)
+    """Weight of the aug view's loss (default 1)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    global_batch_size: int = Field(128, ge=1)
+    """Clean images per update, over all micro-batches and ranks."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Clean images per forward pass: what batch norm sees in each route. None is the global batch."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training set (give epochs or steps)."""
+    steps: int | None = Field(None, ge=1)
+    """Updates (give epochs or steps)."""
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    """Memory format of images and convolutions."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    attack: AttackConfig = AttackConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    # LARS: the ConAdv authors' weight decay, MLPerf's eta and eps (docs/numerics.md)
+    "lars": {"momentum": 0.9, "weight_decay": 5e-5, "variant": "tf", "trust_coefficient": 0.001, "eps": 0.0},
+    "lamb": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-6},
+    "sgd": {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4},
+    "adamw": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8},
+}
+_LARS_EPS = {"tf": 0.0, "no-wd-ratio": 0.0, "timm": 1e-8, "larc": 1e-8, "nus": 0.0}
+
+
+def replace(section: Any, **changes: Any) -> Any:
+    """A checked copy with the given fields changed; a dotted path is written with double underscores."""
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition("__")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            flat[head] = value
+    flat |= {head: replace(getattr(section, head), **fields) for head, fields in nested.items()}
+    return type(section).model_validate({**{k: getattr(section, k) for k in type(section).model_fields}, **flat})
+
+
+def resolve(config: Config) -> Config:
+    """Fill in every default and check every rule that needs no data. Raises ConadvError; idempotent."""
+    _check_duration(config)
+    _check_method(config)
+    _check_eps(config)
+    _check_optimizer(config.optim)
+    config = replace(config, **_method_defaults(config))
+    config = replace(config, optim=_optimizer_defaults(config.optim))
+    config = _attack_defaults(config)
+    if config.micro_batch_size is None:
+        config = replace(config, micro_batch_size=config.global_batch_size)
+    accumulation(config)
+    return config
+
+
+def accumulation(config: Config, ranks: int = 1) -> int:
+    """Micro-batches per rank and step: global batch = micro batch x accumulation x ranks, or ConadvError."""
+    micro = config.micro_batch_size or config.global_batch_size
+    count, rest = divmod(config.global_batch_size, micro * ranks)
+    if rest or not count:
+        raise ConadvError(
+            f"global_batch_size {config.global_batch_size} is not micro_batch_size {micro} x accumulation x {ranks} "
+            f"rank(s). Choose a micro-batch that divides {config.global_batch_size // ranks}."
+        )
+    return count
+
+
+def scaled_lr(optim: OptimConfig, global_batch_size: int) -> float:
+    """The peak learning rate after the scaling rule (Goyal et al. 2017 linear; Krizhevsky 2014 square root)."""
+    if optim.lr_scaling == "none":
+        return optim.lr
+    assert optim.lr_reference_batch is not None
+    ratio = global_batch_size / optim.lr_reference_batch
+    return optim.lr * (ratio if optim.lr_scaling == "linear" else math.sqrt(ratio))
+
+
+def _check_duration(config: Config) -> None:
+    if (config.epochs is None) == (config.steps is None):
+        raise ConadvError("Give the duration once: epochs or steps, not both and not neither.")
+
+
+def _without_effect(name: str, owner: str, value: object) -> ConadvError:
+    return ConadvError(f"{name} has no effect with {owner} {value!r}. Leave it out, or choose another {owner}.")
+
+
+_METHOD_FIELDS = ("staleness", "lookahead", "pending_dtype", "adv_weight")  # unset: None, or False
+
+
+def _check_method(config: Config) -> None:
+    for name in _METHOD_FIELDS:
+        if (
+            getattr(config, name) is not Config.model_fields[name].default
+            and name not in METHODS[config.method].settings
+        ):
+            raise _without_effect(name, "method", config.method)
+    if config.data.aug_view is None and config.aug_weight is not None:
+        raise ConadvError("aug_weight has no effect without a third view. Give data.aug_view as well.")
+    if config.lookahead and config.staleness == 0:
+        raise ConadvError("lookahead has no effect with staleness 0: the weights are current. Use staleness 1 or more.")
+    attack = config.attack
+    plain = attack.num_steps == 1 and not attack.targeted and not attack.random_start
+    if config.method == "recycle" and not (plain and attack.step_size in (None, attack.eps)):
+        raise ConadvError(
+            "recycle reuses one gradient that is computed anyway: attack.num_steps must be 1, attack.step_size eps, "
+            "attack.targeted false and attack.random_start 0. Use method disadv or conadv for other attacks."
+        )
+
+
+def _check_eps(config: Config) -> None:
+    for name, eps, norm in (
+        ("attack.eps", config.attack.eps, config.attack.norm),
+        ("attack.step_size", config.attack.step_size, config.attack.norm),
+        ("eval.robust_eps", config.eval.robust_eps, config.attack.norm),
+    ):
+        if eps is not None and norm == "linf" and eps > 1:
+            raise ConadvError(
+                f"{name} = {eps:g} is larger than the whole pixel range: eps is in [0, 1] pixel units. "
+                f"Did you mean {eps:g}/255?"
+            )
+
+
+_OPTIM_FIELDS = ("momentum", "nesterov", "weight_decay", "variant", "trust_coefficient", "betas", "eps")
+
+
+def _check_optimizer(optim: OptimConfig) -> None:
+    for name in _OPTIM_FIELDS:
+        if getattr(optim, name) is not None and name not in OPTIMIZER_DEFAULTS[optim.name]:
+            raise _without_effect(f"optim.{name}", "optimizer", optim.name)
+    if (optim.lr_scaling == "none") != (optim.lr_reference_batch is None):
+        raise ConadvError("optim.lr_scaling and optim.lr_reference_batch belong together: give both or neither.")
+    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConadvError(f"optim.betas {optim.betas} must be in [0, 1).")
+
+
+def _method_defaults(config: Config) -> dict[str, Any]:
+    defaults = {"staleness": 1, "pending_dtype": "float32", "adv_weight": 1.0}
+    used = METHODS[config.method].settings & defaults.keys()
+    changes: dict[str, Any] = {name: defaults[name] for name in used if getattr(config, name) is None}
+    if config.data.aug_view is not None:
+        changes["aug_weight"] = 1.0 if config.aug_weight is None else config.aug_weight
+    return changes
+
+
+def _optimizer_defaults(optim: OptimConfig) -> OptimConfig:
+    defaults = OPTIMIZER_DEFAULTS[optim.name]
+    values = {k: v if getattr(optim, k) is None else getattr(optim, k) for k, v in defaults.items()}
+    if optim.name == "lars" and optim.eps is None:
+        values["eps"] = _LARS_EPS[values["variant"]]
+    resolved: OptimConfig = replace(optim, **values)
+    return resolved
+
+
+def _attack_defaults(config: Config) -> Config:
+    attack = config.attack
+    step_size = attack.step_size
+    if step_size is None and attack.eps > 0:
+        step_size = attack.eps if attack.num_steps == 1 else 2.5 * attack.eps / attack.num_steps
+    robust_eps = attack.eps if config.eval.robust_eps is None else config.eval.robust_eps
+    resolved: Config = replace(config, attack__step_size=step_size, eval__robust_eps=robust_eps)
+    return resolved
+
+
+def override(base: Config, edited: Config) -> Config:
+    """What a user's options on top of ``base`` (a recipe or a saved config) mean, before :func:`resolve`.
+
+    A setting that the user changed must have an effect, and settings of the base that belong to a choice which the
+    user replaced (another method or optimizer, steps for epochs) fall back to their defaults.
+    """
+    if edited.steps is not None and edited.steps != base.steps and edited.epochs == base.epochs:
+        edited = replace(edited, epochs=None)
+    elif edited.epochs is not None and edited.epochs != base.epochs and edited.steps == base.steps:
+        edited = replace(edited, steps=None)
+    edited = _drop_inherited(base, edited)
+    _check_attack_has_effect(base, edited)
+    return edited
+
+
+def _drop_inherited(base: Config, edited: Config) -> Config:
+    if edited.method != base.method:
+        same = {n: Config.model_fields[n].default for n in _METHOD_FIELDS if getattr(edited, n) == getattr(base, n)}
+        edited = replace(edited, **same)
+    if edited.optim.name != base.optim.name:
+        if edited.optim.lr == base.optim.lr:
+            raise ConadvError(
+                f"The learning rate {base.optim.lr:g} belongs to {base.optim.name}. "
+                f"Give --lr for --optimizer {edited.optim.name}."
+            )
+        same = {n: None for n in _OPTIM_FIELDS if getattr(edited.optim, n) == getattr(base.optim, n)}
+        edited = replace(edited, optim=replace(edited.optim, **same))
+    if edited.global_batch_size != base.global_batch_size and edited.micro_batch_size == base.micro_batch_size:
+        edited = replace(edited, micro_batch_size=None)
+    eps_changed = edited.attack.eps != base.attack.eps or edited.attack.num_steps != base.attack.num_steps
+    if eps_changed and edited.attack.step_size == base.attack.step_size:
+        edited = replace(edited, attack__step_size=None)
+    return edited
+
+
+def _check_attack_has_effect(base: Config, edited: Config) -> None:
+    settings = METHODS[edited.method].settings
+    for name in AttackConfig.model_fields:
+        before, after = getattr(base.attack, name), getattr(edited.attack, name)
+        follows = name == "step_size" and after is None
+        if before != after and not follows and not settings & {"attack", f"attack.{name}"}:
+            raise _without_effect(f"attack.{name}", "method", edited.method)
+
+
+def dump_yaml(config: Config) -> str:
+    """The config as YAML text that :func:`load_yaml` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def load_yaml(path: Path) -> Config:
+    """Read a saved config; an unknown key or a bad value is a ConadvError that names it."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConadvError(f"Cannot read the config {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ConadvError(f"The config {path} is not a mapping of settings.")
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], where: str) -> Config:
+    """A Config from plain values, with errors that a user can act on."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, where) from error
+
+
+def explain(error: ValidationError, where: str) -> ConadvError:
+    """The first of pydantic's errors as one line, with the nearest name for an unknown key."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        names = list(flatten(Config().model_dump()))
+        return ConadvError(f"{where}: {unknown('setting', path, names)}")
+    return ConadvError(f"{where}: {path} = {first.get('input')!r}: {first['msg']}.")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """``name: a -> b`` for every setting that differs."""
+    left, right = flatten(a.model_dump(mode="json")), flatten(b.model_dump(mode="json"))
+    return [f"{name}: {left[name]} -> {right[name]}" for name in left if left[name] != right[name]]

@@ -1,0 +1,167 @@
+"""Augmentation as a pure function of (seed, epoch, view, sample index).
+
+Every sample has a 64-bit key; whatever is drawn for it comes from that key alone. So an image looks the same
+whatever batch, order, worker or process it is made in, a resumed run needs no generator state, and a second view
+is another name in the key.
+
+Two kinds: a :data:`BatchAugment` takes uint8 images of one size, already in memory; a :data:`PhotoAugment` takes one
+decoded photograph of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from .. import rng
+from ..config import AugmentName
+from ..errors import unknown
+
+BatchAugment = Callable[[Tensor, Tensor], Tensor]
+"""(images_NCHW uint8, keys_N int64) -> images_NCHW uint8 of the same size; the input is left as it was."""
+
+PhotoAugment = Callable[[Image.Image, int], Tensor]
+"""(RGB image, key) -> image_CHW uint8, always image_size x image_size."""
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+def sample_keys(seed: int, epoch: int, view: str, indices_N: Tensor) -> Tensor:
+    """int64 keys, one per sample: splitmix64 counters of a stream named (seed, "augment", epoch, view)."""
+    base = np.uint64(rng.derive(seed, "augment", epoch, view))
+    counters = indices_N.numpy().astype(np.uint64) * np.uint64(_GAMMA) + base
+    return torch.from_numpy(_mix(counters).view(np.int64))
+
+
+def draw_integers(keys_N: Tensor, slot: int, high: int) -> Tensor:
+    """int64 draws from 0..high-1, one per key; different ``slot`` numbers give independent draws from one key."""
+    offset = np.uint64((slot + 1) * _GAMMA & _MASK)
+    bits = _mix(keys_N.numpy().view(np.uint64) + offset) >> np.uint64(33)
+    return torch.from_numpy((bits * np.uint64(high) >> np.uint64(31)).astype(np.int64))
+
+
+def unchanged(images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
+    """The "none" augmentation."""
+    return images_NCHW
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Shift by up to ``padding`` pixels in each direction (zeros come in), and mirror half of the images.
+
+    The random crop with padding of He et al. (2016, section 4.2), for the whole batch at once.
+    """
+
+    padding: int
+    flip: bool = True
+
+    def __call__(self, images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
+        height, width = images_NCHW.shape[-2:]
+        top_N, left_N = (draw_integers(keys_N, slot, 2 * self.padding + 1) for slot in (0, 1))
+        padded = torch.nn.functional.pad(images_NCHW, [self.padding] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+        out = windows[torch.arange(len(padded)), :, top_N, left_N]
+        if not self.flip:
+            return out
+        mirrored_N = draw_integers(keys_N, 2, 2).bool()
+        return torch.where(mirrored_N[:, None, None, None], out.flip(-1), out)
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """A torchvision policy on each image of ``base``'s result, with torch's generator seeded by the sample's key.
+
+    Works on PIL images: they are as fast as tensors here, and their integer arithmetic does not depend on the number
+    of threads, as a tensor's mean (in the contrast operation) may.
+    """
+
+    base: BatchAugment
+    policy: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
+        images_NCHW = self.base(images_NCHW, keys_N)
+        out = torch.empty_like(images_NCHW)
+        with torch.random.fork_rng(devices=[]):
+            for row, key in enumerate(keys_N.tolist()):
+                _seed(key)
+                out[row] = F.pil_to_tensor(self.policy(F.to_pil_image(images_NCHW[row])))
+        return out
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A torchvision transform of one photograph with torch's generator seeded by the sample's key."""
+
+    transform: Callable[[Image.Image], Image.Image]
+
+    def __call__(self, image: Image.Image, key: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            _seed(key)
+            out: Tensor = F.pil_to_tensor(self.transform(image))
+        return out
+
+
+def _seed(key: int) -> None:
+    # torch.manual_seed would also reset the generators of CUDA devices, which the caller's fork does not restore
+    torch.default_generator.manual_seed(key)
+
+
+@cache
+def build_augment(name: AugmentName, image_size: int, *, flip: bool = True) -> BatchAugment:
+    """The augmentation ``name`` for uint8 images in memory.
+
+    basic: crop with padding image_size / 8 (4 pixels at 32), plus mirroring where ``flip`` (it must keep the class).
+    autoaugment (the CIFAR-10 policy), randaugment, trivialaugment: torchvision's, after basic.
+    """
+    if name == "none":
+        return unchanged
+    basic = CropFlip(padding=max(1, image_size // 8), flip=flip)
+    policy = _policy(name, v2.AutoAugmentPolicy.CIFAR10)
+    return PerSample(basic, policy) if policy else basic
+
+
+@cache
+def build_photo_augment(name: AugmentName, image_size: int) -> PhotoAugment:
+    """The augmentation ``name`` for photographs of any size; the result is image_size x image_size.
+
+    none: short side to image_size * 256/224, then the centre; this is also how evaluation sees an image.
+    basic: RandomResizedCrop and mirroring.
+    autoaugment (the ImageNet policy), randaugment, trivialaugment: torchvision's, after basic.
+    """
+    if name == "none":
+        return Photo(v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]))
+    policy = _policy(name, v2.AutoAugmentPolicy.IMAGENET)
+    basic = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+    return Photo(v2.Compose([*basic, policy] if policy else basic))
+
+
+def _policy(name: AugmentName, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
+    match name:
+        case "basic":
+            return None
+        case "autoaugment":
+            return v2.AutoAugment(autoaugment)
+        case "randaugment":
+            return v2.RandAugment()
+        case "trivialaugment":
+            return v2.TrivialAugmentWide()
+    raise unknown("augmentation", name, get_args(AugmentName))

@@ -1,0 +1,209 @@
+"""Batches for the engine: the data order, read by worker processes or in place, step by step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import AugmentName, Config, accumulation
+from ..errors import ConadvError, unknown
+from ..types import Batch, MicroBatch
+from .augment import sample_keys
+from .files import Progress
+from .order import Order
+from .sources import Source, build_source
+from .splits import Draw, Split
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of one run as one rank sees it. Made by :func:`build_data`.
+
+    ``augments`` maps each view that can be asked for to its augmentation.
+    Ranks: training batches are this rank's share of the global batch; evaluation goes over the whole split on every
+    rank, so the caller divides or repeats it. Nothing is reduced.
+    """
+
+    source: Source
+    order: Order
+    augments: dict[str, AugmentName]
+    micro_batch_size: int
+    accumulation: int
+    rank: int = 0
+    num_workers: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.source.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.source.image_size
+
+    @property
+    def train_size(self) -> int:
+        return len(self.source.train.labels)
+
+    @property
+    def test_size(self) -> int:
+        return len(self.source.test.labels)
+
+    def train_batches(self, start_step: int, stop_step: int, views: tuple[str, ...] = ("clean",)) -> Iterator[Batch]:
+        """This rank's batches of steps start_step..stop_step-1, each with uint8 images N,C,H,W for each view.
+
+        "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
+        data.aug_view. Step t is the same wherever one starts, for any number of workers, and whichever other views are
+        drawn. Pinned memory where CUDA is present. Worker processes live as long as the iterator. In flight: at most
+        two micro-batches per worker. Raises ConadvError for a view that the configuration has not and, while
+        iterating, for an image that cannot be read.
+        """
+        for view in views:
+            if view not in self.augments:
+                hint = " Give data.aug_view for it." if view == "aug" else ""
+                raise ConadvError(f"{unknown('view', view, self.augments)}{hint}")
+        first = self.rank * self.accumulation
+        keys = ((step, first + m) for step in range(start_step, stop_step) for m in range(self.accumulation))
+        load = _LoadMicroBatch(
+            self.source.train, self.order, {view: self.augments[view] for view in views}, self.micro_batch_size
+        )
+        return self._assemble(_stream(load, keys, self.num_workers), range(start_step, stop_step))
+
+    def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
+        for step in steps:
+            micro = tuple(MicroBatch(**part) for part in islice(parts, self.accumulation))
+            yield Batch(step, micro, self.order.epoch_of(step))
+
+    def eval_batches(self, split: str, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 images N,C,H,W, labels N) over ``split`` ("train" or "test"), unaugmented and always in one order.
+
+        With ``limit`` at most that many images: the first of a fixed permutation, which does not depend on the run's
+        seed. The last batch may be smaller than ``batch_size``.
+        """
+        splits = {"train": self.source.train, "test": self.source.test}
+        if split not in splits:
+            raise unknown("split", split, splits)
+        size = len(splits[split].labels)
+        indices = torch.arange(size)
+        if limit is not None:
+            indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
+        return _stream(_LoadPlain(splits[split]), torch.split(indices, batch_size), self.num_workers)
+
+
+def build_data(config: Config, *, rank: int = 0, ranks: int = 1, progress: Progress | None = None) -> Data:
+    """Everything that a run reads, checked before any training. ``progress`` hears of images decoded into memory.
+
+    Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on, for
+    settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).
+    """
+    count = accumulation(config, ranks)
+    source = build_source(config.data, progress)
+    order = Order(len(source.train.labels), config.global_batch_size, config.seed)
+    augments: dict[str, AugmentName] = {"clean": config.data.augment, "second": config.data.augment}
+    if config.data.aug_view is not None:
+        augments["aug"] = config.data.aug_view
+    micro = config.micro_batch_size or config.global_batch_size
+    return Data(source, order, augments, micro, count, rank, config.data.num_workers)
+
+
+def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+    """(item t, item t + ahead) for every t, with None for the second near the end and where ``ahead`` is 0.
+
+    This is what an attack on the batch of a later step needs. Works on any iterable, a DataLoader for one. Holds at
+    most ahead + 1 items.
+
+    >>> list(windows("abc", 1))
+    [('a', 'b'), ('b', 'c'), ('c', None)]
+    """
+    if ahead < 0:
+        raise ConadvError(f"ahead {ahead} must be 0 or more: it counts items after the current one.")
+    return _windows(iter(batches), ahead)
+
+
+def _windows(items: Iterator[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+    waiting = deque(islice(items, ahead))
+    while True:
+        waiting.extend(islice(items, 1))
+        if not waiting:
+            return
+        future = waiting[ahead] if 0 < ahead < len(waiting) else None
+        yield waiting.popleft(), future
+
+
+@dataclass(frozen=True)
+class _LoadMicroBatch:
+    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch."""
+
+    split: Split
+    order: Order
+    augments: dict[str, AugmentName]
+    micro_batch_size: int
+
+    def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
+        step, index = key
+        indices_N = self.order.micro_batch(step, index, self.micro_batch_size)
+        seed, epoch = self.order.seed, self.order.epoch_of(step)
+        draws = {v: Draw(name, sample_keys(seed, epoch, v, indices_N)) for v, name in self.augments.items()}
+        return {"index": index, "y_N": self.split.labels[indices_N], "views": self.split.views(indices_N, draws)}
+
+
+@dataclass(frozen=True)
+class _LoadPlain:
+    """indices_N -> (images, labels) without augmentation."""
+
+    split: Split
+
+    def __call__(self, indices_N: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split.plain(indices_N), self.split.labels[indices_N]
+
+
+@dataclass(frozen=True)
+class _Caught(Dataset[Any]):
+    """Hands a user's error back as a value: raised in a worker, it would come out wrapped in the worker's traceback."""
+
+    load: Callable[[Any], Any]
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.load(key)
+        except ConadvError as error:
+            return error
+
+
+def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """load(key) for each key, in order, by torch's DataLoader (which gives each of its workers one thread)."""
+    loader: DataLoader[Any] = DataLoader(
+        _Caught(load),
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=2 if num_workers else None,
+        generator=torch.Generator(),  # or it would draw from the global one and move the caller's random stream
+    )
+    for item in loader:
+        if isinstance(item, ConadvError):
+            raise item
+        yield item
+
+
+def _as_is(item: T) -> T:
+    return item

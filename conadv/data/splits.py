@@ -1,0 +1,110 @@
+"""The two kinds of image store: decoded in memory, or decoded from files when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import AugmentName
+from ..errors import ConadvError
+from .augment import build_augment, build_photo_augment, sample_keys
+from .files import Listing, read_rgb
+
+
+class Draw(NamedTuple):
+    """One augmented view of a batch: the augmentation's name and the key of each sample."""
+
+    augment: AugmentName
+    keys_N: Tensor
+
+
+class Split(Protocol):
+    """One split of a data set: images 0..N-1 with labels, N int64. Sent to worker processes, so it must pickle."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
+        """uint8 N,C,H,W for every view in ``draws``: a pure function of its arguments."""
+        ...
+
+    def plain(self, indices_N: Tensor) -> Tensor:
+        """uint8 N,C,H,W without augmentation, as evaluation sees the images."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Images held as one uint8 tensor N,C,H,W with H = W. ``flip``: mirroring an image keeps its class."""
+
+    images: Tensor
+    labels: Tensor
+    flip: bool = True
+
+    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
+        images, size = self.images[indices_N], self.images.shape[-1]
+        return {v: build_augment(d.augment, size, flip=self.flip)(images, d.keys_N) for v, d in draws.items()}
+
+    def plain(self, indices_N: Tensor) -> Tensor:
+        return self.images[indices_N]
+
+    def subset(self, indices: Tensor) -> MemorySplit:
+        return MemorySplit(self.images[indices], self.labels[indices], self.flip)
+
+
+@dataclass(frozen=True)
+class PhotoSplit:
+    """Image files, each decoded when it is needed, once for all its views. Memory: one decoded photograph at a time."""
+
+    listing: Listing
+    image_size: int
+
+    @property
+    def labels(self) -> Tensor:
+        return self.listing.labels
+
+    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
+        shape = (len(indices_N), 3, self.image_size, self.image_size)
+        out = {view: torch.empty(shape, dtype=torch.uint8) for view in draws}
+        for row, index in enumerate(indices_N.tolist()):
+            image = read_rgb(self.listing.path(index))
+            for view, draw in draws.items():
+                augment = build_photo_augment(draw.augment, self.image_size)
+                out[view][row] = augment(image, int(draw.keys_N[row]))
+        return out
+
+    def plain(self, indices_N: Tensor) -> Tensor:
+        keys_N = sample_keys(0, 0, "plain", indices_N)  # "none" draws nothing from them
+        return self.views(indices_N, {"plain": Draw("none", keys_N)})["plain"]
+
+
+def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) -> Tensor:
+    """Sorted indices of a stratified subset of ``count`` samples, chosen by seed 0; all of them for None.
+
+    Samples are taken by their place in the random order of their own class, counted in shares of the class. So every
+    class keeps its share to within one sample, and a smaller subset is part of a larger one.
+    """
+    if count is None:
+        return torch.arange(len(labels_N))
+    if count > len(labels_N):
+        raise ConadvError(
+            f"data.train_images {count} is larger than the training set of {len(labels_N)} images. Leave it out to "
+            "train on all of them."
+        )
+    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
+    by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
+    sizes = torch.bincount(labels_N, minlength=len(class_names))
+    place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    share = (place + 0.5).double() / torch.repeat_interleave(sizes, sizes)
+    chosen = by_class[torch.argsort(share, stable=True)[:count]]
+    left_out = torch.bincount(labels_N[chosen], minlength=len(class_names)) == 0
+    if left_out.any():
+        raise ConadvError(
+            f"data.train_images {count} leaves no image of class {class_names[int(left_out.int().argmax())]!r}. "
+            f"Take more: there are {len(class_names)} classes."
+        )
+    return chosen.sort().values

@@ -1,0 +1,7 @@
+"""Running a step: phases, what waits between steps, look-ahead, and the order in which an executor runs things."""
+
+from .executor import Inline
+from .pending import Pending
+from .step import NonFiniteError, TrainStep
+
+__all__ = ["Inline", "NonFiniteError", "Pending", "TrainStep"]

@@ -1,0 +1,313 @@
+"""One training step in named phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import norm, rng
+from ..attacks import PixelSpace
+from ..errors import ConadvError
+from ..methods.base import Method
+from ..methods.vanilla import Vanilla
+from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
+from .clock import PhaseClock
+from .executor import Executor, Inline
+from .lookahead import LookAhead
+from .pending import Pending
+
+RawBatch = Batch | Sequence[Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class NonFiniteError(ConadvError):
+    """A loss or gradient is infinite or NaN. Raised before the update: the weights are still the last good ones."""
+
+
+class TrainStep:
+    """Training of ``model`` by ``method``, one step per call.
+
+        step = TrainStep(model, optimizer, Concurrent(FGSM(4 / 255, space=space), staleness=1))
+        for batch, future in windows(loader, step.ahead):
+            record = step(batch, future)
+
+    A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and micro-batches. A step
+    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route, all views in
+    one forward pass per micro-batch. Instead of calling the step as a whole, a loop of one's own may call the phases:
+    ``gradient(batch)`` in place of ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, and
+    ``update()``, or its own ``optimizer.step()`` followed by ``advance()``.
+
+    loss: (logits_NK, y_N) -> mean over N; cross-entropy by default. view_weights: weight per view, default 1 each.
+    space: the model's normalisation, needed for uint8 images and uint8 pending; default: the method's.
+    precision: "fp32", or "bf16" for autocast. lr_at: the schedule; sets the learning rate of every group at each
+    update. seed: keys every random draw, inside the model (dropout) as well as in attacks; the global generators are
+    left as they were.
+
+    Raises ConadvError where the model has batch norm without the routes that the views need.
+    Ranks: one process. Contracts for more: each rank holds its share of the batch, gradients are to be averaged
+    between ``gradient`` and ``update``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: Method | None = None,
+        *,
+        loss: Loss = F.cross_entropy,
+        view_weights: Mapping[str, float] | None = None,
+        space: PixelSpace | None = None,
+        precision: str = "fp32",
+        channels_last: bool = False,
+        pending_dtype: str | None = None,
+        lr_at: Schedule | None = None,
+        seed: int = 0,
+        executor: Executor | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.method = method or Vanilla()
+        self.loss = loss
+        self.view_weights = dict(view_weights or {})
+        self.space = _one_space(space, self.method.space)
+        self.device = next(model.parameters()).device
+        self.pending = Pending(self.space, pending_dtype)
+        self.clock = PhaseClock(self.device)
+        self.version = 0
+        self._lr_at = lr_at
+        self._seed = seed
+        self._bf16 = _is_bf16(precision)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._executor = executor or Inline()
+        self._lookahead: LookAhead | None = None
+        if getattr(self.method, "lookahead", False):
+            self._lookahead = LookAhead(model, optimizer, lr_at)
+        self._losses: dict[str, Tensor] = {}
+        self._extra_version: int | None = None
+        self._epoch = 0
+        self._routed = norm.has_batchnorm(model) and (bool(norm.routes_of(model)) or self.method.route is not None)
+        self._check_model()
+
+    @property
+    def ahead(self) -> int:
+        """How far ahead of the batch the ``future`` batch is; 0 if the method needs none."""
+        return self.method.ahead
+
+    def __call__(self, batch: RawBatch, future: RawBatch | None = None) -> StepRecord:
+        """Run one step and update the weights. Sync point: the losses are read back before the update."""
+        ahead = None if future is None else self._as_batch(future, self.version + self.ahead)
+        return self._executor(self, self._as_batch(batch, self.version), ahead)
+
+    # ---- phases
+
+    def gradient(self, batch: RawBatch) -> dict[str, Tensor]:
+        """Forward and backward of all views of all micro-batches; adds to ``.grad``. Returns the loss of each view.
+
+        ``.grad`` holds the gradient of the mean over this rank's images.
+        """
+        batch = self._as_batch(batch, self.version)
+        with self.clock.phase("attack"):
+            extra = self.method.extra(self, batch)
+        self._extra_version = None if extra is None else extra.weight_version
+        self._epoch = batch.epoch
+        totals: dict[str, Tensor] = {}
+        inputs: list[Tensor] = []
+        with self.clock.phase("gradient"):
+            for m, micro in enumerate(batch.micro):
+                inputs.append(self._micro_gradient(batch, m, micro, extra, totals))
+        if self.method.needs_input_gradient:
+            with self.clock.phase("attack"):
+                self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
+        self._losses = {name: total / len(batch.micro) for name, total in totals.items()}
+        return self._losses
+
+    def prepare(self, future: RawBatch | None) -> None:
+        """The method's work for a later step, at the present weights; nothing for most methods."""
+        with self.clock.phase("attack"):
+            self.method.prepare(self, None if future is None else self._as_batch(future, self.version + self.ahead))
+            if self._lookahead is not None:
+                self._lookahead.remember()
+
+    def update(self) -> StepRecord:
+        """Check that loss and gradient are finite, set the learning rate, update, clear the gradients."""
+        with self.clock.phase("update"):
+            loss, losses, grad_norm = self._read_back()
+            if self._lr_at is not None:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self._lr_at(self.version)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            step, made_at = self.version, self._extra_version
+            self.optimizer.step()
+            self.advance()
+            self.optimizer.zero_grad(set_to_none=True)
+        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, self.clock.collect())
+
+    def advance(self) -> None:
+        """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
+        self.version += 1
+
+    # ---- what methods use
+
+    def images(self, micro: MicroBatch, view: str) -> Tensor:
+        """A view's images in model space on the model's device, (N, C, H, W)."""
+        if view not in micro.views:
+            raise ConadvError(f"The method {type(self.method).__name__} needs a view {view!r} in every batch.")
+        x = micro.views[view].to(self.device, non_blocking=True)
+        if x.dtype == torch.uint8:
+            x = self.space.normalize(x)
+        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+
+    def labels(self, micro: MicroBatch) -> Tensor:
+        return micro.y_N.to(self.device, non_blocking=True)
+
+    def craft(self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> ExtraBatch:
+        """Run ``attack`` on the clean view of every micro-batch, on the adv route, at the present or given weights.
+
+        Batch norm uses batch statistics and leaves the running ones alone; modes, ``requires_grad`` and ``.grad`` of
+        the model are untouched, and so are the global random generators.
+        """
+        images = []
+        labels = [self.labels(micro) for micro in batch.micro]
+        for micro, y_N in zip(batch.micro, labels, strict=True):
+            path = ("attack", batch.step, micro.index)
+            draws = rng.generator(self.device, self._seed, *path)
+            frozen = norm.frozen_stats(self.model)
+            with rng.scope(self.device, self._seed, *path), self._route("adv"), frozen:
+                images.append(attack(self._forward(weights), self.images(micro, "clean"), y_N, draws))
+        return ExtraBatch(tuple(images), tuple(labels), self.version)
+
+    def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
+        """Look-ahead weights for ``num_steps`` updates from now; valid until the next call."""
+        assert self._lookahead is not None
+        return self._lookahead.predict(self.version, num_steps)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model's and the optimizer's state."""
+        ahead = self._lookahead.state_dict() if self._lookahead else {}
+        return {"version": self.version, "pending": self.pending.state_dict(), "lookahead": ahead}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.version = state["version"]
+        self.pending.load_state_dict(state["pending"], self.device)
+        if self._lookahead is not None:
+            self._lookahead.load_state_dict(state["lookahead"])
+
+    # ---- internals
+
+    def _micro_gradient(
+        self, batch: Batch, m: int, micro: MicroBatch, extra: ExtraBatch | None, totals: dict[str, Tensor]
+    ) -> Tensor:
+        """Backward of one micro-batch; adds its losses to ``totals`` and returns the clean images that it used."""
+        clean, views = self._views(m, micro, extra)
+        sizes = {name: len(y) for name, (_, y) in views.items()}
+        spec = next(iter(sizes)) if len(sizes) == 1 else sizes
+        x = next(iter(views.values()))[0] if len(views) == 1 else torch.cat([x for x, _ in views.values()])
+        # route and randomness also cover backward: activation checkpointing runs forward again there
+        with rng.scope(self.device, self._seed, "gradient", batch.step, micro.index), self._route(spec):
+            with self._autocast():
+                logits = self.model(x)
+            parts = logits.float().split(list(sizes.values())) if self._bf16 else logits.split(list(sizes.values()))
+            losses = {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
+            self._mean(losses).div(len(batch.micro)).backward()
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value.detach()
+        return clean
+
+    def _views(
+        self, m: int, micro: MicroBatch, extra: ExtraBatch | None
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        y_N = self.labels(micro)
+        clean = self.images(micro, "clean")
+        if self.method.needs_input_gradient:
+            clean = clean.detach().requires_grad_()
+        views = {"clean": (clean, y_N)}
+        if "aug" in micro.views:
+            views["aug"] = (self.images(micro, "aug"), y_N)
+        if extra is not None:
+            views["adv"] = (extra.images[m], extra.labels[m])
+        return clean, views
+
+    def _mean(self, losses: Mapping[str, Any]) -> Any:
+        """The weighted mean over the views that are there."""
+        weights = {name: self.view_weights.get(name, 1.0) for name in losses}
+        if len(weights) == 1:
+            return next(iter(losses.values()))
+        return sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+
+    def _forward(self, weights: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
+        def forward(x_NCHW: Tensor) -> Tensor:
+            with self._autocast():
+                if weights is None:
+                    logits: Tensor = self.model(x_NCHW)
+                else:
+                    logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
+                return logits
+
+        return forward
+
+    def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
+        return norm.route(self.model, spec) if self._routed else nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
+
+    def _read_back(self) -> tuple[float, dict[str, float], float]:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not self._losses or not gradients:
+            raise ConadvError("update() without gradient(): there is no gradient to apply.")
+        total = torch.nn.utils.get_total_norm(gradients)
+        *values, grad_norm = torch.stack([*self._losses.values(), total]).tolist()  # sync point
+        losses = dict(zip(self._losses, values, strict=True))
+        for what, value in (*((f"loss of the {name} view", v) for name, v in losses.items()), ("gradient", grad_norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"Step {self.version}: the {what} is {value}. The update was not made. "
+                    "Lower the learning rate, lengthen the warm-up, or check the data."
+                )
+        return float(self._mean(losses)), losses, grad_norm
+
+    def _as_batch(self, raw: RawBatch, step: int) -> Batch:
+        if isinstance(raw, Batch):
+            return raw
+        x_NCHW, y_N = raw
+        return Batch(step, (MicroBatch(0, y_N, {"clean": x_NCHW}),))
+
+    def _check_model(self) -> None:
+        wanted = self.method.route
+        if wanted is not None and norm.has_batchnorm(self.model) and wanted not in norm.routes_of(self.model):
+            raise ConadvError(
+                f"The model has batch norm but no route {wanted!r}: clean and adversarial images would share "
+                f"statistics. Call split_batchnorm(model, {wanted!r}) before you build the optimizer."
+            )
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        orphans = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        if orphans:
+            raise ConadvError(
+                f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
+                "Split the batch norm before you build the optimizer, and give it all parameters."
+            )
+
+
+def _gradient_of(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
+
+
+def _is_bf16(precision: str) -> bool:
+    if precision not in ("fp32", "bf16"):
+        raise ConadvError(f"precision {precision!r} is not 'fp32' or 'bf16'.")
+    return precision == "bf16"
+
+
+def _one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSpace:
+    if given and of_method and given != of_method:
+        raise ConadvError(f"The attack has {of_method}, the step {given}. Give the normalisation once.")
+    return given or of_method or PixelSpace()

@@ -1,0 +1,84 @@
+"""What a method may do in a step, and the two attacks that a config can name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from ..attacks import FGSM, PGD, PixelSpace
+from ..types import Attack, Batch, ExtraBatch
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..engine.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method decides which images join the clean ones, through which route, made at which weights.
+
+    A method holds settings only. What waits between steps is in ``engine.pending``, so that checkpoints, records and
+    executors treat all methods alike. The three calls come in this order within step t, at weights theta_t:
+
+    1. ``extra(engine, batch)``: the extra images of step t; on the critical path.
+    2. ``absorb(engine, batch, clean, gradients)``: only if ``needs_input_gradient``; after backward.
+    3. ``prepare(engine, future)``: work for step t + ``ahead`` that needs nothing of this step's gradient, so an
+       executor may run it beside backward or communication. ``future`` is B_{t + ahead}, None when training ends first.
+
+    Ranks: each rank handles its own images; nothing is reduced.
+    """
+
+    route: ClassVar[str | None] = "adv"
+    data_views: ClassVar[tuple[str, ...]] = ()
+    needs_input_gradient: ClassVar[bool] = False
+
+    @property
+    def ahead(self) -> int:
+        """How many steps ahead ``prepare`` must see the data; 0 when it does nothing."""
+        return 0
+
+    @property
+    def space(self) -> PixelSpace | None:
+        """The normalisation that the method's perturbation lives in; None without one."""
+        return None
+
+    def attack_gradients(self) -> int:
+        """Input-gradient passes per image and step (for counting cost)."""
+        return 0
+
+    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+        return None
+
+    def absorb(self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        return
+
+    def prepare(self, engine: TrainStep, future: Batch | None) -> None:
+        return
+
+    @classmethod
+    def from_config(cls, config: Config) -> Method:
+        return cls()
+
+
+def space_from_config(config: Config) -> PixelSpace:
+    return PixelSpace(config.data.mean, config.data.std)
+
+
+def attack_from_config(config: Config) -> Attack:
+    """FGSM for one plain step, PGD otherwise."""
+    a, space = config.attack, space_from_config(config)
+    step_size = a.eps if a.step_size is None else a.step_size
+    if a.num_steps == 1 and not a.random_start and step_size == a.eps:
+        return FGSM(a.eps, a.norm, a.targeted, space)
+    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space)
+
+
+def num_steps(attack: Attack) -> int:
+    return int(getattr(attack, "num_steps", 1))
+
+
+def space_of(attack: Attack) -> PixelSpace | None:
+    return getattr(attack, "space", None)

@@ -1,0 +1,91 @@
+"""Networks by name: residual networks for small images, and every torchvision classifier."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .errors import ConadvError, unknown
+
+SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut, projected by a 1x1 convolution where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x), inplace=True)
+
+
+class SmallResNet(nn.Module):
+    """Depth 6n + 2: a 3x3 stem and three stages of n basic blocks with width, 2 width and 4 width channels.
+
+    x (N, C, H, W) -> logits (N, K). Resolution halves at the second and third stage.
+    Source: He et al. 2016, arXiv 1512.03385, section 4.2, with projection shortcuts (their option B).
+    """
+
+    def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        stages = []
+        c_in = width
+        for stage in range(3):
+            for block in range(blocks):
+                stages.append(BasicBlock(c_in, width << stage, 2 if stage and not block else 1))
+                c_in = width << stage
+        self.blocks = nn.Sequential(*stages)
+        self.fc = nn.Linear(c_in, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.fc(self.blocks(out).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def build_model(config: ModelConfig, in_channels: int, num_classes: int) -> nn.Module:
+    """The named network, freshly initialised from the global generator. Raises ConadvError for an unknown name."""
+    if config.name in SMALL:
+        depth = int(re.sub(r"\D", "", config.name))
+        return SmallResNet(depth, config.width or 16, in_channels, num_classes)
+    if config.width is not None:
+        raise ConadvError(f"model.width has no effect on {config.name!r}; it belongs to {', '.join(SMALL)}.")
+    return _torchvision(config.name, in_channels, num_classes)
+
+
+def _torchvision(name: str, in_channels: int, num_classes: int) -> nn.Module:
+    import torchvision.models as zoo
+
+    names = zoo.list_models(module=zoo)
+    if name not in names:
+        raise unknown("model", name, [*SMALL, *names])
+    if in_channels != 3:
+        raise ConadvError(f"torchvision's {name} takes 3 channels, the data has {in_channels}. Use {', '.join(SMALL)}.")
+    # inception and googlenet return auxiliary logits in train mode, which have no place in a view's loss
+    accepts = inspect.signature(zoo.get_model_builder(name)).parameters
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if name in ("inception_v3", "googlenet"):
+        options |= {"aux_logits": False, "init_weights": True}
+    assert "weights" in accepts
+    model: nn.Module = zoo.get_model(name, weights=None, **options)
+    return model

@@ -1,0 +1,240 @@
+"""Split batch norm: named routes with statistics and affine parameters of their own, all else shared.
+
+    model = split_batchnorm(model, "adv")           # once, before the optimizer is built
+    with route(model, "adv"):                       # every batch-norm layer uses its adversarial copy
+        model(x_NCHW)
+    with route(model, {"clean": 32, "adv": 32}):    # one forward: the first 32 images clean, the next 32 adversarial
+        model(torch.cat([x_NCHW, x_adv_NCHW]))
+
+**The route rule**, in train and in eval mode alike: a layer uses the route of the innermost ``route`` block, and the
+clean route outside of any. Train or eval mode decides, as always, between batch and running statistics.
+
+**The clean route is the layer that was there**: the module itself, its class replaced by a subclass with the extra
+routes as children. So the clean weights keep their state-dict keys, norm-plus-activation layers (torchvision, timm)
+keep their activation, attributes and ``isinstance`` checks, and :func:`strip` restores the plain layer without loss.
+An extra route lives under ``<layer>.routes.<name>``.
+
+Source: two batch norms, Xie et al., "Adversarial Examples Improve Image Recognition" (AdvProp), arXiv 1911.09665,
+section 4; three of them in the released code of ConAdv, arXiv 2106.00221.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .errors import ConadvError
+
+CLEAN = "clean"
+RouteSpec = str | Mapping[str, int]
+
+
+class _Routing:
+    """The current route, shared by all split layers of one model; copied with the model."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.current: str | tuple[tuple[str, int], ...] = CLEAN
+
+
+class SplitBatchNorm:
+    """What :func:`split_batchnorm` mixes into the class of a batch-norm layer (isinstance tells them apart)."""
+
+    # Only ever combined with a _BatchNorm: Split<Layer>(SplitBatchNorm, <Layer>), so __mro__[2] is the plain class.
+
+    routes: nn.ModuleDict
+    _routing: _Routing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (N, C, ...) by the current route, or segment by segment of dim 0."""
+        current = self._routing.current
+        if isinstance(current, str):
+            return self._run(current, x)
+        parts = x.split(_segment_sizes(current, x.shape[0]))
+        return torch.cat([self._run(name, part) for (name, _), part in zip(current, parts, strict=True)])
+
+    def _run(self, name: str, x: Tensor) -> Tensor:
+        if name == CLEAN:
+            out: Tensor = super().forward(x)  # type: ignore[misc]
+            return out
+        layer: Callable[[Tensor], Tensor] = self.routes[name]
+        return layer(x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the class is made at run time, so pickle and deepcopy are told the base class instead of a name
+        return _rebuild, (_plain_class(self),), self.__dict__.copy()  # type: ignore[arg-type]
+
+
+def _segment_sizes(segments: tuple[tuple[str, int], ...], n: int) -> list[int]:
+    """Images per segment at this layer. Layers that fold more into dim 0 (patches, frames) see a multiple."""
+    total = sum(size for _, size in segments)
+    factor, rest = divmod(n, total)
+    if rest or not factor:
+        raise ConadvError(f"route: the segments {dict(segments)} add up to {total} images, but a layer got {n}.")
+    return [size * factor for _, size in segments]
+
+
+@cache
+def _split_class(base: Any) -> Any:
+    return type(f"Split{base.__name__}", (SplitBatchNorm, base), {"__module__": base.__module__})
+
+
+def _plain_class(layer: nn.Module) -> Any:
+    return type(layer).__mro__[2]
+
+
+def _rebuild(base: Any) -> nn.Module:
+    cls = _split_class(base)
+    made: nn.Module = cls.__new__(cls)
+    return made
+
+
+def split_batchnorm(model: nn.Module, *names: str) -> nn.Module:
+    """Give every batch-norm layer (1d, 2d, 3d, SyncBatchNorm and subclasses) the extra routes ``names``, in place.
+
+    A new route starts as a copy of the clean route, running statistics included. Routes can be added later; new
+    parameters must reach the optimizer, so split before building it. Children of a layer that carry parameters of
+    their own, such as a PReLU activation, stay shared between the routes.
+
+    Returns ``model``. Raises ConadvError for a name that is taken or reserved, for lazy layers, and for a split model
+    that went through ``convert_sync_batchnorm`` afterwards (convert first). A model without batch norm is returned
+    unchanged: its routes share everything.
+    """
+    for name in names:
+        if name == CLEAN or not name.isidentifier():
+            raise ConadvError(f"Route {name!r}: choose an identifier other than 'clean', such as 'adv'.")
+    if len(set(names)) < len(names) or set(names) & set(routes_of(model)):
+        raise ConadvError(f"Routes {list(names)}: the model already has {list(routes_of(model))}; each name once.")
+    layers = list(_layers(model)) if names else []
+    routing = _find_routing(model) or _Routing(())
+    routing.names += tuple(names)
+    for layer in layers:
+        _split_layer(layer, names, routing)
+    return model
+
+
+def _layers(model: nn.Module) -> Iterator[_BatchNorm]:
+    """The batch-norm layers that belong to the model itself, not to a route of another layer."""
+    inside = {id(m) for layer in model.modules() if isinstance(layer, SplitBatchNorm) for m in layer.routes.modules()}
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm) or id(module) in inside:
+            continue
+        if isinstance(module, LazyModuleMixin):
+            raise ConadvError(f"{name}: run one forward pass first, then split; a lazy layer has no shape yet.")
+        if "routes" in module._modules and not isinstance(module, SplitBatchNorm):
+            raise ConadvError(f"{name}: convert_sync_batchnorm dropped the routes. Convert first, then split.")
+        yield module
+
+
+def _split_layer(layer: _BatchNorm, names: tuple[str, ...], routing: _Routing) -> None:
+    if not isinstance(layer, SplitBatchNorm):
+        layer.__class__ = _split_class(type(layer))  # type: ignore[arg-type]
+        layer.add_module("routes", nn.ModuleDict())
+    layer.__dict__["_routing"] = routing
+    routes = layer.get_submodule("routes")
+    for name in names:
+        routes.add_module(name, _copy_plain(layer))
+
+
+def _copy_plain(layer: _BatchNorm) -> _BatchNorm:
+    """A plain copy of the clean route: own tensors, no hooks (the layer's hooks run once), shared children."""
+    plain = _plain_class(layer)
+    clone: _BatchNorm = plain.__new__(plain)
+    nn.Module.__init__(clone)
+    own = {k: v for k, v in layer.__dict__.items() if k not in clone.__dict__ and k != "_routing"}
+    clone.__dict__.update(own)
+    clone.training = layer.training
+    for kind in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        clone.__dict__[kind] = copy.deepcopy(layer.__dict__[kind])
+    clone._modules.update({name: child for name, child in layer._modules.items() if name != "routes"})
+    return clone
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """Undo :func:`split_batchnorm` in place: the plain model with the clean route's weights and statistics."""
+    for layer in list(_layers(model)):
+        if isinstance(layer, SplitBatchNorm):
+            base = _plain_class(layer)
+            layer._routing.names = ()  # a block that still names a route now fails instead of doing nothing
+            del layer._modules["routes"]
+            del layer.__dict__["_routing"]
+            layer.__class__ = base
+    _ROUTING_OF.pop(model, None)
+    return model
+
+
+_ROUTING_OF: weakref.WeakKeyDictionary[nn.Module, _Routing | None] = weakref.WeakKeyDictionary()
+
+
+def _find_routing(model: nn.Module) -> _Routing | None:
+    return next((m._routing for m in model.modules() if isinstance(m, SplitBatchNorm)), None)
+
+
+def _routing(model: nn.Module) -> _Routing | None:
+    # cached per module object: walking all modules would cost more than the smallest forward passes
+    known = _ROUTING_OF.get(model)
+    if known is None:
+        known = _ROUTING_OF[model] = _find_routing(model)
+    return known
+
+
+def routes_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the extra routes; empty for a plain model."""
+    routing = _find_routing(model)
+    return routing.names if routing else ()
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether any layer computes batch statistics."""
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+@contextmanager
+def route(model: nn.Module, spec: RouteSpec) -> Iterator[None]:
+    """Send what happens inside the block through a route.
+
+    ``spec`` is a name, or a mapping of names to numbers of images for a concatenated batch, in the order of dim 0.
+    Backward passes need no route. A model without batch norm accepts any route; a model with batch norm raises
+    ConadvError for a route that it does not have.
+    In flight: the routing is a property of the model, so two threads must not run one model on different routes.
+    """
+    routing = _routing(model)
+    wanted = (spec,) if isinstance(spec, str) else tuple(spec)
+    missing = [name for name in wanted if name != CLEAN and (routing is None or name not in routing.names)]
+    if missing and (routing is not None or has_batchnorm(model)):
+        raise ConadvError(f"The model has no route {missing[0]!r}. Call split_batchnorm(model, {missing[0]!r}) first.")
+    if routing is None:
+        yield
+        return
+    before = routing.current
+    routing.current = spec if isinstance(spec, str) else tuple(spec.items())
+    try:
+        yield
+    finally:
+        routing.current = before
+
+
+@contextmanager
+def frozen_stats(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of every batch-norm layer alone inside the block.
+
+    Modes stay what they are: layers in train mode still normalise by the batch, layers in eval mode by the running
+    statistics. ``num_batches_tracked`` does not count either.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for layer in layers:
+        layer.__dict__["track_running_stats"] = False  # a train-mode layer then neither reads nor writes its buffers
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__["track_running_stats"] = True

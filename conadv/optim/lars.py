@@ -1,0 +1,227 @@
+"""LARS: layer-wise adaptive rate scaling, the five formulas that are in use (plain form: conadv/reference/lars.py).
+
+You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from ..errors import unknown
+from .trust_ratio import (
+    Group,
+    Rate,
+    Scalar,
+    TrustRatioOptimizer,
+    at_most,
+    check_number,
+    flat_alike,
+    grads_of,
+    norm,
+    norms,
+    per_tensor,
+    spread,
+    trust_ratio,
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One LARS formula: where lr and the trust ratio stand, and what is limited.
+
+    eps: the default of the denominator's eps. ``*_inside``: the factor multiplies the gradient on its way into the
+    momentum buffer; otherwise it multiplies the buffer on its way to the weights.
+    """
+
+    eps: float
+    lr_inside: bool
+    ratio_inside: bool
+    decay_in_ratio: bool = True
+    clip_to_lr: bool = False
+    max_ratio: float | None = None
+    max_gradient: float | None = None
+
+    def ratio(self, w_norm: Scalar, g_norm: Scalar, group: Group) -> Scalar:
+        """The trust ratio of norms of weights and gradients (numbers, or vectors over tensors)."""
+        decay = group["weight_decay"] if self.decay_in_ratio else 0.0
+        lr, eta, eps = group["lr"], group["trust_coefficient"], group["eps"]
+
+        def formula(w: Scalar, g: Scalar) -> Scalar:
+            ratio: Scalar = eta * w / (g + decay * w + eps)
+            if self.clip_to_lr:  # lr * ratio <= lr; at lr = 0 the limit of min(ratio / lr, 1) is 1
+                ratio = at_most(ratio, lr) / lr if lr > 0 else ratio * 0 + 1.0
+            return ratio if self.max_ratio is None else at_most(ratio, self.max_ratio)
+
+        return trust_ratio(w_norm, g_norm, formula)
+
+    def rates(self, lr: float, ratio: Scalar) -> tuple[float | Scalar, float | Scalar]:
+        """The factors (into the buffer, out of the buffer); their product is lr * ratio."""
+        inside = (lr if self.lr_inside else 1.0) * (ratio if self.ratio_inside else 1.0)
+        outside = (1.0 if self.lr_inside else lr) * (1.0 if self.ratio_inside else ratio)
+        return inside, outside
+
+
+VARIANTS = {
+    "tf": Variant(eps=0.0, lr_inside=True, ratio_inside=True),
+    "timm": Variant(eps=1e-8, lr_inside=False, ratio_inside=True),
+    "nus": Variant(eps=0.0, lr_inside=False, ratio_inside=False, max_ratio=50.0, max_gradient=10.0),
+    "larc": Variant(eps=1e-8, lr_inside=False, ratio_inside=True, clip_to_lr=True),
+    "no-wd-ratio": Variant(eps=0.0, lr_inside=True, ratio_inside=True, decay_in_ratio=False),
+}
+
+# The fused kernel takes 1 - rate in double, off by up to 1.1e-16: for rates from here on that is 1e-8 of the rate,
+# less than float32 rounds. Smaller rates, and float64 parameters, take the loop form.
+_SMALLEST_FUSED_RATE = 1e-8
+
+
+class LARS(TrustRatioOptimizer):
+    """SGD with momentum whose learning rate is scaled per tensor by |w| / |gradient|.
+
+    ``variant="tf"`` (TensorFlow, MLPerf), with w weights, g gradient, v the momentum buffer::
+
+        ratio = trust_coefficient * |w| / (|g| + weight_decay * |w| + eps)     1 if |w| or |g| is 0
+        v <- momentum * v + lr * ratio * (g + weight_decay * w)
+        w <- w - v
+
+    Other variants: "timm" (ratio inside v, lr outside), "larc" ("timm" with ratio limited to min(ratio / lr, 1)),
+    "nus" (lr and ratio outside, ratio at most 50, decayed gradient clamped to +-10), "no-wd-ratio" ("tf" without
+    weight decay in the ratio). "timm" has no clip of its own here: that is "larc".
+
+    Args:
+        params: tensors, or groups as torch takes them (:func:`conadv.optim.parameter_groups` makes them).
+        lr: learning rate, >= 0. Schedulers write ``group["lr"]``.
+        momentum: mu, in [0, 1).
+        weight_decay: >= 0, added to the gradient.
+        trust_coefficient: eta, >= 0.
+        eps: >= 0; None takes the variant's own (1e-8 for "timm" and "larc", else 0).
+        foreach: None takes the fastest form for the device, True and False force foreach and loop.
+    Any of them, and ``adapt`` (default True), can be set per group. ``adapt=False`` leaves the ratio at 1 (the raw
+    lr); with ``weight_decay=0`` it is meant for norm and bias parameters.
+
+    State: ``state[p]["momentum_buffer"]``, v, like the parameter.
+    Raises: ConadvError for bad options, sparse gradients and parameters that are not real floating-point.
+    Reduces to: torch's SGD with ``adapt=False`` under a constant lr.
+    Source: arXiv 1708.03888, Algorithm 1; the variants' sources are in docs/methods/optimizers.md.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-5,
+        trust_coefficient: float = 0.001,
+        eps: float | None = None,
+        variant: str = "tf",
+        foreach: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "variant": variant,
+            "adapt": True,
+            "foreach": foreach,
+        }
+        super().__init__(params, defaults)
+
+    def _check(self, group: Group) -> None:
+        if group["variant"] not in VARIANTS:
+            raise unknown("LARS variant", str(group["variant"]), VARIANTS)
+        if group["eps"] is None:
+            group["eps"] = VARIANTS[group["variant"]].eps
+        check_number("momentum", group["momentum"], 0, 1)
+        check_number("trust_coefficient", group["trust_coefficient"], 0)
+        check_number("eps", group["eps"], 0)
+        super()._check(group)
+
+    @staticmethod
+    def lr_inside(group: Group) -> bool:
+        """Whether this group's momentum buffer already holds the learning rate (w <- w - v without another factor)."""
+        return VARIANTS[group["variant"]].lr_inside
+
+    def _buffers(self, params: list[Tensor]) -> list[Tensor]:
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return [self.state[p]["momentum_buffer"] for p in params]
+
+    def _fused(self, params: list[Tensor], group: Group) -> None:
+        """Norms of one tensor, then its update in a single pass while it is in cache."""
+        variant, lr = VARIANTS[group["variant"]], group["lr"]
+        fusable, others = self._split(params, group)
+        if fusable and not group["adapt"]:
+            self._fused_kernel(fusable, group, *variant.rates(lr, 1.0))
+        elif fusable:
+            for p, g in zip(fusable, grads_of(fusable), strict=True):
+                self._fused_kernel([p], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group)))
+        if others:
+            self._loop(others, group)
+
+    def _split(self, params: list[Tensor], group: Group) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that torch's fused kernel updates exactly, and the rest."""
+        variant = VARIANTS[group["variant"]]
+        if group["momentum"] == 0 or variant.max_gradient is not None or params[0].dtype == torch.float64:
+            return [], params
+        alike = [flat_alike(*three) for three in zip(params, grads_of(params), self._buffers(params), strict=True)]
+        fusable = [p for p, ok in zip(params, alike, strict=True) if ok]
+        return fusable, [p for p, ok in zip(params, alike, strict=True) if not ok]
+
+    def _fused_kernel(self, params: list[Tensor], group: Group, inside: float, outside: float) -> None:
+        if inside < _SMALLEST_FUSED_RATE:
+            self._plain(params, group, inside, outside)
+            return
+        sgd(
+            params,
+            grads_of(params),
+            self._buffers(params),  # type: ignore[arg-type]
+            fused=True,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=outside,
+            dampening=1.0 - inside,
+            nesterov=False,
+            maximize=False,
+        )
+
+    def _loop(self, params: list[Tensor], group: Group) -> None:
+        self._plain(params, group, *self._rates(params, group))
+
+    def _plain(self, params: list[Tensor], group: Group, inside: Rate, outside: Rate) -> None:
+        limit, count = VARIANTS[group["variant"]].max_gradient, len(params)
+        rates = zip(spread(inside, count), spread(outside, count), strict=True)
+        for p, g, v, (rate_in, rate_out) in zip(params, grads_of(params), self._buffers(params), rates, strict=True):
+            update = g.add(p, alpha=group["weight_decay"])
+            if limit is not None:
+                update.clamp_(-limit, limit)
+            v.mul_(group["momentum"]).add_(update.mul_(rate_in))
+            p.sub_(torch.mul(v, rate_out, out=update))
+
+    def _foreach(self, params: list[Tensor], group: Group) -> None:
+        limit, buffers = VARIANTS[group["variant"]].max_gradient, self._buffers(params)
+        inside, outside = self._rates(params, group)
+        updates: Any = torch._foreach_add(grads_of(params), params, alpha=group["weight_decay"])
+        if limit is not None:
+            torch._foreach_clamp_min_(updates, -limit)
+            torch._foreach_clamp_max_(updates, limit)
+        torch._foreach_mul_(updates, inside)
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_sub_(params, torch._foreach_mul(buffers, outside))
+
+    def _rates(self, params: list[Tensor], group: Group) -> tuple[Rate, Rate]:
+        variant = VARIANTS[group["variant"]]
+        if not group["adapt"]:
+            return variant.rates(group["lr"], 1.0)
+        ratios = variant.ratio(norms(params), norms(grads_of(params)), group)
+        inside, outside = variant.rates(group["lr"], ratios)
+        return per_tensor(inside), per_tensor(outside)

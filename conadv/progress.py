@@ -1,0 +1,183 @@
+"""What a run shows while it goes: live on a terminal, plain lines elsewhere, TensorBoard, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from .errors import ConadvError
+from .types import StepRecord
+
+
+class Observer(Protocol):
+    """Hears of everything that a run does, in order. Observers only show; they never change what is computed."""
+
+    def message(self, text: str) -> None: ...
+    def loading(self, what: str, done: int, total: int) -> None: ...
+    def start(self, title: str, first_step: int, num_steps: int) -> None: ...
+    def step(self, record: StepRecord) -> None: ...
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None: ...
+    def finish(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing; the base of the other observers."""
+
+    def message(self, text: str) -> None: ...
+
+    def loading(self, what: str, done: int, total: int) -> None: ...
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None: ...
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Plain(Silent):
+    """Lines of text, at most one every ``every`` seconds besides evaluations: for files and job logs."""
+
+    def __init__(self, every: float = 10.0) -> None:
+        self._every = every
+        self._next = 0.0
+        self._begin = 0.0
+        self._first = self._total = 0
+
+    def message(self, text: str) -> None:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        if done == total:
+            self.message(f"{what}: {total} images")
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        self._first, self._total, self._begin = first_step, num_steps, time.monotonic()
+        self.message(f"{title}: steps {first_step} to {num_steps}")
+
+    def step(self, record: StepRecord) -> None:
+        now = time.monotonic()
+        done = record.step + 1
+        if now < self._next and done < self._total:
+            return
+        self._next = now + self._every
+        left = (now - self._begin) / max(done - self._first, 1) * (self._total - done)
+        self.message(
+            f"step {done}/{self._total}  epoch {record.epoch}  loss {record.loss:.4f}  lr {record.lr:.4g}  "
+            f"left {left:.0f} s"
+        )
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        self.message(f"step {step}/{self._total}  test loss {loss:.4f}  test accuracy {100 * accuracy:.2f} %")
+
+
+class Live(Silent):
+    """A progress bar with loss, test accuracy and time left."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Left
+
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            Left(),
+            TextColumn("loss {task.fields[loss]}  test {task.fields[test]}"),
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task: Any = None
+        self._loading: dict[str, Any] = {}
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        if what not in self._loading:
+            self._loading[what] = self._bar.add_task(what, total=total, loss="-", test="-")
+            self._bar.start()
+        self._bar.update(self._loading[what], completed=done, visible=done < total)
+
+    def message(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        self._task = self._bar.add_task(title, total=num_steps, completed=first_step, loss="-", test="-")
+        self._bar.start()
+
+    def step(self, record: StepRecord) -> None:
+        self._bar.update(self._task, advance=1, loss=f"{record.loss:.3f}")
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        self._bar.update(self._task, test=f"{100 * accuracy:.2f} %")
+
+    def finish(self) -> None:
+        self._bar.stop()
+
+
+class TensorBoard(Silent):
+    """Scalars under the names of the record."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConadvError("--tensorboard needs the extra: pip install 'conadv[tensorboard]'.") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def step(self, record: StepRecord) -> None:
+        values = {"train/loss": record.loss, "train/lr": record.lr, "train/grad_norm": record.grad_norm}
+        values |= {f"train/losses/{name}": value for name, value in record.losses.items()}
+        values |= {f"seconds/{name}": value for name, value in record.phases.items()}
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        self._writer.add_scalar("test/loss", loss, step)
+        self._writer.add_scalar("test/accuracy", accuracy, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class Together(Silent):
+    """Several observers as one."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    def message(self, text: str) -> None:
+        for observer in self._observers:
+            observer.message(text)
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        for observer in self._observers:
+            observer.loading(what, done, total)
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        for observer in self._observers:
+            observer.start(title, first_step, num_steps)
+
+    def step(self, record: StepRecord) -> None:
+        for observer in self._observers:
+            observer.step(record)
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        for observer in self._observers:
+            observer.evaluation(step, loss, accuracy)
+
+    def finish(self) -> None:
+        for observer in self._observers:
+            observer.finish()
+
+
+def for_terminal(quiet: bool) -> Observer:
+    """Live on a terminal, plain lines elsewhere, nothing when quiet."""
+    if quiet:
+        return Silent()
+    return Live() if sys.stdout.isatty() else Plain()

@@ -1,0 +1,119 @@
+"""The record of a run: one JSON object per line, appended as the run goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ._version import __version__
+from .errors import ConadvError
+
+
+class Record:
+    """Appends to ``record.jsonl``; every line is flushed, so that a reader sees whole steps while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one line of type ``kind``. Values must be finite: the record is standard JSON."""
+        self._file.write(json.dumps({"type": kind, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a record; a last line that a killed run left unfinished is dropped."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConadvError(f"Cannot read the record {path}: {error}") from error
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if line.endswith("\n"):
+                raise ConadvError(f"{path}, line {number} is not JSON: {error}") from error
+    return lines
+
+
+def truncate(path: Path, step: int) -> None:
+    """Drop what a resumed run will write again: steps from ``step`` on and evaluations after it. Atomic."""
+
+    def stays(line: dict[str, Any]) -> bool:
+        limit = {"step": step - 1, "eval": step, "resume": step - 1}
+        return line["type"] not in limit or line["step"] <= limit[line["type"]]
+
+    kept = [json.dumps(line) + "\n" for line in read_lines(path) if stays(line)]
+    write_atomic(path, "".join(kept))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader or a crash sees the old or the new content, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python and the packages that decide numbers."""
+    found = {"python": platform.python_version(), "conadv": __version__}
+    for package in ("torch", "torchvision", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Where it ran: enough to judge a timing, nothing that names a host or user."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "device": device,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirty flag of the source tree that this package runs from; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def now() -> str:
+    """UTC time in ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

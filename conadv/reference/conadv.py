@@ -1,0 +1,85 @@
+"""Algorithm 1 of ConAdv (Liu et al., arXiv 2106.00221), plain, slow and obvious: the oracle of the engine's tests.
+
+The paper's symbols: theta_t the weights before step t, tau the staleness, B_t the batch of step t, x_i its images,
+x^_i(theta) those images attacked at theta, L the loss. One worker (K = 1), unweighted mean of the two losses.
+
+Where the engine keeps images and attacks ahead of time, this keeps every theta_t that there ever was and attacks when
+the batch is due, so staleness is right by definition.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..norm import frozen_stats, route
+from ..types import Attack
+
+
+def algorithm_1(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    attack: Attack,
+    tau: int,
+    draws: Callable[[int], torch.Generator],
+    lookahead: bool = False,
+) -> list[float]:
+    """Train ``model`` (split batch norm with an "adv" route) on B_0, B_1, ...; returns the loss of every step.
+
+    draws(t): the attack's generator for B_t. lookahead: attack at :func:`coast` of theta_{t - tau} instead.
+    """
+    theta: list[dict[str, Tensor]] = []  # theta[t]: what an attack made at step t sees
+    losses = []
+    for t, (x, y) in enumerate(batches):
+        seen = coast(model, optimizer, tau) if lookahead else model
+        theta.append({name: p.detach().clone() for name, p in seen.named_parameters()})
+        stale = t >= tau  # the first tau batches find no older weights and are attacked at theta_t
+        theta_made: Mapping[str, Tensor] = theta[t - tau] if stale else dict(model.named_parameters())
+        x_hat = attacked(model, theta_made, attack, x, y, draws(t))
+        with route(model, {"clean": len(x), "adv": len(x)}):
+            logits, logits_hat = model(torch.cat([x, x_hat])).split(len(x))
+        loss = (F.cross_entropy(logits, y) + F.cross_entropy(logits_hat, y)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def attacked(
+    model: nn.Module, theta: Mapping[str, Tensor], attack: Attack, x: Tensor, y: Tensor, draws: torch.Generator
+) -> Tensor:
+    """x^(theta), on a copy of the model that has the weights theta."""
+    attacker = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in attacker.named_parameters():
+            parameter.copy_(theta[name])
+    with route(attacker, "adv"), frozen_stats(attacker):
+        return attack(attacker, x, y, draws)
+
+
+def coast(model: nn.Module, optimizer: torch.optim.Optimizer, tau: int) -> nn.Module:
+    """Look-ahead by definition: a copy of the model after tau steps of a copied optimizer with zero gradients.
+
+    Weight decay is left out, as the prediction is of what momentum alone has decided.
+    """
+    twin = copy.deepcopy(model)
+    places: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
+    twins = list(twin.parameters())
+    groups = [
+        {**group, "params": [twins[places[p]] for p in group["params"]], "weight_decay": 0.0}
+        for group in optimizer.param_groups
+    ]
+    coasting = type(optimizer)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
+    for p, state in optimizer.state.items():
+        coasting.state[twins[places[p]]] = copy.deepcopy(state)
+    for _ in range(tau if optimizer.state else 0):
+        for p in twins:
+            p.grad = torch.zeros_like(p)
+        coasting.step()
+    return twin

@@ -1,0 +1,69 @@
+"""Mean, spread and paired differences over seeds: pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """One quantity over the seeds of an arm. ``std`` is the sample one (divisor n - 1), None for a single seed."""
+
+    values: Mapping[int, float]
+    n: int
+    mean: float
+    std: float | None
+    min: float
+    max: float
+    median: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus baseline, seed by seed, with the 95 % Student-t interval of the mean (None below two pairs)."""
+
+    seeds: tuple[int, ...]
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> str:
+        """higher | lower | not distinguishable (the interval contains 0) | no interval."""
+        if self.low is None or self.high is None:
+            return "no interval"
+        if self.low > 0:
+            return "higher"
+        return "lower" if self.high < 0 else "not distinguishable"
+
+
+def stat(values: Mapping[int, float]) -> Stat | None:
+    """Statistics of ``values`` (seed -> value); None without any."""
+    if not values:
+        return None
+    numbers = list(values.values())
+    std = statistics.stdev(numbers) if len(numbers) > 1 else None
+    low, high, mean = min(numbers), max(numbers), statistics.fmean(numbers)
+    return Stat(dict(values), len(numbers), mean, std, low, high, statistics.median(numbers))
+
+
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """mean(d) -+ t(0.975, n - 1) * s / sqrt(n) over d = arm - baseline at the common seeds; None without any.
+
+    Student, "The probable error of a mean", Biometrika 6 (1908).
+    """
+    seeds = tuple(sorted(arm.keys() & baseline.keys()))
+    if not seeds:
+        return None
+    differences = [arm[seed] - baseline[seed] for seed in seeds]
+    n, mean = len(seeds), statistics.fmean(differences)
+    if n < 2:
+        return Difference(seeds, n, mean, None, None)
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
+    return Difference(seeds, n, mean, mean - half, mean + half)

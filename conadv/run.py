@@ -1,0 +1,83 @@
+"""A run directory: where things lie, how it starts, and how it is read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, differences, dump_yaml, load_yaml
+from .errors import ConadvError
+from .record import write_atomic
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run (see docs/record.md)."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "model.safetensors"
+
+    def open(self) -> Config:
+        """The run's config; ConadvError if this is no run directory."""
+        if not self.config.is_file():
+            raise ConadvError(f"{self.path} is not a run directory: it has no config.yaml.")
+        return load_yaml(self.config)
+
+    def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Raise ConadvError if a run of ``config`` may not go here. Changes nothing."""
+        if resume and overwrite:
+            raise ConadvError("--resume continues a run, --overwrite deletes it: give one of them.")
+        if resume:
+            self._check_same(config)
+        elif self.path.exists() and not self.path.is_dir():
+            raise ConadvError(f"{self.path} is a file, not a folder. Choose another --out.")
+        elif self.config.exists() and not overwrite:
+            raise ConadvError(f"{self.path} already holds a run. Add --resume or --overwrite, or choose another --out.")
+        elif not self.config.exists() and self.path.is_dir() and any(self.path.iterdir()):
+            raise ConadvError(f"{self.path} is not empty and not a run of conadv. Choose another --out.")
+
+    def start(self, config: Config) -> None:
+        """Make the folder for a new run; a run that was there is deleted (``check`` has allowed it)."""
+        self._delete()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.config, dump_yaml(config))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def _check_same(self, config: Config) -> None:
+        changed = differences(self.open(), config)
+        if changed:
+            raise ConadvError(
+                f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"
+                "Repeat the run's own settings (conadv train --config RUN/config.yaml --out RUN --resume), "
+                "or start a new run."
+            )
+
+    def _delete(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for file in (self.record, self.summary, self.weights, self.config):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""summary.json: what a finished run comes to, from its record and its last evaluation."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .config import accumulation, scaled_lr
+from .evaluate import Result
+
+if TYPE_CHECKING:
+    from .trainer import Parts
+
+
+def summarize(parts: Parts, results: dict[str, Result | None], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fields that docs/record.md lists."""
+    steps = [line for line in lines if line["type"] == "step"]
+    train, test, robust = results["train"], results["test"], results["robust"]
+    assert train is not None
+    assert test is not None
+    return {
+        **_settings(parts),
+        "train_loss": train.loss,
+        "train_accuracy": train.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "robust_accuracy": None if robust is None else robust.accuracy,
+        "robust_eps": None if robust is None else parts.config.eval.robust_eps,
+        **_costs(steps, parts.config.global_batch_size, parts.method.attack_gradients()),
+        "version": __version__,
+    }
+
+
+def _settings(parts: Parts) -> dict[str, Any]:
+    config = parts.config
+    return {
+        "recipe": config.recipe,
+        "method": config.method,
+        "staleness": config.staleness,
+        "lookahead": config.lookahead,
+        "optimizer": config.optim.name,
+        "lr": scaled_lr(config.optim, config.global_batch_size),
+        "eps": config.attack.eps,
+        "augment": config.data.augment,
+        "aug_view": config.data.aug_view,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "batchnorm_batch_size": config.micro_batch_size,
+        "accumulation": accumulation(config),
+        "ranks": 1,
+        "seed": config.seed,
+        "steps": parts.num_steps,
+        "epochs": parts.num_steps / parts.data.order.steps_per_epoch,
+        "model": config.model.name,
+        "parameters": sum(p.numel() for name, p in parts.model.named_parameters() if ".routes." not in name),
+    }
+
+
+def _costs(steps: list[dict[str, Any]], batch: int, attack_gradients: int) -> dict[str, Any]:
+    """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
+    totals = [sum(line["phases"].values()) for line in steps]
+    seconds = sum(totals)
+    attack = sum(line["phases"].get("attack", 0.0) for line in steps)
+    views = sum(len(line["losses"]) for line in steps)
+    return {
+        "seconds": seconds,
+        "step_seconds_median": median(totals[1:] or totals),
+        "clean_images_per_second": batch * len(steps) / seconds,
+        "gradient_images_per_second": batch * (views + attack_gradients * len(steps)) / seconds,
+        "attack_seconds_share": attack / seconds,
+    }

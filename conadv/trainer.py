@@ -1,0 +1,309 @@
+"""From a config to a finished run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint, record, rng
+from ._version import __version__
+from .attacks import PGD, PixelSpace
+from .config import Config, accumulation, resolve, scaled_lr
+from .data import Data, build_data, windows
+from .engine import TrainStep
+from .errors import ConadvError
+from .evaluate import Result, evaluate
+from .methods import build_method, method_class
+from .methods.base import Method, space_from_config
+from .models import build_model
+from .norm import split_batchnorm
+from .optim import build_optimizer, describe, parameter_groups
+from .progress import Observer, Silent
+from .run import RunDir
+from .schedules import WarmupDecay
+from .summary import summarize
+from .types import Batch, Schedule
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that a run is made of."""
+
+    config: Config
+    data: Data
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method
+    engine: TrainStep
+    schedule: Schedule
+    space: PixelSpace
+    num_steps: int
+    groups: list[dict[str, Any]]
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Train by ``config`` into the run directory ``out`` and return its summary.
+
+    ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
+    Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
+    (the checkpoints before it stay) when a loss or gradient is not finite.
+    """
+    observer = observer or Silent()
+    config = resolve(config)
+    run = RunDir(out)
+    run.check(config, resume=resume, overwrite=overwrite)
+    parts = build(config, pick_device(device), observer)
+    if resume:
+        first = restore(parts, checkpoint.load_newest(run.checkpoints, parts.engine.device))
+    else:
+        first = 0
+        run.start(config)
+    log = _open_record(run, parts, first)
+    for line in _overview(parts):
+        observer.message(line)
+    observer.start(_title(config), first, parts.num_steps)
+    try:
+        _loop(parts, run, log, first, observer)
+        observer.message("evaluating the trained model")
+        summary = finish(parts, run)
+    except ConadvError as error:
+        log.write("error", step=parts.engine.version, message=str(error))
+        raise
+    finally:
+        log.close()
+        observer.finish()
+    return summary
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the first CUDA device, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConadvError("--device cuda: torch sees no CUDA device here. Use --device cpu.")
+    return device
+
+
+def build(config: Config, device: torch.device, observer: Observer | None = None) -> Parts:
+    """Data, model, optimizer and engine of a resolved config."""
+    observer = observer or Silent()
+    data = build_data(config, progress=observer.loading)
+    method = build_method(config)
+    space = space_from_config(config)
+    model = make_model(config, data.channels, data.num_classes).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    num_steps = config.steps or max(1, round((config.epochs or 0) * data.order.steps_per_epoch))
+    schedule = WarmupDecay(
+        peak=scaled_lr(config.optim, config.global_batch_size),
+        total_steps=num_steps,
+        warmup_steps=round(config.schedule.warmup_epochs * data.order.steps_per_epoch),
+        decay=config.schedule.decay,
+        power=config.schedule.power,
+        end=config.schedule.end_lr,
+    )
+    groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
+    optimizer = build_optimizer(config.optim, groups, schedule(0))
+    engine = TrainStep(
+        model,
+        optimizer,
+        method,
+        loss=_loss(config.label_smoothing),
+        view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
+        space=space,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        pending_dtype=config.pending_dtype,
+        lr_at=schedule,
+        seed=config.seed,
+    )
+    return Parts(config, data, model, optimizer, method, engine, schedule, space, num_steps, groups)
+
+
+def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
+    """The network on the CPU, initialised by the seed alone, with the routes that the views need."""
+    with rng.scope(torch.device("cpu"), config.seed, "init"):
+        model = build_model(config.model, channels, num_classes)
+    route = method_class(config.method).route
+    extra = (["aug"] if config.data.aug_view is not None else []) + ([route] if route else [])
+    return split_batchnorm(model.train(), *extra)
+
+
+def restore(parts: Parts, state: dict[str, Any]) -> int:
+    """Load a checkpoint into model, optimizer and engine; returns the step to go on with."""
+    parts.model.load_state_dict(state["model"])
+    parts.optimizer.load_state_dict(state["optimizer"])
+    parts.engine.load_state_dict(state["engine"])
+    return parts.engine.version
+
+
+def load_run(path: Path, device: torch.device) -> Parts:
+    """The parts of a run with its newest checkpoint loaded."""
+    run = RunDir(path)
+    parts = build(resolve(run.open()), device)
+    restore(parts, checkpoint.load_newest(run.checkpoints, device))
+    return parts
+
+
+def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Result | None]:
+    """Train and test results of the model as it is, and the test result under PGD (None if switched off)."""
+    options = parts.config.eval
+
+    def run(split: str, limit: int | None, attack: PGD | None = None) -> Result:
+        batches = parts.data.eval_batches(split, limit, options.batch_size)
+        config = parts.config
+        layout = {"precision": config.precision, "channels_last": config.channels_last}
+        return evaluate(parts.model, batches, parts.space, attack=attack, seed=config.seed, **layout)  # type: ignore[arg-type]
+
+    assert options.robust_eps is not None
+    pgd = PGD(options.robust_eps, options.robust_steps, None, parts.config.attack.norm, False, 1.0, parts.space)
+    return {
+        "train": run("train", options.train_images),
+        "test": run("test", None),
+        "robust": run("test", options.robust_images, pgd) if options.robust_images else None,
+    }
+
+
+def finish(parts: Parts, run: RunDir) -> dict[str, Any]:
+    """Evaluate, and write summary.json."""
+    summary = summarize(parts, measure(parts), record.read_lines(run.record))
+    run.write_summary(summary)
+    return summary
+
+
+def _loss(label_smoothing: float) -> Any:
+    def loss(logits_NK: Tensor, y_N: Tensor) -> Tensor:
+        return F.cross_entropy(logits_NK, y_N, label_smoothing=label_smoothing)
+
+    return loss
+
+
+def _title(config: Config) -> str:
+    method = config.method
+    if method == "conadv":
+        method += f" tau={config.staleness}" + (" + look-ahead" if config.lookahead else "")
+    return f"{config.recipe} {method}"
+
+
+def _overview(parts: Parts) -> Iterator[str]:
+    """What is about to be trained: the sizes that decide the mathematics, and who gets decay and trust ratio."""
+    config = parts.config
+    micro, count = config.micro_batch_size, accumulation(config)
+    yield (
+        f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks 1; "
+        f"batch norm sees {micro} images per route; {parts.num_steps} steps of {parts.data.order.steps_per_epoch} "
+        f"per epoch; {config.optim.name} lr {scaled_lr(config.optim, config.global_batch_size):g}"
+    )
+    yield f"{'group':<10}{'tensors':>9}{'parameters':>14}{'decay':>10}  trust ratio"
+    for row in describe(parts.groups):
+        adapt = "yes" if row["adapt"] else "no"
+        yield f"{row['name']:<10}{row['tensors']:>9}{row['parameters']:>14,}{row['weight_decay']:>10.2g}  {adapt}"
+
+
+def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
+    """A new record with its header, or the old one without what will be written again."""
+    if first:
+        record.truncate(run.record, first)
+    log = record.Record(run.record)
+    if first:
+        log.write("resume", step=first, time=record.now())
+        return log
+    log.write(
+        "header",
+        time=record.now(),
+        version=__version__,
+        versions=record.versions(),
+        machine=record.machine(_device_name(parts.engine.device), torch.get_num_threads()),
+        git=record.git_state(),
+        recipe=parts.config.recipe,
+        seed=parts.config.seed,
+        config=parts.config.model_dump(mode="json"),
+        steps=parts.num_steps,
+        parameter_groups=describe(parts.groups),
+    )
+    return log
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _data_views(parts: Parts) -> tuple[str, ...]:
+    aug = ("aug",) if parts.config.data.aug_view is not None else ()
+    return ("clean", *parts.method.data_views, *aug)
+
+
+def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, observer: Observer) -> None:
+    begin = time.monotonic()
+    per_epoch = parts.data.order.steps_per_epoch
+    for batch, future in _timed(parts, first):
+        done = parts.engine(batch, future)
+        log.write("step", **asdict(done), staleness=done.staleness, time=time.monotonic() - begin)
+        observer.step(done)
+        count = parts.engine.version
+        if _due(count, parts.config.eval.every_epochs, per_epoch) and count < parts.num_steps:
+            result = _evaluate_now(parts, log, begin)
+            observer.evaluation(count, result.loss, result.accuracy)
+        if _due(count, parts.config.checkpoint.every_epochs, per_epoch) or count == parts.num_steps:
+            save(parts, run)
+
+
+def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:
+    """The batches from step ``first`` on, each with the one that is ``ahead`` of it; waiting counts as "data"."""
+    batches = parts.data.train_batches(first, parts.num_steps, _data_views(parts))
+    pairs = windows(batches, parts.engine.ahead)
+    while True:
+        begin = time.perf_counter()
+        pair = next(pairs, None)
+        parts.engine.clock.add("data", time.perf_counter() - begin)
+        if pair is None:
+            return
+        yield pair
+
+
+def _due(count: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
+    """Whether ``count`` updates complete a whole number of periods; a period is at least one step."""
+    return every_epochs is not None and count % max(1, round(every_epochs * steps_per_epoch)) == 0
+
+
+def _evaluate_now(parts: Parts, log: record.Record, begin: float) -> Result:
+    config = parts.config
+    result = evaluate(
+        parts.model,
+        parts.data.eval_batches("test", None, config.eval.batch_size),
+        parts.space,
+        precision=config.precision,
+        channels_last=config.channels_last,
+    )
+    count = parts.engine.version
+    epoch = count / parts.data.order.steps_per_epoch
+    log.write("eval", step=count, epoch=epoch, split="test", **asdict(result), time=time.monotonic() - begin)
+    return result
+
+
+def save(parts: Parts, run: RunDir) -> Path:
+    """Write a checkpoint of the present state."""
+    state = {
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "engine": parts.engine.state_dict(),
+        "channels": parts.data.channels,
+        "class_names": list(parts.data.class_names),
+    }
+    return checkpoint.save(run.checkpoints, parts.engine.version, state, parts.config.checkpoint.keep)

@@ -1,0 +1,93 @@
+"""The contracts of conadv on one page.
+
+Shape suffixes: N images, C channels, H height, W width, K classes. ``x_NCHW`` is *model space*: what the model takes,
+normally pixels normalised by mean and standard deviation. Pixels are uint8 0..255 or floats in [0, 1]; ``eps`` and
+``step_size`` are always in [0, 1] pixel units (see :class:`conadv.attacks.PixelSpace`).
+
+Steps are counted from 0. The *weight version* t names the weights theta_t after t updates, so step t trains theta_t
+and an adversarial batch with version t - tau has staleness tau.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Forward = Callable[[Tensor], Tensor]
+"""x_NCHW -> logits_NK. The engine has already set the route and frozen the statistics."""
+
+Schedule = Callable[[int], float]
+"""step (0-based) -> value. Pure: no state, so that look-ahead may ask for future steps."""
+
+
+class Attack(Protocol):
+    """Makes adversarial images. Pure: touches no module mode, no statistics, no ``.grad``, no global generator.
+
+    Returns a tensor like ``x_NCHW`` (same shape, dtype, device; detached) whose distance to it is at most ``eps``.
+    Ranks: attacks its own images only; nothing is reduced.
+    """
+
+    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images of one forward pass.
+
+    ``views`` maps a view's name to images of the same N samples: "clean" always, "aug" for the third route, "second"
+    for the multi-view control. uint8 images are pixels, which the engine moves to the device and normalises;
+    floating-point images are taken as model space.
+    ``index`` is this micro-batch's place in the global batch, rank * accumulation + m: it keys the randomness, so
+    that N ranks draw what one rank with N-fold accumulation draws.
+    """
+
+    index: int
+    y_N: Tensor
+    views: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of the global batch of one step: ``accumulation`` micro-batches."""
+
+    step: int
+    micro: tuple[MicroBatch, ...]
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class ExtraBatch:
+    """The images that join the clean ones in a step: adversarial ones, or a control's.
+
+    images, labels: one entry per micro-batch. weight_version: the weights that made them; None where no weights did.
+    """
+
+    images: tuple[Tensor, ...]
+    labels: tuple[Tensor, ...]
+    weight_version: int | None = None
+
+
+@dataclass
+class StepRecord:
+    """What one step did. Losses are means over the *global* batch, weighted as in ``loss``; seconds per phase.
+
+    ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase (data, attack,
+    gradient, wait, update) to seconds on this rank.
+    """
+
+    step: int
+    epoch: int
+    lr: float
+    loss: float
+    losses: dict[str, float]
+    grad_norm: float
+    weight_version: int | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def staleness(self) -> int | None:
+        return None if self.weight_version is None else self.step - self.weight_version

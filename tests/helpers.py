@@ -1,0 +1,55 @@
+"""Small models and batches that several test files use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from conadv.models import SmallResNet
+from conadv.norm import split_batchnorm
+
+
+def tiny_resnet(*routes: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A ResNet-8 of width 4 for 3-channel images and 5 classes, with perturbed batch-norm parameters."""
+    torch.manual_seed(seed)
+    model = SmallResNet(8, 4, 3, 5).to(dtype)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 1.5)
+    return split_batchnorm(model, *routes)
+
+
+def no_norm_net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small convolutional network without batch statistics."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2, 1), nn.GELU(), nn.Conv2d(6, 8, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(32, 5)
+    ).to(dtype)
+
+
+def images(n: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 8) -> tuple[Tensor, Tensor]:
+    """n random images in [0, 1] with labels of 5 classes."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 3, size, size, generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(0, 5, (n,), generator=g)
+
+
+def batches(count: int, n: int = 8, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    return [images(n, 100 + i, dtype) for i in range(count)]
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Same names and same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,206 @@
+"""Attacks: pixel units, the box, purity, random draws, targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conadv import FGSM, PGD, ConadvError, PixelSpace, RandomSigns, frozen_stats, route
+from conadv.attacks.targets import random_other_class
+
+from .helpers import images, no_norm_net, same, state, tiny_resnet
+
+SPACE = PixelSpace((0.48, 0.45, 0.40), (0.23, 0.22, 0.25))
+EPS = 8 / 255
+
+
+def gen(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def model_input(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    pixels, y = images(8, dtype=dtype)
+    pixels = (pixels * 255).round().clamp(0, 255) / 255
+    pixels[0], pixels[1] = 0, 1  # black and white: the box binds
+    return SPACE.normalize(pixels), y
+
+
+ATTACKS = {
+    "fgsm": FGSM(EPS, space=SPACE),
+    "fgsm-targeted": FGSM(EPS, targeted=True, space=SPACE),
+    "fgsm-l2": FGSM(0.5, norm="l2", space=SPACE),
+    "pgd-1": PGD(EPS, 1, space=SPACE),
+    "pgd": PGD(EPS, 4, random_start=0.5, space=SPACE),
+    "pgd-targeted": PGD(EPS, 3, targeted=True, random_start=1.0, space=SPACE),
+    "pgd-l2": PGD(0.5, 4, norm="l2", random_start=1.0, space=SPACE),
+    "signs": RandomSigns(EPS, space=SPACE),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stays_in_the_ball_and_the_box_in_pixels(name: str, dtype: torch.dtype) -> None:
+    # Red when: project skips clip, or eps is not divided by std.
+    x, y = model_input(dtype)
+    attack = ATTACKS[name]
+    out = attack(no_norm_net(dtype=dtype), x, y, gen())
+    assert (out.shape, out.dtype, out.requires_grad) == (x.shape, dtype, False)
+    delta = SPACE.to_pixels(out) - SPACE.to_pixels(x)
+    slack = 1e-6 if dtype == torch.float32 else 1e-12
+    size = delta.flatten(1).norm(dim=1) if "l2" in name else delta.abs().flatten(1).amax(1)
+    assert size.max() <= attack.eps + slack
+    assert size.max() >= 0.5 * attack.eps
+    assert SPACE.to_pixels(out).min() >= -slack
+    assert SPACE.to_pixels(out).max() <= 1 + slack
+    assert not torch.equal(out, x)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_touches_nothing(name: str) -> None:
+    # Red when: loss.backward() replaces autograd.grad, or the attack calls model.eval().
+    model = tiny_resnet("adv")
+    x, y = model_input()
+    kept = x.clone()
+    before, modes = state(model), [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    stream = torch.random.get_rng_state()
+    with route(model, "adv"), frozen_stats(model), torch.no_grad():
+        ATTACKS[name](model, x, y, gen())
+    assert same(state(model), before)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), stream)
+    assert torch.equal(x, kept)
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        FGSM(0.0, space=SPACE),
+        PGD(0.0, 3, random_start=1.0, space=SPACE),
+        PGD(0.0, 3, norm="l2", random_start=1.0, space=SPACE),
+        RandomSigns(0.0, SPACE),
+    ],
+)
+def test_eps_zero_gives_the_clean_images_bitwise(attack: object) -> None:
+    # Red when: the box is made with other arithmetic than normalize (black and white move by an ulp).
+    x, y = model_input()
+    assert torch.equal(attack(no_norm_net(dtype=torch.float32), x, y, gen()), x)  # type: ignore[operator]
+
+
+def test_fgsm_is_eps_times_the_sign_of_the_gradient() -> None:
+    # Red when: the sign is flipped, or the gradient is of the targeted loss.
+    model = no_norm_net()
+    x, y = model_input(torch.float64)
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(model(leaf), y).backward()
+    pixels = SPACE.to_pixels(x)
+    want = (pixels + EPS * leaf.grad.sign()).clamp(0, 1)
+    got = SPACE.to_pixels(FGSM(EPS, space=SPACE)(model, x, y, gen()))
+    assert torch.allclose(got, want, atol=1e-12)
+
+
+def test_reductions() -> None:
+    # Red when: PGD starts from a random point although random_start is 0.
+    model = no_norm_net(dtype=torch.float32)
+    x, y = model_input()
+    one = PGD(EPS, 1, space=SPACE)(model, x, y, gen(1))
+    assert torch.equal(one, FGSM(EPS, space=SPACE)(model, x, y, gen(2)))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    assert torch.equal(FGSM(EPS, space=SPACE).from_gradient(x, gradient), one)
+
+
+def test_attacks_raise_the_loss_and_more_steps_raise_it_more() -> None:
+    # Red when: ascend subtracts.
+    model = no_norm_net(dtype=torch.float64)
+    x, y = model_input(torch.float64)
+
+    def loss(z: Tensor) -> float:
+        return torch.nn.functional.cross_entropy(model(z), y).item()
+
+    def other_class(attack: FGSM) -> float:
+        target = random_other_class(y, 5, gen())
+        z = attack(model, x, y, gen())
+        f = torch.nn.functional.cross_entropy
+        return (f(model(z), target) - f(model(x), target)).item()
+
+    fgsm, pgd = (a(model, x, y, gen()) for a in (FGSM(EPS, space=SPACE), PGD(EPS, 10, space=SPACE)))
+    noise = RandomSigns(EPS, SPACE)(model, x, y, gen())
+    assert loss(x) < loss(fgsm) <= loss(pgd)
+    assert abs(loss(noise) - loss(x)) < (loss(fgsm) - loss(x)) / 2
+    assert other_class(FGSM(EPS, targeted=True, space=SPACE)) < 0
+
+
+def test_an_images_attack_does_not_depend_on_the_others() -> None:
+    # Red when: the loss is a mean and the l2 length is of the whole batch.
+    model = no_norm_net()
+    x, y = model_input(torch.float64)
+    for attack in (FGSM(EPS, space=SPACE), FGSM(0.5, "l2", space=SPACE), PGD(0.5, 3, norm="l2", space=SPACE)):
+        assert torch.allclose(attack(model, x, y, gen())[:3], attack(model, x[:3], y[:3], gen()), atol=1e-13)
+
+
+def test_random_start_is_drawn_per_image_with_its_probability() -> None:
+    # Red when: one coin is thrown for the whole batch.
+    x = torch.full((4000, 1, 1, 1), 0.5)
+    start = PGD(0.1, random_start=0.3)._start(x, gen())
+    moved = (start != x).flatten(1).any(1).float().mean()
+    assert 0.26 < moved < 0.34
+    assert (start - x).abs().max() <= 0.1 + 1e-7
+
+
+def test_zero_gradient_moves_nothing_and_l2_stays_finite() -> None:
+    x = torch.full((2, 1, 2, 2), 0.5)
+    for norm in ("linf", "l2"):
+        assert torch.equal(FGSM(0.1, norm).from_gradient(x, torch.zeros_like(x)), x)  # type: ignore[arg-type]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 50), st.integers(1, 200), st.integers(0, 2**31))
+def test_targets_are_always_another_class(classes: int, n: int, seed: int) -> None:
+    y = torch.randint(0, classes, (n,), generator=gen(seed))
+    target = random_other_class(y, classes, gen(seed + 1))
+    assert (target != y).all()
+    assert target.min() >= 0
+    assert target.max() < classes
+
+
+def test_targets_are_uniform_over_the_other_classes() -> None:
+    # Red when: the shift is drawn from 0 .. K - 1.
+    y = torch.zeros(6000, dtype=torch.long)
+    counts = torch.bincount(random_other_class(y, 4, gen()), minlength=4)
+    assert counts[0] == 0
+    assert (counts[1:] - 2000).abs().max() < 200
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FGSM(8), "8/255"),
+        (lambda: PGD(-0.1), "0 or more"),
+        (lambda: PGD(float("nan")), "0 or more"),
+        (lambda: PGD(0.1, 0), "num_steps"),
+        (lambda: PGD(0.1, random_start=1.5), "probability"),
+        (lambda: PGD(0.1, norm="l1"), "linf"),
+        (lambda: PixelSpace((123.7,), (58.4,)), "Divide values"),
+        (lambda: PixelSpace((0.5, 0.5), (0.5,)), "one value per channel"),
+        (lambda: PixelSpace((0.5,), (0.0,)), "std > 0"),
+        (lambda: random_other_class(torch.zeros(2, dtype=torch.long), 1, gen()), "two classes"),
+        (lambda: SPACE.normalize(torch.zeros(1, 4, 2, 2)), "3 channels"),
+    ],
+)
+def test_errors(make: object, message: str) -> None:
+    with pytest.raises(ConadvError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_uint8_round_trip() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    x = SPACE.normalize(pixels)
+    assert torch.equal(SPACE.to_pixels(x).mul(255).round().to(torch.uint8), pixels)
+    assert torch.equal(SPACE.clip(x.clone()), x)
