@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise ConadvError(f"Cannot write the checkpoint {path}: {error}. Older checkpoints are intact.") from error
     _sync_folder(folder)
     for old in steps(folder)[:-keep]:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from pydantic import ValidationError
 
 from ._version import __version__
-from .config import Config, load_yaml, override, resolve
+from .config import Config, explain, load_yaml, override, resolve
 from .errors import ConadvError, unknown
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[args[0]](args[1:])
     except ConadvError as error:
         sys.stderr.write(f"conadv: {error}\n")
+        return EXIT_USER_ERROR
+    except ValidationError as error:  # tyro explains those of nested settings, not those of the top level
+        sys.stderr.write(f"conadv: {explain(error, 'options')}\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("conadv: interrupted; the newest checkpoint is intact (--resume)\n")
@@ -171,9 +175,10 @@ def _set_threads(threads: int | None) -> None:
 
 def _observer(options: RunOptions, out: Path) -> Observer:
     from .progress import TensorBoard, Together, for_terminal
+    from .run import RunDir
 
     shown = for_terminal(options.quiet)
-    return Together([shown, TensorBoard(out / "tensorboard")]) if options.tensorboard else shown
+    return Together([shown, TensorBoard(RunDir(out).tensorboard)]) if options.tensorboard else shown
 
 
 def _result_line(summary: dict[str, object]) -> str:
@@ -229,7 +234,7 @@ def _export(args: Sequence[str]) -> None:
 
 @dataclass
 class ReportArgs:
-    """Write a report about runs: report.html, report.md and report.json."""
+    """Write a report about runs: report.html, report.md and summary.json."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, or folders that contain runs."""

@@ -128,7 +128,11 @@ class TensorBoard(Silent):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConadvError("--tensorboard needs the extra: pip install 'conadv[tensorboard]'.") from error
-        self._writer: Any = SummaryWriter(str(folder))
+        self._open = lambda: SummaryWriter(str(folder))
+        self._writer: Any = None
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        self._writer = self._open()  # not before the run has its folder
 
     def step(self, record: StepRecord) -> None:
         values = {"train/loss": record.loss, "train/lr": record.lr, "train/grad_norm": record.grad_norm}
@@ -142,7 +146,8 @@ class TensorBoard(Silent):
         self._writer.add_scalar("test/accuracy", accuracy, step)
 
     def finish(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Together(Silent):

@@ -39,6 +39,10 @@ class RunDir:
     def weights(self) -> Path:
         return self.path / "model.safetensors"
 
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
     def open(self) -> Config:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
@@ -78,6 +82,7 @@ class RunDir:
 
     def _delete(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
         for file in (self.record, self.summary, self.weights, self.config):
             file.unlink(missing_ok=True)

@@ -231,6 +231,7 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         versions=record.versions(),
         machine=record.machine(_device_name(parts.engine.device), torch.get_num_threads()),
         git=record.git_state(),
+        ranks=1,
         recipe=parts.config.recipe,
         seed=parts.config.seed,
         config=parts.config.model_dump(mode="json"),

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import datasets
 
 from conadv.config import DataConfig
-from conadv.data import MemorySplit, PhotoSplit, build_source
+from conadv.data import MemorySplit, PhotoSplit, Split, build_source
 from conadv.data.files import read_rgb
 from conadv.data.splits import choose
 from conadv.errors import ConadvError
@@ -111,8 +111,8 @@ def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert np.abs(pixels - np.array([0, 255])[:, None, None]).max() <= 3
 
 
-def test_in_memory_images_are_resized_once_antialiased(tmp_path: Path) -> None:
-    # Red when: the resize takes the nearest pixel (then the chequers stay black and white).
+def test_in_memory_images_are_resized_once_antialiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: either resize takes the nearest pixel (then the chequers stay black and white).
     folder = make_folder(tmp_path, {"train": 2, "test": 2}, pixels=16)
     chequers = (np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(chequers).save(folder / "train" / "cat" / "0.png")
@@ -120,6 +120,9 @@ def test_in_memory_images_are_resized_once_antialiased(tmp_path: Path) -> None:
     assert source.image_size == 4
     assert (source.train.plain(torch.tensor([0])).int() - 127).abs().max() <= 8
     assert build_source(config("digits", image_size=16)).train.plain(torch.arange(2)).shape == (2, 1, 16, 16)
+    monkeypatch.setattr(datasets, "CIFAR10", fake(np.tile(chequers[None, :, :, None], (20, 1, 1, 3))))
+    source = build_source(config("cifar10", tmp_path, download=True, image_size=4))
+    assert (source.train.plain(torch.tensor([0])).int() - 127).abs().max() <= 8
 
 
 def test_images_of_any_shape_are_cropped_to_the_centre_with_image_size(root: Path) -> None:
@@ -136,7 +139,7 @@ def test_images_of_any_shape_are_cropped_to_the_centre_with_image_size(root: Pat
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_subset_keeps_every_class_share(sizes: list[int], data: st.DataObject) -> None:
-    # Red when: the first samples are taken without regard to the class.
+    # Red when: samples are taken without regard to the class; the remainders go to the smallest first.
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
     count = data.draw(st.integers(1, len(labels)))
@@ -148,9 +151,16 @@ def test_a_subset_keeps_every_class_share(sizes: list[int], data: st.DataObject)
         return
     assert len(chosen.unique()) == count
     share = torch.tensor(sizes) * count / len(labels)
-    assert (torch.bincount(labels[chosen], minlength=len(sizes)) - share).abs().max() <= 1
-    if count < len(labels):
-        assert set(chosen.tolist()) < set(choose(labels, count + 1, names).tolist())
+    assert (torch.bincount(labels[chosen], minlength=len(sizes)) - share).abs().max() < 1
+
+
+def test_a_subset_is_drawn_at_random_from_each_class() -> None:
+    # Red when: the samples are not shuffled before the first of each class are taken.
+    labels = torch.arange(1000) // 500
+    chosen = choose(labels, 100, ("a", "b"))
+    assert torch.equal(chosen, chosen.unique())
+    assert 150 < chosen[:50].double().mean() < 350
+    assert 650 < chosen[50:].double().mean() < 850
 
 
 @pytest.mark.parametrize("source", ["digits", "cifar10", "folder"])
@@ -158,13 +168,17 @@ def test_train_images_takes_a_stratified_subset_of_train_only(root: Path, source
     directory, count = (None, 100) if source == "digits" else (root, 6)
     data = build_source(config(source, directory, train_images=count, image_size=8))
     whole = build_source(config(source, directory, image_size=8))
+    # Red when: labels are taken and images are not.
     per_class = torch.bincount(data.train.labels)
     assert per_class.sum() == count
     assert per_class.max() - per_class.min() <= 1
     assert torch.equal(data.test.labels, whole.test.labels)
-    taken = data.train.plain(torch.arange(count)).flatten(1).tolist()
-    allowed = whole.train.plain(torch.arange(len(whole.train.labels))).flatten(1).tolist()
-    assert all(image in allowed for image in taken)
+    assert pairs(data.train) < pairs(whole.train)
+
+
+def pairs(split: Split) -> set[tuple[bytes, int]]:
+    images = split.plain(torch.arange(len(split.labels)))
+    return {(x.numpy().tobytes(), int(y)) for x, y in zip(images, split.labels, strict=True)}
 
 
 # torchvision's downloads, without the network

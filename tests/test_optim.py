@@ -140,8 +140,8 @@ class Oracle:
 @pytest.mark.parametrize("foreach", FORMS)
 @ALL_CASES
 def test_equals_the_reference_in_float64(case: Case, foreach: bool | None) -> None:
-    """20 steps, weights and state after each. Red when: ratio 0 at zero norms; wd left out of the update; m, v swapped;
-    t counted from 0; the clamp of "nus" at 11 or before the decay; buffer times lr twice."""
+    """20 steps, weights and state after each. Red when: ratio 0 at zero norms; wd left out of the update; beta1 in
+    place of beta2; t counted from 0; "nus" clamped at 11 or its ratio at 60; "larc" not clipped; lr applied twice."""
     params = make_params()
     optimizer, oracle = case.build(params, foreach), Oracle(case, params)
     for step, lr in enumerate(LRS):
@@ -190,8 +190,8 @@ def test_bfloat16_is_the_float32_step_rounded(case: Case, foreach: bool | None) 
 @pytest.mark.parametrize("foreach", FORMS)
 @ALL_CASES
 def test_a_saved_state_continues_bit_for_bit(case: Case, foreach: bool | None) -> None:
-    """Through torch.save and weights_only=True, in the middle of a run. Red when: the state key is renamed on load, or
-    the step counter starts again."""
+    """Through torch.save and weights_only=True, in the middle of a run. Red when: LAMB's u holds what the scratch held
+    before (two runs differ)."""
     params = make_params(torch.float32)
     optimizer = case.build(params, foreach)
     for step in range(5):
@@ -254,7 +254,8 @@ def test_gradients_are_only_read(case: Case, foreach: bool | None) -> None:
 
 @ALL_CASES
 def test_behaves_as_a_torch_optimizer(case: Case) -> None:
-    """Closure with gradients on, zero_grad, a scheduler, add_param_group with its own options."""
+    """Closure, zero_grad, a scheduler, add_param_group with its own options. Red when: the closure runs without
+    gradients."""
     p, late = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
     optimizer = case.kind([p], 0.5, **case.settings)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
@@ -372,14 +373,18 @@ def test_lars_without_adaptation_is_torch_sgd(variant: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-def test_lars_fused_form_keeps_tiny_rates_exact() -> None:
-    """A rate of 1e-13 is 1.1e-16 / 1e-13 = 0.1 % off in 1 - (1 - rate). Red when: the smallest fused rate is 0."""
-    p = nn.Parameter(torch.ones(2, 2))
-    optimizer = LARS([{"params": [p], "adapt": False}], 1.3e-13, weight_decay=0.0)
-    p.grad = torch.ones(2, 2)
+@pytest.mark.parametrize(
+    ("dtype", "rate", "rtol"), [(torch.float32, 1.3e-13, 1e-6), (torch.float64, 1.3e-7, 1e-13)], ids=str
+)
+def test_small_rates_stay_exact_in_the_default_form(dtype: torch.dtype, rate: float, rtol: float) -> None:
+    """The fused kernel's 1 - (1 - rate) is off by up to 1.1e-16: 0.1 % and 1e-9 of these rates. Red when: the smallest
+    fused rate is 0 (float32), or float64 takes the fused kernel."""
+    p = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+    optimizer = LARS([{"params": [p], "adapt": False}], rate, weight_decay=0.0)
+    p.grad = torch.ones_like(p)
     optimizer.step()
-    expected = torch.full((2, 2), 1.3e-13)
-    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected, rtol=1e-6, atol=0)
+    expected = torch.full_like(p, rate).detach()
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], expected, rtol=rtol, atol=0)
 
 
 def test_default_form_on_cpu_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,6 +484,7 @@ def test_bad_options_are_refused(kind: type, options: dict[str, Any], message: s
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
 def test_a_refused_group_leaves_the_optimizer_as_it_was(kind: type) -> None:
+    """Red when: the group stays after its check failed."""
     optimizer = kind([nn.Parameter(torch.ones(2))], 0.1)
     with pytest.raises(ConadvError, match="adapt = 1"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "adapt": 1})
@@ -489,6 +495,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
 def test_sparse_gradients_are_refused(kind: type) -> None:
+    """Red when: the layout is not looked at."""
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ConadvError, match="sparse=False"):

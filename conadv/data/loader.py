@@ -100,6 +100,7 @@ class Data:
         splits = {"train": self.source.train, "test": self.source.test}
         if split not in splits:
             raise unknown("split", split, splits)
+        assert limit is None or limit > 0, limit
         size = len(splits[split].labels)
         indices = torch.arange(size)
         if limit is not None:

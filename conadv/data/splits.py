@@ -52,9 +52,6 @@ class MemorySplit:
     def plain(self, indices_N: Tensor) -> Tensor:
         return self.images[indices_N]
 
-    def subset(self, indices: Tensor) -> MemorySplit:
-        return MemorySplit(self.images[indices], self.labels[indices], self.flip)
-
 
 @dataclass(frozen=True)
 class PhotoSplit:
@@ -85,8 +82,8 @@ class PhotoSplit:
 def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) -> Tensor:
     """Sorted indices of a stratified subset of ``count`` samples, chosen by seed 0; all of them for None.
 
-    Samples are taken by their place in the random order of their own class, counted in shares of the class. So every
-    class keeps its share to within one sample, and a smaller subset is part of a larger one.
+    Every class keeps its share to within less than one sample: what rounding down leaves over goes to the classes with
+    the largest remainders. Raises ConadvError for more samples than there are, and for a class left without any.
     """
     if count is None:
         return torch.arange(len(labels_N))
@@ -95,16 +92,16 @@ def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) ->
             f"data.train_images {count} is larger than the training set of {len(labels_N)} images. Leave it out to "
             "train on all of them."
         )
-    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
-    by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
     sizes = torch.bincount(labels_N, minlength=len(class_names))
-    place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    share = (place + 0.5).double() / torch.repeat_interleave(sizes, sizes)
-    chosen = by_class[torch.argsort(share, stable=True)[:count]]
-    left_out = torch.bincount(labels_N[chosen], minlength=len(class_names)) == 0
-    if left_out.any():
+    taken = sizes * count // len(labels_N)
+    remainder = sizes * count % len(labels_N)
+    taken[torch.argsort(remainder, descending=True, stable=True)[: count - int(taken.sum())]] += 1
+    if not taken.all():
         raise ConadvError(
-            f"data.train_images {count} leaves no image of class {class_names[int(left_out.int().argmax())]!r}. "
+            f"data.train_images {count} leaves no image of class {class_names[int(taken.argmin())]!r}. "
             f"Take more: there are {len(class_names)} classes."
         )
-    return chosen.sort().values
+    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
+    by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
+    place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values

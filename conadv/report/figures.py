@@ -153,6 +153,7 @@ def curves(comparison: Comparison) -> Figure | None:
         _draw_curves(axes, comparison, curve)
         axes.set_title(title)
         axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         _log_if_wide(axes) if "loss" in title else _show_second_half(axes)
     _legend(figure, comparison)
     return figure

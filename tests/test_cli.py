@@ -1,0 +1,131 @@
+"""The program as a user meets it: help without torch, exit codes, messages, and a run from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conadv.cli import main
+
+SMALL = [
+    *("--model.width", "4", "--steps", "2", "--schedule.warmup-epochs", "0", "--global-batch-size", "128"),
+    *("--eval.robust-images", "32", "--eval.train-images", "64", "--quiet"),
+]
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["recipes"], ["train", "digits", "--help"], ["--version"]])
+def test_help_does_not_import_torch(args: list[str]) -> None:
+    # Red when: cli.py imports the trainer at the top.
+    code = f"import sys; from conadv.cli import main\ntry: main({args!r})\nexcept SystemExit: pass\n"
+    done = python("-c", code + "print('TORCH' if 'torch' in sys.modules else 'FREE')")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "FREE"
+
+
+def test_module_and_help() -> None:
+    done = python("-m", "conadv", "--help")
+    assert done.returncode == 0
+    for command in ("recipes", "train", "eval", "export", "report", "demo"):
+        assert f"\n  {command}" in done.stdout
+
+
+def test_recipes_lists_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["digits", "cifar10", "fashion-mnist", "imagefolder"]
+
+
+def test_train_eval_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert main(["train", "digits", *SMALL, "--out", str(a)]) == 0
+    args = ["--method", "conadv", "--lookahead", "--staleness", "2", "--eps", "16/255", "--lr", "1.5", "--seed", "3"]
+    assert main(["train", "digits", *SMALL, *args, "--out", str(b), "--tensorboard"]) == 0
+    summary = json.loads((b / "summary.json").read_text())
+    assert (summary["staleness"], summary["lookahead"], summary["seed"], summary["lr"]) == (2, True, 3, 1.5)
+    assert summary["eps"] == 16 / 255
+    assert list((b / "tensorboard").iterdir())
+    assert capsys.readouterr().out == ""  # --quiet
+    assert main(["eval", str(b)]) == 0
+    assert f"{100 * summary['test_accuracy']:6.2f} %" in capsys.readouterr().out
+    assert main(["export", str(b)]) == 0
+    assert (b / "model.safetensors").is_file()
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    assert "conadv" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(b / "config.yaml"), "--out", str(again), "--quiet"]) == 0
+    assert json.loads((again / "summary.json").read_text())["test_loss"] == summary["test_loss"]
+    assert main(["train", "--config", str(b / "config.yaml"), "--out", str(b), "--resume", "--quiet"]) == 0
+
+
+def test_plain_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "digits", *SMALL[:-1], "--out", str(tmp_path / "a")]) == 0
+    out = capsys.readouterr().out
+    for text in ("global batch 128 = micro-batch 128", "norm", "step 2/2", "left 0 s", "test accuracy", "run directory"):
+        assert text in out
+
+
+WRONG = {
+    "no command": (["trian"], "Did you mean 'train'"),
+    "no recipe": (["train", "--lr", "1"], "Name the recipe first"),
+    "recipe": (["train", "digit"], "Did you mean 'digits'"),
+    "staleness": (["train", "digits", "--staleness", "2"], "staleness has no effect"),
+    "eps": (["train", "digits", "--method", "disadv", "--eps", "8"], "Did you mean 8/255"),
+    "no data": (["train", "cifar10"], "--data DIR"),
+    "missing data": (["train", "cifar10", "--data", "nowhere-at-all"], "nowhere-at-all"),
+    "batch": (["train", "digits", "--global-batch-size", "4000"], "larger than the training set"),
+    "warm-up": (["train", "digits", "--steps", "2"], "does not fit"),
+    "threads": (["train", "digits", "--threads", "0"], "--threads 0"),
+    "no run": (["eval", "nowhere-at-all"], "not a run directory"),
+    "no export": (["export", "nowhere-at-all"], "not a run directory"),
+    "no report": (["report"], "at least one run"),
+    "config": (["train", "--config"], "needs a file"),
+    "seeds": (["demo", "--seeds", "0"], "--seeds"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_users_errors_are_one_message_and_exit_2(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args, message = WRONG[name]
+    assert main(args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []  # nothing is made, nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lrr", "3"], "--lr"),
+        (["--lr", "-3"], "greater than 0"),
+        (["--eps", "4/0"], "4/255"),
+        (["--method", "conad"], "conadv"),
+        (["--global-batch-size", "0"], "greater than or equal to 1"),
+        (["--optim.momentumm", "0.9"], "--optim.momentum"),
+    ],
+)
+def test_bad_options_name_the_nearest(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: object = main(["train", "digits", *args])
+    except SystemExit as stop:  # how tyro ends
+        code = stop.code
+    assert code == 2
+    assert message in "".join(capsys.readouterr())
+
+
+def test_default_folder_tells_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "digits", *SMALL, "--method", "conadv", "--lookahead"]) == 0
+    assert (tmp_path / "runs/digits/conadv-tau1-lookahead-lars-batch128-seed0/summary.json").is_file()

@@ -1,0 +1,168 @@
+"""Config: defaults resolved, mistakes named, overrides that mean what they say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conadv import recipes
+from conadv.config import (
+    Config,
+    accumulation,
+    differences,
+    dump_yaml,
+    load_yaml,
+    override,
+    parse,
+    parse_fraction,
+    replace,
+    resolve,
+    scaled_lr,
+)
+from conadv.errors import ConadvError
+
+BASE = recipes.get("digits")
+
+
+def test_fractions() -> None:
+    assert parse_fraction("4/255") == 4 / 255
+    assert parse_fraction(" 8 / 255") == 8 / 255
+    assert parse_fraction("0.5") == 0.5
+    for bad in ("4/0", "x", "4//2"):
+        with pytest.raises(ValueError, match=r"4/255"):
+            parse_fraction(bad)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "both durations": ({"steps": 3}, "Give the duration once"),
+    "no duration": ({"epochs": None}, "Give the duration once"),
+    "staleness": ({"staleness": 1}, "staleness has no effect with method 'vanilla'"),
+    "lookahead": ({"method": "disadv", "lookahead": True}, "lookahead has no effect"),
+    "lookahead at 0": ({"method": "conadv", "staleness": 0, "lookahead": True}, "weights are current"),
+    "pending": ({"method": "noise", "pending_dtype": "uint8"}, "pending_dtype has no effect"),
+    "adv weight": ({"adv_weight": 2.0}, "adv_weight has no effect"),
+    "aug weight": ({"aug_weight": 2.0}, "data.aug_view"),
+    "recycle pgd": ({"method": "recycle", "attack__num_steps": 3}, "one gradient"),
+    "recycle targeted": ({"method": "recycle", "attack__targeted": True}, "one gradient"),
+    "recycle step": ({"method": "recycle", "attack__step_size": 0.01}, "one gradient"),
+    "eps": ({"method": "disadv", "attack__eps": 8.0}, "Did you mean 8/255"),
+    "step size": ({"method": "disadv", "attack__step_size": 2.0}, "Did you mean 2/255"),
+    "robust eps": ({"eval__robust_eps": 8.0}, "Did you mean 8/255"),
+    "betas for lars": ({"optim__betas": (0.9, 0.99)}, "optim.betas has no effect with optimizer 'lars'"),
+    "variant for sgd": ({"optim__name": "sgd", "optim__variant": "tf"}, "optim.variant has no effect"),
+    "betas range": ({"optim__name": "lamb", "optim__betas": (0.9, 1.0)}, r"\[0, 1\)"),
+    "scaling": ({"optim__lr_scaling": "linear"}, "belong together"),
+    "micro": ({"micro_batch_size": 100}, "micro-batch that divides 898"),
+    "micro too large": ({"micro_batch_size": 1000}, "micro-batch that divides 898"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rules(name: str) -> None:
+    changes, message = WRONG[name]
+    with pytest.raises(ConadvError, match=message):
+        resolve(replace(BASE, **changes))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"methd": "conadv"}, "Did you mean 'method'"),
+        ({"optim": {"learning_rate": 1}}, "optim.learning_rate"),
+        ({"global_batch_size": 0}, "greater than or equal to 1"),
+        ({"global_batch_size": -8}, "global_batch_size"),
+        ({"optim": {"lr": 0}}, "greater than 0"),
+        ({"optim": {"lr": math.inf}}, "finite"),
+        ({"attack": {"eps": -0.1}}, "attack.eps"),
+        ({"attack": {"random_start": 1.5}}, "attack.random_start"),
+        ({"method": "conad"}, "conadv"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConadvError, match=message):
+        parse(values, "config.yaml")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(["vanilla", "noise", "disadv", "conadv", "recycle"]),
+            "seed": st.integers(0, 2**40),
+            "optim__name": st.sampled_from(["lars", "lamb", "sgd", "adamw"]),
+            "optim__lr": st.floats(1e-8, 1e8),
+            "attack__eps": st.floats(0, 1),
+            "precision": st.sampled_from(["fp32", "bf16"]),
+        }
+    )
+)
+def test_resolving_is_idempotent_and_yaml_keeps_every_bit(tmp_path_factory: Any, changes: dict[str, Any]) -> None:
+    # Red when: a float is written with fewer digits than it has.
+    config = resolve(replace(BASE, **changes))
+    assert resolve(config) == config
+    path: Path = tmp_path_factory.mktemp("c") / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert load_yaml(path) == config
+    assert differences(config, load_yaml(path)) == []
+
+
+def test_resolved_defaults_belong_to_the_choice() -> None:
+    conadv = resolve(replace(BASE, method="conadv"))
+    assert (conadv.staleness, conadv.lookahead, conadv.pending_dtype) == (1, False, "float32")
+    assert resolve(BASE).staleness is None
+    assert resolve(replace(BASE, optim__variant="timm")).optim.eps == 1e-8
+    assert resolve(replace(BASE, method="disadv", attack__num_steps=4)).attack.step_size == pytest.approx(0.125)
+    assert resolve(BASE).micro_batch_size == 898
+
+
+def test_overrides() -> None:
+    # Red when: override keeps epochs beside steps, or a base's staleness beside another method.
+    assert override(BASE, replace(BASE, steps=5)).epochs is None
+    saved = resolve(replace(BASE, method="conadv", staleness=3, optim__name="lamb"))
+    other = resolve(override(saved, replace(saved, method="noise")))
+    assert (other.staleness, other.pending_dtype) == (None, None)
+    assert resolve(override(saved, replace(saved, method="recycle"))).pending_dtype == "float32"
+    assert resolve(override(saved, replace(saved, global_batch_size=64))).micro_batch_size == 64
+    assert resolve(override(saved, replace(saved, attack__eps=0.1))).attack.step_size == 0.1
+    with pytest.raises(ConadvError, match="belongs to lars. Give --lr"):
+        override(BASE, replace(BASE, optim__name="sgd"))
+    assert resolve(override(BASE, replace(BASE, optim__name="sgd", optim__lr=0.1))).optim.variant is None
+    for name, method in (("eps", "vanilla"), ("num_steps", "noise"), ("eps", "multiview")):
+        with pytest.raises(ConadvError, match=f"attack.{name} has no effect"):
+            override(BASE, replace(BASE, method=method, **{f"attack__{name}": 0.1 if name == "eps" else 3}))
+    assert override(BASE, replace(BASE, method="noise", attack__eps=0.1)).attack.eps == 0.1
+
+
+def test_accumulation_and_scaling() -> None:
+    # Red when: accumulation forgets the ranks, or the square root is taken of the lr.
+    config = replace(BASE, global_batch_size=4096, micro_batch_size=64)
+    assert [accumulation(config, ranks) for ranks in (1, 8, 64)] == [64, 8, 1]
+    with pytest.raises(ConadvError, match=r"3 rank\(s\)"):
+        accumulation(config, 3)
+    with pytest.raises(ConadvError, match=r"128 rank\(s\)"):
+        accumulation(config, 128)
+    optim = replace(BASE, optim__lr=0.5, optim__lr_scaling="linear", optim__lr_reference_batch=256).optim
+    assert scaled_lr(optim, 4096) == 8.0
+    assert scaled_lr(replace(optim, lr_scaling="sqrt"), 4096) == 2.0
+
+
+def test_unreadable_configs(tmp_path: Path) -> None:
+    for text, message in (("a: [", "Cannot read"), ("- 1\n", "not a mapping"), ("seed: 1\nsed: 2\n", "Did you mean 'seed'")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConadvError, match=message):
+            load_yaml(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConadvError, match="Cannot read"):
+        load_yaml(tmp_path / "c.yaml")
+    with pytest.raises(ConadvError, match="Cannot read"):
+        load_yaml(tmp_path / "nothing.yaml")
+
+
+def test_default_config_needs_a_duration_only() -> None:
+    assert resolve(Config(steps=1)).steps == 1

@@ -1,0 +1,261 @@
+"""Run directories: what is in them, bitwise resume, and errors that lose nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conadv import ConadvError, NonFiniteError, recipes
+from conadv.checkpoint import load, load_newest, save, steps
+from conadv.config import Config, load_yaml, replace, resolve
+from conadv.export import export, load_plain_model
+from conadv.models import build_model
+from conadv.progress import Silent
+from conadv.record import read_lines
+from conadv.run import RunDir
+from conadv.trainer import build, load_run, measure, train
+
+FIELDS = """method staleness lookahead optimizer lr global_batch_size micro_batch_size batchnorm_batch_size seed steps
+epochs train_loss train_accuracy test_accuracy robust_accuracy seconds clean_images_per_second
+gradient_images_per_second attack_seconds_share version""".split()
+
+
+def config(**changes: Any) -> Config:
+    """Six steps on digits: two epochs of three steps, evaluated and saved every epoch."""
+    base = replace(
+        recipes.get("digits"),
+        global_batch_size=256,
+        micro_batch_size=64,
+        epochs=2,
+        model__width=4,
+        optim__lr=2.0,
+        schedule__warmup_epochs=1,
+        eval__every_epochs=1,
+        eval__robust_images=64,
+        eval__robust_steps=2,
+        checkpoint__every_epochs=1 / 3,
+        checkpoint__keep=10,
+    )
+    return replace(base, **changes)
+
+
+METHODS = {
+    "vanilla": {},
+    "multiview": {"method": "multiview", "data__augment": "basic"},
+    "noise": {"method": "noise"},
+    "disadv": {"method": "disadv"},
+    "conadv-tau2": {"method": "conadv", "staleness": 2, "pending_dtype": "uint8"},
+    "conadv-lookahead": {"method": "conadv", "lookahead": True, "optim__name": "lamb", "optim__lr": 0.01},
+    "recycle": {"method": "recycle", "optim__name": "sgd", "optim__lr": 0.05},
+    "three-routes": {"method": "conadv", "data__aug_view": "basic", "optim__name": "adamw", "optim__lr": 0.01},
+}
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    drop = ("time", "phases", "type")
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines if line["type"] in ("step", "eval")]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_newest(out / "checkpoints", torch.device("cpu"))["model"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
+    # Red when: pending is not saved, the order starts at step 0 again, or truncate keeps steps after the checkpoint.
+    settings = config(**METHODS[name])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    summary = train(settings, whole)
+    assert set(FIELDS) <= summary.keys()
+    assert summary == json.loads((whole / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"], summary["batchnorm_batch_size"]) == (6, 2, 64)
+    assert 0 <= summary["robust_accuracy"] <= summary["test_accuracy"] <= 1
+    lines = read_lines(whole / "record.jsonl")
+    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3]
+    assert load_yaml(whole / "config.yaml") == resolve(settings)
+
+    train(settings, cut)
+    for late in (5, 6):  # as if the run had been killed after writing two more steps than its last checkpoint
+        (cut / "checkpoints" / f"step_{late:08d}.pt").unlink()
+    assert steps(cut / "checkpoints") == [1, 2, 3, 4]
+    train(settings, cut, resume=True)
+    after = read_lines(cut / "record.jsonl")
+    assert without_times(after) == without_times(lines)
+    assert [line["step"] for line in after if line["type"] == "resume"] == [4]
+    a, b = weights(whole), weights(cut)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
+    # Red when: a default that decides the outcome is not written into config.yaml.
+    train(config(method="conadv"), tmp_path / "a")
+    train(load_yaml(tmp_path / "a" / "config.yaml"), tmp_path / "b")
+    assert all(torch.equal(x, y) for x, y in zip(weights(tmp_path / "a").values(), weights(tmp_path / "b").values()))
+
+
+def test_seeds_differ_and_one_seed_is_one_result(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(config(seed=seed), tmp_path / name)
+    a, b, c = (weights(tmp_path / name)["conv1.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path) -> None:
+    # Red when: export writes the adv route, or leaves the routes in.
+    train(config(method="disadv"), tmp_path)
+    path = export(tmp_path)
+    plain = build_model(config().model, 1, 10)
+    plain.load_state_dict(load_file(path), strict=True)
+    parts = load_run(tmp_path, torch.device("cpu"))
+    x, _ = next(iter(parts.data.eval_batches("test", None, 100)))
+    parts.model.eval()
+    want = parts.model(parts.space.normalize(x))
+    assert torch.equal(plain.eval()(parts.space.normalize(x)), want)
+    assert torch.equal(load_plain_model(tmp_path)(parts.space.normalize(x)), want)
+
+
+def test_evaluation_repeats_the_summary(tmp_path: Path) -> None:
+    summary = train(config(method="conadv"), tmp_path)
+    results = measure(load_run(tmp_path, torch.device("cpu")))
+    assert results["test"].accuracy == summary["test_accuracy"]
+    assert results["robust"].accuracy == summary["robust_accuracy"]
+    assert results["train"].loss == summary["train_loss"]
+
+
+def test_costs_are_counted_in_images(tmp_path: Path) -> None:
+    # Red when: the attack's gradients are left out of gradient_images_per_second.
+    ratios = {}
+    for method in ("vanilla", "noise", "disadv", "recycle"):
+        s = train(config(method=method), tmp_path / method)
+        ratios[method] = s["gradient_images_per_second"] / s["clean_images_per_second"]
+        assert s["clean_images_per_second"] == pytest.approx(6 * 256 / s["seconds"])
+    assert ratios == pytest.approx({"vanilla": 1, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6})
+
+
+def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, {"x": torch.ones(2)}, keep=2)
+    assert steps(tmp_path) == [2, 3]
+    (tmp_path / "step_00000004.tmp").mkdir()  # nothing can be written under that name
+    with pytest.raises(ConadvError, match="Older checkpoints are intact"):
+        save(tmp_path, 4, {"x": torch.ones(2)}, keep=2)
+    assert load_newest(tmp_path, torch.device("cpu"))["step"] == 3
+
+
+class _Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("run by a checkpoint",))
+
+
+def test_checkpoints_run_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: torch.load is called with weights_only=False.
+    torch.save({"format": 1, "x": _Evil()}, tmp_path / "step_00000001.pt")
+    with pytest.raises(ConadvError, match="Cannot read"):
+        load(tmp_path / "step_00000001.pt", torch.device("cpu"))
+    assert "run by" not in capsys.readouterr().out
+
+
+def test_non_finite_stops_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    # Red when: the loop saves before it checks.
+    with pytest.raises(NonFiniteError, match="Step"):
+        train(config(optim__name="sgd", optim__lr=1e18, schedule__warmup_epochs=0), tmp_path)
+    kept = load_newest(tmp_path / "checkpoints", torch.device("cpu"))
+    assert all(value.isfinite().all() for value in kept["model"].values() if value.is_floating_point())
+    last = read_lines(tmp_path / "record.jsonl")[-1]
+    assert last["type"] == "error"
+    assert last["step"] >= kept["step"]
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_folder_with_a_run_is_safe(tmp_path: Path) -> None:
+    # Red when: start deletes before check.
+    out = tmp_path / "run"
+    train(config(), out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    cases: list[tuple[dict[str, Any], Config, str]] = [
+        ({}, config(), "already holds a run"),
+        ({"resume": True, "overwrite": True}, config(), "give one of them"),
+        ({"resume": True}, config(seed=9), r"seed: 0 -> 9"),
+        ({"overwrite": True}, config(global_batch_size=5000, micro_batch_size=None), "larger than the training set"),
+    ]
+    for options, settings, message in cases:
+        with pytest.raises(ConadvError, match=message):
+            train(settings, out, **options)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("precious")
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(ConadvError, match="not empty"):
+            train(config(), other, **options)
+    with pytest.raises(ConadvError, match="not a run directory"):
+        train(config(), other, resume=True)
+    assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+    train(config(), out, overwrite=True)
+
+
+def test_record_tail_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+    train(config(), tmp_path)
+    path = RunDir(tmp_path).record
+    path.write_text(path.read_text() + '{"type": "step", "st')
+    assert read_lines(path)[-1]["step"] == 5
+    path.write_text('{"broken\n' + path.read_text())
+    with pytest.raises(ConadvError, match="line 1"):
+        read_lines(path)
+
+
+def test_observers_hear_of_every_step(tmp_path: Path) -> None:
+    class Count(Silent):
+        steps = evaluations = 0
+
+        def step(self, record: Any) -> None:
+            self.steps += 1
+
+        def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+            self.evaluations += 1
+
+    seen = Count()
+    train(config(), tmp_path, observer=seen)
+    assert (seen.steps, seen.evaluations) == (6, 1)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_resolves_for_every_method(name: str) -> None:
+    from conadv.methods import METHODS as ALL
+
+    for method in ALL:
+        resolved = resolve(replace(recipes.get(name), method=method))
+        assert resolve(resolved) == resolved
+    assert recipes.summary(name)
+
+
+def test_models_by_name() -> None:
+    from conadv.config import ModelConfig
+
+    x = torch.zeros(2, 3, 32, 32)
+    assert build_model(ModelConfig(name="resnet20"), 3, 10)(x).shape == (2, 10)
+    assert sum(p.numel() for p in build_model(ModelConfig(name="resnet20"), 3, 10).parameters()) == 272_474
+    assert build_model(ModelConfig(name="resnet18"), 3, 7).fc.out_features == 7
+    with pytest.raises(ConadvError, match="resnet50"):
+        build_model(ModelConfig(name="resnet5o"), 3, 10)
+    with pytest.raises(ConadvError, match="3 channels"):
+        build_model(ModelConfig(name="resnet18"), 1, 10)
+    with pytest.raises(ConadvError, match="no effect"):
+        build_model(ModelConfig(name="resnet18", width=4), 3, 10)
+
+
+def test_learning_rate_reaches_the_optimizer_as_the_schedule_says(tmp_path: Path) -> None:
+    # Red when: the lr is set after the update, or warm-up counts epochs as steps.
+    parts = build(resolve(config()), torch.device("cpu"))
+    train(config(), tmp_path)
+    lrs = [line["lr"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "step"]
+    assert lrs == [parts.schedule(t) for t in range(6)]
+    assert lrs[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
+    assert lrs[3:] == pytest.approx([2.0 * (1 - s / 3) ** 2 for s in range(3)])
