@@ -12,6 +12,7 @@ import tyro
 from pydantic import ValidationError
 
 from ._version import __version__
+from .allocator import keep_freed_memory
 from .config import Config, explain, load_yaml, override, resolve
 from .errors import ConadvError, unknown
 
@@ -123,6 +124,7 @@ def _train(args: Sequence[str]) -> None:
     options = parsed.run
     out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
     _set_threads(options.threads)
+    keep_freed_memory()
     from .trainer import train
 
     summary = train(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import recipes
+from .allocator import keep_freed_memory
 from .config import Config, replace
 from .errors import ConadvError
 from .progress import Silent
@@ -47,7 +48,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Folder for the runs, report.html, report.md and summary.json."""
-    seeds: int = 4
+    seeds: int = 3
     """Seeds per arm, from 0."""
     jobs: int | None = None
     """Runs at a time, one thread each (default: one per core, at most 8)."""
@@ -123,6 +124,7 @@ def _start_worker() -> None:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _train(job: Job, number: int, reports: Any) -> None:

@@ -69,7 +69,14 @@ def test_train_eval_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_plain_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "digits", *SMALL[:-1], "--out", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
-    for text in ("global batch 128 = micro-batch 128", "norm", "step 2/2", "left 0 s", "test accuracy", "run directory"):
+    for text in (
+        "global batch 128 = micro-batch 128",
+        "norm",
+        "step 2/2",
+        "left 0 s",
+        "test accuracy",
+        "run directory",
+    ):
         assert text in out
 
 

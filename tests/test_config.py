@@ -153,7 +153,11 @@ def test_accumulation_and_scaling() -> None:
 
 
 def test_unreadable_configs(tmp_path: Path) -> None:
-    for text, message in (("a: [", "Cannot read"), ("- 1\n", "not a mapping"), ("seed: 1\nsed: 2\n", "Did you mean 'seed'")):
+    for text, message in (
+        ("a: [", "Cannot read"),
+        ("- 1\n", "not a mapping"),
+        ("seed: 1\nsed: 2\n", "Did you mean 'seed'"),
+    ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ConadvError, match=message):
             load_yaml(tmp_path / "c.yaml")

@@ -202,20 +202,20 @@ def test_models_without_batch_statistics_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("tau", [0, 1, 2, 4])
-@pytest.mark.parametrize("lookahead", [False, True])
-def test_engine_equals_algorithm_1_bitwise(tau: int, lookahead: bool) -> None:
+@pytest.mark.parametrize(("lookahead", "fuse"), [(False, False), (False, True), (True, False)])
+def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> None:
+    """Bitwise, but where sums are taken in another order (all views in one pass, powers of mu): then to rounding."""
     # Red when: prepare attacks `batch` instead of `future`; the attack runs after the update; staleness is tau - 1.
     if lookahead and not tau:
         pytest.skip("look-ahead needs staleness")
-    # without look-ahead weight decay changes nothing about the claim; with it the closed form is equal in float64
     model = tiny_resnet("adv", dtype=torch.float64)
     twin = copy.deepcopy(model)
     attack = FGSM(EPS, space=SPACE) if lookahead else ATTACK
-    engine = make(Concurrent(attack, tau, lookahead), model)
+    engine = make(Concurrent(attack, tau, lookahead), model, fuse_views=fuse)
     records = run(engine, 7, dtype=torch.float64)
     stream = [(b.micro[0].views["clean"], b.micro[0].y_N) for b in (as_batch(t, dtype=torch.float64) for t in range(7))]
     losses = algorithm_1(twin, sgd(twin), stream, attack, tau, draws, lookahead)
-    if lookahead:  # sums of powers of mu against repeated multiplication: equal up to rounding
+    if lookahead or fuse:
         assert [r.loss for r in records] == pytest.approx(losses, rel=1e-9)
         for a, b in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-7, atol=1e-10)

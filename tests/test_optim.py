@@ -227,8 +227,8 @@ def test_a_late_parameter_starts_fresh_and_one_without_gradient_stays(case: Case
     """As the adversarial route's batch norm, which has no gradient in step 0. Red when: t is shared by the group."""
     params = make_params()
     optimizer = case.build(params, foreach)
-    take_step_without = make_grads(1, params)
-    for p, g in zip(params[:-1], take_step_without, strict=False):
+    some_grads = make_grads(1, params)
+    for p, g in zip(params[:-1], some_grads, strict=False):
         p.grad = g
     before = params[-1].detach().clone()
     optimizer.param_groups[1]["lr"] = 0.1

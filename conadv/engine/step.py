@@ -38,15 +38,16 @@ class TrainStep:
             record = step(batch, future)
 
     A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and micro-batches. A step
-    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route, all views in
-    one forward pass per micro-batch. Instead of calling the step as a whole, a loop of one's own may call the phases:
+    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route. Instead of calling the step as a whole, a loop of one's own may call the phases:
     ``gradient(batch)`` in place of ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, and
     ``update()``, or its own ``optimizer.step()`` followed by ``advance()``.
 
     loss: (logits_NK, y_N) -> mean over N; cross-entropy by default. view_weights: weight per view, default 1 each.
     space: the model's normalisation, needed for uint8 images and uint8 pending; default: the method's.
     precision: "fp32", or "bf16" for autocast. lr_at: the schedule; sets the learning rate of every group at each
-    update. seed: keys every random draw, inside the model (dropout) as well as in attacks; the global generators are
+    update. fuse_views: all views of a micro-batch in one forward pass, or one pass per view; equal up to rounding.
+    Default: one pass on CUDA (fewer, larger kernels), one per view on the CPU (caches hold more of a smaller batch, and
+    less memory is needed; docs/experiments.md has the figures). seed: keys every random draw, inside the model (dropout) as well as in attacks; the global generators are
     left as they were.
 
     Raises ConadvError where the model has batch norm without the routes that the views need.
@@ -67,6 +68,7 @@ class TrainStep:
         channels_last: bool = False,
         pending_dtype: str | None = None,
         lr_at: Schedule | None = None,
+        fuse_views: bool | None = None,
         seed: int = 0,
         executor: Executor | None = None,
     ) -> None:
@@ -84,6 +86,7 @@ class TrainStep:
         self._seed = seed
         self._bf16 = _is_bf16(precision)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._fuse_views = self.device.type == "cuda" if fuse_views is None else fuse_views
         self._executor = executor or Inline()
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False):
@@ -207,19 +210,26 @@ class TrainStep:
     ) -> Tensor:
         """Backward of one micro-batch; adds its losses to ``totals`` and returns the clean images that it used."""
         clean, views = self._views(m, micro, extra)
-        sizes = {name: len(y) for name, (_, y) in views.items()}
-        spec = next(iter(sizes)) if len(sizes) == 1 else sizes
-        x = next(iter(views.values()))[0] if len(views) == 1 else torch.cat([x for x, _ in views.values()])
-        # route and randomness also cover backward: activation checkpointing runs forward again there
-        with rng.scope(self.device, self._seed, "gradient", batch.step, micro.index), self._route(spec):
-            with self._autocast():
-                logits = self.model(x)
-            parts = logits.float().split(list(sizes.values())) if self._bf16 else logits.split(list(sizes.values()))
-            losses = {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
-            self._mean(losses).div(len(batch.micro)).backward()
-        for name, value in losses.items():
-            totals[name] = totals.get(name, 0.0) + value.detach()
+        path = ("gradient", batch.step, micro.index)
+        share = 1 / (len(batch.micro) * sum(map(self._weight, views)))
+        for together in [views] if self._fuse_views else [{name: view} for name, view in views.items()]:
+            # route and randomness also cover backward: activation checkpointing runs forward again there
+            with rng.scope(self.device, self._seed, *path, *together), self._route(_route_spec(together)):
+                losses = self._forward_views(together)
+                torch.stack([loss * (share * self._weight(name)) for name, loss in losses.items()]).sum().backward()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.detach()
         return clean
+
+    def _forward_views(self, views: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The loss of each view, from one forward pass."""
+        images = [x for x, _ in views.values()]
+        with self._autocast():
+            logits = self.model(torch.cat(images) if len(images) > 1 else images[0])
+        if self._bf16:
+            logits = logits.float()
+        parts = logits.split([len(y) for _, y in views.values()])
+        return {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
 
     def _views(
         self, m: int, micro: MicroBatch, extra: ExtraBatch | None
@@ -235,12 +245,8 @@ class TrainStep:
             views["adv"] = (extra.images[m], extra.labels[m])
         return clean, views
 
-    def _mean(self, losses: Mapping[str, Any]) -> Any:
-        """The weighted mean over the views that are there."""
-        weights = {name: self.view_weights.get(name, 1.0) for name in losses}
-        if len(weights) == 1:
-            return next(iter(losses.values()))
-        return sum(weights[name] * loss for name, loss in losses.items()) / sum(weights.values())
+    def _weight(self, view: str) -> float:
+        return self.view_weights.get(view, 1.0)
 
     def _forward(self, weights: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
         def forward(x_NCHW: Tensor) -> Tensor:
@@ -272,7 +278,8 @@ class TrainStep:
                     f"Step {self.version}: the {what} is {value}. The update was not made. "
                     "Lower the learning rate, lengthen the warm-up, or check the data."
                 )
-        return float(self._mean(losses)), losses, grad_norm
+        loss = sum(self._weight(name) * value for name, value in losses.items()) / sum(map(self._weight, losses))
+        return loss, losses, grad_norm
 
     def _as_batch(self, raw: RawBatch, step: int) -> Batch:
         if isinstance(raw, Batch):
@@ -294,6 +301,11 @@ class TrainStep:
                 f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
                 "Split the batch norm before you build the optimizer, and give it all parameters."
             )
+
+
+def _route_spec(views: Mapping[str, tuple[Tensor, Tensor]]) -> norm.RouteSpec:
+    """One route's name, or the number of images of each in the order of the batch."""
+    return {name: len(y) for name, (_, y) in views.items()} if len(views) > 1 else next(iter(views))
 
 
 def _gradient_of(x: Tensor) -> Tensor:

@@ -159,52 +159,27 @@ class LARS(TrustRatioOptimizer):
         """Norms of one tensor, then its update in a single pass while it is in cache."""
         variant, lr = VARIANTS[group["variant"]], group["lr"]
         fusable, others = self._split(params, group)
-        if fusable and not group["adapt"]:
-            self._fused_kernel(fusable, group, *variant.rates(lr, 1.0))
+        if group["adapt"]:
+            for p, g, v in fusable:
+                _fused_kernel([p], [g], [v], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group)))
         elif fusable:
-            for p, g in zip(fusable, grads_of(fusable), strict=True):
-                self._fused_kernel([p], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group)))
+            weights, grads, buffers = (list(part) for part in zip(*fusable, strict=True))
+            _fused_kernel(weights, grads, buffers, group, *variant.rates(lr, 1.0))
         if others:
             self._loop(others, group)
 
-    def _split(self, params: list[Tensor], group: Group) -> tuple[list[Tensor], list[Tensor]]:
-        """Those that torch's fused kernel updates exactly, and the rest."""
-        variant = VARIANTS[group["variant"]]
-        if group["momentum"] == 0 or variant.max_gradient is not None or params[0].dtype == torch.float64:
+    def _split(self, params: list[Tensor], group: Group) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
+        """(weight, gradient, buffer) of those that torch's fused kernel updates exactly, and the other weights."""
+        clamps = VARIANTS[group["variant"]].max_gradient is not None
+        if group["momentum"] == 0 or clamps or params[0].dtype == torch.float64:
             return [], params
-        alike = [flat_alike(*three) for three in zip(params, grads_of(params), self._buffers(params), strict=True)]
-        fusable = [p for p, ok in zip(params, alike, strict=True) if ok]
-        return fusable, [p for p, ok in zip(params, alike, strict=True) if not ok]
-
-    def _fused_kernel(self, params: list[Tensor], group: Group, inside: float, outside: float) -> None:
-        if inside < _SMALLEST_FUSED_RATE:
-            self._plain(params, group, inside, outside)
-            return
-        sgd(
-            params,
-            grads_of(params),
-            self._buffers(params),  # type: ignore[arg-type]
-            fused=True,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=outside,
-            dampening=1.0 - inside,
-            nesterov=False,
-            maximize=False,
-        )
+        triples = list(zip(params, grads_of(params), self._buffers(params), strict=True))
+        fusable = [triple for triple in triples if flat_alike(*triple)]
+        others = [] if len(fusable) == len(triples) else [p for p, g, v in triples if not flat_alike(p, g, v)]
+        return fusable, others
 
     def _loop(self, params: list[Tensor], group: Group) -> None:
-        self._plain(params, group, *self._rates(params, group))
-
-    def _plain(self, params: list[Tensor], group: Group, inside: Rate, outside: Rate) -> None:
-        limit, count = VARIANTS[group["variant"]].max_gradient, len(params)
-        rates = zip(spread(inside, count), spread(outside, count), strict=True)
-        for p, g, v, (rate_in, rate_out) in zip(params, grads_of(params), self._buffers(params), rates, strict=True):
-            update = g.add(p, alpha=group["weight_decay"])
-            if limit is not None:
-                update.clamp_(-limit, limit)
-            v.mul_(group["momentum"]).add_(update.mul_(rate_in))
-            p.sub_(torch.mul(v, rate_out, out=update))
+        _plain(params, grads_of(params), self._buffers(params), group, *self._rates(params, group))
 
     def _foreach(self, params: list[Tensor], group: Group) -> None:
         limit, buffers = VARIANTS[group["variant"]].max_gradient, self._buffers(params)
@@ -225,3 +200,38 @@ class LARS(TrustRatioOptimizer):
         ratios = variant.ratio(norms(params), norms(grads_of(params)), group)
         inside, outside = variant.rates(group["lr"], ratios)
         return per_tensor(inside), per_tensor(outside)
+
+
+def _fused_kernel(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: Group, inside: float, outside: float
+) -> None:
+    """v <- momentum * v + inside * (g + weight_decay * w); w <- w - outside * v, in one pass over memory."""
+    if inside < _SMALLEST_FUSED_RATE:
+        _plain(params, grads, buffers, group, inside, outside)
+        return
+    sgd(
+        params,
+        grads,
+        buffers,  # type: ignore[arg-type]
+        foreach=False,
+        fused=True,
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=outside,
+        dampening=1.0 - inside,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def _plain(
+    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: Group, inside: Rate, outside: Rate
+) -> None:
+    limit, count = VARIANTS[group["variant"]].max_gradient, len(params)
+    rates = zip(spread(inside, count), spread(outside, count), strict=True)
+    for p, g, v, (rate_in, rate_out) in zip(params, grads, buffers, rates, strict=True):
+        update = g.add(p, alpha=group["weight_decay"])
+        if limit is not None:
+            update.clamp_(-limit, limit)
+        v.mul_(group["momentum"]).add_(update.mul_(rate_in))
+        p.sub_(torch.mul(v, rate_out, out=update))

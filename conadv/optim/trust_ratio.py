@@ -83,12 +83,15 @@ def flat_alike(*tensors: Tensor) -> bool:
 
     torch's fused CPU kernels do not look at strides and give wrong weights where gradient and weight differ in them.
     """
-    if any(x.dtype != tensors[0].dtype for x in tensors):
-        return False
-    if all(x.is_contiguous() for x in tensors):
-        return True
-    memory_format = _CHANNELS_LAST.get(tensors[0].dim())
-    return memory_format is not None and all(x.is_contiguous(memory_format=memory_format) for x in tensors)
+    first, *others = tensors
+    for x in others:
+        if x.dtype != first.dtype:
+            return False
+    return any(_all_contiguous(tensors, f) for f in (torch.contiguous_format, _CHANNELS_LAST.get(first.dim())) if f)
+
+
+def _all_contiguous(tensors: tuple[Tensor, ...], memory_format: torch.memory_format) -> bool:
+    return all([x.is_contiguous(memory_format=memory_format) for x in tensors])  # noqa: C419 (a list is faster here)
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:

@@ -41,9 +41,9 @@ def algorithm_1(
         stale = t >= tau  # the first tau batches find no older weights and are attacked at theta_t
         theta_made: Mapping[str, Tensor] = theta[t - tau] if stale else dict(model.named_parameters())
         x_hat = attacked(model, theta_made, attack, x, y, draws(t))
-        with route(model, {"clean": len(x), "adv": len(x)}):
-            logits, logits_hat = model(torch.cat([x, x_hat])).split(len(x))
-        loss = (F.cross_entropy(logits, y) + F.cross_entropy(logits_hat, y)) / 2
+        loss = F.cross_entropy(model(x), y) / 2  # main batch norm
+        with route(model, "adv"):
+            loss = loss + F.cross_entropy(model(x_hat), y) / 2  # adversarial batch norm
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
