@@ -130,7 +130,7 @@ def test_overrides() -> None:
     assert resolve(override(saved, replace(saved, method="recycle"))).pending_dtype == "float32"
     assert resolve(override(saved, replace(saved, global_batch_size=64))).micro_batch_size == 64
     assert resolve(override(saved, replace(saved, attack__eps=0.1))).attack.step_size == 0.1
-    with pytest.raises(ConadvError, match="belongs to lars. Give --lr"):
+    with pytest.raises(ConadvError, match=r"belongs to lars\. Give --lr"):
         override(BASE, replace(BASE, optim__name="sgd"))
     assert resolve(override(BASE, replace(BASE, optim__name="sgd", optim__lr=0.1))).optim.variant is None
     for name, method in (("eps", "vanilla"), ("num_steps", "noise"), ("eps", "multiview")):

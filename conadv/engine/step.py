@@ -38,17 +38,27 @@ class TrainStep:
             record = step(batch, future)
 
     A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and micro-batches. A step
-    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route. Instead of calling the step as a whole, a loop of one's own may call the phases:
-    ``gradient(batch)`` in place of ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, and
-    ``update()``, or its own ``optimizer.step()`` followed by ``advance()``.
+    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route.
+    Instead of calling the step as a whole, a loop of one's own may call its phases: ``gradient(batch)`` in place of
+    ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, and ``update()``, or its own
+    ``optimizer.step()`` followed by ``advance()``.
 
-    loss: (logits_NK, y_N) -> mean over N; cross-entropy by default. view_weights: weight per view, default 1 each.
-    space: the model's normalisation, needed for uint8 images and uint8 pending; default: the method's.
-    precision: "fp32", or "bf16" for autocast. lr_at: the schedule; sets the learning rate of every group at each
-    update. fuse_views: all views of a micro-batch in one forward pass, or one pass per view; equal up to rounding.
-    Default: one pass on CUDA (fewer, larger kernels), one per view on the CPU (caches hold more of a smaller batch, and
-    less memory is needed; docs/experiments.md has the figures). seed: keys every random draw, inside the model (dropout) as well as in attacks; the global generators are
-    left as they were.
+    Args:
+        model: with a route for every view (:func:`conadv.split_batchnorm`).
+        optimizer: over all trainable parameters of the model.
+        method: what joins the clean view; default :class:`conadv.Vanilla`.
+        loss: (logits_NK, y_N) -> mean over N; cross-entropy by default.
+        view_weights: weight of each view's loss, default 1.
+        space: the model's normalisation, for uint8 images and uint8 pending; default: the method's.
+        precision: "fp32", or "bf16" for autocast.
+        channels_last: the memory format of images (that of the model is the caller's).
+        pending_dtype: how images wait, see :class:`Pending`; None keeps their own type.
+        lr_at: the schedule; each update sets every group's learning rate by it.
+        fuse_views: all views of a micro-batch in one forward pass, or one pass per view; equal up to rounding.
+            Default: one pass on CUDA (fewer, larger kernels), one per view on the CPU, where a smaller batch stays
+            in caches and needs less memory (docs/experiments.md).
+        seed: keys every random draw, in the model (dropout) as in attacks; global generators are left as they were.
+        executor: the order of the phases; default :class:`Inline`.
 
     Raises ConadvError where the model has batch norm without the routes that the views need.
     Ranks: one process. Contracts for more: each rank holds its share of the batch, gradients are to be averaged

@@ -328,7 +328,8 @@ def _show_second_half(axes: Any) -> None:
     middle = np.mean(axes.get_xlim())
     late = np.concatenate([line.get_ydata()[line.get_xdata() >= middle] for line in axes.lines] or [np.empty(0)])
     if late.size and late.max() > late.min():
-        axes.set_ylim(late.min() - 0.1 * (late.max() - late.min()), None)
+        margin = 0.1 * (late.max() - late.min())
+        axes.set_ylim(late.min() - margin, late.max() + margin)
 
 
 def _log_if_wide(axes: Any) -> None:
