@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,15 @@ def test_one_pair_has_no_interval_and_none_no_difference() -> None:
     assert table.difference(found) == "+2.00 (1 pair)"
     assert "one common seed" in words.finding(found, "b")
     assert paired_difference({0: 0.95}, {1: 0.88}) is None
+
+
+def test_equal_differences_are_no_certainty() -> None:
+    # Red when: an interval without width counts as higher.
+    found = paired_difference({0: 0.95, 1: 0.90, 2: 0.85}, {0: 0.90, 1: 0.85, 2: 0.80})
+    assert found is not None
+    exact = replace(found, low=found.mean, high=found.mean)
+    assert exact.verdict == "not distinguishable"
+    assert "all 3 seeds differ by the same +5.00 points" in words.finding(exact, "b")
 
 
 def test_a_single_seed_shows_no_spread(tmp_path: Path) -> None:

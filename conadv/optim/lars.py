@@ -144,11 +144,6 @@ class LARS(TrustRatioOptimizer):
         check_number("eps", group["eps"], 0)
         super()._check(group)
 
-    @staticmethod
-    def lr_inside(group: Group) -> bool:
-        """Whether this group's momentum buffer already holds the learning rate (w <- w - v without another factor)."""
-        return VARIANTS[group["variant"]].lr_inside
-
     def _buffers(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
             if "momentum_buffer" not in self.state[p]:

@@ -35,9 +35,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """higher | lower | not distinguishable (the interval contains 0) | no interval."""
+        """higher | lower | not distinguishable (the interval contains 0) | no interval.
+
+        Accuracies are counts: few seeds may differ by exactly the same amount by chance, which is no certainty.
+        """
         if self.low is None or self.high is None:
             return "no interval"
+        if self.low == self.high:
+            return "not distinguishable"
         if self.low > 0:
             return "higher"
         return "lower" if self.high < 0 else "not distinguishable"

@@ -64,11 +64,11 @@ def finding(difference: Difference, baseline: str) -> str:
         )
     interval = f"{points(difference.mean)} points, 95 % interval {points(difference.low)} to {points(difference.high)}"
     count = f"{difference.n} seeds"
+    if difference.low == difference.high:
+        return f"not distinguishable from {baseline}: all {count} differ by the same {points(difference.mean)} points."
     if difference.verdict == "not distinguishable":
         return f"not distinguishable from {baseline} with these {count} ({interval})."
-    same = " It is the same with every seed, so the interval has no width: add seeds."
-    end = same if difference.low == difference.high else ""
-    return f"{difference.verdict} than {baseline} with {count} ({interval}).{end}"
+    return f"{difference.verdict} than {baseline} with {count} ({interval})."
 
 
 def notes(comparison: Comparison) -> list[str]:
