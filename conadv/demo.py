@@ -48,7 +48,7 @@ class DemoArgs:
 
     out: Path = Path("runs/demo")
     """Folder for the runs, report.html, report.md and summary.json."""
-    seeds: int = 3
+    seeds: int = 4
     """Seeds per arm, from 0."""
     jobs: int | None = None
     """Runs at a time, one thread each (default: one per core, at most 8)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -9,7 +10,6 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,7 +289,7 @@ def test_equal_differences_are_no_certainty() -> None:
     # Red when: an interval without width counts as higher.
     found = paired_difference({0: 0.95, 1: 0.90, 2: 0.85}, {0: 0.90, 1: 0.85, 2: 0.80})
     assert found is not None
-    exact = replace(found, low=found.mean, high=found.mean)
+    exact = dataclasses.replace(found, low=found.mean, high=found.mean)
     assert exact.verdict == "not distinguishable"
     assert "all 3 seeds differ by the same +5.00 points" in words.finding(exact, "b")
 

@@ -1,0 +1,121 @@
+"""Draw the tables of README.md from the records under results/.
+
+    python benchmarks/readme.py [--check]
+
+The demo's summary comes from `conadv demo --seeds 10` and the timings from benchmarks/step.py and benchmarks/optim.py.
+With --check nothing is written and the exit code says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "results"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo(summary: dict[str, Any]) -> str:
+    """The demo's arms as the report shows them."""
+
+    def percent(stat: dict[str, Any] | None) -> str:
+        return "-" if stat is None else f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
+
+    def difference(arm: dict[str, Any]) -> str:
+        d = arm["difference"]
+        return "baseline" if d is None else f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+
+    rows = [
+        [
+            arm["name"],
+            percent(arm["test_accuracy"]),
+            difference(arm),
+            percent(arm["robust_accuracy"]),
+            f"{1000 * arm['step_seconds_median']:.0f}",
+            f"{100 * arm['attack_seconds_share']:.0f}",
+        ]
+        for arm in summary["arms"]
+    ]
+    seeds = len(summary["arms"][0]["seeds"])
+    head = [
+        "arm",
+        "test accuracy, %",
+        "difference, points [95 % interval]",
+        "under PGD-10, %",
+        "step, ms",
+        "attack share, %",
+    ]
+    return f"{table(head, rows)}\n\n{seeds} seeds, mean ± standard deviation; `{summary['command']}`; {where(summary)}"
+
+
+def where(facts: dict[str, Any]) -> str:
+    machine, versions = one(facts["machine"]), one(facts["versions"])
+    threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
+    return f"{machine['processor']}, {machine['cores']} cores, {threads} per process, torch {versions['torch']}."
+
+
+def one(value: Any) -> dict[str, Any]:
+    """The demo's summary lists every machine that took part; here there is one."""
+    found: dict[str, Any] = value[0] if isinstance(value, list) else value
+    return found
+
+
+def timing(section: str, file: str, command: str) -> Callable[[], str]:
+    def draw() -> str:
+        facts = json.loads((RESULTS / "benchmarks" / file).read_text())
+        rows = [
+            [
+                row["name"],
+                f"{row['median_ms']:.1f}",
+                f"{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]",
+                row["yardstick"],
+            ]
+            for row in facts["tables"][section]
+            if row["name"] != row["yardstick"]
+        ]
+        head = ["", "median, ms", "ratio [range over rounds]", "to"]
+        return f"{table(head, rows)}\n\n`{command}`, {facts['rounds']} interleaved rounds; {where(facts)}"
+
+    return draw
+
+
+STEP = "python benchmarks/step.py --out results/benchmarks/step.json"
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
+    "methods": timing("methods", "step.json", STEP),
+    "engine": timing("engine", "step.json", STEP),
+    "norm": timing("norm", "step.json", STEP),
+    "optim": timing("optim", "optim.json", "python benchmarks/optim.py --out results/benchmarks/optim.json"),
+}
+
+
+def drawn(text: str) -> str:
+    """``text`` with every section drawn anew."""
+    for name, draw in SECTIONS.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        text, count = re.subn(pattern, lambda m, d=draw: f"{m[1]}{d()}\n{m[2]}", text, flags=re.S)  # type: ignore[misc]
+        if count != 1:
+            raise SystemExit(f"README.md has {count} sections {name!r}, wanted 1")
+    return text
+
+
+def main() -> None:
+    before = README.read_text()
+    after = drawn(before)
+    if "--check" in sys.argv:
+        raise SystemExit(0 if after == before else "README.md is not what results/ says: run benchmarks/readme.py")
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
