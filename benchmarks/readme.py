@@ -37,16 +37,17 @@ def demo(summary: dict[str, Any]) -> str:
 
     rows = [
         [
-            arm["name"],
+            arm["label"],
             percent(arm["test_accuracy"]),
             difference(arm),
             percent(arm["robust_accuracy"]),
-            f"{1000 * arm['step_seconds_median']:.0f}",
-            f"{100 * arm['attack_seconds_share']:.0f}",
+            f"{1000 * arm['step_seconds']['median']:.0f}",
+            f"{100 * arm['attack_share']['median']:.0f}",
         ]
         for arm in summary["arms"]
     ]
     seeds = len(summary["arms"][0]["seeds"])
+    machine = "; ".join([*summary["machines"], *summary["versions"]]) + "."
     head = [
         "arm",
         "test accuracy, %",
@@ -55,19 +56,14 @@ def demo(summary: dict[str, Any]) -> str:
         "step, ms",
         "attack share, %",
     ]
-    return f"{table(head, rows)}\n\n{seeds} seeds, mean ± standard deviation; `{summary['command']}`; {where(summary)}"
+    how = f"{seeds} seeds, mean ± standard deviation; `{summary['command']}`, two runs at a time; {machine}"
+    return f"{table(head, rows)}\n\n{how}"
 
 
 def where(facts: dict[str, Any]) -> str:
-    machine, versions = one(facts["machine"]), one(facts["versions"])
+    machine, versions = facts["machine"], facts["versions"]
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
-    return f"{machine['processor']}, {machine['cores']} cores, {threads} per process, torch {versions['torch']}."
-
-
-def one(value: Any) -> dict[str, Any]:
-    """The demo's summary lists every machine that took part; here there is one."""
-    found: dict[str, Any] = value[0] if isinstance(value, list) else value
-    return found
+    return f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {versions['torch']}."
 
 
 def timing(section: str, file: str, command: str) -> Callable[[], str]:

@@ -1,6 +1,7 @@
 """What the engine, split batch norm and each method cost per training step.
 
     python benchmarks/step.py [--rounds 20] [--threads 1] [--out FILE.json] [--only engine|norm|methods]
+        [--system-allocator]
 
 engine: TrainStep against a loop written by hand that does the same arithmetic (same forward, backward, attack and
 optimizer; no clock, no check for non-finite numbers, no keyed randomness).
@@ -189,9 +190,11 @@ SECTIONS = {"engine": engine_cases, "norm": norm_cases, "methods": method_cases}
 def main() -> None:
     options = parser(__doc__, rounds=20)
     options.add_argument("--only", choices=SECTIONS)
+    options.add_argument("--system-allocator", action="store_true", help="let glibc give freed memory back")
     arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as the program does
+    if not arguments.system_allocator:
+        keep_freed_memory()  # as the program does
     tables = {}
     for name, make in SECTIONS.items():
         if arguments.only in (None, name):

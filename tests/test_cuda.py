@@ -1,0 +1,80 @@
+"""The engine on a CUDA device: same numbers as on the CPU, phases measured by events, repeatable."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from conadv import FGSM, Concurrent, TrainStep, evaluate, windows
+from conadv.trainer import train
+
+from .helpers import state, tiny_resnet
+from .test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
+from .test_trainer import config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+def engine_on(device: str, name: str = "conadv", fuse: bool | None = None) -> TrainStep:
+    model = tiny_resnet("adv", dtype=torch.float64).to(device)
+    return TrainStep(model, sgd(model), CASES[name](), seed=SEED, space=SPACE, fuse_views=fuse)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "multiview", "recycle"])
+@pytest.mark.parametrize("fuse", [False, True])
+def test_cuda_equals_cpu_in_float64(name: str, fuse: bool) -> None:
+    # Methods whose random draws are made on the device differ by those draws, so they are not compared.
+    losses = []
+    for device in ("cpu", "cuda"):
+        engine = engine_on(device, name, fuse)
+        losses.append([engine(as_batch(t, dtype=torch.float64)).loss for t in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_concurrent_attack_equals_cpu() -> None:
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = tiny_resnet("adv", dtype=torch.float64).to(device)
+        engine = TrainStep(model, sgd(model), Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=True), space=SPACE)
+        stream = [as_batch(t, dtype=torch.float64) for t in range(4)]
+        losses.append([engine(batch, future).loss for batch, future in windows(stream, 1)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_phases_are_device_times() -> None:
+    record = engine_on("cuda")(as_batch(0, dtype=torch.float64), as_batch(1, dtype=torch.float64))
+    assert set(record.phases) == {"attack", "gradient", "update"}
+    assert all(seconds > 0 for seconds in record.phases.values())
+
+
+def test_random_streams_are_left_alone_and_runs_repeat() -> None:
+    # Red when: rng.scope does not fork the CUDA generator.
+    torch.cuda.manual_seed(3)
+    before = torch.cuda.get_rng_state()
+    engines = [engine_on("cuda") for _ in range(2)]
+    torch.backends.cudnn.deterministic = True
+    for engine in engines:
+        for t in range(3):
+            engine(as_batch(t, dtype=torch.float64), as_batch(t + 1, dtype=torch.float64))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    a, b = (state(engine.model) for engine in engines)
+    assert all(torch.allclose(a[key], b[key], rtol=1e-10) for key in a)
+
+
+def test_a_run_trains_evaluates_and_resumes(tmp_path: Path) -> None:
+    settings = config(method="conadv", lookahead=True, precision="bf16", channels_last=True)
+    summary = train(settings, tmp_path, device="cuda")
+    assert summary["attack_seconds_share"] > 0
+    (tmp_path / "checkpoints" / "step_00000006.pt").unlink()
+    assert train(settings, tmp_path, device="cuda", resume=True)["steps"] == 6
+
+
+def test_evaluation_on_cuda() -> None:
+    model = tiny_resnet("adv")
+    batch = as_batch(0).micro[0]
+    pairs = [(batch.views["clean"], batch.y_N)]
+    cpu = evaluate(model, pairs, SPACE)
+    assert evaluate(copy.deepcopy(model).cuda(), pairs, SPACE).loss == pytest.approx(cpu.loss, rel=1e-4)
