@@ -41,6 +41,7 @@ def cifar10() -> Config:
     return Config(
         recipe="cifar10",
         global_batch_size=1000,
+        micro_batch_size=250,
         epochs=30,
         data=DataConfig(source="cifar10", augment="basic", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
         model=ModelConfig(name="resnet20", width=16),

@@ -28,7 +28,7 @@ class Recycle(Method):
     ``attack``: an untargeted FGSM; anything else raises ConadvError, one gradient is all there is.
     In flight: one batch of images. Staleness is 1 by construction.
 
-    Source: our own; the reuse of a gradient is Fast AdvProp's idea (Mei et al., arXiv 2204.09838, section 3.2).
+    Source: our own; the reuse of a gradient is Fast AdvProp's idea (Mei et al., arXiv 2204.09838).
     """
 
     attack: FGSM

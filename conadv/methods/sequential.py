@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Sequential(Method):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_t))]: the attack waits for the weights, the gradient for the attack.
 
-    Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221, section 3.1.
+    Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221 ("DisAdv").
     """
 
     attack: Attack
