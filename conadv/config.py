@@ -371,8 +371,9 @@ def _drop_inherited(base: Config, edited: Config) -> Config:
             )
         same = {n: None for n in _OPTIM_FIELDS if getattr(edited.optim, n) == getattr(base.optim, n)}
         edited = replace(edited, optim=replace(edited.optim, **same))
-    if edited.global_batch_size != base.global_batch_size and edited.micro_batch_size == base.micro_batch_size:
-        edited = replace(edited, micro_batch_size=None)
+    inherited = edited.micro_batch_size if edited.micro_batch_size == base.micro_batch_size else None
+    if inherited is not None and edited.global_batch_size % inherited:
+        edited = replace(edited, micro_batch_size=None)  # one that divides stays: batch norm then sees what it saw
     eps_changed = edited.attack.eps != base.attack.eps or edited.attack.num_steps != base.attack.num_steps
     if eps_changed and edited.attack.step_size == base.attack.step_size:
         edited = replace(edited, attack__step_size=None)

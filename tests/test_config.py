@@ -129,6 +129,7 @@ def test_overrides() -> None:
     assert (other.staleness, other.pending_dtype) == (None, None)
     assert resolve(override(saved, replace(saved, method="recycle"))).pending_dtype == "float32"
     assert resolve(override(saved, replace(saved, global_batch_size=64))).micro_batch_size == 64
+    assert resolve(override(saved, replace(saved, global_batch_size=1796))).micro_batch_size == 898
     assert resolve(override(saved, replace(saved, attack__eps=0.1))).attack.step_size == 0.1
     with pytest.raises(ConadvError, match=r"belongs to lars\. Give --lr"):
         override(BASE, replace(BASE, optim__name="sgd"))

@@ -11,8 +11,8 @@ for SGD, LARS with the learning rate outside, Adam(W) and LAMB; learning rates o
 Any other optimizer, SGD or LARS without momentum, and LARS "nus" (its ratio is outside the buffer) get the last
 update once more for every step: theta_t + tau (theta_t - theta_{t-1}).
 
-Each predictor owns one copy of the trainable parameters. Our own addition to ConAdv; predicting stale weights by momentum
-goes back to SpecTrain (Chen et al., arXiv 1809.02839).
+Each predictor owns one copy of the trainable parameters. Our own addition to ConAdv; predicting stale weights by
+momentum goes back to SpecTrain (Chen et al., arXiv 1809.02839).
 """
 
 from __future__ import annotations
