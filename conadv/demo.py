@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "small batch 32, SGD": {
         "global_batch_size": 32,
         "optim__name": "sgd",
-        "optim__lr": 0.1,
+        "optim__lr": 0.2,
         "schedule__warmup_epochs": 2,
     },
     BASELINE: {},

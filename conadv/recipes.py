@@ -24,7 +24,7 @@ def digits() -> Config:
         epochs=80,
         data=DataConfig(source="digits", mean=(0.3053,), std=(0.3763,)),
         model=ModelConfig(name="resnet8", width=16),
-        optim=OptimConfig(name="lars", lr=2.0),
+        optim=OptimConfig(name="lars", lr=3.0),
         schedule=ScheduleConfig(warmup_epochs=8),
         attack=AttackConfig(eps=0.2),
         eval=EvalConfig(every_epochs=10, robust_eps=0.1),
