@@ -32,7 +32,7 @@ _WHERE = {
     "LARS": "optim",
     "parameter_groups": "optim",
     "WarmupDecay": "schedules",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "frozen_stats": "norm",
     "route": "norm",
     "split_batchnorm": "norm",
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .engine import NonFiniteError as NonFiniteError
     from .engine import TrainStep as TrainStep
     from .errors import ConadvError as ConadvError
-    from .evaluate import evaluate as evaluate
+    from .evaluation import evaluate as evaluate
     from .methods.concurrent import Concurrent as Concurrent
     from .methods.controls import MultiView as MultiView
     from .methods.controls import Noise as Noise

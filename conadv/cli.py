@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from ._version import __version__
 from .allocator import keep_freed_memory
-from .config import Config, explain, load_yaml, override, resolve
+from .config import Config, explain, flatten, load_yaml, override, replace, resolve
 from .errors import ConadvError, unknown
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] == "--version":
         _say(__version__)
         return 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII locale must not end a run
     try:
         if args[0] not in COMMANDS:
             raise unknown("command", args[0], COMMANDS)
@@ -85,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValidationError as error:  # tyro explains those of nested settings, not those of the top level
         sys.stderr.write(f"conadv: {explain(error, 'options')}\n")
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("conadv: interrupted; the newest checkpoint is intact (--resume)\n")
+    except KeyboardInterrupt as interrupt:
+        sys.stderr.write(f"conadv: interrupted{''.join(map(str, interrupt.args))}\n")
         return EXIT_INTERRUPTED
     return 0
 
@@ -120,7 +124,7 @@ def _train(args: Sequence[str]) -> None:
         prog=prog,
         description=recipes.RECIPES[base.recipe].__doc__ if base.recipe in recipes.RECIPES else None,
     )
-    config = resolve(override(base, parsed.config))
+    config = resolve(override(base, _absolute(parsed.config), given_settings(rest)))
     options = parsed.run
     out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
     _set_threads(options.threads)
@@ -140,12 +144,42 @@ def _train(args: Sequence[str]) -> None:
         _say(f"run directory: {out}")
 
 
+_ALIASES = {
+    "data": "data.dir",
+    "download": "data.download",
+    "augment": "data.augment",
+    "aug_view": "data.aug_view",
+    "model": "model.name",
+    "optimizer": "optim.name",
+    "lr": "optim.lr",
+    "eps": "attack.eps",
+}
+
+
+def given_settings(args: Sequence[str]) -> set[str]:
+    """The dotted names of the config settings that the options give, whatever their values."""
+    options = [arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")]
+    names = {".".join((*head, tail.removeprefix("no_"))) for *head, tail in (name.split(".") for name in options)}
+    return {_ALIASES.get(name, name) for name in names} & flatten(Config().model_dump()).keys()
+
+
+def _absolute(config: Config) -> Config:
+    """The data folder as an absolute path: a run must find it from anywhere."""
+    if config.data.dir is None:
+        return config
+    moved: Config = replace(config, data__dir=config.data.dir.expanduser().absolute())
+    return moved
+
+
 def _base_config(args: list[str], get: Callable[[str], Config]) -> tuple[Config, str, list[str]]:
     """The config that options apply to: the recipe named first, or a saved file."""
+    named = bool(args) and not args[0].startswith("-")
     for i, arg in enumerate(args):
         name, _, value = arg.partition("=")
         if name == "--config":
             path = value or (args[i + 1] if i + 1 < len(args) else "")
+            if named:
+                raise ConadvError(f"Give a recipe ({args[0]}) or --config, not both: the file holds every setting.")
             if not path:
                 raise ConadvError("--config needs a file, such as RUN/config.yaml.")
             rest = args[:i] + args[i + (1 if value else 2) :]

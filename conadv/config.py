@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -296,9 +297,9 @@ def _check_eps(config: Config) -> None:
         ("attack.step_size", config.attack.step_size, config.attack.norm),
         ("eval.robust_eps", config.eval.robust_eps, config.attack.norm),
     ):
-        if eps is not None and norm == "linf" and eps > 1:
+        if eps is not None and norm == "linf" and eps >= 1:
             raise ConadvError(
-                f"{name} = {eps:g} is larger than the whole pixel range: eps is in [0, 1] pixel units. "
+                f"{name} = {eps:g} is the whole pixel range or more: eps is in [0, 1] pixel units. "
                 f"Did you mean {eps:g}/255?"
             )
 
@@ -312,6 +313,8 @@ def _check_optimizer(optim: OptimConfig) -> None:
             raise _without_effect(f"optim.{name}", "optimizer", optim.name)
     if (optim.lr_scaling == "none") != (optim.lr_reference_batch is None):
         raise ConadvError("optim.lr_scaling and optim.lr_reference_batch belong together: give both or neither.")
+    if optim.nesterov and optim.momentum == 0:
+        raise ConadvError("optim.nesterov needs momentum: give optim.momentum above 0, or leave nesterov out.")
     if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
         raise ConadvError(f"optim.betas {optim.betas} must be in [0, 1).")
 
@@ -344,49 +347,46 @@ def _attack_defaults(config: Config) -> Config:
     return resolved
 
 
-def override(base: Config, edited: Config) -> Config:
+def override(base: Config, edited: Config, given: Collection[str]) -> Config:
     """What a user's options on top of ``base`` (a recipe or a saved config) mean, before :func:`resolve`.
 
-    A setting that the user changed must have an effect, and settings of the base that belong to a choice which the
-    user replaced (another method or optimizer, steps for epochs) fall back to their defaults.
+    ``edited`` is base with the options, ``given`` the dotted names of the settings that the user gave. Those stand as
+    they are, and a given setting without effect is a ConadvError. Settings of the base that belong to a choice which
+    the user replaced (another method or optimizer, steps for epochs, eps for step_size) fall back to their defaults.
     """
-    if edited.steps is not None and edited.steps != base.steps and edited.epochs == base.epochs:
+    if "steps" in given and "epochs" not in given:
         edited = replace(edited, epochs=None)
-    elif edited.epochs is not None and edited.epochs != base.epochs and edited.steps == base.steps:
+    if "epochs" in given and "steps" not in given:
         edited = replace(edited, steps=None)
-    edited = _drop_inherited(base, edited)
-    _check_attack_has_effect(base, edited)
-    return edited
-
-
-def _drop_inherited(base: Config, edited: Config) -> Config:
     if edited.method != base.method:
-        same = {n: Config.model_fields[n].default for n in _METHOD_FIELDS if getattr(edited, n) == getattr(base, n)}
-        edited = replace(edited, **same)
+        edited = _back_to_default(edited, _METHOD_FIELDS, given)
     if edited.optim.name != base.optim.name:
-        if edited.optim.lr == base.optim.lr:
+        if "optim.lr" not in given:
             raise ConadvError(
                 f"The learning rate {base.optim.lr:g} belongs to {base.optim.name}. "
                 f"Give --lr for --optimizer {edited.optim.name}."
             )
-        same = {n: None for n in _OPTIM_FIELDS if getattr(edited.optim, n) == getattr(base.optim, n)}
-        edited = replace(edited, optim=replace(edited.optim, **same))
-    inherited = edited.micro_batch_size if edited.micro_batch_size == base.micro_batch_size else None
-    if inherited is not None and edited.global_batch_size % inherited:
-        edited = replace(edited, micro_batch_size=None)  # one that divides stays: batch norm then sees what it saw
-    eps_changed = edited.attack.eps != base.attack.eps or edited.attack.num_steps != base.attack.num_steps
-    if eps_changed and edited.attack.step_size == base.attack.step_size:
-        edited = replace(edited, attack__step_size=None)
+        edited = _back_to_default(edited, [f"optim.{name}" for name in _OPTIM_FIELDS], given)
+    if base.micro_batch_size == base.global_batch_size:  # it was the global batch, not a choice of its own
+        edited = _back_to_default(edited, ["micro_batch_size"], given)
+    if {"attack.eps", "attack.num_steps"} & set(given):
+        edited = _back_to_default(edited, ["attack.step_size"], given)
+    _check_attack_has_effect(edited, given)
     return edited
 
 
-def _check_attack_has_effect(base: Config, edited: Config) -> None:
+def _back_to_default(edited: Config, names: Collection[str], given: Collection[str]) -> Config:
+    defaults = flatten(Config().model_dump())
+    changes = {name.replace(".", "__"): defaults[name] for name in names if name not in given}
+    changed: Config = replace(edited, **changes)
+    return changed
+
+
+def _check_attack_has_effect(edited: Config, given: Collection[str]) -> None:
     settings = METHODS[edited.method].settings
-    for name in AttackConfig.model_fields:
-        before, after = getattr(base.attack, name), getattr(edited.attack, name)
-        follows = name == "step_size" and after is None
-        if before != after and not follows and not settings & {"attack", f"attack.{name}"}:
-            raise _without_effect(f"attack.{name}", "method", edited.method)
+    for name in given:
+        if name.startswith("attack.") and not settings & {"attack", name}:
+            raise _without_effect(name, "method", edited.method)
 
 
 def dump_yaml(config: Config) -> str:
@@ -397,7 +397,7 @@ def dump_yaml(config: Config) -> str:
 def load_yaml(path: Path) -> Config:
     """Read a saved config; an unknown key or a bad value is a ConadvError that names it."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConadvError(f"Cannot read the config {path}: {error}") from error
     if not isinstance(values, dict):

@@ -18,5 +18,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:
     """An error for a name that is not in ``known``, with the nearest known one."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConadvError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    return ConadvError(f"Unknown {kind} {name!r}. {hint}")

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -168,11 +168,10 @@ def strip(model: nn.Module) -> nn.Module:
             del layer._modules["routes"]
             del layer.__dict__["_routing"]
             layer.__class__ = base
-    _ROUTING_OF.pop(model, None)
     return model
 
 
-_ROUTING_OF: weakref.WeakKeyDictionary[nn.Module, _Routing | None] = weakref.WeakKeyDictionary()
+_FIRST_LAYER: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 def _find_routing(model: nn.Module) -> _Routing | None:
@@ -180,11 +179,19 @@ def _find_routing(model: nn.Module) -> _Routing | None:
 
 
 def _routing(model: nn.Module) -> _Routing | None:
-    # cached per module object: walking all modules would cost more than the smallest forward passes
-    known = _ROUTING_OF.get(model)
-    if known is None:
-        known = _ROUTING_OF[model] = _find_routing(model)
-    return known
+    # The name of a split layer is remembered: walking all modules would cost more than the smallest forward passes.
+    # It is looked up each time, since convert_sync_batchnorm and surgery on the model replace layers.
+    name = _FIRST_LAYER.get(model)
+    layer: Any = model
+    for part in name.split(".") if name else ():
+        layer = layer._modules.get(part) if isinstance(layer, nn.Module) else None
+    if name is not None and isinstance(layer, SplitBatchNorm):
+        return layer._routing
+    for name, layer in model.named_modules():
+        if isinstance(layer, SplitBatchNorm):
+            _FIRST_LAYER[model] = name
+            return layer._routing
+    return None
 
 
 def routes_of(model: nn.Module) -> tuple[str, ...]:
@@ -196,6 +203,25 @@ def routes_of(model: nn.Module) -> tuple[str, ...]:
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether any layer computes batch statistics."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def check_routes(model: nn.Module, names: Collection[str]) -> None:
+    """ConadvError unless every batch-norm layer has every route of ``names`` and all layers switch together.
+
+    Nothing to check for a model without batch norm, or for the clean route alone.
+    """
+    wanted = set(names) - {CLEAN}
+    layers = list(_layers(model)) if wanted else []
+    for layer in layers:
+        missing = wanted - set(layer.routes) if isinstance(layer, SplitBatchNorm) else wanted
+        if missing:
+            raise ConadvError(
+                f"The model has batch norm without the route {min(missing)!r} (a {type(layer).__name__}): those images "
+                f"would share statistics with the clean ones. Call split_batchnorm(model, {min(missing)!r}) before you "
+                "build the optimizer."
+            )
+    if len({id(layer._routing) for layer in layers if isinstance(layer, SplitBatchNorm)}) > 1:
+        raise ConadvError("Parts of the model were split separately. Put the model together first, then split it.")
 
 
 @contextmanager

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .config import AttackConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig, ScheduleConfig
+from .config import (
+    AttackConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+)
 from .errors import unknown
 
 
@@ -28,6 +37,7 @@ def digits() -> Config:
         schedule=ScheduleConfig(warmup_epochs=8),
         attack=AttackConfig(eps=0.2),
         eval=EvalConfig(every_epochs=10, robust_eps=0.1),
+        checkpoint=CheckpointConfig(every_epochs=20),
     )
 
 
@@ -49,6 +59,7 @@ def cifar10() -> Config:
         schedule=ScheduleConfig(warmup_epochs=5),
         attack=AttackConfig(eps=2 / 255),
         eval=EvalConfig(every_epochs=5),
+        checkpoint=CheckpointConfig(every_epochs=1),
     )
 
 
@@ -67,6 +78,7 @@ def fashion_mnist() -> Config:
         schedule=ScheduleConfig(warmup_epochs=5),
         attack=AttackConfig(eps=8 / 255),
         eval=EvalConfig(every_epochs=5),
+        checkpoint=CheckpointConfig(every_epochs=1),
     )
 
 
@@ -99,6 +111,7 @@ def imagefolder() -> Config:
         schedule=ScheduleConfig(warmup_epochs=5, end_lr=1e-4),
         attack=AttackConfig(eps=4 / 255, step_size=4 / 255),
         eval=EvalConfig(every_epochs=5, batch_size=100),
+        checkpoint=CheckpointConfig(every_epochs=1),
     )
 
 

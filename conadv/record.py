@@ -48,10 +48,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop what a resumed run will write again: steps from ``step`` on and evaluations after it. Atomic."""
+    """Drop what a resumed run will write again: steps from ``step`` on, later evaluations, the final one. Atomic."""
+    last = max((line["steps"] for line in read_lines(path) if line["type"] == "header"), default=0)
 
     def stays(line: dict[str, Any]) -> bool:
-        limit = {"step": step - 1, "eval": step, "resume": step - 1}
+        limit = {"step": step - 1, "eval": min(step, last - 1), "resume": step - 1, "error": -1}
         return line["type"] not in limit or line["step"] <= limit[line["type"]]
 
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if stays(line)]

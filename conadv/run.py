@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, differences, dump_yaml, load_yaml
+from .config import Config, differences, dump_yaml, load_yaml, replace
 from .errors import ConadvError
 from .record import write_atomic
 
@@ -55,8 +56,10 @@ class RunDir:
             raise ConadvError("--resume continues a run, --overwrite deletes it: give one of them.")
         if resume:
             self._check_same(config)
-        elif self.path.exists() and not self.path.is_dir():
-            raise ConadvError(f"{self.path} is a file, not a folder. Choose another --out.")
+        elif not (existing := self._nearest_parent()).is_dir():
+            raise ConadvError(f"{existing} is a file, not a folder. Choose another --out.")
+        elif not os.access(existing, os.W_OK):
+            raise ConadvError(f"{existing} cannot be written to. Choose another --out.")
         elif self.config.exists() and not overwrite:
             raise ConadvError(f"{self.path} already holds a run. Add --resume or --overwrite, or choose another --out.")
         elif not self.config.exists() and self.path.is_dir() and any(self.path.iterdir()):
@@ -64,15 +67,23 @@ class RunDir:
 
     def start(self, config: Config) -> None:
         """Make the folder for a new run; a run that was there is deleted (``check`` has allowed it)."""
-        self._delete()
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.config, dump_yaml(config))
+        try:
+            self._delete()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, dump_yaml(config))
+        except OSError as error:
+            raise ConadvError(f"Cannot write the run directory {self.path}: {error}. Choose another --out.") from error
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
+    def _nearest_parent(self) -> Path:
+        """The run directory, or the nearest folder above it that exists."""
+        return next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+
     def _check_same(self, config: Config) -> None:
-        changed = differences(self.open(), config)
+        moved = replace(self.open(), data__dir=config.data.dir)  # the same data may lie elsewhere now
+        changed = differences(moved, config)
         if changed:
             raise ConadvError(
                 f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"

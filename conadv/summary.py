@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .config import accumulation, scaled_lr
-from .evaluate import Result
+from .evaluation import Result
 
 if TYPE_CHECKING:
     from .trainer import Parts

@@ -19,7 +19,7 @@ from .config import Config, accumulation, resolve, scaled_lr
 from .data import Data, build_data, windows
 from .engine import TrainStep
 from .errors import ConadvError
-from .evaluate import Result, evaluate
+from .evaluation import Result, evaluate
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model
@@ -78,16 +78,24 @@ def train(
         observer.message(line)
     observer.start(_title(config), first, parts.num_steps)
     try:
-        _loop(parts, run, log, first, observer)
+        begin = time.monotonic()
+        _loop(parts, run, log, first, begin, observer)
         observer.message("evaluating the trained model")
-        summary = finish(parts, run)
+        summary = finish(parts, run, log, begin, observer)
     except ConadvError as error:
         log.write("error", step=parts.engine.version, message=str(error))
         raise
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f" after {parts.engine.version} steps; {_how_to_go_on(run)}") from error
     finally:
         log.close()
         observer.finish()
     return summary
+
+
+def _how_to_go_on(run: RunDir) -> str:
+    saved = checkpoint.steps(run.checkpoints)
+    return f"--resume goes on from step {saved[-1]}" if saved else "there is no checkpoint yet to resume from"
 
 
 def pick_device(name: str) -> torch.device:
@@ -109,7 +117,7 @@ def build(config: Config, device: torch.device, observer: Observer | None = None
     model = make_model(config, data.channels, data.num_classes).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    num_steps = config.steps or max(1, round((config.epochs or 0) * data.order.steps_per_epoch))
+    num_steps = _num_steps(config, data)
     schedule = WarmupDecay(
         peak=scaled_lr(config.optim, config.global_batch_size),
         total_steps=num_steps,
@@ -134,6 +142,18 @@ def build(config: Config, device: torch.device, observer: Observer | None = None
         seed=config.seed,
     )
     return Parts(config, data, model, optimizer, method, engine, schedule, space, num_steps, groups)
+
+
+def _num_steps(config: Config, data: Data) -> int:
+    count = config.steps or round((config.epochs or 0) * data.order.steps_per_epoch)
+    if count < 1:
+        raise ConadvError(f"epochs = {config.epochs} is less than one step of {data.order.steps_per_epoch} per epoch.")
+    if config.staleness is not None and config.staleness >= count:
+        raise ConadvError(
+            f"staleness {config.staleness} has no effect in {count} steps: no batch is attacked so far ahead. "
+            "Train longer, or choose a smaller staleness."
+        )
+    return count
 
 
 def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
@@ -180,9 +200,16 @@ def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Resu
     }
 
 
-def finish(parts: Parts, run: RunDir) -> dict[str, Any]:
-    """Evaluate, and write summary.json."""
-    summary = summarize(parts, measure(parts), record.read_lines(run.record))
+def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer: Observer) -> dict[str, Any]:
+    """Evaluate into the record and summary.json."""
+    results = measure(parts)
+    steps, epoch = parts.engine.version, parts.engine.version / parts.data.order.steps_per_epoch
+    for split, result in results.items():
+        if result is not None:
+            log.write("eval", step=steps, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
+    assert results["test"] is not None
+    observer.evaluation(steps, results["test"].loss, results["test"].accuracy)
+    summary = summarize(parts, results, record.read_lines(run.record))
     run.write_summary(summary)
     return summary
 
@@ -250,8 +277,7 @@ def _data_views(parts: Parts) -> tuple[str, ...]:
     return ("clean", *parts.method.data_views, *aug)
 
 
-def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, observer: Observer) -> None:
-    begin = time.monotonic()
+def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: float, observer: Observer) -> None:
     per_epoch = parts.data.order.steps_per_epoch
     for batch, future in _timed(parts, first):
         done = parts.engine(batch, future)

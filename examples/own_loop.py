@@ -34,16 +34,16 @@ def main(epochs: int = 8) -> float:
 
     model = split_batchnorm(network(), "adv")  # 1: batch norm gets an adversarial route
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10 * epochs)
     step = TrainStep(model, optimizer, Concurrent(FGSM(eps=0.1, space=space), staleness=1))  # 2
 
-    for _ in range(epochs):
-        model.train()
-        for batch, future in windows(DataLoader(train, 100, shuffle=True), step.ahead):  # 3: see one batch ahead
-            step.gradient(batch)  # 4: clean + adversarial loss, backward
-            step.prepare(future)  # 5: attack the next batch at these weights
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            step.update()
+    loader = DataLoader(train, 100, shuffle=True)
+    batches = (batch for _ in range(epochs) for batch in loader)  # one stream, so that epochs join without a gap
+    for batch, future in windows(batches, step.ahead):  # 3: see one batch ahead
+        step.gradient(batch)  # 4: clean + adversarial loss, backward
+        step.prepare(future)  # 5: attack the next batch at these weights
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        step.update()
         schedule.step()
 
     model.eval()

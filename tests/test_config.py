@@ -51,6 +51,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "recycle targeted": ({"method": "recycle", "attack__targeted": True}, "one gradient"),
     "recycle step": ({"method": "recycle", "attack__step_size": 0.01}, "one gradient"),
     "eps": ({"method": "disadv", "attack__eps": 8.0}, "Did you mean 8/255"),
+    "eps of the whole range": ({"method": "disadv", "attack__eps": 1.0}, "Did you mean 1/255"),
+    "nesterov": ({"optim__name": "sgd", "optim__nesterov": True, "optim__momentum": 0.0}, "needs momentum"),
     "step size": ({"method": "disadv", "attack__step_size": 2.0}, "Did you mean 2/255"),
     "robust eps": ({"eval__robust_eps": 8.0}, "Did you mean 8/255"),
     "betas for lars": ({"optim__betas": (0.9, 0.99)}, "optim.betas has no effect with optimizer 'lars'"),
@@ -121,23 +123,44 @@ def test_resolved_defaults_belong_to_the_choice() -> None:
     assert resolve(BASE).micro_batch_size == 898
 
 
-def test_overrides() -> None:
+def edit(base: Config, **changes: Any) -> Config:
+    """``base`` with options that the user gave, as the command line does it."""
+    given = {name.replace("__", ".") for name in changes}
+    return override(base, replace(base, **changes), given)
+
+
+def test_options_replace_what_belongs_to_the_old_choice() -> None:
     # Red when: override keeps epochs beside steps, or a base's staleness beside another method.
-    assert override(BASE, replace(BASE, steps=5)).epochs is None
+    assert edit(BASE, steps=5).epochs is None
     saved = resolve(replace(BASE, method="conadv", staleness=3, optim__name="lamb"))
-    other = resolve(override(saved, replace(saved, method="noise")))
+    other = resolve(edit(saved, method="noise"))
     assert (other.staleness, other.pending_dtype) == (None, None)
-    assert resolve(override(saved, replace(saved, method="recycle"))).pending_dtype == "float32"
-    assert resolve(override(saved, replace(saved, global_batch_size=64))).micro_batch_size == 64
-    assert resolve(override(saved, replace(saved, global_batch_size=1796))).micro_batch_size == 898
-    assert resolve(override(saved, replace(saved, attack__eps=0.1))).attack.step_size == 0.1
+    assert resolve(edit(saved, method="recycle")).pending_dtype == "float32"
+    assert resolve(edit(saved, attack__eps=0.1)).attack.step_size == 0.1
+    assert resolve(edit(BASE, optim__name="sgd", optim__lr=0.1)).optim.variant is None
+    assert edit(BASE, method="noise", attack__eps=0.1).attack.eps == 0.1
+    assert resolve(edit(saved, global_batch_size=64)).micro_batch_size == 64
+    halves = resolve(replace(saved, micro_batch_size=449))
+    assert resolve(edit(halves, global_batch_size=1796)).micro_batch_size == 449
+    with pytest.raises(ConadvError, match="micro_batch_size 449"):
+        resolve(edit(halves, global_batch_size=64))
+
+
+def test_options_count_as_given_whatever_their_value() -> None:
+    # Red when: override compares values instead of asking what was given.
+    rate = BASE.optim.lr
+    assert resolve(edit(BASE, optim__name="sgd", optim__lr=rate)).optim.lr == rate
     with pytest.raises(ConadvError, match=r"belongs to lars\. Give --lr"):
-        override(BASE, replace(BASE, optim__name="sgd"))
-    assert resolve(override(BASE, replace(BASE, optim__name="sgd", optim__lr=0.1))).optim.variant is None
+        edit(BASE, optim__name="sgd")
+    with pytest.raises(ConadvError, match="duration once"):
+        resolve(edit(BASE, epochs=BASE.epochs, steps=10))
+    saved = resolve(replace(BASE, method="conadv", staleness=2, attack__step_size=0.05))
+    with pytest.raises(ConadvError, match="staleness has no effect"):
+        resolve(edit(saved, method="disadv", staleness=2))
+    assert resolve(edit(saved, attack__eps=0.1, attack__step_size=0.05)).attack.step_size == 0.05
     for name, method in (("eps", "vanilla"), ("num_steps", "noise"), ("eps", "multiview")):
         with pytest.raises(ConadvError, match=f"attack.{name} has no effect"):
-            override(BASE, replace(BASE, method=method, **{f"attack__{name}": 0.1 if name == "eps" else 3}))
-    assert override(BASE, replace(BASE, method="noise", attack__eps=0.1)).attack.eps == 0.1
+            edit(BASE, method=method, **{f"attack__{name}": getattr(BASE.attack, name)})
 
 
 def test_accumulation_and_scaling() -> None:
@@ -167,6 +190,14 @@ def test_unreadable_configs(tmp_path: Path) -> None:
         load_yaml(tmp_path / "c.yaml")
     with pytest.raises(ConadvError, match="Cannot read"):
         load_yaml(tmp_path / "nothing.yaml")
+
+
+def test_lars_variants_have_one_eps_each() -> None:
+    # Red when: the table of the config and that of the optimizer differ.
+    from conadv.optim.lars import VARIANTS
+
+    for name, variant in VARIANTS.items():
+        assert resolve(replace(BASE, optim__variant=name)).optim.eps == variant.eps
 
 
 def test_default_config_needs_a_duration_only() -> None:

@@ -87,7 +87,7 @@ def parse(words: list[str]) -> Config | None:
         Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
     base, _, rest = cli._base_config(args, recipes.get)
     parsed = tyro.cli(cli.TrainArgs, default=cli.TrainArgs(base, cli.RunOptions()), args=rest)
-    return resolve(override(base, parsed.config))
+    return resolve(override(base, parsed.config, cli.given_settings(rest)))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -297,6 +297,7 @@ def test_pending_dtypes(dtype: str, error: float) -> None:
     x = (images(8, 5)[0] * 255).round() / 255
     future = Batch(1, (MicroBatch(0, torch.zeros(8, dtype=torch.long), {"clean": SPACE.normalize(x)}),))
     made = engine.craft(engine.method.attack, future).images[0]
+    engine.gradient(as_batch(0))
     engine.prepare(future)
     assert engine.pending.nbytes == made.numel() * torch.empty((), dtype=engine.pending.dtype).element_size()
     got = engine.pending.pop(1).images[0]
@@ -378,13 +379,14 @@ def test_other_optimizers_repeat_their_last_update(name: str) -> None:
     # Red when: remember() is not called before the update (the prediction is then theta_t itself).
     model = no_norm_net()
     engine = make(Concurrent(FGSM(EPS, space=SPACE), 3, lookahead=True), model, FALLBACKS[name])
-    run(engine, 4, dtype=torch.float64)
+    pairs = windows([as_batch(t, dtype=torch.float64) for t in range(8)], 3)
+    for _ in range(4):
+        engine(*next(pairs))
     before = parameters(model)
-    engine(as_batch(4, dtype=torch.float64), as_batch(7, dtype=torch.float64))
+    engine(*next(pairs))
     now = parameters(model)
     for key, got in engine.predicted_weights(3).items():
         assert torch.allclose(got, now[key] + 3 * (now[key] - before[key]), atol=1e-12), key
-    engine.prepare(None)
 
 
 def test_fallback_lookahead_resumes_bitwise() -> None:
@@ -427,9 +429,11 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
 def test_non_finite_stops_before_the_update(what: str) -> None:
     # Red when: the check stands after optimizer.step().
     engine = make(Concurrent(ATTACK, 1))
-    run(engine, 2)
+    pairs = windows([as_batch(t) for t in range(4)], 1)
+    for _ in range(2):
+        engine(*next(pairs))
     before = state(engine.model)
-    batch = as_batch(2)
+    batch = next(pairs)[0]
     if what == "loss":
         batch.micro[0].views["clean"][0] = float("nan")
         engine.gradient(batch)
@@ -441,6 +445,7 @@ def test_non_finite_stops_before_the_update(what: str) -> None:
     weights = {k for k, _ in engine.model.named_parameters()}
     assert all(torch.equal(state(engine.model)[k], before[k]) for k in weights)
     assert engine.version == 2
+    assert all(p.grad is None for p in engine.model.parameters())
 
 
 def test_bf16_trains_and_differs() -> None:
@@ -475,9 +480,58 @@ def test_uint8_images_are_normalised_on_the_way_in() -> None:
     assert same(state(a.model), state(b.model))
 
 
+def test_memory_is_one_copy_of_the_weights_with_lookahead_and_none_without() -> None:
+    # Red when: the predictor also keeps the momentum, or a copy is made for plain staleness.
+    plain, ahead = (make(Concurrent(FGSM(EPS, space=SPACE), 2, lookahead=x)) for x in (False, True))
+    assert plain._lookahead is None
+    weights = ahead.predicted_weights(2).values()
+    assert sum(w.nbytes for w in weights) == sum(p.nbytes for p in ahead.model.parameters())
+    held = {id(w) for w in weights}
+    run(ahead, 3)
+    assert {id(w) for w in ahead.predicted_weights(2).values()} == held
+
+
+def test_loops_that_mix_up_their_batches_are_told() -> None:
+    # Red when: the label check or the order check is removed: training goes on with images of another batch.
+    engine = make(Concurrent(ATTACK, 1))
+    engine(as_batch(0), as_batch(1))
+    other = Batch(1, (MicroBatch(0, (as_batch(1).micro[0].y_N + 1) % 5, as_batch(1).micro[0].views),))
+    with pytest.raises(ConadvError, match="another batch"):
+        engine.gradient(other)
+    engine.pending.clear()
+    with pytest.warns(UserWarning, match="not attacked ahead"):
+        engine.gradient(other)
+    engine.update()
+    with pytest.raises(ConadvError, match="between gradient"):
+        engine.prepare(as_batch(3))
+
+
+def test_images_of_another_normalisation_are_refused() -> None:
+    # Red when: check is removed: the box then moves most pixels by more than eps.
+    engine = make(Sequential(FGSM(EPS)), space=None)
+    with pytest.raises(ConadvError, match="outside of PixelSpace"):
+        engine.gradient(as_batch(0))
+
+
+def test_attacks_take_any_number_of_dimensions() -> None:
+    x = torch.rand(6, 4, 5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 5))
+    y = torch.arange(6) % 5
+    for attack in (FGSM(0.1), PGD(0.1, 3, norm="l2", random_start=0.5)):
+        assert attack(model, x, y, draws(0)).shape == x.shape
+
+
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [
+        (lambda: make(Vanilla(), view_weights={"adversarial": 2.0}), "Unknown view"),
+        (lambda: make(Vanilla(), view_weights={"clean": 0.0}), "above 0"),
+        (lambda: make(Vanilla())({"image": 1}), "pair"),
+        (lambda: make(Vanilla())((1, 2)), "pair"),
+        (lambda: make(Vanilla())(Batch(0, (*as_batch(0).micro, *as_batch(1, size=4).micro))), "one size"),
+        (lambda: make(Sequential(ATTACK), nn.DataParallel(tiny_resnet("adv"))), "DataParallel"),
+        (lambda: make(Sequential(ATTACK), nn.Sequential(tiny_resnet("adv"), nn.BatchNorm1d(5))), "without the route"),
+        (lambda: make(Sequential(ATTACK), nn.ModuleList([tiny_resnet("adv"), tiny_resnet("adv")])), "separately"),
         (lambda: make(Sequential(ATTACK), tiny_resnet()), "split_batchnorm"),
         (lambda: TrainStep(tiny_resnet("adv"), sgd(tiny_resnet("adv")), Vanilla()), "does not have"),
         (lambda: make(Sequential(ATTACK), space=PixelSpace()), "normalisation once"),

@@ -119,9 +119,14 @@ def test_sync_batchnorm_and_the_order_of_conversion() -> None:
     x, _ = images()
     plain = tiny_resnet().eval()
     assert torch.equal(model.eval()(x), plain(x))
-    wrong = nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet("adv"))
+    wrong = tiny_resnet("adv")
+    with route(wrong, "adv"):  # remembers where the routing was
+        wrong(x)
+    wrong = nn.SyncBatchNorm.convert_sync_batchnorm(wrong)
     with pytest.raises(ConadvError, match="Convert first"):
         split_batchnorm(wrong, "aug")
+    with pytest.raises(ConadvError, match="no route"), route(wrong, "adv"):
+        pass
 
 
 def test_frozen_stats_touches_nothing_and_uses_the_batch() -> None:

@@ -579,17 +579,17 @@ def test_long_records_are_averaged_down(tmp_path: Path) -> None:
     assert tail == pytest.approx(short.nested("losses")["clean"][1014:].mean())
 
 
-def test_accuracy_curve_ends_with_the_finished_run(tmp_path: Path) -> None:
-    """Red when: the summary's accuracy is left out, or appended although the last step was evaluated."""
+def test_accuracy_curve_shows_every_test_evaluation(tmp_path: Path) -> None:
+    """Red when: evaluations of another split are drawn too."""
     path = write_run(tmp_path / "a", make_config(), 0.987)
     lines = (path / "record.jsonl").read_text().splitlines(keepends=True)
-    for text, end in ((lines, 100 * json.loads(lines[-1])["accuracy"]), (lines[:-1], 98.7)):
-        (path / "record.jsonl").write_text("".join(text))
-        figure = figures.curves(compare([load_run(path)]))
-        assert figure is not None
-        line = figure.axes[0].lines[0]
-        assert (len(line.get_xdata()), line.get_xdata()[-1]) == (12, 12.0)
-        assert line.get_ydata()[-1] == pytest.approx(end)
+    other = json.dumps({**json.loads(lines[-1]), "split": "train", "accuracy": 1.0}) + "\n"
+    (path / "record.jsonl").write_text("".join([*lines, other]))
+    figure = figures.curves(compare([load_run(path)]))
+    assert figure is not None
+    line = figure.axes[0].lines[0]
+    assert (len(line.get_xdata()), line.get_xdata()[-1]) == (12, 12.0)
+    assert line.get_ydata()[-1] == pytest.approx(100 * json.loads(lines[-1])["accuracy"])
 
 
 def test_equal_schedules_are_one_line(study: Path) -> None:

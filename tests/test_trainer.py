@@ -78,7 +78,9 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
     assert (summary["steps"], summary["epochs"], summary["batchnorm_batch_size"]) == (6, 2, 64)
     assert 0 <= summary["robust_accuracy"] <= summary["test_accuracy"] <= 1
     lines = read_lines(whole / "record.jsonl")
-    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3]
+    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    assert [line["split"] for line in lines[-3:]] == ["train", "test", "robust"]
+    assert lines[-2]["accuracy"] == summary["test_accuracy"]
     assert load_yaml(whole / "config.yaml") == resolve(settings)
 
     train(settings, cut)
@@ -208,10 +210,50 @@ def test_record_tail_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
     train(config(), tmp_path)
     path = RunDir(tmp_path).record
     path.write_text(path.read_text() + '{"type": "step", "st')
-    assert read_lines(path)[-1]["step"] == 5
+    assert read_lines(path)[-1]["split"] == "robust"
     path.write_text('{"broken\n' + path.read_text())
     with pytest.raises(ConadvError, match="line 1"):
         read_lines(path)
+
+
+def test_resuming_a_finished_run_repeats_its_end_and_nothing_else(tmp_path: Path) -> None:
+    # Red when: truncate keeps the final evaluations.
+    summary = train(config(), tmp_path)
+    before = without_times(read_lines(tmp_path / "record.jsonl"))
+    assert train(config(), tmp_path, resume=True)["test_loss"] == summary["test_loss"]
+    assert without_times(read_lines(tmp_path / "record.jsonl")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0.01}, "less than one step"),
+        ({"method": "conadv", "staleness": 6}, "staleness 6 has no effect in 6"),
+    ],
+)
+def test_durations_that_cannot_be_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConadvError, match=message):
+        train(config(**changes), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConadvError, match="is a file"):
+        train(config(), tmp_path / "file" / "run")
+    with pytest.raises(ConadvError, match=r"cannot be written to|Cannot write"):
+        train(config(), Path("/proc/run"))
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    class Stop(Silent):
+        def step(self, record: Any) -> None:
+            if record.step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"after 4 steps; --resume goes on from step 3"):
+        train(config(), tmp_path, observer=Stop())
+    assert train(config(), tmp_path, resume=True)["steps"] == 6
 
 
 def test_observers_hear_of_every_step(tmp_path: Path) -> None:
@@ -226,7 +268,7 @@ def test_observers_hear_of_every_step(tmp_path: Path) -> None:
 
     seen = Count()
     train(config(), tmp_path, observer=seen)
-    assert (seen.steps, seen.evaluations) == (6, 1)
+    assert (seen.steps, seen.evaluations) == (6, 2)
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -246,8 +288,8 @@ def test_models_by_name() -> None:
     assert build_model(ModelConfig(name="resnet20"), 3, 10)(x).shape == (2, 10)
     assert sum(p.numel() for p in build_model(ModelConfig(name="resnet20"), 3, 10).parameters()) == 272_474
     assert build_model(ModelConfig(name="resnet18"), 3, 7).fc.out_features == 7
-    with pytest.raises(ConadvError, match="resnet50"):
-        build_model(ModelConfig(name="resnet5o"), 3, 10)
+    with pytest.raises(ConadvError, match="Did you mean 'resnet18'"):
+        build_model(ModelConfig(name="resnet18x"), 3, 10)
     with pytest.raises(ConadvError, match="3 channels"):
         build_model(ModelConfig(name="resnet18"), 1, 10)
     with pytest.raises(ConadvError, match="no effect"):

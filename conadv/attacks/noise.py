@@ -24,6 +24,8 @@ class RandomSigns:
     def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
         """Perturbed images like ``x_NCHW``."""
         x = x_NCHW.detach()
+        if x.device.type == "cpu":
+            self.space.check(x)
         coins = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
         signs = coins.to(x.dtype).mul_(2).sub_(1)
         return self.space.project(self.space.ascend(x, signs, self.eps, "linf"), x, self.eps, "linf")

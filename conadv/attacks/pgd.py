@@ -51,6 +51,8 @@ class PGD:
         """Adversarial images like ``x_NCHW``. Parameters get no gradient; randomness comes from ``generator`` only."""
         assert self.step_size is not None
         origin = x_NCHW.detach()
+        if origin.device.type == "cpu":  # elsewhere it would wait for the device; the engine checks the first batch
+            self.space.check(origin)
         target_N = None
         x = self._start(origin, generator)
         for _ in range(self.num_steps):
@@ -71,4 +73,4 @@ class PGD:
             return origin.clone()
         chosen = torch.rand(len(origin), generator=generator, device=origin.device) < self.random_start
         start = self.space.random_start(origin, self.eps, self.norm, generator)
-        return torch.where(chosen.view(-1, 1, 1, 1), start, origin)
+        return torch.where(chosen.view(-1, *[1] * (origin.dim() - 1)), start, origin)

@@ -61,6 +61,15 @@ class PixelSpace:
         _, _, low, high = self._constants(x)
         return x.clamp_(low, high)
 
+    def check(self, x: Tensor) -> None:
+        """ConadvError if ``x`` cannot be images in this space, the sign of a wrong mean and std. A sync point."""
+        _, _, low, high = self._constants(x)
+        if bool(((x < low - 1e-3) | (x > high + 1e-3)).any()):
+            raise ConadvError(
+                f"Images range from {x.min():.3g} to {x.max():.3g}, outside of {self}, so eps and clipping would be "
+                "wrong. Give the normalisation that the images had: space=PixelSpace(mean, std)."
+            )
+
     def ascend(self, x: Tensor, gradient: Tensor, step_size: float, norm: Norm) -> Tensor:
         """One steepest-ascent step of ``step_size`` pixels from x; out of place. A zero gradient moves nothing.
 
@@ -71,7 +80,7 @@ class PixelSpace:
             return x + gradient.sign().mul_(step_size / std)
         pixel_gradient = gradient / std  # chain rule: d loss / d pixel = (d loss / d x) / std
         length = pixel_gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-        return x + pixel_gradient.mul_((step_size / length).view(-1, 1, 1, 1)).div_(std)
+        return x + pixel_gradient.mul_(_per_image(step_size / length, x)).div_(std)
 
     def project(self, x: Tensor, origin: Tensor, eps: float, norm: Norm) -> Tensor:
         """The eps ball around ``origin``, then the box. The box only brings x nearer to a valid origin."""
@@ -81,7 +90,7 @@ class PixelSpace:
             delta = torch.clamp(delta, -eps / std, eps / std)
         else:
             length = (delta * std).flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-            delta *= (eps / length).clamp_max(1).view(-1, 1, 1, 1)
+            delta *= _per_image((eps / length).clamp_max(1), x)
         return self.clip(origin + delta)
 
     def random_start(self, x: Tensor, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
@@ -93,28 +102,35 @@ class PixelSpace:
         direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
         length = direction.flatten(1).norm(dim=1)
-        return self.clip(x + direction.mul_((eps * radius / length).view(-1, 1, 1, 1)).div_(std))
+        return self.clip(x + direction.mul_(_per_image(eps * radius / length, x)).div_(std))
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if len(self.mean) not in (1, x.shape[1]):
             raise ConadvError(f"PixelSpace has {len(self.mean)} channels, the images have {x.shape[1]}.")
-        return _constants(self, x.dtype, x.device)
+        return _constants(self, x.dtype, x.device, x.dim())
 
 
 @lru_cache(maxsize=64)
-def _constants(space: PixelSpace, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, std, low and high as (1, C, 1, 1), made once per dtype and device."""
-    mean = torch.tensor(space.mean, dtype=dtype, device=device).view(1, -1, 1, 1)
-    std = torch.tensor(space.std, dtype=dtype, device=device).view(1, -1, 1, 1)
+def _constants(
+    space: PixelSpace, dtype: torch.dtype, device: torch.device, dim: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mean, std, low and high as (1, C, 1, ...), made once per dtype, device and number of dimensions."""
+    shape = (1, -1, *[1] * (dim - 2))
+    mean = torch.tensor(space.mean, dtype=dtype, device=device).view(shape)
+    std = torch.tensor(space.std, dtype=dtype, device=device).view(shape)
     # the same arithmetic as normalize, so that black and white stay exactly on the edge of the box
     return mean, std, (0 - mean) / std, (1 - mean) / std
+
+
+def _per_image(value_N: Tensor, x: Tensor) -> Tensor:
+    return value_N.view(-1, *[1] * (x.dim() - 1))
 
 
 def check_eps(name: str, eps: float, norm: Norm) -> None:
     """ConadvError for an eps that cannot be meant in [0, 1] pixel units."""
     if not eps >= 0:
         raise ConadvError(f"{name} = {eps} must be 0 or more.")
-    if norm == "linf" and eps > 1:
+    if norm == "linf" and eps >= 1:
         raise ConadvError(f"{name} = {eps:g} is in [0, 1] pixel units. Did you mean {eps:g}/255?")
     if norm not in ("linf", "l2"):
         raise ConadvError(f"norm {norm!r} is not known. Use 'linf' or 'l2'.")

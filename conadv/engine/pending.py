@@ -42,6 +42,10 @@ class Pending:
         images = tuple(self._decode(image, dtype) for image in stored.images)
         return ExtraBatch(images, stored.labels, stored.weight_version)
 
+    def clear(self) -> None:
+        """Forget everything, as when a loop goes on with other data."""
+        self._waiting.clear()
+
     def __len__(self) -> int:
         return len(self._waiting)
 

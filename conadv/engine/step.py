@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import norm, rng
 from ..attacks import PixelSpace
-from ..errors import ConadvError
+from ..errors import ConadvError, unknown
 from ..methods.base import Method
 from ..methods.vanilla import Vanilla
 from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
@@ -27,7 +27,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class NonFiniteError(ConadvError):
-    """A loss or gradient is infinite or NaN. Raised before the update: the weights are still the last good ones."""
+    """A loss or gradient is infinite or NaN. Raised before the update: the parameters are still the last good ones.
+
+    The forward pass has been through batch norm, so running statistics may hold NaN: to go on, load a checkpoint.
+    """
 
 
 class TrainStep:
@@ -86,7 +89,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.method = method or Vanilla()
         self.loss = loss
-        self.view_weights = dict(view_weights or {})
+        self.view_weights = _checked_weights(view_weights or {})
         self.space = _one_space(space, self.method.space)
         self.device = next(model.parameters()).device
         self.pending = Pending(self.space, pending_dtype)
@@ -104,7 +107,10 @@ class TrainStep:
         self._losses: dict[str, Tensor] = {}
         self._extra_version: int | None = None
         self._epoch = 0
-        self._routed = norm.has_batchnorm(model) and (bool(norm.routes_of(model)) or self.method.route is not None)
+        self._has_batchnorm = norm.has_batchnorm(model)
+        self._has_routes = bool(norm.routes_of(model))
+        self._gradient_version: int | None = None
+        self._images_checked = False
         self._check_model()
 
     @property
@@ -122,9 +128,10 @@ class TrainStep:
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]:
         """Forward and backward of all views of all micro-batches; adds to ``.grad``. Returns the loss of each view.
 
-        ``.grad`` holds the gradient of the mean over this rank's images.
+        ``.grad`` holds the gradient of the mean over this rank's images; a second call before the update adds to it.
         """
         batch = self._as_batch(batch, self.version)
+        self._gradient_version = self.version
         with self.clock.phase("attack"):
             extra = self.method.extra(self, batch)
         self._extra_version = None if extra is None else extra.weight_version
@@ -141,7 +148,12 @@ class TrainStep:
         return self._losses
 
     def prepare(self, future: RawBatch | None) -> None:
-        """The method's work for a later step, at the present weights; nothing for most methods."""
+        """The method's work for a later step, at the present weights; nothing for most methods.
+
+        Raises ConadvError after the update: the images would be attacked at other weights and for another step.
+        """
+        if future is not None and self._gradient_version != self.version:
+            raise ConadvError("prepare(future) belongs between gradient(batch) and the update of the same step.")
         with self.clock.phase("attack"):
             self.method.prepare(self, None if future is None else self._as_batch(future, self.version + self.ahead))
             if self._lookahead is not None:
@@ -164,6 +176,7 @@ class TrainStep:
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
         self.version += 1
+        self._gradient_version = None
 
     # ---- what methods use
 
@@ -187,6 +200,9 @@ class TrainStep:
         """
         images = []
         labels = [self.labels(micro) for micro in batch.micro]
+        if not self._images_checked:
+            self.space.check(self.images(batch.micro[0], "clean"))
+            self._images_checked = True
         for micro, y_N in zip(batch.micro, labels, strict=True):
             path = ("attack", batch.step, micro.index)
             draws = rng.generator(self.device, self._seed, *path)
@@ -270,7 +286,8 @@ class TrainStep:
         return forward
 
     def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
-        return norm.route(self.model, spec) if self._routed else nullcontext()
+        needed = self._has_routes or (self._has_batchnorm and spec != norm.CLEAN)
+        return norm.route(self.model, spec) if needed else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
@@ -284,6 +301,7 @@ class TrainStep:
         losses = dict(zip(self._losses, values, strict=True))
         for what, value in (*((f"loss of the {name} view", v) for name, v in losses.items()), ("gradient", grad_norm)):
             if not math.isfinite(value):
+                self.optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteError(
                     f"Step {self.version}: the {what} is {value}. The update was not made. "
                     "Lower the learning rate, lengthen the warm-up, or check the data."
@@ -293,17 +311,21 @@ class TrainStep:
 
     def _as_batch(self, raw: RawBatch, step: int) -> Batch:
         if isinstance(raw, Batch):
+            if len({len(micro.y_N) for micro in raw.micro}) != 1:
+                raise ConadvError("A batch needs micro-batches of one size: a step takes the mean of their means.")
             return raw
+        if not (isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw)):
+            raise ConadvError(f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}.")
         x_NCHW, y_N = raw
         return Batch(step, (MicroBatch(0, y_N, {"clean": x_NCHW}),))
 
     def _check_model(self) -> None:
-        wanted = self.method.route
-        if wanted is not None and norm.has_batchnorm(self.model) and wanted not in norm.routes_of(self.model):
-            raise ConadvError(
-                f"The model has batch norm but no route {wanted!r}: clean and adversarial images would share "
-                f"statistics. Call split_batchnorm(model, {wanted!r}) before you build the optimizer."
-            )
+        if isinstance(self.model, nn.DataParallel):
+            raise ConadvError("nn.DataParallel copies the model in every pass, which breaks routes. Use one process.")
+        norm.check_routes(self.model, [self.method.route] if self.method.route else [])
+        rates = {float(group["lr"]) for group in self.optimizer.param_groups}
+        if self._lr_at is not None and len(rates) > 1:
+            raise ConadvError(f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}.")
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         orphans = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
         if orphans:
@@ -311,6 +333,15 @@ class TrainStep:
                 f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
                 "Split the batch norm before you build the optimizer, and give it all parameters."
             )
+
+
+def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if name not in ("clean", "aug", "adv"):
+            raise unknown("view in view_weights", name, ("clean", "aug", "adv"))
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConadvError(f"view_weights[{name!r}] = {weight} must be above 0.")
+    return dict(weights)
 
 
 def _route_spec(views: Mapping[str, tuple[Tensor, Tensor]]) -> norm.RouteSpec:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..attacks import PixelSpace
 from ..errors import ConadvError
@@ -51,7 +54,13 @@ class Concurrent(Method):
         return num_steps(self.attack)
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
-        return engine.pending.pop(batch.step) or engine.craft(self.attack, batch)
+        waiting = engine.pending.pop(batch.step)
+        if waiting is None:
+            if self.staleness and batch.step >= self.staleness:
+                _warn_late()
+            return engine.craft(self.attack, batch)
+        _check_same_batch(waiting, engine, batch)
+        return waiting
 
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
         if future is None or not self.staleness:
@@ -63,3 +72,23 @@ class Concurrent(Method):
     def from_config(cls, config: Config) -> Concurrent:
         assert config.staleness is not None
         return cls(attack_from_config(config), config.staleness, bool(config.lookahead))
+
+
+def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:
+    """The images that wait must be those of the batch: a loop that changed its data in between is told."""
+    labels = [engine.labels(micro) for micro in batch.micro]
+    same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
+    if not same:
+        raise ConadvError(
+            f"The adversarial images that wait for step {batch.step} were made of another batch than the one given. "
+            "Pass prepare() the batch that comes `ahead` steps later (conadv.windows does), and call "
+            "step.pending.clear() when the data changes."
+        )
+
+
+def _warn_late() -> None:
+    warnings.warn(
+        "A batch was not attacked ahead of time and is attacked at the present weights, on the critical path. Give "
+        "every step its future batch: one conadv.windows over all epochs, and step.prepare in each step.",
+        stacklevel=2,
+    )

@@ -290,11 +290,7 @@ def _draw_curves(axes: Any, comparison: Comparison, curve: Callable[[Run], tuple
 
 
 def _accuracy_curve(run: Run, scale: Scale) -> tuple[Column, Column]:
-    """Evaluations on the way, and the finished run's own, which the record does not repeat."""
     steps, accuracy = run.evals.get("step", np.empty(0)), run.evals.get("accuracy", np.empty(0))
-    last = (run.summary or {}).get("test_accuracy")
-    if last is not None and not (steps.size and steps[-1] >= run.steps_done):
-        steps, accuracy = np.append(steps, run.steps_done), np.append(accuracy, last)
     return steps * scale(run), 100 * accuracy
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conadv import PGD, PixelSpace, evaluate, route
+from conadv import PGD, ConadvError, PixelSpace, evaluate, route
 
 from .helpers import images, same, state, tiny_resnet
 
@@ -49,6 +49,11 @@ def test_attack_is_white_box_and_repeatable() -> None:
     attacked = [evaluate(model, [(x, y)], SPACE, attack=attack, seed=s) for s in (1, 1)]
     assert attacked[0] == attacked[1]
     assert attacked[0].accuracy < 0.9
+
+
+def test_nothing_to_evaluate_is_an_error() -> None:
+    with pytest.raises(ConadvError, match="no batch"):
+        evaluate(tiny_resnet(), [], SPACE)
 
 
 def test_uint8_bf16_and_channels_last() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import norm, rng
 from .attacks import PixelSpace
+from .errors import ConadvError
 from .types import Attack
 
 
@@ -45,7 +46,6 @@ def evaluate(
     seed: int = 0,
     precision: str = "fp32",
     channels_last: bool = False,
-    progress: Callable[[int], None] = lambda images: None,
 ) -> Result:
     """Loss and accuracy on ``batches`` of (images_NCHW, y_N): uint8 pixels or model space.
 
@@ -71,5 +71,6 @@ def evaluate(
             loss += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()
             images += len(y)
-            progress(len(y))
+    if not images:
+        raise ConadvError("evaluate: there is no batch to evaluate on.")
     return Result(loss.item() / images, correct.item() / images, images)
