@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conadv import cli
 from conadv.cli import given_settings, main
+from conadv.progress import Live, Plain, for_terminal
+from conadv.types import StepRecord
 
 SMALL = [
     *("--model.width", "4", "--steps", "2", "--schedule.warmup-epochs", "0", "--global-batch-size", "128"),
@@ -51,7 +55,9 @@ def test_train_eval_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     summary = json.loads((b / "summary.json").read_text())
     assert (summary["staleness"], summary["lookahead"], summary["seed"], summary["lr"]) == (1, True, 3, 1.5)
     assert summary["eps"] == 16 / 255
-    assert list((b / "tensorboard").iterdir())
+    events = EventAccumulator(str(b / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
     assert capsys.readouterr().out == ""  # --quiet
     assert main(["eval", str(b)]) == 0
     assert f"{100 * summary['test_accuracy']:6.2f} %" in capsys.readouterr().out
@@ -78,6 +84,57 @@ def test_plain_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "run directory",
     ):
         assert text in out
+
+
+def test_plain_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: every step is a line, or the last is not.
+    show = Plain(every=1000)
+    show.start("title", 0, 5)
+    for t in range(5):
+        show.step(StepRecord(t, 0, 0.25, 1.5, {}, 1.0))
+    show.evaluation(5, 0.5, 0.75)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["title: steps 0 to 5", "step 1/5", "step 5/5", "step 5/5"]
+    assert "loss 1.5000  lr 0.25" in lines[1]
+    assert "test accuracy 75.00 %" in lines[3]
+
+
+def test_live_progress_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    show = for_terminal(quiet=False)
+    assert isinstance(show, Live)
+    show.loading("images", 1, 2)
+    show.loading("images", 2, 2)
+    show.start("title", 0, 2)
+    show.message("[a message]")
+    for t in range(2):
+        show.step(StepRecord(t, 0, 0.25, 1.5, {}, 1.0))
+    show.evaluation(2, 0.5, 0.75)
+    show.finish()
+    out = capsys.readouterr().out
+    for text in ("[a message]", "title", "2/2", "loss 1.500", "test 75.00 %"):
+        assert text in out
+
+
+def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Red when: --overwrite, --resume, --device or --threads has no effect.
+    seen: dict[str, object] = {}
+    monkeypatch.setattr("conadv.trainer.train", lambda config, out, **options: seen.update(options, out=out))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: seen.update(threads=count))
+    args = ["--out", str(tmp_path), "--overwrite", "--resume", "--device", "cuda", "--threads", "3", "--quiet"]
+    assert main(["train", "digits", *args]) == 0
+    del seen["observer"]
+    assert seen == {"out": tmp_path, "overwrite": True, "resume": True, "device": "cuda", "threads": 3}
+
+
+def test_ctrl_c_is_exit_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt(" after 3 steps; --resume goes on from step 2")
+
+    monkeypatch.setitem(cli.COMMANDS, "recipes", stop)
+    assert main(["recipes"]) == 130
+    assert "interrupted after 3 steps; --resume" in capsys.readouterr().err
 
 
 WRONG = {

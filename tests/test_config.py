@@ -99,7 +99,7 @@ def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
             "seed": st.integers(0, 2**40),
             "optim__name": st.sampled_from(["lars", "lamb", "sgd", "adamw"]),
             "optim__lr": st.floats(1e-8, 1e8),
-            "attack__eps": st.floats(0, 1),
+            "attack__eps": st.floats(0, 0.99),
             "precision": st.sampled_from(["fp32", "bf16"]),
         }
     )
@@ -121,6 +121,14 @@ def test_resolved_defaults_belong_to_the_choice() -> None:
     assert resolve(replace(BASE, optim__variant="timm")).optim.eps == 1e-8
     assert resolve(replace(BASE, method="disadv", attack__num_steps=4)).attack.step_size == pytest.approx(0.125)
     assert resolve(BASE).micro_batch_size == 898
+    assert resolve(BASE).eval.robust_eps == 0.1  # attack.eps is 0.2
+    assert resolve(replace(BASE, eval__robust_eps=None)).eval.robust_eps == 0.2
+
+
+def test_differences_are_named() -> None:
+    # Red when: nested settings are not compared (a run is then resumed with another learning rate).
+    other = replace(BASE, optim__lr=7.0, seed=1)
+    assert differences(BASE, other) == ["seed: 0 -> 1", f"optim.lr: {BASE.optim.lr} -> 7.0"]
 
 
 def edit(base: Config, **changes: Any) -> Config:
@@ -132,6 +140,8 @@ def edit(base: Config, **changes: Any) -> Config:
 def test_options_replace_what_belongs_to_the_old_choice() -> None:
     # Red when: override keeps epochs beside steps, or a base's staleness beside another method.
     assert edit(BASE, steps=5).epochs is None
+    by_steps = replace(BASE, epochs=None, steps=5)
+    assert edit(by_steps, epochs=2).steps is None
     saved = resolve(replace(BASE, method="conadv", staleness=3, optim__name="lamb"))
     other = resolve(edit(saved, method="noise"))
     assert (other.staleness, other.pending_dtype) == (None, None)
@@ -158,6 +168,8 @@ def test_options_count_as_given_whatever_their_value() -> None:
     with pytest.raises(ConadvError, match="staleness has no effect"):
         resolve(edit(saved, method="disadv", staleness=2))
     assert resolve(edit(saved, attack__eps=0.1, attack__step_size=0.05)).attack.step_size == 0.05
+    for base in (BASE, resolve(BASE)):
+        assert resolve(edit(base, optim__name="sgd", optim__lr=0.1)).optim.variant is None
     for name, method in (("eps", "vanilla"), ("num_steps", "noise"), ("eps", "multiview")):
         with pytest.raises(ConadvError, match=f"attack.{name} has no effect"):
             edit(BASE, method=method, **{f"attack__{name}": getattr(BASE.attack, name)})

@@ -40,7 +40,7 @@ def test_clean_route_and_modes_survive() -> None:
 
 
 def test_attack_is_white_box_and_repeatable() -> None:
-    # Red when: the attack is not applied, or draws from the global generator.
+    # Red when: the attack is not applied, draws from the global generator, or ignores the seed.
     model = tiny_resnet("adv")
     x, _ = images(32)
     y = model.eval()(x).argmax(1)  # labels that the model gets right
@@ -49,6 +49,7 @@ def test_attack_is_white_box_and_repeatable() -> None:
     attacked = [evaluate(model, [(x, y)], SPACE, attack=attack, seed=s) for s in (1, 1)]
     assert attacked[0] == attacked[1]
     assert attacked[0].accuracy < 0.9
+    assert evaluate(model, [(x, y)], SPACE, attack=attack, seed=2) != attacked[0]
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:
@@ -57,10 +58,18 @@ def test_nothing_to_evaluate_is_an_error() -> None:
 
 
 def test_uint8_bf16_and_channels_last() -> None:
+    # Red when: any of the three has no effect.
     model = tiny_resnet()
     x, y = images(8)
+    seen = []
+    model.conv1.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     pixels = (x * 255).to(torch.uint8)
     a = evaluate(model, [(pixels, y)], SPACE)
     b = evaluate(model, [(SPACE.normalize(pixels), y)], SPACE, channels_last=True)
     assert a.loss == pytest.approx(b.loss, rel=1e-5)
-    assert evaluate(model, [(pixels, y)], SPACE, precision="bf16").loss == pytest.approx(a.loss, rel=0.05)
+    c = evaluate(model, [(pixels, y)], SPACE, precision="bf16")
+    assert c.loss == pytest.approx(a.loss, rel=0.05)
+    assert c.loss != a.loss
+    assert seen == [False, True, False]

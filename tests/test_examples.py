@@ -20,7 +20,7 @@ def load(name: str) -> object:
 
 
 def test_own_loop_learns() -> None:
-    # Red when: gradient() does not fill .grad (accuracy stays near 10 %).
+    # Red when: gradient() does not fill .grad (update() then refuses).
     torch.set_num_threads(1)
     assert load("own_loop").main(epochs=3) > 0.85  # type: ignore[attr-defined]
 

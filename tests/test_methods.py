@@ -29,7 +29,6 @@ from conadv import (
     TrainStep,
     Vanilla,
     rng,
-    route,
     windows,
 )
 from conadv.methods import METHODS, method_class
@@ -98,7 +97,7 @@ def test_the_table_has_every_method() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_repeatable_and_leaves_the_callers_random_stream_alone(name: str) -> None:
-    # Red when: rng.scope does not restore, or an attack draws from the global generator.
+    # Red when: rng.scope does not restore.
     torch.manual_seed(1)
     a = make(CASES[name]())
     torch.manual_seed(5)
@@ -114,9 +113,9 @@ def test_repeatable_and_leaves_the_callers_random_stream_alone(name: str) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_in_the_middle_equals_uninterrupted(name: str) -> None:
-    # Red when: state_dict leaves out pending (conadv, recycle) or the version.
+    # Red when: state_dict leaves out pending (conadv, recycle), its weight versions, or the version.
     whole = make(CASES[name]())
-    run(whole, 6)
+    want = run(whole, 6)[3:]
     half = make(CASES[name]())
     stream = [as_batch(t) for t in range(6)]
     pairs = list(windows(stream, half.ahead))
@@ -126,8 +125,8 @@ def test_resumed_in_the_middle_equals_uninterrupted(name: str) -> None:
     rest = make(CASES[name]())
     for part, values in zip((rest.model, rest.optimizer, rest), saved, strict=True):
         part.load_state_dict(values)
-    for batch, future in pairs[3:]:
-        rest(batch, future)
+    got = [rest(batch, future) for batch, future in pairs[3:]]
+    assert [(r.step, r.loss, r.weight_version) for r in got] == [(r.step, r.loss, r.weight_version) for r in want]
     assert same(state(rest.model), state(whole.model))
 
 
@@ -225,7 +224,7 @@ def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> Non
 
 
 def test_tau_0_is_the_sequential_attack_and_tau_1_is_not() -> None:
-    # Red when: prepare runs although staleness is 0, or the pending batch is ignored.
+    # Red when: prepare keeps a batch although staleness is 0, or the pending batch is ignored.
     engines = [
         make(m) for m in (Sequential(ATTACK), Concurrent(ATTACK, 0), Concurrent(ATTACK, 1), Concurrent(ATTACK, 2))
     ]
@@ -235,11 +234,13 @@ def test_tau_0_is_the_sequential_attack_and_tau_1_is_not() -> None:
     assert same(weights[0], weights[1])
     assert not same(weights[0], weights[2])
     assert not same(weights[2], weights[3])
+    engines[1].method.prepare(engines[1], as_batch(5))
+    assert len(engines[1].pending) == 0
 
 
 @pytest.mark.parametrize("tau", [0, 1, 3])
 def test_eps_0_makes_the_adversarial_batch_the_clean_one(tau: int) -> None:
-    # Red when: the pixel box moves black and white by an ulp, or clean and future batches are mixed up.
+    # Red when: clean and future batches are mixed up.
     a = make(Concurrent(FGSM(0.0, space=SPACE), tau))
     b = make(Noise(RandomSigns(0.0, SPACE)))
     c = make(_CleanTwice())
@@ -258,24 +259,20 @@ class _CleanTwice(MultiView):
 
 
 def test_recycle_perturbs_the_last_batch_by_its_own_clean_gradient() -> None:
-    # Red when: absorb stores the labels of the next batch, or the gradient of the adversarial half.
+    # Red when: absorb stores other labels, or the gradient of the adversarial half (from the second step on).
     model = tiny_resnet("adv", dtype=torch.float64)
-    twin = copy.deepcopy(model)
     engine = make(Recycle(FGSM(EPS, space=SPACE)), model)
-    first, second = as_batch(0, dtype=torch.float64), as_batch(1, dtype=torch.float64)
-    engine(first)
-    waiting = engine.pending.pop(1)
-    assert waiting is not None
-    x = first.micro[0].views["clean"].clone().requires_grad_()
-    torch.nn.functional.cross_entropy(twin(x), first.micro[0].y_N).backward()
-    want = FGSM(EPS, space=SPACE).from_gradient(x, x.grad)
-    assert torch.allclose(waiting.images[0], want, atol=1e-12)
-    assert torch.equal(waiting.labels[0], first.micro[0].y_N)
-    engine.pending.put(1, waiting)
-    with route(copy.deepcopy(model), "adv"):
-        pass
-    record = engine(second)
-    assert record.staleness == 1
+    for t in range(2):
+        twin, batch = copy.deepcopy(model), as_batch(t, dtype=torch.float64)
+        assert engine(batch).staleness == (1 if t else None)
+        waiting = engine.pending.pop(t + 1)
+        assert waiting is not None
+        x = batch.micro[0].views["clean"].clone().requires_grad_()
+        torch.nn.functional.cross_entropy(twin(x), batch.micro[0].y_N).backward()
+        want = FGSM(EPS, space=SPACE).from_gradient(x, x.grad)
+        assert torch.allclose(waiting.images[0], want, atol=1e-12)
+        assert torch.equal(waiting.labels[0], batch.micro[0].y_N)
+        engine.pending.put(t + 1, waiting)
 
 
 def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:
@@ -283,14 +280,14 @@ def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:
     batch = as_batch(0)
     x = batch.micro[0].views["clean"]
     delta = SPACE.to_pixels(engine.method.extra(engine, batch).images[0]) - SPACE.to_pixels(x)
-    assert delta.abs().max() <= EPS + 1e-6
+    assert delta.abs().max() == pytest.approx(EPS, abs=1e-6)
     assert abs((delta > 0).float().mean() - 0.5) < 0.05
 
 
 # ---- waiting images
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 2e-3), ("bfloat16", 2e-2), ("uint8", 1e-6)])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 1e-3), ("bfloat16", 8e-3), ("uint8", 1e-6)])
 def test_pending_dtypes(dtype: str, error: float) -> None:
     # Red when: uint8 truncates instead of rounding (8/255 is then off by one level).
     engine = make(Concurrent(FGSM(EPS, space=SPACE), 1), pending_dtype=dtype)
@@ -302,7 +299,7 @@ def test_pending_dtypes(dtype: str, error: float) -> None:
     assert engine.pending.nbytes == made.numel() * torch.empty((), dtype=engine.pending.dtype).element_size()
     got = engine.pending.pop(1).images[0]
     assert got.dtype == torch.float32
-    assert (got - made).abs().max() <= error / 0.25 * 2
+    assert (got - made).abs().max() <= error  # model space: values up to 2
 
 
 @pytest.mark.parametrize("tau", [1, 2, 5])
@@ -331,6 +328,9 @@ OPTIMIZERS = {
     "lamb": lambda m: LAMB(m.parameters(), 0.01),
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), 0.01),
     "adam": lambda m: torch.optim.Adam(m.parameters(), 0.01),
+    "sgd-groups": lambda m: torch.optim.SGD(
+        [{"params": m[0].parameters()}, {"params": m[2:].parameters(), "momentum": 0.5}], 0.05, momentum=0.9
+    ),
 }
 
 
@@ -371,6 +371,8 @@ FALLBACKS = {
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), 0.01),
     "sgd-no-momentum": lambda m: torch.optim.SGD(m.parameters(), 0.05),
     "lars-nus": lambda m: LARS(m.parameters(), 0.5, variant="nus"),
+    "adam-amsgrad": lambda m: torch.optim.Adam(m.parameters(), 0.01, amsgrad=True),
+    "sgd-maximize": lambda m: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, maximize=True),
 }
 
 
@@ -412,8 +414,8 @@ def test_fallback_lookahead_resumes_bitwise() -> None:
 
 
 def test_phases_called_one_by_one_equal_the_step() -> None:
-    # Red when: prepare advances the version, or advance() is not counted.
-    a, b = (make(Concurrent(ATTACK, 1)) for _ in range(2))
+    # Red when: prepare advances the version, advance() is not counted, or a call numbers plain pairs in another way.
+    a, b, c = (make(Concurrent(ATTACK, 1)) for _ in range(3))
     run(a, 4)
     stream = [(micro.views["clean"], micro.y_N) for micro in (as_batch(t).micro[0] for t in range(4))]
     for batch, future in windows(stream, b.ahead):
@@ -422,7 +424,10 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
         b.optimizer.step()
         b.optimizer.zero_grad()
         b.advance()
+    for batch, future in windows(stream, c.ahead):
+        c(batch, future)
     assert same(state(a.model), state(b.model))
+    assert same(state(a.model), state(c.model))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -460,14 +465,80 @@ def test_channels_last_changes_the_layout_only() -> None:
     a = make(Concurrent(ATTACK, 1), tiny_resnet("adv", dtype=torch.float64))
     model = tiny_resnet("adv", dtype=torch.float64).to(memory_format=torch.channels_last)
     b = make(Concurrent(ATTACK, 1), model, channels_last=True)
+    seen = []
+    model.conv1.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
     x, y = run(a, 3, dtype=torch.float64), run(b, 3, dtype=torch.float64)
     assert [r.loss for r in x] == pytest.approx([r.loss for r in y], rel=1e-9)
+    assert len(seen) == 9  # three steps of a clean, an adversarial and an attack pass
+    assert all(seen)
 
 
-def test_view_weights_are_a_weighted_mean() -> None:
-    engine = make(Sequential(ATTACK), view_weights={"adv": 3.0})
-    record = run(engine, 1)[0]
-    assert record.loss == pytest.approx((record.losses["clean"] + 3 * record.losses["adv"]) / 4)
+@pytest.mark.parametrize("fuse", [False, True])
+def test_view_weights_are_a_weighted_mean(fuse: bool) -> None:
+    # Red when: the weights are in the record only, or the gradient is not divided by their sum.
+    model = no_norm_net()
+    engine = make(MultiView(), model, view_weights={"adv": 3.0}, fuse_views=fuse)
+    batch = as_batch(0, dtype=torch.float64)
+    losses = [torch.nn.functional.cross_entropy(model(x), batch.micro[0].y_N) for x in batch.micro[0].views.values()]
+    want = (losses[0] + 3 * losses[1]) / 4
+    gradients = torch.autograd.grad(want, list(model.parameters()))
+    engine.gradient(batch)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, gradient, rtol=1e-9, atol=1e-14)
+    assert engine.update().loss == pytest.approx(want.item())
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_the_aug_view_has_its_own_route(fuse: bool) -> None:
+    # Red when: the aug view is left out, or goes through the clean route.
+    model = tiny_resnet("aug", "adv")
+    engine = make(Concurrent(ATTACK, 1), model, fuse_views=fuse)
+    (micro,) = as_batch(0).micro
+    views = {"clean": micro.views["clean"], "aug": micro.views["second"]}
+    record = engine(Batch(0, (MicroBatch(0, micro.y_N, views),)))
+    assert list(record.losses) == ["clean", "aug", "adv"]
+    for layer in (model.bn1, model.bn1.routes["aug"], model.bn1.routes["adv"]):
+        assert layer.num_batches_tracked == 1
+
+
+def test_the_schedule_sets_the_rate_of_its_own_update() -> None:
+    # Red when: the learning rate is set after optimizer.step().
+    model = no_norm_net()
+    engine = make(Vanilla(), model, lambda m: torch.optim.SGD(m.parameters(), 9.0), lr_at=lambda t: 0.1 * (t != 1))
+    start = parameters(model)
+    engine(as_batch(0, dtype=torch.float64))
+    first = parameters(model)
+    engine(as_batch(1, dtype=torch.float64))
+    assert not same(start, first)
+    assert same(first, parameters(model))  # step 1 has rate 0
+
+
+def test_draws_are_keyed_by_the_place_in_the_global_batch() -> None:
+    # Red when: the micro-batch's index is left out of the path (N ranks would then draw what one rank does not).
+    engine = make(Noise(RandomSigns(EPS, SPACE)))
+    (micro,) = as_batch(0).micro
+    other = MicroBatch(1, micro.y_N, micro.views)
+    a, b = engine.method.extra(engine, Batch(0, (micro, other))).images
+    assert not torch.equal(a, b)
+    assert torch.equal(engine.method.extra(engine, Batch(0, (other,))).images[0], b)
+
+
+def test_dropout_is_keyed_by_step_and_micro_batch_only() -> None:
+    # Red when: a pass runs outside of rng.scope, or the path of the scope lacks the step or the micro-batch.
+    def masks(seed: int) -> list[bytes]:
+        model = nn.Sequential(nn.Dropout(0.5), *no_norm_net())
+        seen: list[bytes] = []
+        model[0].register_forward_hook(lambda _, args, out: seen.append((out == 0).numpy().tobytes()))
+        engine = make(Sequential(FGSM(EPS, space=SPACE)), model)
+        torch.manual_seed(seed)
+        run(engine, 2, count=2, dtype=torch.float64)
+        return seen
+
+    a, b = masks(1), masks(2)
+    assert a == b
+    assert len(set(a)) == len(a) == 12  # two steps of two micro-batches: attack, clean, adversarial
 
 
 def test_uint8_images_are_normalised_on_the_way_in() -> None:

@@ -10,14 +10,28 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conadv import ConadvError, NonFiniteError, recipes
+from conadv import (
+    FGSM,
+    PGD,
+    ConadvError,
+    Concurrent,
+    Noise,
+    NonFiniteError,
+    PixelSpace,
+    RandomSigns,
+    Sequential,
+    WarmupDecay,
+    recipes,
+)
 from conadv.checkpoint import load, load_newest, save, steps
 from conadv.config import Config, load_yaml, replace, resolve
+from conadv.evaluation import Result
 from conadv.export import export, load_plain_model
 from conadv.models import build_model
 from conadv.progress import Silent
 from conadv.record import read_lines
 from conadv.run import RunDir
+from conadv.summary import summarize
 from conadv.trainer import build, load_run, measure, train
 
 FIELDS = set(
@@ -25,6 +39,10 @@ FIELDS = set(
     "train_loss train_accuracy test_accuracy robust_accuracy seconds clean_images_per_second "
     "gradient_images_per_second attack_seconds_share version".split()
 )
+HEADER = set("type time version versions machine git ranks recipe seed config steps parameter_groups".split())
+STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases time".split())
+PHASES = {"data", "attack", "gradient", "update"}
+CPU = torch.device("cpu")
 
 
 def config(**changes: Any) -> Config:
@@ -81,6 +99,13 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
     assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
     assert [line["split"] for line in lines[-3:]] == ["train", "test", "robust"]
     assert lines[-2]["accuracy"] == summary["test_accuracy"]
+    assert lines[0].keys() == HEADER
+    made = [line for line in lines if line["type"] == "step"]
+    assert all(line.keys() == STEP and line["phases"].keys() == PHASES for line in made)
+    assert [(line["step"], line["epoch"]) for line in made] == [(t, t // 3) for t in range(6)]
+    extra = {"vanilla": set(), "three-routes": {"adv", "aug"}}.get(name, {"adv"})
+    assert made[-1]["losses"].keys() == {"clean"} | extra
+    assert (lines[4]["step"], lines[4]["epoch"], lines[4]["images"]) == (3, 1, 899)
     assert load_yaml(whole / "config.yaml") == resolve(settings)
 
     train(settings, cut)
@@ -97,7 +122,7 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
 
 
 def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
-    # Red when: a default that decides the outcome is not written into config.yaml.
+    # Red when: a setting of the recipe is not written into config.yaml.
     train(config(method="conadv"), tmp_path / "a")
     train(load_yaml(tmp_path / "a" / "config.yaml"), tmp_path / "b")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -110,6 +135,73 @@ def test_seeds_differ_and_one_seed_is_one_result(tmp_path: Path) -> None:
     a, b, c = (weights(tmp_path / name)["conv1.weight"] for name in "abc")
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_the_seed_reaches_initialisation_order_and_draws() -> None:
+    # Red when: any of the three ignores the seed.
+    a, b = (build(resolve(config(method="noise", seed=seed)), CPU) for seed in (0, 1))
+    assert not torch.equal(a.model.conv1.weight, b.model.conv1.weight)
+    assert not torch.equal(a.data.order.indices(0), b.data.order.indices(0))
+    batch = next(a.data.train_batches(0, 1))
+    x, y = (parts.method.extra(parts.engine, batch).images[0] for parts in (a, b))
+    assert not torch.equal(x, y)
+
+
+def test_every_setting_reaches_what_it_is_for() -> None:
+    # Red when: build() or from_config leaves a setting out.
+    attack = {"attack__eps": 0.3, "attack__norm": "l2", "attack__targeted": True}
+    pgd = {**attack, "attack__num_steps": 2, "attack__step_size": 0.1, "attack__random_start": 0.5}
+    schedule = {"schedule__decay": "cosine", "schedule__power": 3.0, "schedule__end_lr": 0.5}
+    views = {"data__aug_view": "basic", "adv_weight": 2.0, "aug_weight": 3.0, "label_smoothing": 0.1}
+    layout = {"precision": "bf16", "channels_last": True, "pending_dtype": "uint8", "optim__weight_decay": 0.01}
+    method = {"method": "conadv", "staleness": 3, "lookahead": True}
+    parts = build(resolve(config(**pgd, **schedule, **views, **layout, **method)), CPU)
+    space = PixelSpace((0.3053,), (0.3763,))
+    assert parts.method == Concurrent(PGD(0.3, 2, 0.1, "l2", True, 0.5, space), 3, lookahead=True)
+    assert parts.schedule == WarmupDecay(2.0, 6, 3, "cosine", 3.0, 0.5)
+    assert {group["weight_decay"] for group in parts.optimizer.param_groups} == {0.0, 0.01}
+    engine = parts.engine
+    assert (engine.space, engine.pending.dtype) == (space, torch.uint8)
+    assert engine.view_weights == {"aug": 3.0, "adv": 2.0}
+    assert (engine._bf16, engine._format) == (True, torch.channels_last)
+    assert parts.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    logits, y = torch.eye(10), torch.arange(10)
+    assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
+    assert build(resolve(config(method="disadv", **attack)), CPU).method == Sequential(FGSM(0.3, "l2", True, space))
+    assert build(resolve(config(method="noise", attack__eps=0.3)), CPU).method == Noise(RandomSigns(0.3, space))
+
+
+def test_fractions_of_an_epoch_are_rounded_to_steps() -> None:
+    for epochs, num_steps in ((1.7, 5), (0.4, 1)):
+        assert build(resolve(config(epochs=epochs, schedule__warmup_epochs=0)), CPU).num_steps == num_steps
+
+
+def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: robust_eps is taken from attack.eps, or robust_steps, robust_images or train_images have no effect.
+    calls = []
+
+    def evaluate(model: Any, batches: Any, space: Any, *, attack: Any = None, **_: Any) -> None:
+        calls.append((sum(len(y) for _, y in batches), attack and (attack.eps, attack.num_steps, attack.space)))
+
+    monkeypatch.setattr("conadv.trainer.evaluate", evaluate)
+    settings = config(method="disadv", eval__robust_eps=0.05, eval__train_images=100)
+    measure(build(resolve(settings), CPU))
+    assert calls == [(100, None), (899, None), (64, (0.05, 2, PixelSpace((0.3053,), (0.3763,))))]
+
+
+def test_summary_by_hand() -> None:
+    # Red when: results change places, the first step counts in the median, or routes count as parameters.
+    results = {"train": Result(0.1, 0.9, 10), "test": Result(0.2, 0.8, 10), "robust": Result(0.3, 0.4, 10)}
+    lines = [
+        {"type": "step", "losses": {"clean": 1, "adv": 1}, "phases": {"gradient": seconds, "attack": 0.5}}
+        for seconds in (9.5, 0.5, 1.5, 2.5)
+    ]
+    made = summarize(build(resolve(config(method="disadv")), CPU), results, lines)
+    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "robust_eps")
+    assert [made[name] for name in names] == [0.1, 0.9, 0.2, 0.8, 0.4, 0.1]
+    assert (made["seconds"], made["step_seconds_median"], made["attack_seconds_share"]) == (16.0, 2.0, 0.125)
+    assert (made["batchnorm_batch_size"], made["accumulation"]) == (64, 4)
+    assert made["parameters"] == sum(p.numel() for p in build_model(config().model, 1, 10).parameters())
 
 
 def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path) -> None:
@@ -151,7 +243,20 @@ def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) ->
     (tmp_path / "step_00000004.tmp").mkdir()  # nothing can be written under that name
     with pytest.raises(ConadvError, match="Older checkpoints are intact"):
         save(tmp_path, 4, {"x": torch.ones(2)}, keep=2)
-    assert load_newest(tmp_path, torch.device("cpu"))["step"] == 3
+    assert steps(tmp_path) == [2, 3]
+    assert load_newest(tmp_path, CPU)["step"] == 3
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the temporary file stays.
+    def write(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("torch.save", write)
+    with pytest.raises(ConadvError, match="No space left"):
+        save(tmp_path, 1, {}, keep=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 class _Evil:
@@ -203,6 +308,9 @@ def test_a_folder_with_a_run_is_safe(tmp_path: Path) -> None:
     with pytest.raises(ConadvError, match="not a run directory"):
         train(config(), other, resume=True)
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
+    (out / "notes.txt").write_text("precious")
+    RunDir(out).start(resolve(config()))  # what --overwrite does once everything is checked
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "notes.txt"]
     train(config(), out, overwrite=True)
 
 
@@ -287,6 +395,8 @@ def test_models_by_name() -> None:
     x = torch.zeros(2, 3, 32, 32)
     assert build_model(ModelConfig(name="resnet20"), 3, 10)(x).shape == (2, 10)
     assert sum(p.numel() for p in build_model(ModelConfig(name="resnet20"), 3, 10).parameters()) == 272_474
+    assert build_model(ModelConfig(name="resnet20"), 3, 10).blocks(torch.zeros(1, 16, 32, 32)).shape == (1, 64, 8, 8)
+    assert build_model(ModelConfig(name="resnet8", width=4), 3, 10).fc.in_features == 16
     assert build_model(ModelConfig(name="resnet18"), 3, 7).fc.out_features == 7
     with pytest.raises(ConadvError, match="Did you mean 'resnet18'"):
         build_model(ModelConfig(name="resnet18x"), 3, 10)
@@ -297,7 +407,7 @@ def test_models_by_name() -> None:
 
 
 def test_learning_rate_reaches_the_optimizer_as_the_schedule_says(tmp_path: Path) -> None:
-    # Red when: the lr is set after the update, or warm-up counts epochs as steps.
+    # Red when: warm-up counts epochs as steps, or the record has another step's lr.
     parts = build(resolve(config()), torch.device("cpu"))
     train(config(), tmp_path)
     lrs = [line["lr"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "step"]

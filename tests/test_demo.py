@@ -1,0 +1,47 @@
+"""The demo: which runs it plans, and that they become a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conadv import demo
+from conadv.cli import main
+from conadv.config import resolve
+from conadv.demo import ARMS, plan
+
+
+def test_plan() -> None:
+    # Red when: an arm trains something else than its name says, or the seed or the epochs do not arrive.
+    jobs = list(plan(Path("runs"), 2, epochs=8))
+    assert [(job.arm, job.config.seed) for job in jobs] == [(arm, seed) for seed in range(2) for arm in ARMS]
+    assert len({job.out for job in jobs}) == 14
+    resolved = [resolve(job.config) for job in jobs[:7]]
+    assert [(c.method, c.staleness, c.lookahead, c.global_batch_size, c.optim.name) for c in resolved] == [
+        ("vanilla", None, False, 32, "sgd"),
+        ("vanilla", None, False, 898, "lars"),
+        ("multiview", None, False, 898, "lars"),
+        ("noise", None, False, 898, "lars"),
+        ("disadv", None, False, 898, "lars"),
+        ("conadv", 1, False, 898, "lars"),
+        ("conadv", 1, True, 898, "lars"),
+    ]
+    words = ["small", "full", "second clean", "noise", "sequential", "ConAdv", "look-ahead"]
+    assert all(word in arm for word, arm in zip(words, ARMS, strict=True))
+    assert [(c.epochs, c.schedule.warmup_epochs) for c in resolved] == [(8, pytest.approx(0.2)), *[(8, 0.8)] * 6]
+
+
+def test_demo_ends_in_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {arm: ARMS[arm] for arm in (demo.BASELINE, "+ random-sign noise")}
+    monkeypatch.setattr(demo, "ARMS", few)
+    assert main(["demo", "--out", str(tmp_path), "--seeds", "2", "--jobs", "1", "--epochs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "[4/4] + random-sign noise, seed 1" in out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(few) <= set(json.dumps(summary).replace('"', "\n").splitlines())
+    assert (tmp_path / "full-batch-lars-seed1" / "summary.json").is_file()
+    assert (tmp_path / "report.html").is_file()
