@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,3 +50,28 @@ def test_demo_ends_in_a_report(
     assert set(few) <= set(json.dumps(summary).replace('"', "\n").splitlines())
     assert (tmp_path / "full-batch-lars-seed1" / "summary.json").is_file()
     assert (tmp_path / "report.html").is_file()
+
+
+def test_workers_end_with_a_killed_demo(tmp_path: Path) -> None:
+    # Red when: _end_with_parent is not started: the workers go on to the end of their runs.
+    command = [sys.executable, "-m", "conadv", "demo", "--seeds", "1", "--epochs", "2000", "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            records = _wait_for(lambda: list(tmp_path.glob("*/record.jsonl")))
+        finally:
+            process.kill()
+    _wait_for(lambda: _silent_for(records, 2.0))
+
+
+def _wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.2)
+    return value
+
+
+def _silent_for(records: list[Path], seconds: float) -> bool:
+    before = [path.stat().st_size for path in records]
+    time.sleep(seconds)
+    return before == [path.stat().st_size for path in records]
