@@ -204,6 +204,16 @@ def test_unreadable_configs(tmp_path: Path) -> None:
         load_yaml(tmp_path / "nothing.yaml")
 
 
+def test_optimizer_defaults_are_the_documented_ones() -> None:
+    # A change here changes every run that does not set the value: say so in CHANGELOG.md under "Numerics".
+    made = {n: resolve(replace(BASE, optim={"name": n, "lr": 1.0})).optim for n in ("lars", "lamb", "sgd", "adamw")}
+    lars, lamb, sgd, adamw = (made[n] for n in ("lars", "lamb", "sgd", "adamw"))
+    assert (lars.momentum, lars.weight_decay, lars.variant, lars.trust_coefficient) == (0.9, 5e-5, "tf", 0.001)
+    assert (lamb.betas, lamb.weight_decay, lamb.eps) == ((0.9, 0.999), 0.01, 1e-6)
+    assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.9, False, 5e-4)
+    assert (adamw.betas, adamw.weight_decay, adamw.eps) == ((0.9, 0.999), 0.01, 1e-8)
+
+
 def test_lars_variants_have_one_eps_each() -> None:
     # Red when: the table of the config and that of the optimizer differ.
     from conadv.optim.lars import VARIANTS
