@@ -20,6 +20,7 @@ _WHERE = {
     "MicroBatch": "types",
     "StepRecord": "types",
     "ConadvError": "errors",
+    "Comm": "engine",
     "NonFiniteError": "engine",
     "TrainStep": "engine",
     "Concurrent": "methods.concurrent",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .attacks import PixelSpace as PixelSpace
     from .attacks import RandomSigns as RandomSigns
     from .data import windows as windows
+    from .engine import Comm as Comm
     from .engine import NonFiniteError as NonFiniteError
     from .engine import TrainStep as TrainStep
     from .errors import ConadvError as ConadvError

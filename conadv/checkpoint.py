@@ -66,6 +66,17 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
+def to_device(state: Any, device: torch.device) -> Any:
+    """A state with every tensor on ``device``."""
+    if isinstance(state, torch.Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: to_device(value, device) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(to_device(value, device) for value in state)
+    return state
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses (bitwise repeatability needs the same number)."""
+    comm_timeout: float = 600.0
+    """Seconds after which a rank that does not answer ends the others (torchrun with several processes)."""
 
 
 @dataclass
@@ -84,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown("command", args[0], COMMANDS)
         COMMANDS[args[0]](args[1:])
     except ConadvError as error:
-        sys.stderr.write(f"conadv: {error}\n")
+        if not error.agreed or os.environ.get("RANK", "0") == "0":  # what all ranks raise is said once
+            sys.stderr.write(f"conadv: {error}\n")
         return EXIT_USER_ERROR
     except ValidationError as error:  # tyro explains those of nested settings, not those of the top level
         sys.stderr.write(f"conadv: {explain(error, 'options')}\n")
@@ -129,17 +133,23 @@ def _train(args: Sequence[str]) -> None:
     out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
     _set_threads(options.threads)
     keep_freed_memory()
+    from .engine import Comm
     from .trainer import train
 
-    summary = train(
-        config,
-        out,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        device=options.device,
-        observer=_observer(options, out),
-    )
-    if not options.quiet:
+    observer = _observer(options, out)
+    comm = Comm.from_environment(options.device, options.comm_timeout)
+    try:
+        summary = train(
+            config,
+            out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            observer=observer,
+            comm=comm,
+        )
+    finally:
+        comm.close()
+    if comm.first and not options.quiet:
         _say(_result_line(summary))
         _say(f"run directory: {out}")
 
@@ -246,7 +256,8 @@ def _eval(args: Sequence[str]) -> None:
     from .run import RunDir
 
     RunDir(options.run).open()
-    from .trainer import load_run, measure, pick_device
+    from .engine.comm import pick_device
+    from .trainer import load_run, measure
 
     for name, result in measure(load_run(options.run, pick_device(options.device))).items():
         if result is not None:

@@ -241,6 +241,8 @@ def resolve(config: Config) -> Config:
 def accumulation(config: Config, ranks: int = 1) -> int:
     """Micro-batches per rank and step: global batch = micro batch x accumulation x ranks, or ConadvError."""
     micro = config.micro_batch_size or config.global_batch_size
+    if config.global_batch_size % ranks:
+        raise ConadvError(f"global_batch_size {config.global_batch_size} does not divide into {ranks} rank(s).")
     count, rest = divmod(config.global_batch_size, micro * ranks)
     if rest or not count:
         raise ConadvError(

@@ -11,7 +11,10 @@ class ConadvError(ValueError):
 
     Every mistake that a user can make ends in this type (a subclass of ``ValueError``); invariants of the
     library itself are ``assert``ed. The command line prints the message without a traceback.
+    ``agreed``: every rank raises it, so that the first one alone reports it.
     """
+
+    agreed = False
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:

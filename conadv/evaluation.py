@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import norm, rng
 from .attacks import PixelSpace
+from .engine.comm import Comm
 from .errors import ConadvError
 from .types import Attack
 
@@ -46,12 +47,18 @@ def evaluate(
     seed: int = 0,
     precision: str = "fp32",
     channels_last: bool = False,
+    comm: Comm | None = None,
 ) -> Result:
     """Loss and accuracy on ``batches`` of (images_NCHW, y_N): uint8 pixels or model space.
 
     With ``attack``, images are attacked first (white box, eval mode, clean route). The model's modes and statistics
-    are left as they were. Ranks: evaluates what it is given; nothing is reduced.
+    are left as they were.
+
+    Ranks: with ``comm``, ``batches`` are this rank's: every ``comm.ranks``-th of the whole list, beginning with number
+    ``comm.rank`` (none is fine). Sums go over the ranks, so all return the same result. An attack's draws are keyed by
+    a batch's number in the whole list; the model must be the same on all ranks, buffers included.
     """
+    comm = comm or Comm()
     device = next(model.parameters()).device
     layout = torch.channels_last if channels_last else torch.contiguous_format
     loss, correct, images = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -66,11 +73,13 @@ def evaluate(
             x, y = x.to(device), y.to(device)
             x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
             if attack is not None:
-                x = attack(forward, x, y, rng.generator(device, seed, "robust", number))
+                x = attack(forward, x, y, rng.generator(device, seed, "robust", comm.rank + number * comm.ranks))
             logits = forward(x)
             loss += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()
             images += len(y)
-    if not images:
+    sums = comm.sum(torch.stack([loss.double(), correct.double(), torch.tensor(images, device=device).double()]))
+    total_loss, total_correct, total = sums.tolist()
+    if not total:
         raise ConadvError("evaluate: there is no batch to evaluate on.")
-    return Result(loss.item() / images, correct.item() / images, images)
+    return Result(total_loss / total, total_correct / total, int(total))

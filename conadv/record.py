@@ -16,19 +16,23 @@ from .errors import ConadvError
 
 
 class Record:
-    """Appends to ``record.jsonl``; every line is flushed, so that a reader sees whole steps while the run goes on."""
+    """Appends to ``record.jsonl``; every line is flushed, so that a reader sees whole steps while the run goes on.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("a", encoding="utf-8")
+    Without a path nothing is written: the record of a rank other than the first.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a", encoding="utf-8")
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line of type ``kind``. Values must be finite: the record is standard JSON."""
-        self._file.write(json.dumps({"type": kind, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"type": kind, **values}, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

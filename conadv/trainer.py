@@ -17,7 +17,9 @@ from ._version import __version__
 from .attacks import PGD, PixelSpace
 from .config import Config, accumulation, resolve, scaled_lr
 from .data import Data, build_data, windows
-from .engine import TrainStep
+from .engine import Comm, TrainStep
+from .engine.comm import pick_device
+from .engine.pending import merge, shard
 from .errors import ConadvError
 from .evaluation import Result, evaluate
 from .methods import build_method, method_class
@@ -46,6 +48,7 @@ class Parts:
     space: PixelSpace
     num_steps: int
     groups: list[dict[str, Any]]
+    comm: Comm
 
 
 def train(
@@ -56,24 +59,28 @@ def train(
     overwrite: bool = False,
     device: str = "auto",
     observer: Observer | None = None,
+    comm: Comm | None = None,
 ) -> dict[str, Any]:
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
     ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
+    ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
     (the checkpoints before it stay) when a loss or gradient is not finite.
+    Ranks: all call it alike. Rank 0 alone reads and writes ``out`` and has an observer; what stops one before the
+    first step stops all with its message. The summary is the same on all.
     """
-    observer = observer or Silent()
-    config = resolve(config)
+    comm = comm or Comm(device=pick_device(device))
+    observer = observer if observer and comm.first else Silent()
     run = RunDir(out)
-    run.check(config, resume=resume, overwrite=overwrite)
-    parts = build(config, pick_device(device), observer)
-    if resume:
-        first = restore(parts, checkpoint.load_newest(run.checkpoints, parts.engine.device))
-    else:
-        first = 0
-        run.start(config)
-    log = _open_record(run, parts, first)
+    with comm.agreed():
+        config = resolve(config)
+        if comm.first:
+            run.check(config, resume=resume, overwrite=overwrite)
+    parts = build(config, comm.device, observer, comm)
+    first = _start(run, parts, resume)
+    with comm.agreed():
+        log = _open_record(run, parts, first)
     for line in _overview(parts):
         observer.message(line)
     observer.start(_title(config), first, parts.num_steps)
@@ -98,36 +105,24 @@ def _how_to_go_on(run: RunDir) -> str:
     return f"--resume goes on from step {saved[-1]}" if saved else "there is no checkpoint yet to resume from"
 
 
-def pick_device(name: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConadvError("--device cuda: torch sees no CUDA device here. Use --device cpu.")
-    return device
+def build(config: Config, device: torch.device, observer: Observer | None = None, comm: Comm | None = None) -> Parts:
+    """Data, model, optimizer and engine of a resolved config.
 
-
-def build(config: Config, device: torch.device, observer: Observer | None = None) -> Parts:
-    """Data, model, optimizer and engine of a resolved config."""
+    Ranks: collective; a ConadvError on one rank is raised by all.
+    """
+    comm = comm or Comm(device=device)
     observer = observer or Silent()
-    data = build_data(config, progress=observer.loading)
-    method = build_method(config)
-    space = space_from_config(config)
-    model = make_model(config, data.channels, data.num_classes).to(device)
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    num_steps = _num_steps(config, data)
-    schedule = WarmupDecay(
-        peak=scaled_lr(config.optim, config.global_batch_size),
-        total_steps=num_steps,
-        warmup_steps=round(config.schedule.warmup_epochs * data.order.steps_per_epoch),
-        decay=config.schedule.decay,
-        power=config.schedule.power,
-        end=config.schedule.end_lr,
-    )
-    groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
-    optimizer = build_optimizer(config.optim, groups, schedule(0))
+    with comm.agreed():
+        data = build_data(config, rank=comm.rank, ranks=comm.ranks, progress=observer.loading)
+        method = build_method(config)
+        space = space_from_config(config)
+        model = make_model(config, data.channels, data.num_classes).to(device)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        num_steps = _num_steps(config, data)
+        schedule = _schedule(config, num_steps, data.order.steps_per_epoch)
+        groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
+        optimizer = build_optimizer(config.optim, groups, schedule(0))
     engine = TrainStep(
         model,
         optimizer,
@@ -140,8 +135,20 @@ def build(config: Config, device: torch.device, observer: Observer | None = None
         pending_dtype=config.pending_dtype,
         lr_at=schedule,
         seed=config.seed,
+        comm=comm,
     )
-    return Parts(config, data, model, optimizer, method, engine, schedule, space, num_steps, groups)
+    return Parts(config, data, model, optimizer, method, engine, schedule, space, num_steps, groups, comm)
+
+
+def _schedule(config: Config, num_steps: int, steps_per_epoch: int) -> WarmupDecay:
+    return WarmupDecay(
+        peak=scaled_lr(config.optim, config.global_batch_size),
+        total_steps=num_steps,
+        warmup_steps=round(config.schedule.warmup_epochs * steps_per_epoch),
+        decay=config.schedule.decay,
+        power=config.schedule.power,
+        end=config.schedule.end_lr,
+    )
 
 
 def _num_steps(config: Config, data: Data) -> int:
@@ -166,11 +173,27 @@ def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
 
 
 def restore(parts: Parts, state: dict[str, Any]) -> int:
-    """Load a checkpoint into model, optimizer and engine; returns the step to go on with."""
+    """Load a checkpoint into model, optimizer and engine; returns the step to go on with.
+
+    Ranks: ``state`` is the same on all, each takes its own share of the images that wait, however many ranks wrote it.
+    """
+    engine = state["engine"]
+    pending = shard(engine["pending"], parts.comm.rank, parts.comm.ranks)
     parts.model.load_state_dict(state["model"])
     parts.optimizer.load_state_dict(state["optimizer"])
-    parts.engine.load_state_dict(state["engine"])
+    parts.engine.load_state_dict({**engine, "pending": pending})
     return parts.engine.version
+
+
+def _start(run: RunDir, parts: Parts, resume: bool) -> int:
+    """Continue from the newest checkpoint, which rank 0 reads for all, or make the folder; returns the first step."""
+    comm, state = parts.comm, None
+    with comm.agreed():
+        if comm.first and resume:
+            state = checkpoint.load_newest(run.checkpoints, torch.device("cpu"))
+        elif comm.first:
+            run.start(parts.config)
+    return restore(parts, checkpoint.to_device(comm.share(state), comm.device)) if resume else 0
 
 
 def load_run(path: Path, device: torch.device) -> Parts:
@@ -182,14 +205,14 @@ def load_run(path: Path, device: torch.device) -> Parts:
 
 
 def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Result | None]:
-    """Train and test results of the model as it is, and the test result under PGD (None if switched off)."""
+    """Train and test results of the model as it is, and the test result under PGD (None if switched off).
+
+    Ranks: collective; all get the same results, those of the model with rank 0's running statistics.
+    """
     options = parts.config.eval
 
     def run(split: str, limit: int | None, attack: PGD | None = None) -> Result:
-        batches = parts.data.eval_batches(split, limit, options.batch_size)
-        config = parts.config
-        layout = {"precision": config.precision, "channels_last": config.channels_last}
-        return evaluate(parts.model, batches, parts.space, attack=attack, seed=config.seed, **layout)  # type: ignore[arg-type]
+        return _evaluate(parts, split, limit, attack)
 
     assert options.robust_eps is not None
     pgd = PGD(options.robust_eps, options.robust_steps, None, parts.config.attack.norm, False, 1.0, parts.space)
@@ -200,8 +223,24 @@ def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Resu
     }
 
 
+def _evaluate(parts: Parts, split: str, limit: int | None, attack: PGD | None = None) -> Result:
+    config, comm = parts.config, parts.comm
+    comm.at("evaluation", parts.engine.version)
+    comm.broadcast(parts.model.buffers())  # each rank has tracked the statistics of its own images
+    return evaluate(
+        parts.model,
+        parts.data.eval_batches(split, limit, config.eval.batch_size),
+        parts.space,
+        attack=attack,
+        seed=config.seed,
+        precision=config.precision,
+        channels_last=config.channels_last,
+        comm=comm,
+    )
+
+
 def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer: Observer) -> dict[str, Any]:
-    """Evaluate into the record and summary.json."""
+    """Evaluate into the record and summary.json, which rank 0 writes; returns the summary."""
     results = measure(parts)
     steps, epoch = parts.engine.version, parts.engine.version / parts.data.order.steps_per_epoch
     for split, result in results.items():
@@ -209,9 +248,12 @@ def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer
             log.write("eval", step=steps, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
     assert results["test"] is not None
     observer.evaluation(steps, results["test"].loss, results["test"].accuracy)
-    summary = summarize(parts, results, record.read_lines(run.record))
-    run.write_summary(summary)
-    return summary
+    summary: dict[str, Any] | None = None
+    with parts.comm.agreed():
+        if parts.comm.first:
+            summary = summarize(parts, results, record.read_lines(run.record))
+            run.write_summary(summary)
+    return parts.comm.share(summary)
 
 
 def _loss(label_smoothing: float) -> Any:
@@ -231,9 +273,10 @@ def _title(config: Config) -> str:
 def _overview(parts: Parts) -> Iterator[str]:
     """What is about to be trained: the sizes that decide the mathematics, and who gets decay and trust ratio."""
     config = parts.config
-    micro, count = config.micro_batch_size, accumulation(config)
+    micro, ranks = config.micro_batch_size, parts.comm.ranks
+    count = accumulation(config, ranks)
     yield (
-        f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks 1; "
+        f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks {ranks}; "
         f"batch norm sees {micro} images per route; {parts.num_steps} steps of {parts.data.order.steps_per_epoch} "
         f"per epoch; {config.optim.name} lr {scaled_lr(config.optim, config.global_batch_size):g}"
     )
@@ -245,11 +288,13 @@ def _overview(parts: Parts) -> Iterator[str]:
 
 def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
     """A new record with its header, or the old one without what will be written again."""
+    if not parts.comm.first:
+        return record.Record(None)
     if first:
         record.truncate(run.record, first)
     log = record.Record(run.record)
     if first:
-        log.write("resume", step=first, time=record.now())
+        log.write("resume", step=first, ranks=parts.comm.ranks, time=record.now())
         return log
     log.write(
         "header",
@@ -258,7 +303,7 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         versions=record.versions(),
         machine=record.machine(_device_name(parts.engine.device), torch.get_num_threads()),
         git=record.git_state(),
-        ranks=1,
+        ranks=parts.comm.ranks,
         recipe=parts.config.recipe,
         seed=parts.config.seed,
         config=parts.config.model_dump(mode="json"),
@@ -310,27 +355,29 @@ def _due(count: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
 
 
 def _evaluate_now(parts: Parts, log: record.Record, begin: float) -> Result:
-    config = parts.config
-    result = evaluate(
-        parts.model,
-        parts.data.eval_batches("test", None, config.eval.batch_size),
-        parts.space,
-        precision=config.precision,
-        channels_last=config.channels_last,
-    )
+    result = _evaluate(parts, "test", None)
     count = parts.engine.version
     epoch = count / parts.data.order.steps_per_epoch
     log.write("eval", step=count, epoch=epoch, split="test", **asdict(result), time=time.monotonic() - begin)
     return result
 
 
-def save(parts: Parts, run: RunDir) -> Path:
-    """Write a checkpoint of the present state."""
-    state = {
-        "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(),
-        "engine": parts.engine.state_dict(),
-        "channels": parts.data.channels,
-        "class_names": list(parts.data.class_names),
-    }
-    return checkpoint.save(run.checkpoints, parts.engine.version, state, parts.config.checkpoint.keep)
+def save(parts: Parts, run: RunDir) -> None:
+    """Write a checkpoint of the present state.
+
+    Ranks: collective. Rank 0 writes its own state and the images that wait on all ranks, as one rank would hold them;
+    so a checkpoint does not depend on the number of ranks.
+    """
+    comm, engine = parts.comm, parts.engine.state_dict()
+    comm.at("checkpoint", parts.engine.version)
+    waiting = comm.gather(merge([engine["pending"]]))
+    with comm.agreed():
+        if comm.first:
+            state = {
+                "model": parts.model.state_dict(),
+                "optimizer": parts.optimizer.state_dict(),
+                "engine": {**engine, "pending": merge(waiting)},
+                "channels": parts.data.channels,
+                "class_names": list(parts.data.class_names),
+            }
+            checkpoint.save(run.checkpoints, parts.engine.version, state, parts.config.checkpoint.keep)

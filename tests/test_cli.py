@@ -122,9 +122,10 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     seen: dict[str, object] = {}
     monkeypatch.setattr("conadv.trainer.train", lambda config, out, **options: seen.update(options, out=out))
     monkeypatch.setattr("torch.set_num_threads", lambda count: seen.update(threads=count))
+    monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: seen.update(device=name))
     args = ["--out", str(tmp_path), "--overwrite", "--resume", "--device", "cuda", "--threads", "3", "--quiet"]
     assert main(["train", "digits", *args]) == 0
-    del seen["observer"]
+    del seen["observer"], seen["comm"]
     assert seen == {"out": tmp_path, "overwrite": True, "resume": True, "device": "cuda", "threads": 3}
 
 

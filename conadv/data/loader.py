@@ -29,8 +29,8 @@ class Data:
     """The data of one run as one rank sees it. Made by :func:`build_data`.
 
     ``augments`` maps each view that can be asked for to its augmentation.
-    Ranks: training batches are this rank's share of the global batch; evaluation goes over the whole split on every
-    rank, so the caller divides or repeats it. Nothing is reduced.
+    Ranks: training batches are this rank's share of the global batch, evaluation batches every ``ranks``-th of the
+    split's. Nothing is reduced.
     """
 
     source: Source
@@ -40,6 +40,7 @@ class Data:
     accumulation: int
     rank: int = 0
     num_workers: int = 0
+    ranks: int = 1
 
     @property
     def num_classes(self) -> int:
@@ -95,7 +96,8 @@ class Data:
         """(uint8 images N,C,H,W, labels N) over ``split`` ("train" or "test"), unaugmented and always in one order.
 
         With ``limit`` at most that many images: the first of a fixed permutation, which does not depend on the run's
-        seed. The last batch may be smaller than ``batch_size``.
+        seed. The last batch may be smaller than ``batch_size``. Of all these batches rank r gets those with the numbers
+        r, r + ranks, r + 2 ranks, ...: with more ranks than batches some get none.
         """
         splits = {"train": self.source.train, "test": self.source.test}
         if split not in splits:
@@ -105,7 +107,8 @@ class Data:
         indices = torch.arange(size)
         if limit is not None:
             indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
-        return _stream(_LoadPlain(splits[split]), torch.split(indices, batch_size), self.num_workers)
+        mine = torch.split(indices, batch_size)[self.rank :: self.ranks]
+        return _stream(_LoadPlain(splits[split]), mine, self.num_workers)
 
 
 def build_data(config: Config, *, rank: int = 0, ranks: int = 1, progress: Progress | None = None) -> Data:
@@ -121,7 +124,7 @@ def build_data(config: Config, *, rank: int = 0, ranks: int = 1, progress: Progr
     if config.data.aug_view is not None:
         augments["aug"] = config.data.aug_view
     micro = config.micro_batch_size or config.global_batch_size
-    return Data(source, order, augments, micro, count, rank, config.data.num_workers)
+    return Data(source, order, augments, micro, count, rank, config.data.num_workers, ranks)
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:

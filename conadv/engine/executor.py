@@ -1,7 +1,7 @@
 """Executors: when the phases of a step run. They may reorder phases, never change what comes out of them.
 
-The contract: `extra` before `gradient`, `update` last, and `prepare` anywhere before `update`, since both it and the
-gradient read the weights theta_t. All executors therefore give the same bits.
+The contract: `extra` before `gradient`, `wait` after it, `update` last, and `prepare` anywhere before `update`, since
+both it and the gradient read the weights theta_t. All executors therefore give the same bits.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ class Executor(Protocol):
 
 
 class Inline:
-    """Everything on this process and device: gradient, then the attack on the future batch, then the update.
+    """Everything on this process and device: gradient, the attack on the future batch, wait, update.
 
-    The attack stands where a gradient reduction would be under way, between the end of backward and the update. On a
-    single process nothing runs beside it, so it costs what its arithmetic costs.
+    With several ranks ``gradient`` leaves its sums over ranks under way, and the attack runs while the network is
+    busy. On a single process nothing runs beside the attack, so it costs what its arithmetic costs.
     """
 
     def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
         engine.gradient(batch)
         engine.prepare(future)
+        engine.wait()
         return engine.update()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,3 +92,28 @@ class Pending:
             )
             for step, entry in state.items()
         }
+
+
+def merge(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks, in rank order, as that of one rank: micro-batches in their global order, on the CPU."""
+    return {
+        step: {
+            **entry,
+            **{part: [t.cpu() for state in states for t in state[step][part]] for part in ("images", "labels")},
+        }
+        for step, entry in states[0].items()
+    }
+
+
+def shard(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """One rank's part of a merged state: the micro-batches that the data order gives it."""
+
+    def mine(tensors: list[Tensor]) -> list[Tensor]:
+        count, rest = divmod(len(tensors), ranks)
+        assert not rest, (len(tensors), ranks)  # the config, which a resumed run may not change, has fixed both
+        return tensors[rank * count : (rank + 1) * count]
+
+    return {
+        step: {**entry, "images": mine(entry["images"]), "labels": mine(entry["labels"])}
+        for step, entry in state.items()
+    }

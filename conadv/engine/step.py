@@ -18,9 +18,11 @@ from ..methods.base import Method
 from ..methods.vanilla import Vanilla
 from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
 from .clock import PhaseClock
+from .comm import Comm, Handle
 from .executor import Executor, Inline
 from .lookahead import LookAhead
 from .pending import Pending
+from .reducer import GradientReducer
 
 RawBatch = Batch | Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -30,7 +32,10 @@ class NonFiniteError(ConadvError):
     """A loss or gradient is infinite or NaN. Raised before the update: the parameters are still the last good ones.
 
     The forward pass has been through batch norm, so running statistics may hold NaN: to go on, load a checkpoint.
+    Ranks: all of them raise it, since what is checked has been summed over them.
     """
+
+    agreed = True
 
 
 class TrainStep:
@@ -43,8 +48,8 @@ class TrainStep:
     A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and micro-batches. A step
     minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route.
     Instead of calling the step as a whole, a loop of one's own may call its phases: ``gradient(batch)`` in place of
-    ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, and ``update()``, or its own
-    ``optimizer.step()`` followed by ``advance()``.
+    ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, ``wait()`` for the other ranks, and
+    ``update()``, or its own ``optimizer.step()`` followed by ``advance()``.
 
     Args:
         model: with a route for every view (:func:`conadv.split_batchnorm`).
@@ -62,10 +67,13 @@ class TrainStep:
             in caches and needs less memory (docs/experiments.md).
         seed: keys every random draw, in the model (dropout) as in attacks; global generators are left as they were.
         executor: the order of the phases; default :class:`Inline`.
+        comm: this process among several ranks; default: alone.
+        bucket_mib: size of the buckets in which gradients are summed over ranks, in MiB.
 
     Raises ConadvError where the model has batch norm without the routes that the views need.
-    Ranks: one process. Contracts for more: each rank holds its share of the batch, gradients are to be averaged
-    between ``gradient`` and ``update``.
+    Ranks: each holds its share of the global batch and the same weights, which construction takes from rank 0.
+    Gradients and losses are averaged over the global batch; batch statistics and images that wait stay local.
+    In flight: from the last backward pass of ``gradient`` to ``wait`` the gradients' buckets are on the network.
     """
 
     def __init__(
@@ -84,6 +92,8 @@ class TrainStep:
         fuse_views: bool | None = None,
         seed: int = 0,
         executor: Executor | None = None,
+        comm: Comm | None = None,
+        bucket_mib: float = 25.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -104,6 +114,9 @@ class TrainStep:
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False):
             self._lookahead = LookAhead(model, optimizer, lr_at)
+        self.comm = comm or Comm(device=self.device)
+        self._reducer: GradientReducer | None = None
+        self._loss_sum: Handle | None = None
         self._losses: dict[str, Tensor] = {}
         self._extra_version: int | None = None
         self._epoch = 0
@@ -112,6 +125,9 @@ class TrainStep:
         self._gradient_version: int | None = None
         self._images_checked = False
         self._check_model()
+        if self.comm.ranks > 1:
+            self.comm.broadcast([*model.parameters(), *model.buffers()])
+            self._reducer = GradientReducer(self.comm, model, bucket_mib)
 
     @property
     def ahead(self) -> int:
@@ -128,10 +144,13 @@ class TrainStep:
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]:
         """Forward and backward of all views of all micro-batches; adds to ``.grad``. Returns the loss of each view.
 
-        ``.grad`` holds the gradient of the mean over this rank's images; a second call before the update adds to it.
+        ``.grad`` holds the gradient of the mean over the global batch, with several ranks only after :meth:`wait`; on
+        one rank a second call before the update adds to it. The losses are means over this rank's images.
         """
         batch = self._as_batch(batch, self.version)
+        self._check_cleared()
         self._gradient_version = self.version
+        self.comm.at("gradient", self.version)
         with self.clock.phase("attack"):
             extra = self.method.extra(self, batch)
         self._extra_version = None if extra is None else extra.weight_version
@@ -141,10 +160,11 @@ class TrainStep:
         with self.clock.phase("gradient"):
             for m, micro in enumerate(batch.micro):
                 inputs.append(self._micro_gradient(batch, m, micro, extra, totals))
+            self._losses = {name: total / len(batch.micro) for name, total in totals.items()}
+            self._launch()
         if self.method.needs_input_gradient:
             with self.clock.phase("attack"):
                 self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
-        self._losses = {name: total / len(batch.micro) for name, total in totals.items()}
         return self._losses
 
     def prepare(self, future: RawBatch | None) -> None:
@@ -159,8 +179,23 @@ class TrainStep:
             if self._lookahead is not None:
                 self._lookahead.remember()
 
+    def wait(self) -> None:
+        """Wait until gradients and losses are summed over the ranks; on one rank there is nothing to wait for."""
+        if self._reducer is None or self._loss_sum is None:
+            return
+        self.comm.at("wait", self.version)
+        with self.clock.phase("wait"):
+            self._reducer.wait()
+            sums = self._loss_sum.wait() / self.comm.ranks
+        self._losses = dict(zip(self._losses, sums.unbind(), strict=True))
+        self._loss_sum = None
+
     def update(self) -> StepRecord:
-        """Check that loss and gradient are finite, set the learning rate, update, clear the gradients."""
+        """Check that loss and gradient are finite, set the learning rate, update, clear the gradients.
+
+        Waits for the other ranks first if nobody has. Ranks: all see the same sums, so all make the update or none.
+        """
+        self.wait()
         with self.clock.phase("update"):
             loss, losses, grad_norm = self._read_back()
             if self._lr_at is not None:
@@ -237,8 +272,11 @@ class TrainStep:
         """Backward of one micro-batch; adds its losses to ``totals`` and returns the clean images that it used."""
         clean, views = self._views(m, micro, extra)
         path = ("gradient", batch.step, micro.index)
-        share = 1 / (len(batch.micro) * sum(map(self._weight, views)))
-        for together in [views] if self._fuse_views else [{name: view} for name, view in views.items()]:
+        share = 1 / (len(batch.micro) * self.comm.ranks * sum(map(self._weight, views)))
+        passes = [views] if self._fuse_views else [{name: view} for name, view in views.items()]
+        for together in passes:
+            if self._reducer is not None and m == len(batch.micro) - 1 and together is passes[-1]:
+                self._reducer.last_pass(tuple(views))
             # route and randomness also cover backward: activation checkpointing runs forward again there
             with rng.scope(self.device, self._seed, *path, *together), self._route(_route_spec(together)):
                 losses = self._forward_views(together)
@@ -246,6 +284,19 @@ class TrainStep:
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.detach()
         return clean
+
+    def _launch(self) -> None:
+        """Start what backward has not started yet, and the sum of the losses."""
+        if self._reducer is not None:
+            self._reducer.launch()
+            self._loss_sum = self.comm.sum_async(torch.stack(list(self._losses.values())))
+
+    def _check_cleared(self) -> None:
+        if self._reducer is not None and any(p.grad is not None for p in self.model.parameters()):
+            raise ConadvError(
+                "gradient() on several ranks starts from cleared gradients, or it would sum them over the ranks twice. "
+                "Call it once per update, and optimizer.zero_grad() after an optimizer.step() of your own."
+            )
 
     def _forward_views(self, views: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The loss of each view, from one forward pass."""

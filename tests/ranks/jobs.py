@@ -1,0 +1,167 @@
+"""What the ranks of the tests run. Every function gets the Comm first and returns plain values and tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from conadv import LARS, Batch, Comm, ConadvError, TrainStep, windows
+from conadv.engine.comm import Handle
+from conadv.evaluation import evaluate
+from conadv.trainer import train
+
+from ..helpers import images, no_norm_net, state, tiny_resnet
+from ..test_methods import CASES, SEED, SPACE, as_batch, sgd
+from ..test_trainer import config
+
+Answer = tuple[list[dict[str, Any]], dict[str, Tensor]]
+OPTIMIZERS = {"sgd": sgd, "lars": lambda model: LARS(model.parameters(), 5.0)}
+
+
+def share(batch: Batch, comm: Comm) -> Batch:
+    """This rank's micro-batches of a global batch, as the data order deals them out."""
+    count = len(batch.micro) // comm.ranks
+    return replace(batch, micro=batch.micro[comm.rank * count : (comm.rank + 1) * count])
+
+
+def make(comm: Comm, case: str, model: nn.Module, optimizer: str = "sgd", **options: Any) -> TrainStep:
+    return TrainStep(model, OPTIMIZERS[optimizer](model), CASES[case](), space=SPACE, seed=SEED, comm=comm, **options)
+
+
+def steps(engine: TrainStep, count: int, num_steps: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Train on this rank's share of global batches of ``count`` micro-batches."""
+    stream = [share(as_batch(t, count=count, dtype=dtype), engine.comm) for t in range(num_steps)]
+    return [asdict(engine(batch, future)) for batch, future in windows(stream, engine.ahead)]
+
+
+def without_statistics(comm: Comm, case: str, count: int, options: dict[str, Any], optimizer: str = "sgd") -> Answer:
+    """Five float64 steps of a network without batch statistics; rank 1's own weights must not matter."""
+    engine = make(comm, case, no_norm_net(seed=comm.rank), optimizer, **options)
+    return steps(engine, count, 5), state(engine.model)
+
+
+def with_batchnorm(comm: Comm, case: str, options: dict[str, Any]) -> tuple[Answer, Any]:
+    """Four steps with batch norm, this rank's state after them, and the evaluation."""
+    model = tiny_resnet("adv", seed=comm.rank, dtype=torch.float64)
+    engine = make(comm, case, model, **options)
+    records = steps(engine, 2 * comm.ranks, 4)
+    own = state(model)
+    comm.broadcast(model.buffers())
+    return (records, own), evaluation(comm, model)
+
+
+def evaluation(comm: Comm, model: nn.Module, batch: int = 5, attack: Any = None) -> Any:
+    x, y = images(23, 5, torch.float64)
+    all_batches = list(zip(x.split(batch), y.split(batch), strict=True))
+    return evaluate(model, all_batches[comm.rank :: comm.ranks], SPACE, attack=attack, seed=SEED, comm=comm)
+
+
+def evaluate_only(comm: Comm, batch: int, attack: Any) -> Any:
+    return evaluation(comm, tiny_resnet("adv", dtype=torch.float64), batch, attack)
+
+
+def launches(comm: Comm, case: str, count: int, options: dict[str, Any]) -> dict[str, int]:
+    """Counts from the last of four steps, by what the reducer has done when."""
+    engine = make(comm, case, tiny_resnet("adv", dtype=torch.float64), **options)
+    stream = [share(as_batch(t, count=count, dtype=torch.float64), comm) for t in range(4)]
+    reducer, seen = engine._reducer, dict[str, int]()
+    assert reducer is not None
+    launch, prepare, wait = reducer.launch, engine.prepare, Handle.wait
+
+    def watched_launch() -> None:
+        seen["left during backward"] = len(reducer._handles)
+        launch()
+        seen["buckets"] = len(reducer._handles)
+
+    def watched_prepare(future: Any) -> None:
+        seen["on the way while attacking"] = len(reducer._handles)
+        prepare(future)
+
+    def counted_wait(handle: Handle) -> Tensor:
+        seen["waits"] = seen.get("waits", 0) + 1
+        return wait(handle)
+
+    with (
+        mock.patch.object(reducer, "launch", watched_launch),
+        mock.patch.object(engine, "prepare", watched_prepare),
+        mock.patch.object(Handle, "wait", counted_wait),
+    ):
+        for batch, future in windows(stream, engine.ahead):
+            seen.clear()
+            engine(batch, future)
+    return seen
+
+
+def non_finite(comm: Comm, what: str) -> None:
+    """Rank 1 has a NaN in the images, or in a gradient, of step 2."""
+    engine = make(comm, "vanilla", no_norm_net())
+    steps(engine, 2, 2)
+    batch = share(as_batch(2, count=2, dtype=torch.float64), comm)
+    if comm.rank == 1 and what == "loss":
+        batch.micro[0].views["clean"][0, 0, 0, 0] = float("nan")
+    if comm.rank == 1 and what == "gradient":
+        engine.model[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    engine(batch)
+
+
+def dies(comm: Comm, how: str) -> None:
+    """Rank 1 ends, or falls silent, after the second step."""
+    engine = make(comm, "conadv", no_norm_net())
+    for t in range(100):
+        if comm.rank == 1 and t == 2:
+            if how == "exit":
+                os._exit(7)
+            import time
+
+            time.sleep(60)
+        batch, future = (share(as_batch(s, count=2, dtype=torch.float64), comm) for s in (t, t + 1))
+        engine(batch, future)
+
+
+def fails_alone(comm: Comm) -> None:
+    """Rank 1 leaves in the middle of step 1, its gradients under way, as after an unreadable image."""
+    engine = make(comm, "conadv", no_norm_net())
+    steps(engine, 2, 1)
+    batch = share(as_batch(1, count=2, dtype=torch.float64), comm)
+    engine.gradient(batch)
+    if comm.rank == 1:
+        comm.close()
+        return
+    engine.wait()
+    engine.update()
+    engine(share(as_batch(2, count=2, dtype=torch.float64), comm))
+
+
+def gradient_twice(comm: Comm) -> None:
+    engine = make(comm, "vanilla", no_norm_net())
+    batch = share(as_batch(0, count=2, dtype=torch.float64), comm)
+    engine.gradient(batch)
+    engine.wait()
+    engine.gradient(batch)
+
+
+def thawed(comm: Comm, name: str) -> None:
+    """A parameter that has no gradient in the first step and one in the second."""
+    model = tiny_resnet("adv", dtype=torch.float64)
+    engine = make(comm, "disadv", model)
+    model.get_parameter(name).requires_grad_(False)
+    steps(engine, 2, 1)
+    model.get_parameter(name).requires_grad_(True)
+    steps(engine, 2, 1)
+
+
+def disagree(comm: Comm) -> None:
+    """Rank 1 alone finds something wrong."""
+    with comm.agreed():
+        if comm.rank == 1:
+            raise ConadvError("The folder /data is not here.")
+
+
+def train_run(comm: Comm, out: Path, changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
+    return train(config(**changes), out, resume=resume, comm=comm)

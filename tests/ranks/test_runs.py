@@ -1,0 +1,152 @@
+"""Whole runs on two ranks: the trainer in worker processes, and the program under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conadv.checkpoint import load_newest, steps
+from conadv.config import dump_yaml
+from conadv.record import read_lines
+from conadv.trainer import load_run, measure, train
+
+from ..test_trainer import METHODS, config, weights, without_times
+from . import jobs
+from .pool import Ranks
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    x, y = weights(a), weights(b)
+    return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+def forget_after(out: Path, step: int) -> None:
+    """As if the run had been killed after writing more steps than its last checkpoint."""
+    for late in steps(out / "checkpoints"):
+        if late > step:
+            (out / "checkpoints" / f"step_{late:08d}.pt").unlink()
+    (out / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_resumes_bitwise(two: Ranks, name: str, tmp_path: Path) -> None:
+    # Red when: only rank 0's waiting images are saved; a rank takes another's share of them; rank 1 goes on with its
+    # own running statistics.
+    changes = METHODS[name]
+    mine, theirs = two.run(jobs.train_run, tmp_path / "whole", changes)
+    assert mine == theirs == json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert (mine["ranks"], mine["accumulation"], mine["batchnorm_batch_size"]) == (2, 2, 64)
+    lines = read_lines(tmp_path / "whole" / "record.jsonl")
+    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    assert lines[0]["ranks"] == 2
+    assert all("wait" in line["phases"] for line in lines if line["type"] == "step")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    forget_after(tmp_path / "cut", 4)
+    two.run(jobs.train_run, tmp_path / "cut", changes, True)
+    assert without_times(read_lines(tmp_path / "cut" / "record.jsonl")) == without_times(lines)
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", ["conadv-tau2", "recycle"])
+def test_one_rank_goes_on_where_two_stopped(two: Ranks, name: str, tmp_path: Path) -> None:
+    # Red when: merge() takes rank 0's waiting images for those of all ranks.
+    # Up to rounding: four gradients are summed one by one instead of two and two. Evaluations are left out: one rank
+    # goes on to track the statistics of all images, not only of rank 0's.
+    two.run(jobs.train_run, tmp_path, METHODS[name])
+    before = without_times(read_lines(tmp_path / "record.jsonl"))
+    forget_after(tmp_path, 4)
+    train(config(**METHODS[name]), tmp_path, resume=True)
+    after = without_times(read_lines(tmp_path / "record.jsonl"))
+    pairs = [(old, new) for old, new in zip(before, after, strict=True) if "losses" in old]
+    assert len(pairs) == 6
+    for old, new in pairs:
+        assert new["loss"] == pytest.approx(old["loss"], rel=1e-3)
+    resumed = [line for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "resume"]
+    assert [(line["step"], line["ranks"]) for line in resumed] == [(4, 1)]
+
+
+def test_one_rank_gives_the_losses_of_two(two: Ranks, tmp_path: Path) -> None:
+    # Red when: rank 1 reads rank 0's images; losses in the record are those of one rank.
+    # Up to rounding, which six LARS steps in float32 amplify.
+    two.run(jobs.train_run, tmp_path / "two", METHODS["conadv-tau2"])
+    train(config(**METHODS["conadv-tau2"]), tmp_path / "one")
+    a, b = (without_times(read_lines(tmp_path / name / "record.jsonl")) for name in ("one", "two"))
+    for one, other in zip(a, b, strict=True):
+        if "losses" in one:
+            assert other["losses"] == pytest.approx(one["losses"], rel=1e-3)
+
+
+def test_evaluating_a_run_of_two_ranks_on_one_repeats_its_summary(two: Ranks, tmp_path: Path) -> None:
+    # Red when: the checkpoint's running statistics are not those that were evaluated.
+    summary = two.run(jobs.train_run, tmp_path, METHODS["recycle"])[0]
+    results = measure(load_run(tmp_path, torch.device("cpu")))
+    assert results["test"].accuracy == summary["test_accuracy"]
+    assert results["robust"].accuracy == summary["robust_accuracy"]
+    assert results["train"].loss == pytest.approx(summary["train_loss"], rel=1e-6)
+
+
+def test_ranks_that_the_batch_does_not_divide_into(two: Ranks, tmp_path: Path) -> None:
+    # Red when: one rank alone notices (the other waits for it).
+    for changes, message in (
+        ({"global_batch_size": 255, "micro_batch_size": 51}, "does not divide into 2 rank(s)"),
+        ({"micro_batch_size": 256}, "is not micro_batch_size 256 x accumulation x 2"),
+    ):
+        for kind, (name, text, _) in two.answers(jobs.train_run, tmp_path, changes):
+            assert (kind, name) == ("error", "ConadvError")
+            assert message in text
+    assert not list(tmp_path.iterdir())
+
+
+def torchrun(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """``conadv train`` on two processes; a run that hangs fails the test."""
+    # a rendezvous on a port that the system chooses
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [*launch, "-m", "conadv", "train", *map(str, args), "--comm-timeout", "30", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    # Red when: every rank writes the record or shows progress; a check of rank 0 ends rank 0 alone.
+    settings: dict[str, Any] = {"method": "conadv", "staleness": 2, "lookahead": True, "eval__robust_images": 32}
+    file, out = tmp_path / "config.yaml", tmp_path / "run"
+    file.write_text(dump_yaml(config(**settings)))
+    done = torchrun("--config", file, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accumulation 2 x ranks 2") == 1
+    assert done.stdout.count("run directory:") == 1
+    lines = read_lines(out / "record.jsonl")
+    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    assert [line["staleness"] for line in lines if line["type"] == "step"] == [0, 0, 2, 2, 2, 2]
+    assert json.loads((out / "summary.json").read_text())["ranks"] == 2
+    kept = weights(out)
+
+    forget_after(out, 3)
+    assert load_newest(out / "checkpoints", torch.device("cpu"))["engine"]["pending"].keys() == {"3", "4"}
+    assert torchrun("--config", file, "--out", out, "--resume").returncode == 0
+    assert without_times(read_lines(out / "record.jsonl")) == without_times(lines)
+    after = weights(out)
+    assert all(torch.equal(kept[key], after[key]) for key in kept)
+
+    again = torchrun("--config", file, "--out", out)
+    assert again.returncode != 0
+    assert again.stderr.count("conadv: ") == 1
+    assert "already holds a run" in again.stderr
+    assert "exitcode  : 2" in again.stderr
