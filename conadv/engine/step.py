@@ -280,7 +280,9 @@ class TrainStep:
             # route and randomness also cover backward: activation checkpointing runs forward again there
             with rng.scope(self.device, self._seed, *path, *together), self._route(_route_spec(together)):
                 losses = self._forward_views(together)
-                torch.stack([loss * (share * self._weight(name)) for name, loss in losses.items()]).sum().backward()
+                # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
+                factors = [torch.full_like(loss, share * self._weight(name)) for name, loss in losses.items()]
+                torch.autograd.backward(list(losses.values()), factors)
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.detach()
         return clean
@@ -305,7 +307,7 @@ class TrainStep:
             logits = self.model(torch.cat(images) if len(images) > 1 else images[0])
         if self._bf16:
             logits = logits.float()
-        parts = logits.split([len(y) for _, y in views.values()])
+        parts = logits.split([len(y) for _, y in views.values()]) if len(views) > 1 else [logits]
         return {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
 
     def _views(
