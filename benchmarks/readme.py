@@ -85,7 +85,7 @@ def timing(section: str, file: str, command: str) -> Callable[[], str]:
     return draw
 
 
-STEP = "python benchmarks/step.py --out results/benchmarks/step.json"
+STEP = "python benchmarks/step.py --threads 1 --out results/benchmarks/step.json"
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
     "methods": timing("methods", "step.json", STEP),

@@ -1,7 +1,7 @@
 """Keep freed memory in the process on Linux: activations of one step are the activations of the next.
 
 glibc gives large freed blocks back to the system and gets them again page by page, every step. For convolutional
-networks on a CPU that costs 5 to 20 % of the step (docs/experiments.md).
+networks on a CPU that costs time in every step (docs/experiments.md).
 """
 
 from __future__ import annotations

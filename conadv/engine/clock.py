@@ -38,6 +38,11 @@ class PhaseClock:
         """Count time that was measured elsewhere, such as waiting for data."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def discard(self) -> None:
+        """Forget what was measured, without waiting for the device."""
+        self._events.clear()
+        self._seconds.clear()
+
     def collect(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
         for name, start, end in self._events:

@@ -204,12 +204,16 @@ class TrainStep:
             lr = float(self.optimizer.param_groups[0]["lr"])
             step, made_at = self.version, self._extra_version
             self.optimizer.step()
-            self.advance()
+            self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
         return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, self.clock.collect())
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
+        self._count_update()
+        self.clock.discard()  # there is no record to put the phases in, and CUDA events would pile up
+
+    def _count_update(self) -> None:
         self.version += 1
         self._gradient_version = None
 
