@@ -60,6 +60,14 @@ class RunOptions:
     """CPU threads that torch uses (bitwise repeatability needs the same number)."""
     comm_timeout: float = 600.0
     """Seconds after which a rank that does not answer ends the others (torchrun with several processes)."""
+    executor: Literal["auto", "inline", "stream", "ranks"] = "auto"
+    """When and where the attack on a future batch runs; auto picks, and the record says why."""
+    attack_ranks: int = 0
+    """How many of torchrun's processes do nothing but attack (conadv only)."""
+    late: Literal["wait", "skip"] = "wait"
+    """If attack ranks are late: wait (same bits as without them), or skip the adversarial images of that step."""
+    timeline_steps: int = 200
+    """For so many steps the record says when each phase ran on each rank (conadv timeline)."""
 
 
 @dataclass
@@ -134,8 +142,10 @@ def _train(args: Sequence[str]) -> None:
     _set_threads(options.threads)
     keep_freed_memory()
     from .engine import Comm
+    from .execution import Execution
     from .trainer import train
 
+    execution = Execution(options.executor, options.attack_ranks, options.late, options.timeline_steps)
     observer = _observer(options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:
@@ -146,6 +156,7 @@ def _train(args: Sequence[str]) -> None:
             overwrite=options.overwrite,
             observer=observer,
             comm=comm,
+            execution=execution,
         )
     finally:
         comm.close()

@@ -49,6 +49,8 @@ def _settings(parts: Parts) -> dict[str, Any]:
         "batchnorm_batch_size": config.micro_batch_size,
         "accumulation": accumulation(config, parts.comm.ranks),
         "ranks": parts.comm.ranks,
+        "attack_ranks": len(parts.teams.attackers),
+        "executor": parts.choice.name,
         "seed": config.seed,
         "steps": parts.num_steps,
         "epochs": parts.num_steps / parts.data.order.steps_per_epoch,
@@ -69,4 +71,5 @@ def _costs(steps: list[dict[str, Any]], batch: int, attack_gradients: int) -> di
         "clean_images_per_second": batch * len(steps) / seconds,
         "gradient_images_per_second": batch * (views + attack_gradients * len(steps)) / seconds,
         "attack_seconds_share": attack / seconds,
+        "late_batches": sum(line.get("late", False) for line in steps),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from ._version import __version__
 from .attacks import PGD, PixelSpace
 from .config import Config, accumulation, resolve, scaled_lr
 from .data import Data, build_data, windows
-from .engine import Comm, TrainStep
+from .engine import Comm, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
 from .errors import ConadvError
 from .evaluation import Result, evaluate
+from .execution import Choice, Execution, choose
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model
@@ -31,7 +33,7 @@ from .progress import Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
 from .summary import summarize
-from .types import Batch, Schedule
+from .types import Batch, Schedule, Span
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Parts:
     num_steps: int
     groups: list[dict[str, Any]]
     comm: Comm
+    teams: Teams
+    execution: Execution
+    choice: Choice
 
 
 def train(
@@ -60,15 +65,18 @@ def train(
     device: str = "auto",
     observer: Observer | None = None,
     comm: Comm | None = None,
+    execution: Execution | None = None,
 ) -> dict[str, Any]:
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
     ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
     ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
+    ``execution``: when and where things run; default: everything on this process, in its turn.
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
     (the checkpoints before it stay) when a loss or gradient is not finite.
     Ranks: all call it alike. Rank 0 alone reads and writes ``out`` and has an observer; what stops one before the
-    first step stops all with its message. The summary is the same on all.
+    first step stops all with its message. The summary is the same on all learners; an attack rank, which is done
+    before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
     observer = observer if observer and comm.first else Silent()
@@ -77,15 +85,18 @@ def train(
         config = resolve(config)
         if comm.first:
             run.check(config, resume=resume, overwrite=overwrite)
-    parts = build(config, comm.device, observer, comm)
+    parts = build(config, comm.device, observer, comm, execution)
     first = _start(run, parts, resume)
-    with comm.agreed():
+    begin = _same_clock(comm, parts.engine)
+    if parts.teams.attacking:
+        _attack(parts, first)
+        return {}
+    with parts.comm.agreed():
         log = _open_record(run, parts, first)
     for line in _overview(parts):
         observer.message(line)
     observer.start(_title(config), first, parts.num_steps)
     try:
-        begin = time.monotonic()
         _loop(parts, run, log, first, begin, observer)
         observer.message("evaluating the trained model")
         summary = finish(parts, run, log, begin, observer)
@@ -100,21 +111,74 @@ def train(
     return summary
 
 
+def _same_clock(comm: Comm, engine: TrainStep) -> float:
+    """Have all ranks count time from one moment, now; returns it on this rank's ``time.monotonic()``."""
+    ahead = comm.clock_offset()
+    engine.clock.origin = comm.share(time.monotonic()) + ahead
+    return engine.clock.origin
+
+
+def _attack(parts: Parts, first: int) -> None:
+    """What an attack rank does until the learners have finished."""
+    spans: Timelines = []
+    batches = parts.data.train_batches(first + parts.engine.ahead, parts.num_steps, ("clean",))
+    with _closing(parts, spans):
+        parts.engine.serve(batches, lambda step, seen: _note(parts, spans, step, seen))
+
+
+Timelines = list[tuple[int, list[Span]]]  # (step, spans) of this rank
+
+
+def _note(parts: Parts, spans: Timelines, step: int, seen: list[Span]) -> None:
+    if len(spans) < parts.execution.timeline_steps:
+        spans.append((step, seen))
+
+
+@contextmanager
+def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -> Iterator[None]:
+    """End the exchange between learners and attack ranks; if all went well, all ranks' spans go into the record."""
+    executor, world = parts.engine.executor, parts.teams.world
+    try:
+        yield
+    except (ConadvError, KeyboardInterrupt):
+        if not world.broken and not parts.comm.broken:
+            executor.close(failed=True)
+        raise
+    if not executor.close():
+        raise ConadvError("Training has ended with an error on the learners: see their message.")
+    everyones = world.gather((world.rank, "attack" if parts.teams.attacking else "learner", spans))
+    for rank, role, theirs in everyones[1:]:
+        for step, seen in theirs:
+            assert log is not None
+            log.write("timeline", rank=rank, role=role, step=step, spans=seen)
+
+
 def _how_to_go_on(run: RunDir) -> str:
     saved = checkpoint.steps(run.checkpoints)
     return f"--resume goes on from step {saved[-1]}" if saved else "there is no checkpoint yet to resume from"
 
 
-def build(config: Config, device: torch.device, observer: Observer | None = None, comm: Comm | None = None) -> Parts:
+def build(
+    config: Config,
+    device: torch.device,
+    observer: Observer | None = None,
+    world: Comm | None = None,
+    execution: Execution | None = None,
+) -> Parts:
     """Data, model, optimizer and engine of a resolved config.
 
     Ranks: collective; a ConadvError on one rank is raised by all.
     """
-    comm = comm or Comm(device=device)
+    world = world or Comm(device=device)
     observer = observer or Silent()
-    with comm.agreed():
-        data = build_data(config, rank=comm.rank, ranks=comm.ranks, progress=observer.loading)
-        method = build_method(config)
+    execution = execution or Execution()
+    method = build_method(config)
+    choice = choose(execution, method, device)
+    teams = world.split(execution.attack_ranks)
+    comm = teams.comm
+    with world.agreed():
+        mine = teams.micro_batches(accumulation(config, len(teams.learners)))
+        data = build_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, progress=observer.loading)
         space = space_from_config(config)
         model = make_model(config, data.channels, data.num_classes).to(device)
         if config.channels_last:
@@ -136,8 +200,24 @@ def build(config: Config, device: torch.device, observer: Observer | None = None
         lr_at=schedule,
         seed=config.seed,
         comm=comm,
+        executor=choice.make(teams, execution.late),
     )
-    return Parts(config, data, model, optimizer, method, engine, schedule, space, num_steps, groups, comm)
+    return Parts(
+        config,
+        data,
+        model,
+        optimizer,
+        method,
+        engine,
+        schedule,
+        space,
+        num_steps,
+        groups,
+        comm,
+        teams,
+        execution,
+        choice,
+    )
 
 
 def _schedule(config: Config, num_steps: int, steps_per_epoch: int) -> WarmupDecay:
@@ -186,14 +266,19 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
 
 
 def _start(run: RunDir, parts: Parts, resume: bool) -> int:
-    """Continue from the newest checkpoint, which rank 0 reads for all, or make the folder; returns the first step."""
-    comm, state = parts.comm, None
-    with comm.agreed():
-        if comm.first and resume:
+    """Continue from the newest checkpoint, which rank 0 reads for all, or make the folder; returns the first step.
+
+    An attack rank needs no state: it gets weights with its first batch.
+    """
+    comm, world, state = parts.comm, parts.teams.world, None
+    with world.agreed():
+        if world.first and resume:
             state = checkpoint.load_newest(run.checkpoints, torch.device("cpu"))
-        elif comm.first:
+        elif world.first:
             run.start(parts.config)
-    return restore(parts, checkpoint.to_device(comm.share(state), comm.device)) if resume else 0
+    if resume and not parts.teams.attacking:
+        restore(parts, checkpoint.to_device(comm.share(state), comm.device))
+    return world.share(parts.engine.version)
 
 
 def load_run(path: Path, device: torch.device) -> Parts:
@@ -275,11 +360,15 @@ def _overview(parts: Parts) -> Iterator[str]:
     config = parts.config
     micro, ranks = config.micro_batch_size, parts.comm.ranks
     count = accumulation(config, ranks)
+    attackers = len(parts.teams.attackers)
+    more = f" (and {attackers} attack ranks)" if attackers else ""
     yield (
-        f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks {ranks}; "
+        f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks {ranks}{more}; "
         f"batch norm sees {micro} images per route; {parts.num_steps} steps of {parts.data.order.steps_per_epoch} "
         f"per epoch; {config.optim.name} lr {scaled_lr(config.optim, config.global_batch_size):g}"
     )
+    if ranks > 1 or parts.choice.name != "inline":
+        yield f"executor {parts.choice.name}: {parts.choice.why}"
     yield f"{'group':<10}{'tensors':>9}{'parameters':>14}{'decay':>10}  trust ratio"
     for row in describe(parts.groups):
         adapt = "yes" if row["adapt"] else "no"
@@ -294,7 +383,7 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         record.truncate(run.record, first)
     log = record.Record(run.record)
     if first:
-        log.write("resume", step=first, ranks=parts.comm.ranks, time=record.now())
+        log.write("resume", step=first, **_placement(parts), time=record.now())
         return log
     log.write(
         "header",
@@ -303,7 +392,7 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         versions=record.versions(),
         machine=record.machine(_device_name(parts.engine.device), torch.get_num_threads()),
         git=record.git_state(),
-        ranks=parts.comm.ranks,
+        **_placement(parts),
         recipe=parts.config.recipe,
         seed=parts.config.seed,
         config=parts.config.model_dump(mode="json"),
@@ -311,6 +400,18 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         parameter_groups=describe(parts.groups),
     )
     return log
+
+
+def _placement(parts: Parts) -> dict[str, Any]:
+    """How many ranks there are, and what runs where."""
+    execution = {
+        "executor": parts.choice.name,
+        "why": parts.choice.why,
+        "learners": len(parts.teams.learners),
+        "attack_ranks": len(parts.teams.attackers),
+        "late": parts.execution.late,
+    }
+    return {"ranks": parts.teams.world.ranks, "execution": execution}
 
 
 def _device_name(device: torch.device) -> str:
@@ -324,16 +425,21 @@ def _data_views(parts: Parts) -> tuple[str, ...]:
 
 def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: float, observer: Observer) -> None:
     per_epoch = parts.data.order.steps_per_epoch
-    for batch, future in _timed(parts, first):
-        done = parts.engine(batch, future)
-        log.write("step", **asdict(done), staleness=done.staleness, time=time.monotonic() - begin)
-        observer.step(done)
-        count = parts.engine.version
-        if _due(count, parts.config.eval.every_epochs, per_epoch) and count < parts.num_steps:
-            result = _evaluate_now(parts, log, begin)
-            observer.evaluation(count, result.loss, result.accuracy)
-        if _due(count, parts.config.checkpoint.every_epochs, per_epoch) or count == parts.num_steps:
-            save(parts, run)
+    spans: Timelines = []
+    with _closing(parts, spans, log):
+        for batch, future in _timed(parts, first):
+            done = parts.engine(batch, future)
+            _note(parts, spans, done.step, done.spans)
+            if done.step - first >= parts.execution.timeline_steps:
+                done.spans = []
+            log.write("step", **asdict(done), staleness=done.staleness, time=time.monotonic() - begin)
+            observer.step(done)
+            count = parts.engine.version
+            if _due(count, parts.config.eval.every_epochs, per_epoch) and count < parts.num_steps:
+                result = _evaluate_now(parts, log, begin)
+                observer.evaluation(count, result.loss, result.accuracy)
+            if _due(count, parts.config.checkpoint.every_epochs, per_epoch) or count == parts.num_steps:
+                save(parts, run)
 
 
 def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:
@@ -341,9 +447,9 @@ def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:
     batches = parts.data.train_batches(first, parts.num_steps, _data_views(parts))
     pairs = windows(batches, parts.engine.ahead)
     while True:
-        begin = time.perf_counter()
+        begin = time.monotonic()
         pair = next(pairs, None)
-        parts.engine.clock.add("data", time.perf_counter() - begin)
+        parts.engine.clock.add("data", begin, time.monotonic())
         if pair is None:
             return
         yield pair

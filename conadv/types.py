@@ -20,6 +20,9 @@ from torch import Tensor
 Forward = Callable[[Tensor], Tensor]
 """x_NCHW -> logits_NK. The engine has already set the route and frozen the statistics."""
 
+Span = tuple[str, float, float]
+"""(phase, start, end) in seconds on one clock (see conadv.engine.clock)."""
+
 Schedule = Callable[[int], float]
 """step (0-based) -> value. Pure: no state, so that look-ahead may ask for future steps."""
 
@@ -76,7 +79,9 @@ class StepRecord:
     """What one step did. Losses are means over the *global* batch, weighted as in ``loss``; seconds per phase.
 
     ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase (data, attack,
-    gradient, wait, update) to seconds on this rank.
+    gradient, send, receive, wait, update) to seconds on this rank; ``spans`` says when they ran, and when the network
+    was busy beside them ("network": a bucket of gradients; "transfer": weights or images). ``late``: the extra images
+    did not arrive in time and the step went without them.
     """
 
     step: int
@@ -87,6 +92,8 @@ class StepRecord:
     grad_norm: float
     weight_version: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    late: bool = False
 
     @property
     def staleness(self) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,15 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr("torch.set_num_threads", lambda count: seen.update(threads=count))
     monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: seen.update(device=name))
     args = ["--out", str(tmp_path), "--overwrite", "--resume", "--device", "cuda", "--threads", "3", "--quiet"]
+    args += ["--executor", "ranks", "--attack-ranks", "2", "--late", "skip", "--timeline-steps", "5"]
     assert main(["train", "digits", *args]) == 0
     del seen["observer"], seen["comm"]
+    assert asdict(seen.pop("execution")) == {
+        "executor": "ranks",
+        "attack_ranks": 2,
+        "late": "skip",
+        "timeline_steps": 5,
+    }
     assert seen == {"out": tmp_path, "overwrite": True, "resume": True, "device": "cuda", "threads": 3}
 
 

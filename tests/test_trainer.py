@@ -39,8 +39,8 @@ FIELDS = set(
     "train_loss train_accuracy test_accuracy robust_accuracy seconds clean_images_per_second "
     "gradient_images_per_second attack_seconds_share version".split()
 )
-HEADER = set("type time version versions machine git ranks recipe seed config steps parameter_groups".split())
-STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases time".split())
+HEADER = set("type time version versions machine git ranks execution recipe seed config steps parameter_groups".split())
+STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases spans late time".split())
 PHASES = {"data", "attack", "gradient", "update"}
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ METHODS = {
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    drop = ("time", "phases", "type")
+    drop = ("time", "phases", "spans", "type")
     return [{k: v for k, v in line.items() if k not in drop} for line in lines if line["type"] in ("step", "eval")]
 
 
@@ -193,14 +193,15 @@ def test_summary_by_hand() -> None:
     # Red when: results change places, the first step counts in the median, or routes count as parameters.
     results = {"train": Result(0.1, 0.9, 10), "test": Result(0.2, 0.8, 10), "robust": Result(0.3, 0.4, 10)}
     lines = [
-        {"type": "step", "losses": {"clean": 1, "adv": 1}, "phases": {"gradient": seconds, "attack": 0.5}}
-        for seconds in (9.5, 0.5, 1.5, 2.5)
+        {"type": "step", "losses": {"clean": 1, "adv": 1}, "phases": {"gradient": seconds, "attack": 0.5}, "late": late}
+        for seconds, late in ((9.5, False), (0.5, True), (1.5, False), (2.5, True))
     ]
     made = summarize(build(resolve(config(method="disadv")), CPU), results, lines)
     names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "robust_eps")
     assert [made[name] for name in names] == [0.1, 0.9, 0.2, 0.8, 0.4, 0.1]
     assert (made["seconds"], made["step_seconds_median"], made["attack_seconds_share"]) == (16.0, 2.0, 0.125)
     assert (made["batchnorm_batch_size"], made["accumulation"]) == (64, 4)
+    assert (made["executor"], made["attack_ranks"], made["late_batches"]) == ("inline", 0, 2)
     assert made["parameters"] == sum(p.numel() for p in build_model(config().model, 1, 10).parameters())
 
 

@@ -29,15 +29,15 @@ class Data:
     """The data of one run as one rank sees it. Made by :func:`build_data`.
 
     ``augments`` maps each view that can be asked for to its augmentation.
-    Ranks: training batches are this rank's share of the global batch, evaluation batches every ``ranks``-th of the
-    split's. Nothing is reduced.
+    Ranks: training batches hold the micro-batches of the global batch with the numbers ``mine``, evaluation batches
+    every ``ranks``-th of the split's. Nothing is reduced.
     """
 
     source: Source
     order: Order
     augments: dict[str, AugmentName]
     micro_batch_size: int
-    accumulation: int
+    mine: range
     rank: int = 0
     num_workers: int = 0
     ranks: int = 1
@@ -80,8 +80,7 @@ class Data:
             if view not in self.augments:
                 hint = " Give data.aug_view for it." if view == "aug" else ""
                 raise ConadvError(f"{unknown('view', view, self.augments)}{hint}")
-        first = self.rank * self.accumulation
-        keys = ((step, first + m) for step in range(start_step, stop_step) for m in range(self.accumulation))
+        keys = ((step, index) for step in range(start_step, stop_step) for index in self.mine)
         load = _LoadMicroBatch(
             self.source.train, self.order, {view: self.augments[view] for view in views}, self.micro_batch_size
         )
@@ -89,7 +88,7 @@ class Data:
 
     def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
         for step in steps:
-            micro = tuple(MicroBatch(**part) for part in islice(parts, self.accumulation))
+            micro = tuple(MicroBatch(**part) for part in islice(parts, len(self.mine)))
             yield Batch(step, micro, self.order.epoch_of(step))
 
     def eval_batches(self, split: str, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -111,8 +110,13 @@ class Data:
         return _stream(_LoadPlain(splits[split]), mine, self.num_workers)
 
 
-def build_data(config: Config, *, rank: int = 0, ranks: int = 1, progress: Progress | None = None) -> Data:
+def build_data(
+    config: Config, *, rank: int = 0, ranks: int = 1, mine: range | None = None, progress: Progress | None = None
+) -> Data:
     """Everything that a run reads, checked before any training. ``progress`` hears of images decoded into memory.
+
+    ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
+    ``ranks``.
 
     Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on, for
     settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).
@@ -124,7 +128,8 @@ def build_data(config: Config, *, rank: int = 0, ranks: int = 1, progress: Progr
     if config.data.aug_view is not None:
         augments["aug"] = config.data.aug_view
     micro = config.micro_batch_size or config.global_batch_size
-    return Data(source, order, augments, micro, count, rank, config.data.num_workers, ranks)
+    mine = range(rank * count, (rank + 1) * count) if mine is None else mine
+    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks)
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:

@@ -1,8 +1,10 @@
 """Running a step: phases, what waits between steps, look-ahead, and the order in which an executor runs things."""
 
 from .comm import Comm
-from .executor import Inline
+from .executor import Executor, Inline, Stream
 from .pending import Pending
+from .ranks import Ranks
 from .step import NonFiniteError, TrainStep
+from .teams import Teams
 
-__all__ = ["Comm", "Inline", "NonFiniteError", "Pending", "TrainStep"]
+__all__ = ["Comm", "Executor", "Inline", "NonFiniteError", "Pending", "Ranks", "Stream", "Teams", "TrainStep"]

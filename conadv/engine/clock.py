@@ -1,4 +1,4 @@
-"""Seconds per phase of a step."""
+"""When the phases of a step ran: seconds per phase, and the spans behind them on one clock."""
 
 from __future__ import annotations
 
@@ -8,46 +8,76 @@ from contextlib import contextmanager
 
 import torch
 
+from ..types import Span
+
+Mark = float | torch.cuda.Event
+"""A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
+
 
 class PhaseClock:
-    """Adds up the time of named phases until :meth:`collect`. Phases may repeat, not nest.
+    """Notes the phases of this process until :meth:`collect`. Phases may repeat, not nest.
 
-    On CUDA a phase is measured between events on the current stream, so that it is the device's time and not the time
-    to queue the work; :meth:`collect` waits for the last event (a sync point).
+    Times are seconds of ``time.monotonic()`` minus ``origin``, which the processes of one host share; a run sets
+    ``origin`` so that the ranks of all hosts count from the same moment (see ``Comm.clock_offset``).
+    On CUDA a phase lies between events on the current stream, so that it is the device's time and not the time to
+    queue the work; :meth:`collect` waits for the last event (a sync point).
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Mark, Mark, bool]] = []
+        self._anchor: tuple[torch.cuda.Event, float] | None = None
+        self.origin = 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
-            return
-        begin = time.perf_counter()
+        begin = self.mark()
         yield
-        self.add(name, time.perf_counter() - begin)
+        self.add(name, begin, self.mark())
 
-    def add(self, name: str, seconds: float) -> None:
-        """Count time that was measured elsewhere, such as waiting for data."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+    def mark(self) -> Mark:
+        """This moment: on CUDA, when the current stream gets here."""
+        if not self._cuda:
+            return time.monotonic()
+        if self._anchor is None:
+            self._drop_anchor()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name: str, begin: Mark, end: Mark, *, beside: bool = False) -> None:
+        """Note a span that was measured elsewhere. ``beside``: it ran beside this process's phases (the network)."""
+        self._marks.append((name, begin, end, beside))
 
     def discard(self) -> None:
-        """Forget what was measured, without waiting for the device."""
-        self._events.clear()
-        self._seconds.clear()
+        """Forget what was noted, without waiting for the device."""
+        self._marks.clear()
 
-    def collect(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        for name, start, end in self._events:
-            end.synchronize()
-            self.add(name, start.elapsed_time(end) / 1000)
-        self._events.clear()
-        seconds, self._seconds = self._seconds, {}
-        return seconds
+    def collect(self) -> tuple[dict[str, float], list[Span]]:
+        """Seconds per phase since the last call, and all spans in the order in which they were noted."""
+        seconds: dict[str, float] = {}
+        spans = []
+        for name, begin, end, beside in self._marks:
+            first, last = self._seconds(begin), self._seconds(end)
+            if not beside:
+                seconds[name] = seconds.get(name, 0.0) + last - first
+            spans.append((name, round(first - self.origin, 6), round(last - self.origin, 6)))
+        self._marks.clear()
+        if self._anchor is not None:
+            self._drop_anchor()  # elapsed_time is float32 milliseconds: a near anchor keeps microseconds
+        return seconds, spans
+
+    def _seconds(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            return mark
+        assert self._anchor is not None
+        mark.synchronize()
+        event, at = self._anchor
+        return at + float(event.elapsed_time(mark)) / 1000
+
+    def _drop_anchor(self) -> None:
+        """Tie the device's clock to the host's. Sync point."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        self._anchor = event, time.monotonic()

@@ -7,20 +7,27 @@ All collectives are torch.distributed's own (gloo on CPU, NCCL on CUDA).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ConadvError
+from .clock import Mark
+from .transfer import Transfer
+
+if TYPE_CHECKING:
+    from .teams import Teams
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 600.0
+CLOCK_ROUNDS = 8
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -39,39 +46,65 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-@dataclass(frozen=True)
 class Handle:
-    """A sum over ranks that is under way. ``tensor`` belongs to the network until :meth:`wait` returns it."""
+    """A sum over ranks that is under way. ``tensor`` belongs to the network until :meth:`wait` returns it.
 
-    comm: Comm
-    tensor: Tensor
-    work: Any
+    ``begin`` and ``end`` say when it was under way, see conadv.engine.clock; ``end`` after :meth:`wait`.
+    """
+
+    def __init__(self, comm: Comm, tensor: Tensor, work: Any) -> None:
+        self._comm, self._tensor, self._work = comm, tensor, work
+        self._cuda = comm.device.type == "cuda"
+        self.begin: Mark = _event() if self._cuda else time.monotonic()
+        self.end: Mark = self.begin
+        self._finished: list[float] = []
+        if not self._cuda:
+            work.get_future().add_done_callback(lambda _: self._finished.append(time.monotonic()))
 
     def wait(self) -> Tensor:
         """The sum. CPU: blocks until it is there. CUDA: the current stream waits, this thread does not."""
-        with self.comm.guard():
-            self.work.wait()
-        return self.tensor
+        with self._comm.guard():
+            if self._cuda:
+                with torch.cuda.stream(self._comm.watcher):  # the moment that the sum is there, whatever else runs
+                    self._work.wait()
+                    self.end = _event()
+            self._work.wait()
+        if not self._cuda:  # the callback may come a little after the waiting thread has been woken
+            self.end = self._finished[0] if self._finished else time.monotonic()
+        return self._tensor
 
 
 class Comm:
-    """This process among the ranks of a run.
+    """This process among the ranks of a run, or of a team of them (:meth:`split`).
 
-    ``rank`` of ``ranks``, computing on ``device``. The methods are collective: every rank calls them in the same
-    order. Every wait ends after the process group's timeout at the latest; what went wrong comes out as a ConadvError
-    that names this rank, the phase and the step (:meth:`at`). On CUDA it is NCCL's watchdog that ends the process.
+    ``rank`` of ``ranks``, computing on ``device``. ``members``: the numbers of the ranks in the whole world, which are
+    those that messages use; ``group``: their process group, None for the world's. The methods are collective: every
+    rank calls them in the same order. Every wait ends after the process group's timeout at the latest; what went wrong
+    comes out as a ConadvError that names this rank, the phase and the step (:meth:`at`). On CUDA it is NCCL's watchdog
+    that ends the process.
     """
 
     def __init__(
-        self, rank: int = 0, ranks: int = 1, device: torch.device | None = None, backend: str | None = None
+        self,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device | None = None,
+        backend: str | None = None,
+        *,
+        members: Sequence[int] | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank = rank
         self.ranks = ranks
         self.device = device or torch.device("cpu")
         self.backend = backend
-        self._timeout = TIMEOUT_SECONDS
+        self.lines: dict[int, dist.ProcessGroup] = {}
+        self.members = tuple(range(ranks) if members is None else members)
+        self.group = group
+        self.timeout = TIMEOUT_SECONDS
+        self._world_ranks = ranks
         self._phase, self._step = "setup", 0
-        self._broken = False
+        self.broken = False
 
     @classmethod
     def from_environment(cls, device: str = "auto", timeout: float = TIMEOUT_SECONDS) -> Comm:
@@ -88,7 +121,7 @@ class Comm:
         if ranks == 1:
             return cls(device=place)
         comm = cls(_variable("RANK", 0), ranks, place, "nccl" if place.type == "cuda" else "gloo")
-        comm._timeout = timeout
+        comm.timeout = timeout
         if place.type == "cuda":
             torch.cuda.set_device(place)
         with comm.guard():
@@ -97,23 +130,45 @@ class Comm:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes files and shows progress."""
-        return self.rank == 0
+        """Whether this rank, the world's rank 0, writes files and shows progress."""
+        return self.members[self.rank] == 0
+
+    @cached_property
+    def watcher(self) -> torch.cuda.Stream:
+        """A stream on which only events lie."""
+        return torch.cuda.Stream(self.device)
+
+    def team(self, members: Sequence[int], group: dist.ProcessGroup | None = None) -> Comm:
+        """This process among some ranks of the world, by their numbers in the world. Not collective."""
+        comm = Comm(members.index(self.rank), len(members), self.device, self.backend, members=members, group=group)
+        comm.timeout, comm._world_ranks = self.timeout, self.ranks
+        return comm
+
+    def split(self, attack_ranks: int) -> Teams:
+        """Learners and ``attack_ranks`` ranks that only attack, see conadv.engine.teams. Collective."""
+        from .teams import make_teams
+
+        return make_teams(self, attack_ranks)
 
     def at(self, phase: str, step: int) -> None:
         """Say where the run is, for the message of a collective that fails."""
         self._phase, self._step = phase, step
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Turn what torch.distributed raises into an error that says where it happened and what to do."""
+    def guard(self, peer: int | None = None) -> Iterator[None]:
+        """Turn what torch.distributed raises into an error that says where it happened and what to do.
+
+        ``peer``: the rank at the other end, where there is one.
+        """
         try:
             yield
         except (RuntimeError, ConnectionError) as error:
-            self._broken = True
+            self.broken = True
+            who = "Another rank" if peer is None else f"Rank {peer}"
             raise ConadvError(
-                f"Rank {self.rank} of {self.ranks}: communication failed in phase {self._phase!r} of step {self._step} "
-                f"(timeout {self._timeout:g} s): {_first_line(error)} Another rank has ended, or does not answer. "
+                f"Rank {self.members[self.rank]} of {self._world_ranks}: communication failed in phase "
+                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)} "
+                f"{who} has ended, or does not answer. "
                 "The newest checkpoint is intact: start all ranks again with --resume."
             ) from error
 
@@ -121,7 +176,7 @@ class Comm:
         """Start to replace ``tensor`` (dense, contiguous) by its sum over ranks. Needs more than one rank."""
         assert self.ranks > 1
         with self.guard():
-            return Handle(self, tensor, dist.all_reduce(tensor, async_op=True))
+            return Handle(self, tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over ranks, in place."""
@@ -144,7 +199,7 @@ class Comm:
         for group in by_dtype.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
             with self.guard():
-                dist.broadcast(flat, 0)
+                dist.broadcast(flat, self.members[0], self.group)
             if not self.first:
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
@@ -154,7 +209,7 @@ class Comm:
         box = [value if self.first else None]
         if self.ranks > 1:
             with self.guard():
-                dist.broadcast_object_list(box, 0)
+                dist.broadcast_object_list(box, self.members[0], self.group)
         assert box[0] is not None
         return box[0]
 
@@ -164,8 +219,26 @@ class Comm:
             return [value]
         found: list[Any] | None = [None] * self.ranks if self.first else None
         with self.guard():
-            dist.gather_object(value, found, 0)
+            dist.gather_object(value, found, self.members[0], self.group)
         return found or []
+
+    def send(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
+        """Start to send ``tensor`` to rank ``peer``, which must call :meth:`receive` with the same size and tag.
+
+        Messages of one tag between two ranks arrive in their order. The tensor belongs to the network until
+        :meth:`Transfer.wait` has returned.
+        """
+        with self.guard(peer):
+            return Transfer(self, dist.isend(tensor, peer, self._line(tag), tag), peer)
+
+    def receive(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
+        """Start to overwrite ``tensor`` by what rank ``peer`` sends."""
+        with self.guard(peer):
+            return Transfer(self, dist.irecv(tensor, peer, self._line(tag), tag), peer)
+
+    def _line(self, tag: int) -> dist.ProcessGroup | None:
+        """NCCL knows no tags and runs what two ranks exchange in one order, so there every tag has its own group."""
+        return self.lines.get(tag, self.group)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -184,17 +257,62 @@ class Comm:
             return
         messages: list[str | None] = [None] * self.ranks
         with self.guard():
-            dist.all_gather_object(messages, None if mine is None else str(mine))
+            dist.all_gather_object(messages, None if mine is None else str(mine), self.group)
         failed = [rank for rank, message in enumerate(messages) if message is not None]
         if failed:
-            everyones = ConadvError(f"{messages[failed[0]]}" + (f" (rank {failed[0]})" if failed[0] else ""))
+            where = f" (rank {self.members[failed[0]]})" if failed[0] else ""
+            everyones = ConadvError(f"{messages[failed[0]]}{where}")
             everyones.agreed = True
             raise everyones from mine
 
+    def clock_offset(self) -> float:
+        """Seconds by which this rank's ``time.monotonic()`` is ahead of rank 0's; 0 on one host, up to noise.
+
+        Half of the shortest round trip bounds the error (Cristian 1989). Collective: rank 0 asks one after another.
+        """
+        if self.ranks == 1:
+            return 0.0
+        offset = 0.0
+        with self.guard():
+            for other in range(1, self.ranks):
+                if self.rank == 0:
+                    self._ask_time(other)
+                elif self.rank == other:
+                    offset = self._tell_time()
+        return offset
+
+    def _ask_time(self, other: int) -> None:
+        box = torch.zeros(2, dtype=torch.float64, device=self.device)
+        best, offset = float("inf"), 0.0
+        for _ in range(CLOCK_ROUNDS):
+            begin = time.monotonic()
+            dist.send(box, self.members[other], self.group)
+            dist.recv(box, self.members[other], self.group)
+            theirs = float(box[0])  # sync point
+            end = time.monotonic()
+            if end - begin < best:
+                best, offset = end - begin, theirs - (begin + end) / 2
+        dist.send(box.fill_(offset), self.members[other], self.group)
+
+    def _tell_time(self) -> float:
+        box = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for _ in range(CLOCK_ROUNDS):
+            dist.recv(box, self.members[0], self.group)
+            box[0].item()  # sync point: the message is here
+            dist.send(box.fill_(time.monotonic()), self.members[0], self.group)
+        dist.recv(box, self.members[0], self.group)
+        return float(box[0])
+
     def close(self) -> None:
         """Leave the process group. After a failed collective nothing is waited for: the process is about to end."""
-        if self.ranks > 1 and not self._broken:
+        if self.ranks > 1 and not self.broken:
             dist.destroy_process_group()
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _variable(name: str, default: int) -> int:

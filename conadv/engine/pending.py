@@ -29,11 +29,25 @@ class Pending:
         self.space = space
         self.dtype = None if dtype is None else DTYPES[dtype]
         self._waiting: dict[int, tuple[ExtraBatch, torch.dtype]] = {}
+        self._skipped: set[int] = set()
 
-    def put(self, step: int, extra: ExtraBatch) -> None:
-        """Store the extra batch of ``step``."""
-        images = tuple(map(self._encode, extra.images))
-        self._waiting[step] = (ExtraBatch(images, extra.labels, extra.weight_version), extra.images[0].dtype)
+    def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
+        """Store the extra batch of ``step``. ``dtype``: what its images were before somebody else encoded them."""
+        images = tuple(map(self.encode, extra.images))
+        self._waiting[step] = (ExtraBatch(images, extra.labels, extra.weight_version), dtype or extra.images[0].dtype)
+
+    def skip(self, step: int) -> None:
+        """Say that ``step`` has to go without its extra batch."""
+        self._skipped.add(step)
+
+    def skips(self, step: int) -> bool:
+        """Whether :meth:`skip` was called for ``step``; forgets it."""
+        found = step in self._skipped
+        self._skipped.discard(step)
+        return found
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._waiting
 
     def pop(self, step: int) -> ExtraBatch | None:
         """Take out the extra batch of ``step``, None if there is none."""
@@ -55,7 +69,12 @@ class Pending:
         """Bytes of the waiting images."""
         return sum(image.nbytes for extra, _ in self._waiting.values() for image in extra.images)
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def encoded_like(self, image: Tensor) -> Tensor:
+        """``image``, on the meta device, as it will be stored."""
+        return image if self.dtype is None else image.to(self.dtype)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """An image as it is stored. An encoded one stays as it is."""
         if self.dtype is None or self.dtype == image.dtype:
             return image
         if self.dtype == torch.uint8:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConadvError
+from .clock import PhaseClock
 from .comm import Comm, Handle
 
 MIB = 2**20
@@ -95,10 +96,12 @@ class GradientReducer:
         for bucket in self._buckets[len(self._handles) :]:
             self._launch(bucket)
 
-    def wait(self) -> None:
-        """Wait for all buckets; every ``.grad`` is then the sum over ranks."""
+    def wait(self, clock: PhaseClock | None = None) -> None:
+        """Wait for all buckets; every ``.grad`` is then the sum over ranks. ``clock`` hears when each was under way."""
         for bucket, handle in zip(self._buckets, self._handles, strict=True):
             handle.wait()
+            if clock is not None:
+                clock.add("network", handle.begin, handle.end, beside=True)
             for number, view in zip(bucket.members, bucket.views, strict=True):
                 self._params[number].grad = view
         self._handles.clear()
@@ -171,7 +174,7 @@ class GradientReducer:
         params = [self._params[i] for i in members]
         flat = torch.empty(sum(p.numel() for p in params), dtype=params[0].dtype, device=params[0].device)
         parts = flat.split([p.numel() for p in params])
-        return Bucket(tuple(members), flat, tuple(map(_shaped_like, parts, params)), late)
+        return Bucket(tuple(members), flat, tuple(map(shaped_like, parts, params)), late)
 
     def _changed(self, number: int) -> ConadvError:
         return ConadvError(
@@ -181,7 +184,7 @@ class GradientReducer:
         )
 
 
-def _shaped_like(part: Tensor, p: Tensor) -> Tensor:
+def shaped_like(part: Tensor, p: Tensor) -> Tensor:
     """A part of a flat buffer in the shape and memory order of a parameter, as autograd's own gradients have."""
     strides = torch.empty_like(p, device="meta").stride()
     return part.as_strided(p.shape, strides, part.storage_offset())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..methods.vanilla import Vanilla
 from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
 from .clock import PhaseClock
 from .comm import Comm, Handle
-from .executor import Executor, Inline
+from .executor import Executor, Inline, Served
 from .lookahead import LookAhead
 from .pending import Pending
 from .reducer import GradientReducer
@@ -110,9 +110,9 @@ class TrainStep:
         self._bf16 = _is_bf16(precision)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._fuse_views = self.device.type == "cuda" if fuse_views is None else fuse_views
-        self._executor = executor or Inline()
+        self.executor = executor or Inline()
         self._lookahead: LookAhead | None = None
-        if getattr(self.method, "lookahead", False):
+        if getattr(self.method, "lookahead", False) and not self.executor.attack_only:
             self._lookahead = LookAhead(model, optimizer, lr_at)
         self.comm = comm or Comm(device=self.device)
         self._reducer: GradientReducer | None = None
@@ -128,6 +128,7 @@ class TrainStep:
         if self.comm.ranks > 1:
             self.comm.broadcast([*model.parameters(), *model.buffers()])
             self._reducer = GradientReducer(self.comm, model, bucket_mib)
+        self.executor.attach(self)
 
     @property
     def ahead(self) -> int:
@@ -137,7 +138,7 @@ class TrainStep:
     def __call__(self, batch: RawBatch, future: RawBatch | None = None) -> StepRecord:
         """Run one step and update the weights. Sync point: the losses are read back before the update."""
         ahead = None if future is None else self._as_batch(future, self.version + self.ahead)
-        return self._executor(self, self._as_batch(batch, self.version), ahead)
+        return self.executor(self, self._as_batch(batch, self.version), ahead)
 
     # ---- phases
 
@@ -167,17 +168,30 @@ class TrainStep:
                 self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
         return self._losses
 
-    def prepare(self, future: RawBatch | None) -> None:
+    def prepare(self, future: RawBatch | None, *, early: bool = False) -> None:
         """The method's work for a later step, at the present weights; nothing for most methods.
 
+        ``early``: before the step's gradient, not after it; the images are the same.
         Raises ConadvError after the update: the images would be attacked at other weights and for another step.
         """
-        if future is not None and self._gradient_version != self.version:
+        if future is not None and self._gradient_version != self.version and not early:
             raise ConadvError("prepare(future) belongs between gradient(batch) and the update of the same step.")
         with self.clock.phase("attack"):
             self.method.prepare(self, None if future is None else self._as_batch(future, self.version + self.ahead))
-            if self._lookahead is not None:
-                self._lookahead.remember()
+            self.remember()
+
+    def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
+        """On an attack rank: attack ``batches`` for the learners until either ends, see conadv.engine.ranks.
+
+        ``batches``: this rank's micro-batches of step ``ahead`` after the learners' first, and of those that follow.
+        ``served`` hears of each batch: its step and spans.
+        """
+        self.executor.serve(batches, served)
+
+    def remember(self) -> None:
+        """Once per step, after the attack's weights were taken and before the update; for executors."""
+        if self._lookahead is not None:
+            self._lookahead.remember()
 
     def wait(self) -> None:
         """Wait until gradients and losses are summed over the ranks; on one rank there is nothing to wait for."""
@@ -185,7 +199,7 @@ class TrainStep:
             return
         self.comm.at("wait", self.version)
         with self.clock.phase("wait"):
-            self._reducer.wait()
+            self._reducer.wait(self.clock)
             sums = self._loss_sum.wait() / self.comm.ranks
         self._losses = dict(zip(self._losses, sums.unbind(), strict=True))
         self._loss_sum = None
@@ -206,7 +220,8 @@ class TrainStep:
             self.optimizer.step()
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
-        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, self.clock.collect())
+        phases, spans = self.clock.collect()
+        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, spans)
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
@@ -227,6 +242,16 @@ class TrainStep:
         if x.dtype == torch.uint8:
             x = self.space.normalize(x)
         return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+
+    def example(self, micro: MicroBatch) -> Tensor:
+        """A tensor on the meta device like the clean view's images in model space."""
+        x = micro.views["clean"].to("meta")
+        x = self.space.normalize(x) if x.dtype == torch.uint8 else x
+        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def labels(self, micro: MicroBatch) -> Tensor:
         return micro.y_N.to(self.device, non_blocking=True)
@@ -258,7 +283,11 @@ class TrainStep:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model's and the optimizer's state."""
+        """What a resumed run needs besides the model's and the optimizer's state.
+
+        Takes in what attack ranks have under way first: the state does not depend on the executor.
+        """
+        self.executor.settle()
         ahead = self._lookahead.state_dict() if self._lookahead else {}
         return {"version": self.version, "pending": self.pending.state_dict(), "lookahead": ahead}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,6 +43,15 @@ class Method:
     @property
     def space(self) -> PixelSpace | None:
         """The normalisation that the method's perturbation lives in; None without one."""
+        return None
+
+    @property
+    def future_attack(self) -> Attack | None:
+        """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one."""
+        return None
+
+    def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:
+        """The weights for that attack, seen from the present step; None for the present ones."""
         return None
 
     def attack_gradients(self) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..attacks import PixelSpace
 from ..errors import ConadvError
@@ -53,8 +55,17 @@ class Concurrent(Method):
     def attack_gradients(self) -> int:
         return num_steps(self.attack)
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
+    @property
+    def future_attack(self) -> Attack | None:
+        return self.attack if self.staleness else None
+
+    def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:
+        return engine.predicted_weights(self.staleness) if self.lookahead else None
+
+    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         waiting = engine.pending.pop(batch.step)
+        if engine.pending.skips(batch.step):
+            return None
         if waiting is None:
             if self.staleness and batch.step >= self.staleness:
                 _warn_late()
@@ -65,8 +76,7 @@ class Concurrent(Method):
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
         if future is None or not self.staleness:
             return
-        weights = engine.predicted_weights(self.staleness) if self.lookahead else None
-        engine.pending.put(future.step, engine.craft(self.attack, future, weights))
+        engine.pending.put(future.step, engine.craft(self.attack, future, self.attack_weights(engine)))
 
     @classmethod
     def from_config(cls, config: Config) -> Concurrent:

@@ -53,7 +53,8 @@ def test_every_method_trains_and_resumes_bitwise(two: Ranks, name: str, tmp_path
     assert mine == theirs == json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert (mine["ranks"], mine["accumulation"], mine["batchnorm_batch_size"]) == (2, 2, 64)
     lines = read_lines(tmp_path / "whole" / "record.jsonl")
-    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    story = ["header", *["step"] * 3, "eval", *["step"] * 3, *["timeline"] * 6, *["eval"] * 3]
+    assert [line["type"] for line in lines] == story
     assert lines[0]["ranks"] == 2
     assert all("wait" in line["phases"] for line in lines if line["type"] == "step")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -133,7 +134,8 @@ def test_torchrun(tmp_path: Path) -> None:
     assert done.stdout.count("accumulation 2 x ranks 2") == 1
     assert done.stdout.count("run directory:") == 1
     lines = read_lines(out / "record.jsonl")
-    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    story = ["header", *["step"] * 3, "eval", *["step"] * 3, *["timeline"] * 6, *["eval"] * 3]
+    assert [line["type"] for line in lines] == story
     assert [line["staleness"] for line in lines if line["type"] == "step"] == [0, 0, 2, 2, 2, 2]
     assert json.loads((out / "summary.json").read_text())["ranks"] == 2
     kept = weights(out)

@@ -1,0 +1,101 @@
+"""Who learns and who attacks among the ranks of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import torch.distributed as dist
+
+from ..errors import ConadvError
+from .comm import Comm
+
+WEIGHTS, IMAGES = 1, 2
+"""The tags of what learners and attack ranks send each other."""
+
+
+@dataclass(frozen=True)
+class Teams:
+    """The ranks of ``world`` by what they do. The numbers in ``learners`` and ``attackers`` are the world's.
+
+    ``comm``: the learners' Comm on a learner; on an attack rank a Comm of one, since attack ranks reduce nothing.
+    """
+
+    world: Comm
+    comm: Comm
+    learners: tuple[int, ...]
+    attackers: tuple[int, ...]
+
+    @property
+    def attacking(self) -> bool:
+        """Whether this process is an attack rank."""
+        return self.world.rank in self.attackers
+
+    def feeder(self, number: int) -> int:
+        """The learner that gives weights to ``attackers[number]``: the owner of its first micro-batch."""
+        return self.learners[number * len(self.learners) // len(self.attackers)]
+
+    def micro_batches(self, accumulation: int) -> range:
+        """The global numbers of the micro-batches that this process reads, with ``accumulation`` per learner and step.
+
+        A learner's own, or an attack rank's share of all. Raises ConadvError if attack ranks are left without any.
+        """
+        if not self.attacking:
+            return range(self.comm.rank * accumulation, (self.comm.rank + 1) * accumulation)
+        return shares(len(self.learners) * accumulation, len(self.attackers))[self.attackers.index(self.world.rank)]
+
+
+def shares(micro_batches: int, attackers: int) -> list[range]:
+    """Which of a step's micro-batches each attack rank attacks: contiguous, as even as whole micro-batches allow.
+
+    A micro-batch is not divided: batch norm in the attack sees what it sees in training.
+    """
+    if attackers > micro_batches:
+        raise ConadvError(
+            f"{attackers} attack ranks for {micro_batches} micro-batch(es) per step: some would have nothing to do. "
+            "Choose a smaller --micro-batch-size, or fewer attack ranks."
+        )
+    edges = [number * micro_batches // attackers for number in range(attackers + 1)]
+    return [range(first, last) for first, last in pairwise(edges)]
+
+
+def roles(ranks: int, attack_ranks: int, ranks_per_host: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(learners, attackers): every host gives its last ranks, or the world does where they do not divide over hosts.
+
+    Images then stay on their host as far as possible: learners and attack ranks share out micro-batches in rank order.
+    Raises ConadvError where no learner would be left.
+    """
+    if not 0 <= attack_ranks < ranks:
+        raise ConadvError(
+            f"{attack_ranks} attack rank(s) of {ranks} rank(s) in all: at least one rank must be left to learn. "
+            "Start more processes (torchrun --nproc-per-node), or ask for fewer attack ranks."
+        )
+    hosts, rest = divmod(ranks, ranks_per_host)
+    if rest or attack_ranks % hosts:
+        hosts, ranks_per_host = 1, ranks
+    first_attacker = ranks_per_host - attack_ranks // hosts
+    attackers = tuple(rank for rank in range(ranks) if rank % ranks_per_host >= first_attacker)
+    return tuple(rank for rank in range(ranks) if rank not in attackers), attackers
+
+
+def make_teams(world: Comm, attack_ranks: int) -> Teams:
+    """Divide ``world``; collective. Every rank must ask for the same number of attack ranks."""
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks))
+    learners, attackers = roles(world.ranks, attack_ranks, per_host)
+    if not attackers:
+        return Teams(world, world, learners, attackers)
+    # every rank of the world takes part in making a group, its members or not
+    group = _group(world, learners) if len(learners) > 1 else None
+    if world.backend == "nccl":
+        world.lines = {tag: _group(world, range(world.ranks)) for tag in (WEIGHTS, IMAGES)}
+    learns = world.rank in learners
+    return Teams(world, world.team(learners, group) if learns else world.team([world.rank]), learners, attackers)
+
+
+def _group(world: Comm, members: Iterable[int]) -> Any:
+    with world.guard():
+        return dist.new_group(list(members), timedelta(seconds=world.timeout), world.backend)
