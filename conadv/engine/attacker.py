@@ -9,7 +9,7 @@ from ..errors import ConadvError
 from ..types import Batch, ExtraBatch
 from .executor import Served
 from .parcel import STOP, WORK, Parcel
-from .teams import IMAGES, WEIGHTS, Teams
+from .teams import Lines, Teams
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ class Attacker:
     weights are asked for only when the attack is done: who is late should go on with the newest ones.
     """
 
-    def __init__(self, teams: Teams, engine: TrainStep, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: TrainStep, lines: Lines, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
+        self._lines = lines
         self._feeder = teams.feeder(teams.attackers.index(teams.world.rank))
         self._names = list(engine.trainable())
         self._buffers = [Parcel(list(engine.trainable().values()), engine.device) for _ in range(2)]
@@ -51,7 +52,7 @@ class Attacker:
     def _ask(self) -> Transfer:
         """Start to receive into the buffer that is not in use."""
         self._buffers.reverse()
-        return self._world.receive(self._buffers[0].bytes, self._feeder, WEIGHTS)
+        return self._world.receive(self._buffers[0].bytes, self._feeder, self._lines.weights)
 
     def _read(self, stream: Iterator[Batch]) -> Batch | None:
         with self._engine.clock.phase("data"):
@@ -115,7 +116,7 @@ class Attacker:
             images = [self._engine.pending.encode(extra.images[place]) for place in places]
             parcel = Parcel(images, self._engine.device)
             parcel.fill((WORK, self._engine.version, batch.step, accumulation), images)
-            self._sent.append(self._world.send(parcel.bytes, learner, IMAGES))
+            self._sent.append(self._world.send(parcel.bytes, learner, self._lines.images))
 
     def close(self, failed: bool) -> bool:
         """Wait for the learners' end, unless this side has failed or has seen it."""

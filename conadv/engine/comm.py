@@ -98,7 +98,7 @@ class Comm:
         self.ranks = ranks
         self.device = device or torch.device("cpu")
         self.backend = backend
-        self.lines: dict[int, dist.ProcessGroup] = {}
+        self._lines: list[dist.ProcessGroup | None] = []
         self.members = tuple(range(ranks) if members is None else members)
         self.group = group
         self.timeout = TIMEOUT_SECONDS
@@ -222,23 +222,33 @@ class Comm:
             dist.gather_object(value, found, self.members[0], self.group)
         return found or []
 
-    def send(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
-        """Start to send ``tensor`` to rank ``peer``, which must call :meth:`receive` with the same size and tag.
+    def new_group(self, members: Iterable[int]) -> Any:
+        """A process group of some of the world's ranks. Collective over the world, members or not."""
+        with self.guard():
+            return dist.new_group(list(members), timedelta(seconds=self.timeout), self.backend)
 
-        Messages of one tag between two ranks arrive in their order. The tensor belongs to the network until
+    def new_line(self) -> int:
+        """A number for :meth:`send` and :meth:`receive` that nobody else uses. Collective.
+
+        gloo tells lines apart by tags; NCCL knows none and runs what two ranks exchange in one order, so there every
+        line has its own group.
+        """
+        self._lines.append(self.new_group(range(self.ranks)) if self.backend == "nccl" else self.group)
+        return len(self._lines) - 1
+
+    def send(self, tensor: Tensor, peer: int, line: int) -> Transfer:
+        """Start to send ``tensor`` to rank ``peer``, which must call :meth:`receive` with the same size and line.
+
+        Messages on one line between two ranks arrive in their order. The tensor belongs to the network until
         :meth:`Transfer.wait` has returned.
         """
         with self.guard(peer):
-            return Transfer(self, dist.isend(tensor, peer, self._line(tag), tag), peer)
+            return Transfer(self, dist.isend(tensor, peer, self._lines[line], line), peer)
 
-    def receive(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
+    def receive(self, tensor: Tensor, peer: int, line: int) -> Transfer:
         """Start to overwrite ``tensor`` by what rank ``peer`` sends."""
         with self.guard(peer):
-            return Transfer(self, dist.irecv(tensor, peer, self._line(tag), tag), peer)
-
-    def _line(self, tag: int) -> dist.ProcessGroup | None:
-        """NCCL knows no tags and runs what two ranks exchange in one order, so there every tag has its own group."""
-        return self.lines.get(tag, self.group)
+            return Transfer(self, dist.irecv(tensor, peer, self._lines[line], line), peer)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

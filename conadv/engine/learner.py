@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Batch, ExtraBatch
 from .parcel import FAILED, STOP, WORK, Parcel
-from .teams import IMAGES, WEIGHTS, Teams, shares
+from .teams import Lines, Teams, shares
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ class Incoming:
 class Learner:
     """Sends weights and takes images, see conadv.engine.ranks."""
 
-    def __init__(self, teams: Teams, engine: TrainStep, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: TrainStep, lines: Lines, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
+        self._lines = lines
         self._fed = [a for n, a in enumerate(teams.attackers) if teams.feeder(n) == teams.world.rank]
         self._weights = Parcel(list(engine.trainable().values()), engine.device) if self._fed else None
         self._sent: list[Transfer] = []
@@ -88,7 +89,7 @@ class Learner:
         named = engine.trainable()
         weights = engine.method.attack_weights(engine) or named
         self._weights.fill(tags, [weights[name] for name in named])
-        self._sent = [self._world.send(self._weights.bytes, attacker, WEIGHTS) for attacker in self._fed]
+        self._sent = [self._world.send(self._weights.bytes, attacker, self._lines.weights) for attacker in self._fed]
 
     def _expect_images(self, future: Batch, accumulation: int) -> None:
         """Buffers for what comes back, ready before anybody sends: a message that is not awaited does not move."""
@@ -101,7 +102,7 @@ class Learner:
             common = [image for index, image in images.items() if index in part]
             if common:
                 parcel = Parcel([engine.pending.encoded_like(image) for image in common], engine.device)
-                parcels.append((parcel, self._world.receive(parcel.bytes, attacker, IMAGES)))
+                parcels.append((parcel, self._world.receive(parcel.bytes, attacker, self._lines.images)))
         labels = tuple(engine.labels(micro) for micro in future.micro)
         self._incoming[future.step] = Incoming(labels, next(iter(images.values())).dtype, parcels)
 
@@ -135,6 +136,8 @@ class Learner:
             for transfer in self._sent:
                 transfer.wait()
             self._weights.fill((FAILED if failed else STOP, 0, 0, 0), [])
-            for transfer in [self._world.send(self._weights.bytes, attacker, WEIGHTS) for attacker in self._fed]:
+            for transfer in [
+                self._world.send(self._weights.bytes, attacker, self._lines.weights) for attacker in self._fed
+            ]:
                 transfer.wait()
         return not failed

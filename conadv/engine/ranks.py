@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConadvError
 from ..types import Batch, StepRecord
 from .executor import Executor, Served
-from .teams import Teams
+from .teams import Lines, Teams
 
 if TYPE_CHECKING:
     from .attacker import Attacker
@@ -63,11 +63,13 @@ class Ranks(Executor):
         from .attacker import Attacker
         from .learner import Learner
 
-        self.teams.world.broadcast([*engine.model.parameters(), *engine.model.buffers()])
+        world = self.teams.world
+        world.broadcast([*engine.model.parameters(), *engine.model.buffers()])
+        lines = Lines(weights=world.new_line(), images=world.new_line())
         if self.teams.attacking:
-            self._attacker = Attacker(self.teams, engine, self._skip)
+            self._attacker = Attacker(self.teams, engine, lines, self._skip)
         else:
-            self._learner = Learner(self.teams, engine, self._skip)
+            self._learner = Learner(self.teams, engine, lines, self._skip)
 
     def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
         if self._learner is None:

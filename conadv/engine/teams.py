@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import pairwise
-from typing import Any
-
-import torch.distributed as dist
 
 from ..errors import ConadvError
 from .comm import Comm
 
-WEIGHTS, IMAGES = 1, 2
-"""The tags of what learners and attack ranks send each other."""
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines (``Comm.new_line``) on which one engine's learners and attack ranks talk."""
+
+    weights: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,6 @@ def make_teams(world: Comm, attack_ranks: int) -> Teams:
     if not attackers:
         return Teams(world, world, learners, attackers)
     # every rank of the world takes part in making a group, its members or not
-    group = _group(world, learners) if len(learners) > 1 else None
-    if world.backend == "nccl":
-        world.lines = {tag: _group(world, range(world.ranks)) for tag in (WEIGHTS, IMAGES)}
+    group = world.new_group(learners) if len(learners) > 1 else None
     learns = world.rank in learners
     return Teams(world, world.team(learners, group) if learns else world.team([world.rank]), learners, attackers)
-
-
-def _group(world: Comm, members: Iterable[int]) -> Any:
-    with world.guard():
-        return dist.new_group(list(members), timedelta(seconds=world.timeout), world.backend)

@@ -71,10 +71,14 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
         """What ``function(comm, *args)`` returns on every rank; the test fails with the traceback if one raises."""
         found = self.answers(function, *args, timeout=timeout)
-        for rank, (kind, what) in enumerate(found):
-            if kind != "value":
-                self.close()
-                pytest.fail(f"rank {rank}: {kind} {what[2] if kind == 'error' else what}")
+        failed = [
+            f"rank {n}: {kind} {what[2] if kind == 'error' else what}"
+            for n, (kind, what) in enumerate(found)
+            if kind != "value"
+        ]
+        if failed:
+            self.close()
+            pytest.fail("\n".join(failed))
         return [value for _, value in found]
 
     def close(self) -> None:
