@@ -361,7 +361,7 @@ def _overview(parts: Parts) -> Iterator[str]:
     micro, ranks = config.micro_batch_size, parts.comm.ranks
     count = accumulation(config, ranks)
     attackers = len(parts.teams.attackers)
-    more = f" (and {attackers} attack ranks)" if attackers else ""
+    more = f" (and {attackers} attack rank(s))" if attackers else ""
     yield (
         f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks {ranks}{more}; "
         f"batch norm sees {micro} images per route; {parts.num_steps} steps of {parts.data.order.steps_per_epoch} "

@@ -98,7 +98,7 @@ class Comm:
         self.ranks = ranks
         self.device = device or torch.device("cpu")
         self.backend = backend
-        self._lines: list[dist.ProcessGroup | None] = []
+        self._lines: list[dist.ProcessGroup | None] = [group]  # line 0: messages outside of any exchange
         self.members = tuple(range(ranks) if members is None else members)
         self.group = group
         self.timeout = TIMEOUT_SECONDS

@@ -89,7 +89,11 @@ class Learner:
         named = engine.trainable()
         weights = engine.method.attack_weights(engine) or named
         self._weights.fill(tags, [weights[name] for name in named])
-        self._sent = [self._world.send(self._weights.bytes, attacker, self._lines.weights) for attacker in self._fed]
+        self._sent = self._send_to_all()
+
+    def _send_to_all(self) -> list[Transfer]:
+        assert self._weights is not None
+        return [self._world.send(self._weights.bytes, attacker, self._lines.weights) for attacker in self._fed]
 
     def _expect_images(self, future: Batch, accumulation: int) -> None:
         """Buffers for what comes back, ready before anybody sends: a message that is not awaited does not move."""
@@ -136,8 +140,6 @@ class Learner:
             for transfer in self._sent:
                 transfer.wait()
             self._weights.fill((FAILED if failed else STOP, 0, 0, 0), [])
-            for transfer in [
-                self._world.send(self._weights.bytes, attacker, self._lines.weights) for attacker in self._fed
-            ]:
+            for transfer in self._send_to_all():
                 transfer.wait()
         return not failed

@@ -147,6 +147,13 @@ def test_torchrun(tmp_path: Path) -> None:
     after = weights(out)
     assert all(torch.equal(kept[key], after[key]) for key in kept)
 
+    # Red when: the ranks compare their clocks on the line of the first weights.
+    helped = torchrun("--config", file, "--out", tmp_path / "helped", "--attack-ranks", 1)
+    assert helped.returncode == 0, helped.stderr
+    assert "ranks 1 (and 1 attack rank(s))" in helped.stdout
+    train(config(**settings), tmp_path / "alone")
+    assert same_weights(tmp_path / "helped", tmp_path / "alone")
+
     again = torchrun("--config", file, "--out", out)
     assert again.returncode != 0
     assert again.stderr.count("conadv: ") == 1
