@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,8 @@ def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -
         yield
     except (ConadvError, KeyboardInterrupt):
         if not world.broken and not parts.comm.broken:
-            executor.close(failed=True)
+            with suppress(ConadvError):  # the others may be gone already; what happened here says more
+                executor.close(failed=True)
         raise
     if not executor.close():
         raise ConadvError("Training has ended with an error on the learners: see their message.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import ConadvError
 from ..types import Batch, ExtraBatch
 from .parcel import FAILED, STOP, WORK, Parcel
 from .teams import Lines, Teams, shares
@@ -75,6 +76,12 @@ class Learner:
         return bool(flags[0]), bool(flags[1])
 
     def _send(self, future: Batch, accumulation: int) -> None:
+        mine, found = list(self._teams.micro_batches(accumulation)), [micro.index for micro in future.micro]
+        if found != mine:
+            raise ConadvError(
+                f"Rank {self._world.rank} was given micro-batches {found} of the global batch, not {mine}: MicroBatch "
+                "says how they are numbered."
+            )
         self._send_weights((WORK, self._engine.version, future.step, accumulation))
         self._expect_images(future, accumulation)
 

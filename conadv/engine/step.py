@@ -403,7 +403,7 @@ class TrainStep:
         if not (isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw)):
             raise ConadvError(f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}.")
         x_NCHW, y_N = raw
-        return Batch(step, (MicroBatch(0, y_N, {"clean": x_NCHW}),))
+        return Batch(step, (MicroBatch(self.comm.rank, y_N, {"clean": x_NCHW}),))
 
     def _check_model(self) -> None:
         if isinstance(self.model, nn.DataParallel):

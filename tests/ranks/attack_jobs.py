@@ -172,6 +172,13 @@ def wrong(world: Comm, what: str) -> None:
         engine.serve([])
 
 
+def wrong_share(world: Comm) -> None:
+    """The learner gives the micro-batch of another rank."""
+    engine = engine_for(world.split(1), "no norm", 1, False)
+    if world.rank == 0:
+        engine(as_batch(0, dtype=torch.float64), replace(as_batch(1), micro=as_batch(1, count=2).micro[1:]))
+
+
 def offset(world: Comm, shift: float) -> float:
     """What rank 0 and 1 take for their difference if rank 1's clock is ahead by ``shift``."""
     monotonic = time.monotonic

@@ -189,6 +189,13 @@ def test_mistakes(two: Ranks, what: str, message: str) -> None:
     assert all(text in error[1] for text, (_, error) in zip(wanted, answers, strict=True))
 
 
+def test_a_learner_with_other_micro_batches_than_its_own(two: Ranks) -> None:
+    # Red when: the check is removed: nobody would attack this micro-batch.
+    (kind, error), other = two.answers(jobs.wrong_share)
+    assert (kind, error[0], other) == ("error", "ConadvError", ("value", None))
+    assert "Rank 0 was given micro-batches [1] of the global batch, not [0]" in error[1]
+
+
 @pytest.mark.parametrize("name", ["conadv-tau2", "three-routes"])
 def test_whole_runs(two: Ranks, name: str, tmp_path: Path) -> None:
     # Red when: the attack rank reads the batches from the first step on; an attack rank writes into the run; a resumed
