@@ -21,6 +21,9 @@ _WHERE = {
     "StepRecord": "types",
     "ConadvError": "errors",
     "Comm": "engine",
+    "Inline": "engine",
+    "Ranks": "engine",
+    "Stream": "engine",
     "NonFiniteError": "engine",
     "TrainStep": "engine",
     "Concurrent": "methods.concurrent",
@@ -50,7 +53,10 @@ if TYPE_CHECKING:
     from .attacks import RandomSigns as RandomSigns
     from .data import windows as windows
     from .engine import Comm as Comm
+    from .engine import Inline as Inline
     from .engine import NonFiniteError as NonFiniteError
+    from .engine import Ranks as Ranks
+    from .engine import Stream as Stream
     from .engine import TrainStep as TrainStep
     from .errors import ConadvError as ConadvError
     from .evaluation import evaluate as evaluate
