@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from conadv import FGSM, Concurrent, TrainStep, evaluate, windows
+from conadv import FGSM, LARS, Concurrent, Inline, Stream, TrainStep, evaluate, split_batchnorm, windows
+from conadv.models import SmallResNet
 from conadv.trainer import train
 
-from .helpers import state, tiny_resnet
+from .helpers import same, state, tiny_resnet
 from .test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
 from .test_trainer import config
 
@@ -48,6 +50,43 @@ def test_phases_are_device_times() -> None:
     record = engine_on("cuda")(as_batch(0, dtype=torch.float64), as_batch(1, dtype=torch.float64))
     assert set(record.phases) == {"attack", "gradient", "update"}
     assert all(seconds > 0 for seconds in record.phases.values())
+
+
+def test_spans_lie_on_the_hosts_clock() -> None:
+    # Red when: the device's clock is not tied to the host's, or is tied once and drifts with float32.
+    engine = engine_on("cuda")
+    for t in range(3):
+        before = time.monotonic()
+        record = engine(as_batch(t, dtype=torch.float64), as_batch(t + 1, dtype=torch.float64))
+        after = time.monotonic()
+        assert all(before - 2e-3 <= begin <= end <= after + 2e-3 for _, begin, end in record.spans)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("pending_dtype", [None, "float16"])
+def test_the_second_stream_computes_what_inline_computes(lookahead: bool, pending_dtype: str | None) -> None:
+    # Red when: the side stream does not wait for the update (stale weights), the update does not wait for the side
+    # stream, or images are freed while the other stream reads them. Large enough that kernels of both overlap.
+    torch.backends.cudnn.deterministic = True
+    runs = []
+    for executor in (Inline(), Stream()):
+        torch.manual_seed(0)
+        model = split_batchnorm(SmallResNet(20, 32, 3, 5), "adv").cuda()
+        method = Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=lookahead)
+        options = {"space": SPACE, "executor": executor, "pending_dtype": pending_dtype}
+        engine = TrainStep(model, LARS(model.parameters(), 1.0), method, **options)
+        stream = [as_batch(t, size=64) for t in range(30)]
+        losses = [engine(batch, future).losses for batch, future in windows(stream, 1)]
+        runs.append((losses, state(model)))
+    (a, x), (b, y) = runs
+    assert a == b
+    assert same(x, y)
+
+
+def test_stream_without_a_future_batch_or_an_attack() -> None:
+    model = tiny_resnet("adv").cuda()
+    engine = TrainStep(model, sgd(model), CASES["noise"](), space=SPACE, executor=Stream())
+    assert engine(as_batch(0)).loss > 0
 
 
 def test_random_streams_are_left_alone_and_runs_repeat() -> None:

@@ -18,6 +18,7 @@ from conadv import (
     Batch,
     ConadvError,
     Concurrent,
+    Inline,
     MicroBatch,
     MultiView,
     Noise,
@@ -26,11 +27,14 @@ from conadv import (
     RandomSigns,
     Recycle,
     Sequential,
+    StepRecord,
+    Stream,
     TrainStep,
     Vanilla,
     rng,
     windows,
 )
+from conadv.engine import Executor
 from conadv.methods import METHODS, method_class
 from conadv.methods.base import Method
 from conadv.reference.conadv import algorithm_1
@@ -561,6 +565,31 @@ def test_memory_is_one_copy_of_the_weights_with_lookahead_and_none_without() -> 
     held = {id(w) for w in weights}
     run(ahead, 3)
     assert {id(w) for w in ahead.predicted_weights(2).values()} == held
+
+
+class _AttackFirst(Executor):
+    """The order in which Stream queues its work, without its streams."""
+
+    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+        engine.prepare(future, early=True)
+        engine.gradient(batch)
+        engine.wait()
+        return engine.update()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attacking_before_the_gradient_changes_no_bit(name: str) -> None:
+    # Red when: the gradient leaves something behind that the attack sees, or the other way round.
+    engines = [make(CASES[name](), executor=executor) for executor in (Inline(), _AttackFirst())]
+    records = [[(r.losses, r.grad_norm, r.weight_version) for r in run(engine)] for engine in engines]
+    assert records[0] == records[1]
+    assert same(state(engines[0].model), state(engines[1].model))
+
+
+def test_stream_needs_cuda() -> None:
+    # Red when: the executor falls back silently.
+    with pytest.raises(ConadvError, match="needs a CUDA device"):
+        make(Concurrent(ATTACK, 1), executor=Stream())
 
 
 def test_loops_that_mix_up_their_batches_are_told() -> None:
