@@ -32,6 +32,7 @@ Large-batch training with concurrent adversarial learning.
   eval RUN                 evaluate a trained run, clean and under attack
   export RUN               write the clean route's weights as model.safetensors
   report RUN...            an HTML and Markdown report about runs (or folders of runs)
+  timeline RUN             what ran beside what: a trace, a picture, the hidden shares
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
 
   --version, --help        `conadv COMMAND --help` has the details
@@ -313,6 +314,12 @@ def _report(args: Sequence[str]) -> None:
     _say(f"report: {options.out}")
 
 
+def _timeline(args: Sequence[str]) -> None:
+    from .timeline import TimelineArgs, command
+
+    command(tyro.cli(TimelineArgs, args=args, prog="conadv timeline"))
+
+
 def _demo(args: Sequence[str]) -> None:
     from .demo import DemoArgs, demo
 
@@ -325,5 +332,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": _eval,
     "export": _export,
     "report": _report,
+    "timeline": _timeline,
     "demo": _demo,
 }

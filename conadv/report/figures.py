@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from ..analysis import phases as phase_names
 from .compare import Arm, Comparison
 from .load import Column, Columns, Run
 from .table import duration
@@ -28,10 +29,10 @@ from .table import duration
 Scale = Callable[[Run], float]
 """run -> what one step is on the time axis: 1 step, or a fraction of an epoch."""
 
+INK = phase_names.INK
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 MARKERS = ("o", "s", "^", "D", "v")
 LINES = ("-", "--", ":", "-.")
-INK = "#010203"
 WIDTH = 7.4  # inches: the width of the page's text column at 96 dots per inch
 POINTS = 200  # a curve is averaged down to this many points
 
@@ -168,9 +169,9 @@ def step_times(comparison: Comparison) -> Figure | None:
         return None
     figure, axes = _rows_figure(comparison)
     left = np.zeros(len(phases))
-    for name in sorted(names, key=_phase_rank):
+    for name in sorted(names, key=phase_names.rank):
         widths = np.array([1e3 * seconds.get(name, 0.0) for seconds in phases])
-        axes.barh(range(len(phases)), widths, left=left, height=0.62, label=name, **_phase_style(name))
+        axes.barh(range(len(phases)), widths, left=left, height=0.62, label=name, **phase_names.style(name))
         left += widths
     for row, (total, look) in enumerate(zip(left, looks(comparison), strict=True)):
         axes.plot(-0.013, row, look.marker, color=look.colour, transform=axes.get_yaxis_transform(), clip_on=False)
@@ -342,20 +343,6 @@ def _legend(figure: Figure, comparison: Comparison) -> None:
     handles = [mpl.lines.Line2D([], [], color=look.colour, ls=look.line, lw=2) for _, look in pairs]
     names = [_wrap(arm.label, 44) for arm, _ in pairs]
     figure.legend(handles, names, loc="outside lower center", ncols=2 if len(pairs) > 1 else 1)
-
-
-_PHASES = ("data", "gradient", "wait", "attack", "update")
-
-
-def _phase_rank(name: str) -> int:
-    return _PHASES.index(name) if name in _PHASES else len(_PHASES)
-
-
-def _phase_style(name: str) -> dict[str, Any]:
-    """Shades of the page's ink; the attack, which this library is about, is the only one hatched."""
-    shade = {"data": 0.12, "gradient": 0.32, "wait": 0.05, "attack": 0.0, "update": 0.62}.get(name, 0.9)
-    style: dict[str, Any] = {"facecolor": (*mpl.colors.to_rgb(INK), shade), "edgecolor": INK, "linewidth": 0.7}
-    return {**style, "hatch": "/////"} if name == "attack" else style
 
 
 def _phase_seconds(arm: Arm) -> dict[str, float]:
