@@ -98,7 +98,7 @@ def text(found: Timeline) -> Iterator[str]:
     for row in rows:
         yield from _table(row)
     yield ""
-    yield _communication_text(hidden_communication(found))
+    yield _communication_text(found)
     yield from _attack_text(found, rows)
 
 
@@ -113,12 +113,16 @@ def _table(row: StepRow) -> Iterator[str]:
             yield f"{row.role:<9}{phase.phase:<12}{_ms(phase.median):>10}{_percent(phase.share):>9}   beside it"
 
 
-def _communication_text(hidden: Hidden | None) -> str:
+def _communication_text(found: Timeline) -> str:
+    hidden, learners = hidden_communication(found), found.setting("execution", "learners")
     if hidden is None:
         return "Communication: none; no gradients were on a network."
+    missing = isinstance(learners, int) and learners > len(found.of("learner"))
     return (
-        f"Communication: {_percent(hidden.share)} hidden. Gradients were under way for {_ms(hidden.seconds)} ms of a "
-        f"step, {_ms(hidden.exposed)} ms of it while the learner did nothing else{_range(hidden)}."
+        f"Communication: {_percent(hidden.share)} hidden. Gradients were on the network for {_ms(hidden.seconds)} ms "
+        f"of a step, {_ms(hidden.exposed)} ms of it while the learner did nothing else{_range(hidden)}. "
+        f"For slower learners it waited {_ms(hidden.delay)} ms."
+        + (" Learners are missing in the record, so that all waiting for them counts as network." if missing else "")
     )
 
 
@@ -138,18 +142,18 @@ def _attack_text(found: Timeline, rows: Sequence[StepRow]) -> Iterator[str]:
 def _own_attack_text(hidden: Hidden) -> str:
     gradient = hidden.beside["gradient"]
     stream = f" and {_ms(gradient)} ms beside the gradient on the same device, where each may slow the other"
+    late = f", {_ms(hidden.delay)} ms of it while slower learners were still at their gradients"
     return (
         f"Attack: {_percent(hidden.share)} hidden. Of {_ms(hidden.seconds)} ms per step, "
         f"{_ms(hidden.beside['network'])} ms were beside gradients on the network{stream if gradient else ''}; "
-        f"{_ms(hidden.exposed)} ms lengthened the step{_range(hidden)}."
+        f"{_ms(hidden.exposed)} ms were exposed{_range(hidden)}{late if hidden.delay > 0.01 * hidden.seconds else ''}."
     )
 
 
 def _attack_ranks_text(found: Timeline, hidden: Hidden) -> Iterator[str]:
     yield (
-        f"Attack: {_percent(hidden.share)} hidden. An attack rank attacked for {_ms(hidden.seconds)} ms per step, "
-        f"a learner waited {_ms(hidden.exposed)} ms for images{_range(hidden)}; see its phase send for what copying "
-        "weights took."
+        f"Attack: {_percent(hidden.share)} hidden. An attack rank attacked for {_ms(hidden.seconds)} ms per step, and "
+        f"a learner spent {_ms(hidden.exposed)} ms on it: on sending weights and on waiting for images{_range(hidden)}."
     )
     late = sum(step in found.late for step in found.steady)
     if late:

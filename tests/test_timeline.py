@@ -30,8 +30,9 @@ from conadv.errors import ConadvError
 Spans = list[tuple[str, float, float]]
 STEP = 100.0  # milliseconds from one step to the next
 
-# Rank 0's network is busy from 35 to 75 (40 ms), 10 ms of it in "wait"; its whole attack lies beside it. Rank 1's is
-# busy from 40 to 60 (20 ms), never in "wait"; 5 of the attack's 20 ms come after it.
+# Both have launched the first bucket at 40 and the second at 50. So gradients are on rank 0's network from 40 to 75
+# (35 ms), 10 ms of it in "wait", and its whole attack lies beside that; on rank 1's from 40 to 60 (20 ms), never in
+# "wait", which comes later, and 5 of the attack's 20 ms come after it.
 FIRST: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65), ("wait", 65, 75), ("update", 75, 85)]
 FIRST += [("network", 35, 55), ("network", 50, 75)]
 SECOND: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65), ("wait", 65, 66), ("update", 66, 76)]
@@ -107,12 +108,30 @@ def test_length_by_group(a: list[list[int]], count: int, random: Any) -> None:
 
 
 def test_communication_by_hand() -> None:
-    # Red when: buckets are added instead of united (45 and 25 ms), "wait" counts as work, or ranks are averaged (7/8).
+    # Red when: buckets are added instead of united (40 ms), "wait" counts as work, ranks are averaged (6/7), or a
+    # bucket is on the network before both have launched it (30/40).
     hidden = hidden_communication(timeline(record([FIRST, SECOND])))
     assert hidden is not None
-    assert hidden.by_rank == pytest.approx({0: 30 / 40, 1: 20 / 20})
-    assert hidden.share == pytest.approx(50 / 60)
-    assert (hidden.seconds, hidden.exposed) == pytest.approx((0.030, 0.005))
+    assert hidden.by_rank == pytest.approx({0: 25 / 35, 1: 20 / 20})
+    assert hidden.share == pytest.approx(45 / 55)
+    assert (hidden.seconds, hidden.exposed, hidden.delay) == pytest.approx((0.0275, 0.005, 0.0005))
+
+
+def test_a_slower_learner_hides_nothing_by_hand() -> None:
+    # Red when: the attack of the faster rank, from 40 to 60, counts as hidden before the other has launched, at 50.
+    fast: Spans = [("gradient", 0, 40), ("attack", 40, 60), ("wait", 60, 70), ("update", 70, 80), ("network", 30, 70)]
+    slow: Spans = [("gradient", 0, 55), ("attack", 55, 75), ("wait", 75, 76), ("update", 76, 86), ("network", 50, 70)]
+    found = timeline(record([fast, slow]))
+    attack, communication = hidden_attack(found), hidden_communication(found)
+    assert attack is not None
+    assert communication is not None
+    assert attack.by_rank == pytest.approx({0: 10 / 20, 1: 15 / 20})
+    assert attack.delay == pytest.approx(0.010 / 2)
+    assert communication.by_rank == pytest.approx({0: 10 / 20, 1: 1})
+    assert communication.delay == pytest.approx(0.001 / 2)
+    alone = hidden_attack(timeline([line for line in record([fast, slow]) if line["type"] != "timeline"]))
+    assert alone is not None
+    assert alone.share == 1.0  # of a run that was killed there is nothing to compare with
 
 
 def test_own_attack_by_hand() -> None:
@@ -135,20 +154,21 @@ def test_attack_on_a_second_stream_by_hand() -> None:
 
 
 def test_attack_ranks_by_hand() -> None:
-    # Red when: the learners' waiting is added up, "wait" counts instead of "receive", or the share is not clipped.
+    # Red when: the learners' waiting is added up, "wait" counts, "send" does not, or the share is not clipped.
     def learner(receive: float) -> Spans:
-        return [("receive", 0, receive), ("gradient", receive, 60), ("wait", 60, 79), ("update", 79, 80)]
+        blocked: Spans = [("send", 0, 1), ("receive", 1, 1 + receive)]
+        return [*blocked, ("gradient", 1 + receive, 60), ("wait", 60, 79), ("update", 79, 80)]
 
     def attacker(attack: float) -> Spans:
         return [("receive", 0, 10), ("attack", 10, 10 + attack), ("send", 10 + attack, 11 + attack)]
 
-    hidden = hidden_attack(timeline(record([learner(4), learner(8)], [attacker(20), attacker(40)])))
+    hidden = hidden_attack(timeline(record([learner(3), learner(7)], [attacker(20), attacker(40)])))
     assert hidden is not None
     assert hidden.share == pytest.approx(1 - 6 / 30)
     assert hidden.by_rank == pytest.approx({0: 1 - 4 / 30, 1: 1 - 8 / 30})
     worse = hidden_attack(timeline(record([learner(50)], [attacker(20)])))
     assert worse is not None
-    assert (worse.share, worse.exposed) == pytest.approx((0.0, 0.020))
+    assert (worse.share, worse.exposed) == pytest.approx((0.0, 0.051))
 
 
 def test_one_process_hides_nothing() -> None:
@@ -200,8 +220,9 @@ def test_a_resumed_run_has_one_clock_per_part() -> None:
     # Red when: the parts are laid over each other, the shorter one is taken, or a part keeps the other's ranks.
     first = record([FIRST, SECOND], steps=4)
     second = [{**line, "step": line["step"] + 4} for line in record([SECOND], steps=10)[1:]]
-    found = timeline([*first, {"type": "resume", "step": 4, "ranks": 1}, *second])
+    found = timeline([*first, {"type": "resume", "step": 4, "execution": {"executor": "stream"}}, *second])
     assert (found.resumed, found.steps, len(found.lanes)) == (4, range(4, 14), 1)
+    assert found.setting("execution", "executor") == "stream"
     again = [{"type": "resume", "step": 4, "ranks": 1}, *second[:3]]
     found = timeline([*first, *again])
     assert (found.resumed, found.steps, len(found.lanes)) == (None, range(4), 2)
@@ -392,7 +413,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, path)
     assert (code, err) == (0, "")
     assert "conadv, executor inline, 2 learners" in out
-    assert "Communication: 83.3 % hidden. Gradients were under way for 30.00 ms of a step, 5.00 ms of it" in out
+    assert "Communication: 81.8 % hidden. Gradients were on the network for 27.50 ms of a step, 5.00 ms of it" in out
     assert "Attack: 87.5 % hidden. Of 20.00 ms per step, 17.50 ms were beside gradients on the network; 2.50 ms" in out
     assert "(by learner: 75.0 % to 100.0 %)" in out
     check_trace(json.loads((path / "timeline" / "trace.json").read_text()))
@@ -403,7 +424,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def attack_ranks() -> tuple[list[Spans], list[Spans]]:
-    learner: Spans = [("receive", 0, 6), ("gradient", 6, 60), ("wait", 60, 79), ("update", 79, 80)]
+    learner: Spans = [("send", 0, 1), ("receive", 1, 6), ("gradient", 6, 60), ("wait", 60, 79), ("update", 79, 80)]
     return [learner], [[("receive", 0, 10), ("attack", 10, 40), ("send", 40, 41)]]
 
 
@@ -416,6 +437,8 @@ def test_command_says_what_it_cannot_know(tmp_path: Path, capsys: pytest.Capture
     assert "1 of 18 steps went without adversarial images" in run(capsys, write(tmp_path / "late", lines))[1]
     killed = [line for line in lines if line["type"] != "timeline"]
     assert "Attack: unknown." in run(capsys, write(tmp_path / "killed", killed))[1]
+    both = [line for line in record([FIRST, SECOND]) if line["type"] != "timeline"]
+    assert "Learners are missing in the record" in run(capsys, write(tmp_path / "half", both))[1]
     vanilla = record([[("gradient", 0, 50), ("attack", 50, 50.002), ("update", 51, 60)]])
     text = run(capsys, write(tmp_path / "vanilla", vanilla))[1]
     assert "Communication: none" in text

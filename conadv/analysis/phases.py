@@ -13,18 +13,24 @@ PHASES = ("data", "gradient", "send", "receive", "wait", "attack", "update")
 BLOCKED = frozenset({"receive", "wait"})
 """Phases in which it does nothing but wait for another process."""
 
+FOR_ATTACK = ("attack", "receive", "send")
+"""Phases of a learner that a step without an attack would not have."""
+
 BESIDE = ("network", "transfer")
 """What the network does beside it: buckets of gradients; weights and images between learners and attack ranks."""
 
+LATE = "slower rank"
+"""How figures call the part of "network" in which another rank had not launched its gradients yet."""
+
 _SHADES = {"data": 0.12, "gradient": 0.32, "send": 0.20, "receive": 0.05, "wait": 0.05, "attack": 0.0, "update": 0.62}
-_COLOURS = {"network": "#0072B2", "transfer": "#009E73"}
+_COLOURS = {"network": "#0072B2", LATE: "#A9CCE3", "transfer": "#009E73"}
 _HATCHES = {"attack": "/////", "receive": "..."}
 _EDGES = {"receive": 0.35}  # lighter than what is done in the meantime
 
 
 def rank(name: str) -> int:
     """Sorts phases: those that are known first, in their order."""
-    known = (*PHASES, *BESIDE)
+    known = (*PHASES, *BESIDE, LATE)
     return known.index(name) if name in known else len(known)
 
 

@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 
 from ..errors import ConadvError
 from . import phases
-from .intervals import Intervals, union
+from .intervals import NOTHING, Intervals, difference, union
+from .shares import on_network
 from .timeline import Lane, Timeline
 from .trace import TRACKS, tracks
 
@@ -24,7 +25,11 @@ MOST = 12  # ranks in one picture
 STEPS = 4  # steps in one picture
 _HEIGHTS = {"compute": 1.0, "attack stream": 1.0, "network": 0.42, "transfer": 0.42}
 _INSIDE, _APART = 0.10, 0.55  # gaps between the rows of a rank and between ranks, in heights of a row
-_LABELS = {"network": "network: gradients", "transfer": "network: weights, images"}
+_LABELS = {
+    "network": "network: gradients",
+    phases.LATE: "waits for a slower rank",
+    "transfer": "network: weights, images",
+}
 _RC = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -91,9 +96,8 @@ def picture(timeline: Timeline, steps: range, title: str = "") -> Figure:
     unit = 0.34 if len(rows) <= 12 else 0.24
     figure = Figure(figsize=(WIDTH, 1.45 + unit * bottom), layout="constrained")
     axes = figure.add_subplot()
-    drawn: set[str] = set()
-    for row in rows:
-        drawn |= _draw(axes, row, begin, end)
+    gradients = on_network(timeline)
+    drawn = {name for row in rows for name in _draw(axes, row, begin, end, gradients.get(row.lane.rank, NOTHING))}
     _label_rows(axes, rows)
     _label_steps(axes, timeline, begin, end)
     axes.set_xlim(0.0, 1e3 * (end - begin))
@@ -144,21 +148,25 @@ def _rows(lanes: Sequence[Lane]) -> list[_Row]:
     return rows
 
 
-def _draw(axes: Any, row: _Row, begin: float, end: float) -> set[str]:
-    """Draw the spans of a row between two moments; returns the phases of which something can be seen."""
+def _draw(axes: Any, row: _Row, begin: float, end: float, gradients: Intervals) -> set[str]:
+    """Draw the spans of a row between two moments; returns the phases of which something can be seen.
+
+    gradients: when all learners' gradients were on the network.
+    """
     on_row = np.array([track == row.track for track in tracks(row.lane)])
-    seen = (row.lane.span_n2[:, 1] > begin) & (row.lane.span_n2[:, 0] < end) & on_row
+    found = {str(name): row.lane.span_n2[on_row & (row.lane.phase_n == name)] for name in set(row.lane.phase_n[on_row])}
+    if row.track == "network":
+        found = {phases.LATE: difference(found["network"], gradients), "network": gradients}
     drawn = set()
-    for name in np.unique(row.lane.phase_n[seen]).tolist():
-        spans = row.lane.span_n2[seen & (row.lane.phase_n == name)]
-        bars = 1e3 * (np.clip(spans, begin, end) - begin)
-        bars = bars[
-            np.diff(bars)[:, 0] > 1e3 * (end - begin) / 3000
-        ]  # less than half a pixel: only its edge would show
-        if not len(bars):
-            continue
-        drawn.add(name)
-        _draw_bars(axes, bars, row, name)
+    for name, spans in found.items():
+        seen = np.clip(spans, begin, end) - begin
+        least = (end - begin) / 3000  # half a pixel: of less, only the edge would show
+        seen = seen[seen[:, 1] - seen[:, 0] > least]
+        if len(seen):
+            drawn.add(name)
+            _draw_bars(axes, 1e3 * seen, row, name)
+    if row.lane.role == "attack":
+        _label_attacks(axes, row, begin, end)
     return drawn
 
 
@@ -170,6 +178,24 @@ def _draw_bars(axes: Any, bars: Intervals, row: _Row, name: str) -> None:
     if name in phases.BESIDE:
         inner = np.setdiff1d(bars[:, 1], joined[:, 1])
         axes.vlines(inner, row.y + 0.04, row.y + row.height - 0.04, color="white", lw=0.8)
+
+
+def _label_attacks(axes: Any, row: _Row, begin: float, end: float) -> None:
+    """On the bars of an attack rank that have room for it: the step that the images are for."""
+    mine = row.lane.phase_n == "attack" if row.track == "compute" else np.zeros(len(row.lane.phase_n), dtype=bool)
+    for (start, last), step in zip(row.lane.span_n2[mine].tolist(), row.lane.step_n[mine].tolist(), strict=True):
+        left, right = max(start, begin), min(last, end)
+        if right - left > 0.07 * (end - begin):
+            box = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.15"}
+            axes.text(
+                1e3 * ((left + right) / 2 - begin),
+                row.y + row.height / 2,
+                f"for {step}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                bbox=box,
+            )
 
 
 def _label_rows(axes: Any, rows: Sequence[_Row]) -> None:

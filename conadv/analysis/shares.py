@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import phases
-from .intervals import Intervals, difference, intersection, length, lengths_by_group
+from .intervals import Intervals, difference, intersection, length, lengths_by_group, union
 from .timeline import Lane, Steps, Timeline
 
 Column = npt.NDArray[np.float64]
@@ -23,15 +23,17 @@ Column = npt.NDArray[np.float64]
 class Hidden:
     """How much of something lay beside other work.
 
-    seconds: what it took, per step, the mean over ranks. exposed: the part of it that was beside nothing. beside:
-    for each kind of work, the part beside it. share: in [0, 1], 1 - exposed / seconds. by_rank: the share of each
-    learner's own.
+    seconds: what it took, per step, the mean over ranks. exposed: what of it was beside nothing and so lengthened the
+    step; with attack ranks it may be more than ``seconds``. beside: for each kind of work, the part beside it. delay:
+    seconds per step that were only beside, or only waiting for, learners who were late. share: in [0, 1], 1 - exposed /
+    seconds. by_rank: the share of each learner's own.
     """
 
     seconds: float
     exposed: float
     beside: dict[str, float]
     by_rank: dict[int, float]
+    delay: float = 0.0
 
     @property
     def share(self) -> float:
@@ -41,60 +43,100 @@ class Hidden:
 def hidden_communication(timeline: Timeline) -> Hidden | None:
     """The part of the gradients' communication beside which the learner computed; None if there was none.
 
-    Per learner, over the steady steps: C is the union of its "network" spans (a bucket's span reaches from its launch
-    to its completion, other ranks' delay included), W the union of its phases other than "wait" and "receive".
-    share = |C and W| / |C|. Moments in no phase count as exposed. Over learners: the sum of hidden over the sum of C.
+    Per learner, over the steady steps: C is the time in which gradients were on the network (:func:`on_network`), W the
+    union of its phases other than "wait" and "receive". share = |C and W| / |C|. Moments in no phase count as exposed.
+    ``delay`` is its time in "wait" outside C: for slower learners. Over learners: the sum of hidden over the sum of C.
     """
     busy = [name for name in _own_phases(timeline) if name not in phases.BLOCKED]
+    gradients = on_network(timeline, timeline.steady)
     parts = {}
     for lane in timeline.of("learner"):
-        sent = lane.only(timeline.steady)
-        parts[lane.rank] = _split(sent, sent.of("network"), {"work": lane.of(*busy)})
+        made, sent = lane.only(timeline.steady), gradients[lane.rank]
+        delay = length(difference(made.of("wait"), sent))
+        parts[lane.rank] = _split(made, sent, {"work": lane.of(*busy)}, delay)
     return _pool(parts)
 
 
 def hidden_attack(timeline: Timeline) -> Hidden | None:
     """The part of the attack that did not lengthen the learners' steps; None if nobody attacked.
 
-    *Learners that attack themselves.* Per learner, over the steady steps: A is the union of its "attack" spans, N that
-    of "network", G that of "gradient". share = |A and (N or G)| / |A|. On one thread G never meets A, so this is the
-    share of the attack during which gradients were on the network, and the thread would have waited for them
-    otherwise: the exposed rest |A without N| is exactly the time by which this rank would have come to its update
-    earlier, had the attack taken no time and the network just as long. On a single process all of the attack is
-    exposed. On a second stream "beside the gradient" means the same device: it is no saving as such, because either
-    may have slowed the other.
+    *Learners that attack themselves.* Per learner, over the steady steps: A is the union of its "attack" spans, C the
+    time in which gradients were on the network (:func:`on_network`), G the union of "gradient". share = |A and (C or
+    G)| / |A|. On one thread G never meets A, so this is the share of the attack during which gradients were on the
+    network, and the thread would have waited for them otherwise; the exposed rest, |A without C|, is at least the time
+    by which this rank would have come to its update earlier, had the attack taken no time and the network just as long.
+    It is that time exactly without ``delay``: the part of A in which this learner's gradients were under way, but those
+    of a slower one were not. Such a part counts as exposed, because the other may be slower by its own attack. On a
+    single process all of the attack is exposed. On a second stream "beside the gradient" means the same device: it is
+    no saving as such, because either may have slowed the other.
 
-    *Attack ranks.* T is their "attack" time per step (the mean over them), R_i learner i's time per step in "receive".
-    share = 1 - R / T with R the mean of R_i, not below 0. R includes what the learner waited for messages, so a slow
-    link exposes too.
+    *Attack ranks.* T is their "attack" time per step (the mean over them), E_i learner i's time per step in "receive",
+    "send" and "attack". share = 1 - E / T with E the mean of E_i, not below 0. "send" counts because a learner that has
+    to wait for its last weights to leave, on a slow link or behind a slow attack rank, waits there.
     """
     if timeline.of("attack"):
         return _on_attack_ranks(timeline)
+    gradients = on_network(timeline, timeline.steady)
     parts = {}
     for lane in timeline.of("learner"):
         made = lane.only(timeline.steady)
-        beside = {"network": lane.of("network"), "gradient": lane.of("gradient")}
-        parts[lane.rank] = _split(made, made.of("attack"), beside)
+        attack, beside = made.of("attack"), {"network": gradients[lane.rank], "gradient": lane.of("gradient")}
+        delay = length(intersection(difference(attack, union(*beside.values())), lane.of("network")))
+        parts[lane.rank] = _split(made, attack, beside, delay)
     return _pool(parts)
 
 
+def on_network(timeline: Timeline, steps: range | None = None) -> dict[int, Intervals]:
+    """learner -> when gradients of these steps (all) were on the network: all had launched, the sum was not there.
+
+    A rank's "network" span of a bucket begins with its own launch, but nothing can be summed before the last rank's. So
+    here it begins with the latest launch of that bucket (the n-th of the step, in the order of launches, which is the
+    same on all ranks) and ends with its completion on this rank. Depends on the clocks of different hosts agreeing.
+    """
+    spans, keys = {}, {}
+    for lane in timeline.of("learner"):
+        some = lane if steps is None else lane.only(steps)
+        chosen = some.phase_n == "network"
+        spans[lane.rank], keys[lane.rank] = some.span_n2[chosen], _numbered(some.step_n[chosen])
+    if not spans:
+        return {}
+    bucket, place = np.unique(np.concatenate(list(keys.values())), return_inverse=True)
+    latest = np.full(len(bucket), -np.inf)
+    np.maximum.at(latest, place, np.concatenate(list(spans.values()))[:, 0])
+    return {rank: _from(latest[np.searchsorted(bucket, keys[rank])], spans[rank]) for rank in spans}
+
+
+def _numbered(step_n: Steps) -> Steps:
+    """A key for each span, from its step and its number within the step; spans come in the order of their starts."""
+    order = np.argsort(step_n, kind="stable")
+    steps, first = np.unique(step_n[order], return_index=True)
+    number = np.empty(len(step_n), dtype=np.int64)
+    number[order] = np.arange(len(step_n)) - first[np.searchsorted(steps, step_n[order])]
+    keys: Steps = step_n * 2**32 + number
+    return keys
+
+
+def _from(start: Column, spans: Intervals) -> Intervals:
+    return np.stack([np.minimum(start, spans[:, 1]), spans[:, 1]], axis=1)
+
+
 def _on_attack_ranks(timeline: Timeline) -> Hidden | None:
-    attack = [_per_step(lane.only(timeline.steady), "attack") for lane in timeline.of("attack")]
-    receive = {lane.rank: _per_step(lane.only(timeline.steady), "receive") for lane in timeline.of("learner")}
-    seconds, waited = float(np.mean(attack)), float(np.mean(list(receive.values()) or [0.0]))
+    seconds = float(np.mean([_per_step(lane.only(timeline.steady), "attack") for lane in timeline.of("attack")]))
+    learners = [lane.only(timeline.steady) for lane in timeline.of("learner")]
+    cost = {lane.rank: _per_step(lane, *phases.FOR_ATTACK) for lane in learners}
     if not seconds:
         return None
-    by_rank = {rank: _share(value, seconds) for rank, value in receive.items()}
-    exposed = min(waited, seconds)
-    return Hidden(seconds, exposed, {"learners": seconds - exposed}, by_rank)
+    exposed = float(np.mean(list(cost.values()) or [0.0]))
+    beside = {"learners": max(seconds - exposed, 0.0)}
+    return Hidden(seconds, exposed, beside, {rank: _share(value, seconds) for rank, value in cost.items()})
 
 
-def _per_step(lane: Lane, phase: str) -> float:
-    """Mean seconds per step of the lane."""
-    return length(lane.of(phase)) / max(len(np.unique(lane.step_n)), 1)
+def _per_step(lane: Lane, *names: str) -> float:
+    """Mean seconds per step of the lane in these phases."""
+    return length(lane.of(*names)) / max(len(np.unique(lane.step_n)), 1)
 
 
-def _split(lane: Lane, what: Intervals, beside: dict[str, Intervals]) -> Hidden:
+def _split(lane: Lane, what: Intervals, beside: dict[str, Intervals], delay: float) -> Hidden:
     """Per step of the lane; where two kinds of work overlap, the first of them counts."""
     steps = max(len(np.unique(lane.step_n)), 1)
     seconds, parts, rest = length(what), {}, what
@@ -102,7 +144,7 @@ def _split(lane: Lane, what: Intervals, beside: dict[str, Intervals]) -> Hidden:
         parts[name] = length(intersection(rest, work)) / steps
         rest = difference(rest, work)
     exposed = length(rest) / steps
-    return Hidden(seconds / steps, exposed, parts, {lane.rank: _share(exposed, seconds / steps)})
+    return Hidden(seconds / steps, exposed, parts, {lane.rank: _share(exposed, seconds / steps)}, delay / steps)
 
 
 def _pool(parts: dict[int, Hidden]) -> Hidden | None:
@@ -115,6 +157,7 @@ def _pool(parts: dict[int, Hidden]) -> Hidden | None:
         exposed=float(np.mean([part.exposed for part in some])),
         beside={name: float(np.mean([part.beside[name] for part in some])) for name in some[0].beside},
         by_rank={rank: share for part in some for rank, share in part.by_rank.items()},
+        delay=float(np.mean([part.delay for part in some])),
     )
 
 

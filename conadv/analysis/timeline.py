@@ -67,7 +67,7 @@ class Timeline:
 
     lanes: in the order of ranks. staleness: step -> measured staleness, where weights made its images. late: steps
     that went without their adversarial images. resumed: the step at which this part began, None from the start.
-    header: as the record has it, or empty.
+    header: as the record has it, with this part's own ``execution``; or empty.
     """
 
     lanes: tuple[Lane, ...]
@@ -208,6 +208,7 @@ class _Part:
         read = self._reader
         if line["type"] == "resume":
             self._resumed = read.whole(number, line, "step")
+            self._header = {**self._header, **{key: line[key] for key in ("execution", "ranks") if key in line}}
         if line["type"] not in ("step", "timeline"):
             return
         step = read.whole(number, line, "step")
