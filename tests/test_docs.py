@@ -25,12 +25,19 @@ from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models import SmallResNet
+from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
 TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *TOP]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-PARSED = {"eval": cli.EvalArgs, "export": cli.ExportArgs, "report": cli.ReportArgs, "demo": DemoArgs}
+PARSED = {
+    "eval": cli.EvalArgs,
+    "export": cli.ExportArgs,
+    "report": cli.ReportArgs,
+    "timeline": TimelineArgs,
+    "demo": DemoArgs,
+}
 OPTIONS_ALONE = ("--help", "--version")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)

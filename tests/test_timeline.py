@@ -26,6 +26,10 @@ from conadv.analysis.intervals import difference, intersection, length, lengths_
 from conadv.analysis.phases import BESIDE
 from conadv.analysis.picture import picture, shown, to_png, window
 from conadv.errors import ConadvError
+from conadv.record import read_lines
+from conadv.trainer import train
+
+from .test_trainer import config
 
 Spans = list[tuple[str, float, float]]
 STEP = 100.0  # milliseconds from one step to the next
@@ -421,6 +425,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, path, "--out", tmp_path / "there", "--steps", "3:5")
     assert code == 0
     assert {file.name for file in (tmp_path / "there").iterdir()} == {"trace.json", "timeline.png"}
+
+
+def test_command_on_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: the phases of the record and the lengths of its spans are not the same seconds.
+    train(config(method="conadv"), tmp_path / "run")
+    steps = [line for line in read_lines(tmp_path / "run" / "record.jsonl") if line["type"] == "step"]
+    for line in steps:
+        of_spans = Counter[str]()
+        for name, start, end in line["spans"]:
+            of_spans[name] += end - start
+        assert of_spans == pytest.approx(line["phases"], abs=1e-5)
+    code, out, _ = run(capsys, tmp_path / "run")
+    assert code == 0
+    assert "Attack: 0.0 % hidden." in out
+    trace_file = tmp_path / "run" / "timeline" / "trace.json"
+    assert len(check_trace(json.loads(trace_file.read_text()))) == sum(len(line["spans"]) for line in steps)
 
 
 def attack_ranks() -> tuple[list[Spans], list[Spans]]:

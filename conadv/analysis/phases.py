@@ -40,6 +40,8 @@ def style(name: str) -> dict[str, Any]:
     The phases need no colour of their own, so colours stay free for what runs beside them, and for a report's arms.
     """
     ink = tuple(int(INK[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    face = _COLOURS.get(name, (*ink, _SHADES.get(name, 0.9)))
-    found: dict[str, Any] = {"facecolor": face, "edgecolor": (*ink, _EDGES.get(name, 1.0)), "linewidth": 0.7}
+    if name in _COLOURS:
+        return {"facecolor": _COLOURS[name], "edgecolor": _COLOURS[name], "linewidth": 0.7}
+    face, edge = (*ink, _SHADES.get(name, 0.9)), (*ink, _EDGES.get(name, 1.0))
+    found: dict[str, Any] = {"facecolor": face, "edgecolor": edge, "linewidth": 0.7}
     return {**found, "hatch": _HATCHES[name]} if name in _HATCHES else found
