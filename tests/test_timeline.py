@@ -138,6 +138,14 @@ def test_a_slower_learner_hides_nothing_by_hand() -> None:
     assert alone.share == 1.0  # of a run that was killed there is nothing to compare with
 
 
+def test_buckets_are_matched_within_their_step() -> None:
+    # Red when: buckets are numbered through the run: after a step that rank 1 lacks, they no longer match.
+    lines = [line for line in record([FIRST, SECOND]) if (line.get("rank"), line.get("step")) != (1, 5)]
+    hidden = hidden_communication(timeline(lines))
+    assert hidden is not None
+    assert hidden.by_rank == pytest.approx({0: (17 * 25 + 30) / (17 * 35 + 40), 1: 1})  # in step 5 its own launches
+
+
 def test_own_attack_by_hand() -> None:
     # Red when: all of an attack counts as hidden, or only what is beside "wait" does.
     hidden = hidden_attack(timeline(record([FIRST, SECOND])))
@@ -260,6 +268,31 @@ def test_bad_lines_are_named(change: Callable[[dict[str, Any]], Any], message: s
     change(lines[5])
     with pytest.raises(ConadvError, match=rf"^the record, line 6: .*{message}"):
         timeline(lines, "the record")
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("attack"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+span_likes = st.lists(st.one_of(st.tuples(st.just("wait"), anything, anything).map(list), anything), max_size=3)
+fields = dict.fromkeys(("step", "rank", "role", "staleness", "late", "config", "execution"), anything)
+kinds = st.sampled_from(["header", "step", "timeline", "resume", "eval"])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.fixed_dictionaries({"type": kinds}, optional={**fields, "spans": span_likes | anything}), st.integers(0, 6))
+def test_no_record_ends_in_a_traceback(line: dict[str, Any], place: int) -> None:
+    # Red when: any check of a type is taken out.
+    lines = record([FIRST, SECOND], steps=3)
+    lines[place] = {**lines[place], **line}
+    try:
+        found = timeline(lines)
+    except ConadvError:
+        return
+    list(program.text(found))
+    check_trace(trace(found))
+    window(found)
 
 
 def test_records_without_spans_say_what_to_do() -> None:
@@ -392,6 +425,21 @@ def test_picture_opens_with_the_right_size(tmp_path: Path) -> None:
     one, two, many = (size(timeline(record([FIRST] * ranks, steps=8))) for ranks in (1, 2, 40))
     assert one[0] == two[0] == many[0] == 1300
     assert 150 < one[1] < two[1] < many[1] < 1400
+
+
+def test_picture_labels() -> None:
+    # Red when: attack bars do not say whom they are for, the wait for a slower rank is drawn as network, or phases
+    # that nobody can see (a microsecond) are in the legend.
+    fast: Spans = [("data", 0, 0.001), ("gradient", 5, 60), ("update", 79, 80), ("network", 30, 70)]
+    slow: Spans = [("gradient", 5, 60), ("update", 79, 80), ("network", 50, 70)]
+    found = timeline(record([fast, slow], [[("receive", 0, 10), ("attack", 10, 40)]], executor="ranks"))
+    figure = picture(found, range(4, 6), "title")
+    assert [text.get_text() for text in figure.axes[0].texts if "for" in text.get_text()] == ["for 4", "for 5"]
+    assert [text.get_text() for text in figure.axes[0].texts if "step" in text.get_text()] == ["step 4", "step 5"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == "gradient,receive,attack,update,network: gradients,waits for a slower rank".split(",")
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["rank 0, learner", "network", "rank 1, learner", "network", "rank 2, attacks"]
 
 
 def test_many_ranks_are_represented() -> None:

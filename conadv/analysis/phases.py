@@ -30,7 +30,7 @@ _EDGES = {"receive": 0.35}  # lighter than what is done in the meantime
 
 def rank(name: str) -> int:
     """Sorts phases: those that are known first, in their order."""
-    known = (*PHASES, *BESIDE, LATE)
+    known = (*PHASES, BESIDE[0], LATE, *BESIDE[1:])
     return known.index(name) if name in known else len(known)
 
 
