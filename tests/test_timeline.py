@@ -212,7 +212,8 @@ def test_warm_up_does_not_count() -> None:
 
 def test_phase_table_by_hand() -> None:
     # Red when: overlapping buckets are added, a step lasts until the next one, or the network is part of the extent.
-    learner, attacker = summary(timeline(record([FIRST, SECOND], [[("receive", 0, 30), ("attack", 30, 100)]])))
+    sends: Spans = [("receive", 0, 30), ("attack", 30, 100), ("transfer", 90, 130)]
+    learner, attacker = summary(timeline(record([FIRST, SECOND], [sends])))
     assert (learner.role, learner.ranks, learner.steps, attacker.role) == ("learner", 2, 18, "attack")
     assert learner.median == pytest.approx((0.085 + 0.076) / 2)
     assert learner.between == pytest.approx((0.015 + 0.024) / 2)
@@ -222,7 +223,9 @@ def test_phase_table_by_hand() -> None:
     shares = {row.phase: row.share for row in learner.phases}
     assert shares["gradient"] == pytest.approx((40 / 85 + 40 / 76) / 2)
     assert sum(share for name, share in shares.items() if name not in BESIDE) == pytest.approx(1)
-    assert {row.phase: row.share for row in attacker.phases} == pytest.approx({"receive": 0.3, "attack": 0.7})
+    assert {row.phase: row.share for row in attacker.phases} == pytest.approx(
+        {"receive": 0.3, "attack": 0.7, "transfer": 0.4}
+    )
 
 
 # ---- the record
