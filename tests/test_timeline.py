@@ -183,6 +183,13 @@ def test_attack_ranks_by_hand() -> None:
     assert (worse.share, worse.exposed) == pytest.approx((0.0, 0.051))
 
 
+def test_steps_are_those_of_learners() -> None:
+    # Red when: the steps that attack ranks work for, tau further, count as steps of the run.
+    lines = record([FIRST], [[("attack", 0, 40)]], steps=20)
+    ahead = [{**line, "step": line["step"] + 2} if line["type"] == "timeline" else line for line in lines]
+    assert timeline(ahead).steps == range(20)
+
+
 def test_one_process_hides_nothing() -> None:
     # Red when: an attack without a network beside it counts as hidden.
     found = timeline(record([[("gradient", 0, 50), ("attack", 50, 70), ("update", 70, 80)]]))
