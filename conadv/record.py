@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
             if line.endswith("\n"):
                 raise ConadvError(f"{path}, line {number} is not JSON: {error}") from error
     return lines

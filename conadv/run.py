@@ -44,6 +44,10 @@ class RunDir:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline"
+
     def open(self) -> Config:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
@@ -93,7 +97,7 @@ class RunDir:
 
     def _delete(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        for folder in (self.checkpoints, self.tensorboard):
+        for folder in (self.checkpoints, self.tensorboard, self.timeline):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.record, self.summary, self.weights, self.config):
             file.unlink(missing_ok=True)

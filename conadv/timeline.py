@@ -45,7 +45,7 @@ def command(args: TimelineArgs) -> None:
     if not record.is_file():
         raise ConadvError(f"{args.run} is not a run: it holds no {record.name}.")
     found = timeline(read_lines(record), str(record))
-    out = args.out or args.run / "timeline"
+    out = args.out or RunDir(args.run).timeline
     _write(found, steps, out)
     for line in text(found):
         sys.stdout.write(line + "\n")

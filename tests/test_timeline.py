@@ -549,3 +549,12 @@ def test_a_hundred_ranks_are_quick(tmp_path: Path, capsys: pytest.CaptureFixture
     begin = time.process_time()
     assert run(capsys, path)[0] == 0
     assert time.process_time() - begin < 10
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", "{"])
+def test_a_line_that_is_no_sane_json_is_a_users_error(line: str, tmp_path: Path) -> None:
+    # Red when: only JSONDecodeError is caught.
+    file = tmp_path / "record.jsonl"
+    file.write_text('{"type": "header"}\n' + line + "\n")
+    with pytest.raises(ConadvError, match="line 2 is not JSON"):
+        read_lines(file)
