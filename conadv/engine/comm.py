@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ConadvError
 from .clock import Mark
+from .diagnosis import RollCall
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Comm:
         self._world_ranks = ranks
         self._phase, self._step = "setup", 0
         self.broken = False
+        self._roll: RollCall | None = None
 
     @classmethod
     def from_environment(cls, device: str = "auto", timeout: float = TIMEOUT_SECONDS) -> Comm:
@@ -124,8 +126,12 @@ class Comm:
         comm.timeout = timeout
         if place.type == "cuda":
             torch.cuda.set_device(place)
+        limit = timedelta(seconds=timeout)
         with comm.guard():
-            dist.init_process_group(comm.backend, timeout=timedelta(seconds=timeout))
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
+            groups = dist.PrefixStore("groups", store)
+            dist.init_process_group(comm.backend, store=groups, rank=rank, world_size=ranks, timeout=limit)
+            comm._roll = RollCall(store, rank, ranks)
         return comm
 
     @property
@@ -141,7 +147,7 @@ class Comm:
     def team(self, members: Sequence[int], group: dist.ProcessGroup | None = None) -> Comm:
         """This process among some ranks of the world, by their numbers in the world. Not collective."""
         comm = Comm(members.index(self.rank), len(members), self.device, self.backend, members=members, group=group)
-        comm.timeout, comm._world_ranks = self.timeout, self.ranks
+        comm.timeout, comm._world_ranks, comm._roll = self.timeout, self.ranks, self._roll
         return comm
 
     def split(self, attack_ranks: int) -> Teams:
@@ -153,6 +159,8 @@ class Comm:
     def at(self, phase: str, step: int) -> None:
         """Say where the run is, for the message of a collective that fails."""
         self._phase, self._step = phase, step
+        if self._roll is not None:
+            self._roll.last = (phase, step)
 
     @contextmanager
     def guard(self, peer: int | None = None) -> Iterator[None]:
@@ -165,10 +173,10 @@ class Comm:
         except (RuntimeError, ConnectionError) as error:
             self.broken = True
             who = "Another rank" if peer is None else f"Rank {peer}"
+            found = self._roll.findings() if self._roll else f"{who} has ended, or does not answer."
             raise ConadvError(
                 f"Rank {self.members[self.rank]} of {self._world_ranks}: communication failed in phase "
-                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)} "
-                f"{who} has ended, or does not answer. "
+                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)} {found} "
                 "The newest checkpoint is intact: start all ranks again with --resume."
             ) from error
 
@@ -315,6 +323,8 @@ class Comm:
 
     def close(self) -> None:
         """Leave the process group. After a failed collective nothing is waited for: the process is about to end."""
+        if self._roll is not None:
+            self._roll.close()
         if self.ranks > 1 and not self.broken:
             dist.destroy_process_group()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +119,24 @@ def dies(comm: Comm, how: str) -> None:
         if comm.rank == 1 and t == 2:
             if how == "exit":
                 os._exit(7)
-            import time
-
             time.sleep(60)
         batch, future = (share(as_batch(s, count=2, dtype=torch.float64), comm) for s in (t, t + 1))
+        engine(batch, future)
+
+
+def gone(comm: Comm, culprit: int, how: str) -> None:
+    """Rank ``culprit`` is killed, stopped, held up in its own work, or leaves, in step 2."""
+    engine = make(comm, "conadv", no_norm_net())
+    for t in range(100):
+        if comm.rank == culprit and t == 2:
+            comm.at("data", t)
+            if how == "leaves":
+                comm.close()
+                return
+            if how == "held up":
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        batch, future = (share(as_batch(s, count=comm.ranks, dtype=torch.float64), comm) for s in (t, t + 1))
         engine(batch, future)
 
 
