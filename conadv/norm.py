@@ -28,9 +28,11 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import ConadvError
 
@@ -63,15 +65,38 @@ class SplitBatchNorm:
         return torch.cat([self._run(name, part) for (name, _), part in zip(current, parts, strict=True)])
 
     def _run(self, name: str, x: Tensor) -> Tensor:
-        if name == CLEAN:
-            out: Tensor = super().forward(x)  # type: ignore[misc]
-            return out
-        layer: Callable[[Tensor], Tensor] = self.routes[name]
-        return layer(x)
+        layer: Any = self if name == CLEAN else self.routes[name]
+        forward: Callable[[Tensor], Tensor] = super().forward if name == CLEAN else layer  # type: ignore[misc]
+        if layer.training and _inside_ddp():
+            with _statistics_apart(layer):
+                return forward(x)
+        return forward(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and deepcopy are told the base class instead of a name
         return _rebuild, (_plain_class(self),), self.__dict__.copy()  # type: ignore[arg-type]
+
+
+def _inside_ddp() -> bool:
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    return active is not None and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def _statistics_apart(layer: nn.Module) -> Iterator[None]:
+    """Inside the block the running statistics are the same memory under version counters of their own.
+
+    DistributedDataParallel overwrites all buffers by rank 0's before each forward pass. Until torch 2.12 or so this
+    counts as a change of what autograd has saved, and the backward pass of two forward passes, one per route, ends in
+    "modified by an inplace operation" (pytorch issue 175024). In train mode, the only one that this is for, backward
+    does not read these values.
+    """
+    kept = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
+    layer._buffers.update({name: None if buffer is None else buffer.data for name, buffer in kept.items()})
+    try:
+        yield
+    finally:
+        layer._buffers.update(kept)
 
 
 def _segment_sizes(segments: tuple[tuple[str, int], ...], n: int) -> list[int]:
@@ -222,6 +247,31 @@ def check_routes(model: nn.Module, names: Collection[str]) -> None:
             )
     if len({id(layer._routing) for layer in layers if isinstance(layer, SplitBatchNorm)}) > 1:
         raise ConadvError("Parts of the model were split separately. Put the model together first, then split it.")
+
+
+def check_sync(model: nn.Module, ranks: int) -> None:
+    """ConadvError unless the model's SyncBatchNorm layers can take their statistics over just ``ranks`` ranks.
+
+    Every rank that runs the model must take part in the same passes, attacks included, or the ranks wait for each
+    other forever; and torch has SyncBatchNorm on accelerators only. Nothing to check without a process group, where
+    such a layer is a plain batch norm.
+    """
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm))
+    name, layer = next(layers, ("", None))
+    if layer is None or not (dist.is_available() and dist.is_initialized()):
+        return
+    if (device := next(layer.parameters(), next(model.parameters())).device).type == "cpu":
+        raise ConadvError(
+            f"The layer {name!r} is a SyncBatchNorm on the {device.type}, where torch cannot run it in several "
+            "processes. Train on CUDA, or leave out convert_sync_batchnorm: each rank then normalises by its own "
+            "micro-batch. On the CPU a larger micro-batch, or GroupNorm, takes its place."
+        )
+    if (together := dist.get_world_size(layer.process_group)) != ranks:
+        raise ConadvError(
+            f"The layer {name!r} is a SyncBatchNorm over {together} processes, but {ranks} of them run this model in "
+            "the same order: they would wait for each other forever. Use it without attack ranks and with a Comm "
+            "(Comm.from_environment), or leave out convert_sync_batchnorm."
+        )
 
 
 @contextmanager

@@ -122,14 +122,18 @@ class Comm:
         place = pick_device(device, local_rank)
         if ranks == 1:
             return cls(device=place)
+        if dist.is_initialized():
+            raise ConadvError(
+                "The process group exists already. Comm.from_environment takes init_process_group's place."
+            )
         comm = cls(_variable("RANK", 0), ranks, place, "nccl" if place.type == "cuda" else "gloo")
         comm.timeout = timeout
         if place.type == "cuda":
             torch.cuda.set_device(place)
         limit = timedelta(seconds=timeout)
         with comm.guard():
-            store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))
-            groups = dist.PrefixStore("groups", store)
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+            groups = dist.PrefixStore("groups", store)  # type: ignore[attr-defined]
             dist.init_process_group(comm.backend, store=groups, rank=rank, world_size=ranks, timeout=limit)
             comm._roll = RollCall(store, rank, ranks)
         return comm

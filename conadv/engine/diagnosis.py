@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from threading import Event, Thread
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -39,16 +39,16 @@ class Answer(NamedTuple):
 class RollCall:
     """This rank's part in finding out who is missing.
 
-    ``store``: one that all ranks share and that is new for every start of them (torchrun's rendezvous gives each
-    restart its own prefix). ``last`` is the phase and step that this rank answers with. One thread and one connection
-    to the store; nothing travels until a collective fails.
+    ``store``: a torch.distributed store that all ranks share and that is new for every start of them (torchrun's
+    rendezvous gives each restart its own prefix). ``last`` is the phase and step that this rank answers with. One
+    thread and one connection to the store; nothing travels until a collective fails.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int) -> None:
+    def __init__(self, store: Any, rank: int, ranks: int) -> None:
         self.last = ("setup", 0)
         self._rank = rank
         self._ranks = ranks
-        self._store = dist.PrefixStore("conadv/roll-call", store)
+        self._store: Any = dist.PrefixStore("conadv/roll-call", store)  # type: ignore[attr-defined]
         self._line = self._store.clone()  # the thread blocks its connection
         self._done = Event()
         self._result = ""
@@ -97,7 +97,7 @@ class RollCall:
         except RuntimeError:
             pass  # nobody can be told
 
-    def _answer(self, store: dist.Store, left: bool) -> None:
+    def _answer(self, store: Any, left: bool) -> None:
         store.append("answers", json.dumps([self._rank, *self.last, left]) + "\n")
 
     def _gather(self) -> dict[int, Answer]:

@@ -408,6 +408,12 @@ class TrainStep:
     def _check_model(self) -> None:
         if isinstance(self.model, nn.DataParallel):
             raise ConadvError("nn.DataParallel copies the model in every pass, which breaks routes. Use one process.")
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            raise ConadvError(
+                "The model is wrapped in DistributedDataParallel. TrainStep sums gradients over ranks itself: pass the "
+                "plain model (model.module) and comm=Comm.from_environment(), in place of init_process_group."
+            )
+        norm.check_sync(self.model, self.comm.ranks)
         norm.check_routes(self.model, [self.method.route] if self.method.route else [])
         rates = {float(group["lr"]) for group in self.optimizer.param_groups}
         if self._lr_at is not None and len(rates) > 1:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-from conadv import LARS, Batch, Comm, ConadvError, TrainStep, windows
+from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
 from conadv.engine.comm import Handle
 from conadv.evaluation import evaluate
+from conadv.norm import check_sync, frozen_stats, route
 from conadv.trainer import train
 
-from ..helpers import images, no_norm_net, state, tiny_resnet
-from ..test_methods import CASES, SEED, SPACE, as_batch, sgd
+from ..helpers import images, no_norm_net, parameters, state, tiny_resnet
+from ..test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
 from ..test_trainer import config
 
 Answer = tuple[list[dict[str, Any]], dict[str, Tensor]]
@@ -170,6 +175,78 @@ def thawed(comm: Comm, name: str) -> None:
     steps(engine, 2, 1)
     model.get_parameter(name).requires_grad_(True)
     steps(engine, 2, 1)
+
+
+class InPlaceDDP(DistributedDataParallel):
+    """DistributedDataParallel before torch's fix of its issue 175024: autograd sees that it overwrites buffers."""
+
+    def _sync_buffers(self) -> None:
+        super()._sync_buffers()
+        for buffer in self.module.buffers():
+            buffer.copy_(buffer.clone())
+
+
+def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDataParallel) -> dict[str, Any]:
+    """Three steps of a loop of one's own on DDP: attack the plain module, both views forward, one backward."""
+    model = tiny_resnet("adv", dtype=torch.float64)
+    optimizer, attack, calls = sgd(model), FGSM(EPS, space=SPACE), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another name for it, which 2.9 does not know
+        wrapped = wrapper(model, broadcast_buffers=broadcast)
+
+    def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP takes no other annotations than its own
+        calls.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, count)
+    during_attack = 0
+    for t in range(3):
+        micro = share(as_batch(t, count=comm.ranks, dtype=torch.float64), comm).micro[0]
+        x, y, before = micro.views["clean"], micro.y_N, len(calls)
+        with route(model, "adv"), frozen_stats(model):
+            x_adv = attack(model, x, y, torch.Generator())
+        during_attack += len(calls) - before
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.zero_grad()
+        own_loss(wrapped, how, x, x_adv, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"weights": parameters(model), "during attack": during_attack, "in all": len(calls)}
+
+
+def own_loss(wrapped: nn.Module, how: str, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+    if how == "fused":
+        with route(wrapped, {"clean": len(y), "adv": len(y)}):
+            return F.cross_entropy(wrapped(torch.cat([x, x_adv])), torch.cat([y, y]))
+    with route(wrapped, "clean"):
+        clean = F.cross_entropy(wrapped(x), y)
+    with route(wrapped, "adv"):
+        return (clean + F.cross_entropy(wrapped(x_adv), y)) / 2
+
+
+def same_by_train_step(comm: Comm) -> dict[str, Tensor]:
+    """What :func:`own_loop` trains, by TrainStep's own path."""
+    model = tiny_resnet("adv", dtype=torch.float64)
+    engine = TrainStep(model, sgd(model), Sequential(FGSM(EPS, space=SPACE)), space=SPACE, seed=SEED, comm=comm)
+    steps(engine, comm.ranks, 3)
+    return parameters(model)
+
+
+def wrapped_model(comm: Comm) -> None:
+    make(comm, "conadv", DistributedDataParallel(tiny_resnet("adv", dtype=torch.float64)))
+
+
+def sync_batchnorm(comm: Comm) -> None:
+    make(comm, "conadv", split_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "adv"))
+
+
+def sync_over(comm: Comm, ranks: int) -> None:
+    """What is not on the CPU is checked for who takes part."""
+    check_sync(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()).to("meta"), ranks)
+
+
+def environment_again(comm: Comm) -> None:
+    Comm.from_environment("cpu")
 
 
 def disagree(comm: Comm) -> None:
