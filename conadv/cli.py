@@ -155,6 +155,7 @@ def _train(args: Sequence[str]) -> None:
             out,
             resume=options.resume,
             overwrite=options.overwrite,
+            restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
             observer=observer,
             comm=comm,
             execution=execution,

@@ -69,6 +69,10 @@ class RunDir:
         elif not self.config.exists() and self.path.is_dir() and any(self.path.iterdir()):
             raise ConadvError(f"{self.path} is not empty and not a run of conadv. Choose another --out.")
 
+    def holds(self, config: Config) -> bool:
+        """Whether a run of ``config`` has begun here."""
+        return self.config.is_file() and not self._changes(config)
+
     def start(self, config: Config) -> None:
         """Make the folder for a new run; a run that was there is deleted (``check`` has allowed it)."""
         try:
@@ -86,14 +90,16 @@ class RunDir:
         return next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
 
     def _check_same(self, config: Config) -> None:
-        moved = replace(self.open(), data__dir=config.data.dir)  # the same data may lie elsewhere now
-        changed = differences(moved, config)
-        if changed:
+        if changed := self._changes(config):
             raise ConadvError(
                 f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"
                 "Repeat the run's own settings (conadv train --config RUN/config.yaml --out RUN --resume), "
                 "or start a new run."
             )
+
+    def _changes(self, config: Config) -> list[str]:
+        moved = replace(self.open(), data__dir=config.data.dir)  # the same data may lie elsewhere now
+        return differences(moved, config)
 
     def _delete(self) -> None:
         """Remove what a run wrote, and nothing else."""

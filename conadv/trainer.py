@@ -62,6 +62,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    restarted: bool = False,
     device: str = "auto",
     observer: Observer | None = None,
     comm: Comm | None = None,
@@ -70,6 +71,8 @@ def train(
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
     ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
+    ``restarted``: a launcher has started these processes again, so a run of this config in ``out`` is this one: it goes
+    on from its newest checkpoint, and from the start where there is none.
     ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
     ``execution``: when and where things run; default: everything on this process, in its turn.
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
@@ -84,7 +87,10 @@ def train(
     with comm.agreed():
         config = resolve(config)
         if comm.first:
+            if restarted and not resume and run.holds(config):
+                resume, overwrite = _after_restart(run, observer)
             run.check(config, resume=resume, overwrite=overwrite)
+    resume = comm.share(resume)
     parts = build(config, comm.device, observer, comm, execution)
     first = _start(run, parts, resume)
     begin = _same_clock(comm, parts.engine)
@@ -109,6 +115,13 @@ def train(
         log.close()
         observer.finish()
     return summary
+
+
+def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
+    """Whether to resume, and whether to overwrite, where a launcher has started the processes of this run again."""
+    saved = checkpoint.steps(run.checkpoints)
+    observer.message(f"started again by the launcher: going on from step {saved[-1] if saved else 0}")
+    return bool(saved), not saved
 
 
 def _same_clock(comm: Comm, engine: TrainStep) -> float:
@@ -449,6 +462,7 @@ def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:
     pairs = windows(batches, parts.engine.ahead)
     while True:
         begin = time.monotonic()
+        parts.comm.at("data", parts.engine.version)
         pair = next(pairs, None)
         parts.engine.clock.add("data", begin, time.monotonic())
         if pair is None:

@@ -210,6 +210,7 @@ class TrainStep:
         Waits for the other ranks first if nobody has. Ranks: all see the same sums, so all make the update or none.
         """
         self.wait()
+        self.comm.at("update", self.version)
         with self.clock.phase("update"):
             loss, losses, grad_norm = self._read_back()
             if self._lr_at is not None:
