@@ -84,6 +84,7 @@ def train(
     comm = comm or Comm(device=pick_device(device))
     observer = observer if observer and comm.first else Silent()
     run = RunDir(out)
+    restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
     with comm.agreed():
         config = resolve(config)
         if comm.first:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import ConadvError
 from .clock import Mark
 from .diagnosis import RollCall
+from .meeting import meet
 from .transfer import Transfer
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ class Comm:
             torch.cuda.set_device(place)
         limit = timedelta(seconds=timeout)
         with comm.guard():
-            store, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
-            groups = dist.PrefixStore("groups", store)  # type: ignore[attr-defined]
-            dist.init_process_group(comm.backend, store=groups, rank=rank, world_size=ranks, timeout=limit)
+            found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+            store = meet(found, rank, ranks, limit)
+            dist.init_process_group(comm.backend, store=store, rank=rank, world_size=ranks, timeout=limit)
             comm._roll = RollCall(store, rank, ranks)
         return comm
 

@@ -39,9 +39,9 @@ class Answer(NamedTuple):
 class RollCall:
     """This rank's part in finding out who is missing.
 
-    ``store``: a torch.distributed store that all ranks share and that is new for every start of them (torchrun's
-    rendezvous gives each restart its own prefix). ``last`` is the phase and step that this rank answers with. One
-    thread and one connection to the store; nothing travels until a collective fails.
+    ``store``: a torch.distributed store that the ranks of this start share and no earlier start has used (see
+    conadv.engine.meeting). ``last`` is the phase and step that this rank answers with. One thread and one connection to
+    the store; nothing travels until a collective fails.
     """
 
     def __init__(self, store: Any, rank: int, ranks: int) -> None:

@@ -1,0 +1,71 @@
+"""torchrun --max-restarts: a run whose rank is killed goes on from its last checkpoint to the same bits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conadv import ConadvError
+from conadv.checkpoint import steps
+from conadv.config import dump_yaml, resolve
+from conadv.record import read_lines
+from conadv.run import RunDir
+from conadv.trainer import train
+
+from ..test_trainer import config, weights, without_times
+from . import jobs
+from .launch import TORCHRUN, kill, started, until, workers
+from .pool import Ranks
+from .test_runs import same_weights
+
+SETTINGS: dict[str, Any] = {"method": "conadv", "staleness": 2, "epochs": 6, "eval__every_epochs": 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the worker to kill in /proc")
+def test_a_killed_rank_is_made_up_for_by_a_restart(tmp_path: Path) -> None:
+    # Red when: a restarted attempt finds its own run in the way; starts from the beginning; forgets images that wait.
+    out, log = tmp_path / "cut", tmp_path / "log"
+    (tmp_path / "config.yaml").write_text(dump_yaml(config(**SETTINGS)))
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "conadv", "train"]
+    command += ["--config", tmp_path / "config.yaml", "--out", out, "--comm-timeout", "30", "--device", "cpu"]
+    with started(command, log, GLOO_SOCKET_IFNAME="lo") as torchrun:
+        until(lambda: len(steps(out / "checkpoints")) >= 2, 60, "the second checkpoint")
+        kill(workers(torchrun.pid)[1])
+        assert torchrun.wait(60) == 0, log.read_text()
+    lines = read_lines(out / "record.jsonl")
+    resumed = [line["step"] for line in lines if line["type"] == "resume"]
+    assert len(resumed) == 1
+    assert 2 <= resumed[0] < 18
+    assert f"started again by the launcher: going on from step {resumed[0]}" in log.read_text()
+
+    pool = Ranks(2)
+    try:
+        pool.run(jobs.train_run, tmp_path / "whole", SETTINGS)
+    finally:
+        pool.close()
+    assert without_times(lines) == without_times(read_lines(tmp_path / "whole" / "record.jsonl"))
+    assert same_weights(out, tmp_path / "whole")
+
+
+def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
+    # Red when: --overwrite of the first attempt deletes what it has trained; a restart takes a run of other settings
+    # for its own; one that was killed before its first checkpoint cannot start again.
+    settings = resolve(config(steps=4, epochs=None))
+    run = RunDir(tmp_path)
+    run.start(settings)  # killed before the first checkpoint
+    train(settings, tmp_path, restarted=True)
+    kept = weights(tmp_path)
+    (run.checkpoints / "step_00000004.pt").unlink()
+    for options in ({}, {"overwrite": True}):
+        train(settings, tmp_path, restarted=True, **options)
+        assert next(line["step"] for line in read_lines(run.record) if line["type"] == "resume") == 3
+        assert all(torch.equal(kept[key], value) for key, value in weights(tmp_path).items())
+    with pytest.raises(ConadvError, match="already holds a run"):
+        train(config(steps=3, epochs=None), tmp_path, restarted=True)
+    with pytest.raises(ConadvError, match="already holds a run"):
+        train(settings, tmp_path)
