@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from conadv import ConadvError
 from conadv.checkpoint import steps
 from conadv.config import dump_yaml, resolve
+from conadv.engine.meeting import meet
 from conadv.record import read_lines
 from conadv.run import RunDir
 from conadv.trainer import train
@@ -69,3 +73,25 @@ def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
         train(config(steps=3, epochs=None), tmp_path, restarted=True)
     with pytest.raises(ConadvError, match="already holds a run"):
         train(settings, tmp_path)
+
+
+def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
+    # Red when: rank 0 does not show whom it has seen (rank 1 then takes the first start's prefix); rank 1 does not look
+    # for a new prefix.
+    store, limit = torch.distributed.HashStore(), timedelta(seconds=20)
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(3):
+            late = pool.submit(meet, store, 1, 2, limit)
+            time.sleep(0.2 if start else 0.0)  # rank 1 comes first, and finds what the last start has left
+            stores = [pool.submit(meet, store, 0, 2, limit).result(20), late.result(20)]
+            stores[0].set("start", str(start))
+            assert stores[1].get("start") == str(start).encode()
+
+
+def test_a_rank_that_does_not_come() -> None:
+    # Red when: rank 1 waits for rank 0 without a limit.
+    store = torch.distributed.HashStore()
+    store.set("conadv/prefix", "old")
+    for rank in (0, 1):
+        with pytest.raises(torch.distributed.DistStoreError):
+            meet(store, rank, 2, timedelta(seconds=1))

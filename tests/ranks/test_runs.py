@@ -159,3 +159,16 @@ def test_torchrun(tmp_path: Path) -> None:
     assert again.stderr.count("conadv: ") == 1
     assert "already holds a run" in again.stderr
     assert "exitcode  : 2" in again.stderr
+
+
+def test_torchrun_says_once_that_the_batch_does_not_divide(tmp_path: Path) -> None:
+    # Red when: every rank reports what all have raised; the error ends one rank alone.
+    file, out = tmp_path / "config.yaml", tmp_path / "run"
+    file.write_text(dump_yaml(config(global_batch_size=255, micro_batch_size=51)))
+    done = torchrun("--config", file, "--out", out)
+    assert done.returncode == 1
+    assert done.stderr.count("conadv: ") == 1
+    assert "does not divide into 2 rank(s)" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert "exitcode  : 1 " not in done.stderr
+    assert not out.exists()

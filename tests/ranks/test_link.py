@@ -1,0 +1,87 @@
+"""A link that goes silent between two hosts, here network namespaces: every rank and every launcher ends by itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from conadv.checkpoint import load_newest, steps
+from conadv.config import dump_yaml
+
+from ..test_trainer import config
+from .launch import TORCHRUN, started, until
+
+HOSTS = ("10.177.0.1", "10.177.0.2")
+TIMEOUT = 8
+
+
+def ip(*args: object) -> None:
+    subprocess.run(["ip", *map(str, args)], check=True, capture_output=True, timeout=20)
+
+
+def remove(names: list[str]) -> None:
+    for name in names:
+        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Two namespaces with an address each, joined by a pair of devices called "wire"; gone afterwards in any case."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"conadv{os.getpid()}{letter}" for letter in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        for name, host in zip(names, HOSTS, strict=True):
+            ip("-n", name, "address", "add", f"{host}/24", "dev", "wire")
+            ip("-n", name, "link", "set", "wire", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        remove(names)
+        pytest.skip(f"cannot make network namespaces here: {error.stderr.decode().strip()}")
+    yield names
+    remove(names)
+
+
+def silence(names: list[str]) -> None:
+    """Packets leave for an address that no device has: nothing arrives, and nobody is told."""
+    for name, other in zip(names, reversed(HOSTS), strict=True):
+        ip("-n", name, "neighbour", "replace", other, "lladdr", "02:00:00:00:00:01", "dev", "wire", "nud", "permanent")
+
+
+def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(two_hosts: list[str], tmp_path: Path) -> None:
+    # Red when: a wait has no timeout; the diagnosis waits for a store behind the silent link without a limit.
+    settings = {"method": "conadv", "staleness": 1, "epochs": 500, "eval__every_epochs": None}
+    out = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(dump_yaml(config(**settings)))
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    program = ["-m", "conadv", "train", "--config", tmp_path / "config.yaml", "--out", out]
+    program += ["--comm-timeout", TIMEOUT, "--device", "cpu"]
+    with ExitStack() as stack:
+        launchers = []
+        for node, name in enumerate(two_hosts):
+            torchrun = [*TORCHRUN, "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1]
+            torchrun += ["--master-addr", HOSTS[0], "--master-port", 29400]
+            command = ["ip", "netns", "exec", name, *torchrun, *program]
+            launchers.append(stack.enter_context(started(command, logs[node], GLOO_SOCKET_IFNAME="wire")))
+        until(lambda: len(steps(out / "checkpoints")) >= 3, 60, "the third checkpoint")
+        silence(two_hosts)
+        # the timeout, at most 5 s for the diagnosis, and the launchers' own end
+        until(lambda: all(launcher.poll() is not None for launcher in launchers), 45, "the end of both launchers")
+    for rank, log in enumerate(logs):
+        said = log.read_text(errors="replace")
+        assert f"conadv: Rank {rank} of 2: communication failed in phase" in said, said
+        assert "exitcode  : 2" in said
+    assert "No word within 3 s from rank 1" in logs[0].read_text(errors="replace")  # its launcher keeps the store
+    assert "so has the store at MASTER_ADDR" in logs[1].read_text(errors="replace")
+    state = load_newest(out / "checkpoints", torch.device("cpu"))
+    assert state["step"] == steps(out / "checkpoints")[-1] >= 3
