@@ -119,11 +119,12 @@ def test_live_progress_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Red when: --overwrite, --resume, --device or --threads has no effect.
+    # Red when: --overwrite, --resume, --device or --threads has no effect, or torchrun's count of restarts.
     seen: dict[str, object] = {}
     monkeypatch.setattr("conadv.trainer.train", lambda config, out, **options: seen.update(options, out=out))
     monkeypatch.setattr("torch.set_num_threads", lambda count: seen.update(threads=count))
     monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: seen.update(device=name))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     args = ["--out", str(tmp_path), "--overwrite", "--resume", "--device", "cuda", "--threads", "3", "--quiet"]
     args += ["--executor", "ranks", "--attack-ranks", "2", "--late", "skip", "--timeline-steps", "5"]
     assert main(["train", "digits", *args]) == 0
@@ -134,7 +135,8 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "late": "skip",
         "timeline_steps": 5,
     }
-    assert seen == {"out": tmp_path, "overwrite": True, "resume": True, "device": "cuda", "threads": 3}
+    flags = {"overwrite": True, "resume": True, "restarted": True}
+    assert seen == {"out": tmp_path, **flags, "device": "cuda", "threads": 3}
 
 
 def test_ctrl_c_is_exit_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
