@@ -190,6 +190,7 @@ def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDa
     """Three steps of a loop of one's own on DDP: attack the plain module, both views forward, one backward."""
     model = tiny_resnet("adv", dtype=torch.float64)
     optimizer, attack, calls = sgd(model), FGSM(EPS, space=SPACE), []
+    start = [buffer.clone() for buffer in model.buffers()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another name for it, which 2.9 does not know
         wrapped = wrapper(model, broadcast_buffers=broadcast)
@@ -211,7 +212,13 @@ def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDa
         own_loss(wrapped, how, x, x_adv, y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"weights": parameters(model), "during attack": during_attack, "in all": len(calls)}
+    moved = all(not torch.equal(after, before) for after, before in zip(model.buffers(), start, strict=True))
+    return {
+        "weights": parameters(model),
+        "during attack": during_attack,
+        "in all": len(calls),
+        "statistics moved": moved,
+    }
 
 
 def own_loss(wrapped: nn.Module, how: str, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:

@@ -37,24 +37,25 @@ def check_against_train_step(pool: Ranks, how: str, broadcast: bool, wrapper: ty
             assert torch.allclose(found["weights"][name], weight, rtol=1e-11, atol=1e-12), name
         assert found["during attack"] == 0
         assert found["in all"] >= 3
+        assert found["statistics moved"]
 
 
 @pytest.mark.parametrize("broadcast", [True, False])
 @pytest.mark.parametrize("how", ["two", "fused"])
 def test_two_views_under_ddp_train_as_train_step_does(two: Ranks, how: str, broadcast: bool) -> None:
-    # Red when: route() does not reach the module inside DDP; a route's parameters stay out of DDP's sums; the attack
-    # runs through the wrapped model or fills parameter gradients (its hooks then sum over ranks during the attack).
+    # Red when: the adversarial view goes through the clean route; the attack's gradient is taken by backward(), which
+    # fills parameter gradients and starts DDP's sums.
     check_against_train_step(two, how, broadcast, jobs.DistributedDataParallel)
 
 
 def test_buffers_that_ddp_overwrites_between_two_forward_passes(two: Ranks) -> None:
-    # Red when: _statistics_apart does nothing ("modified by an inplace operation": pytorch issue 175024, in every
-    # torch before its fix also without the stand-in); the statistics do not move.
+    # Red when: _statistics_apart does nothing, or shares version counters by detach() ("modified by an inplace
+    # operation"); the layers' statistics are those of a copy, and do not move.
     check_against_train_step(two, "two", True, jobs.InPlaceDDP)
 
 
 def test_four_ranks() -> None:
-    # Red when: the mean over ranks is taken for two.
+    # Red when: TrainStep's loss is divided by two in place of the number of ranks.
     four = Ranks(4)
     try:
         for how in ("two", "fused"):

@@ -36,8 +36,7 @@ def messages(pool: Ranks, culprit: int, how: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_a_rank_that_says_nothing_is_named(three: Ranks, how: str) -> None:
-    # Red when: findings() does not call the roll; a rank that answers is not told from one that does not; only ranks
-    # whose own collective has failed answer (rank 2 then hears nothing of rank 0, or the other way round).
+    # Red when: a rank that has not answered counts as one that has.
     for message in messages(three, 1, how):
         assert "from rank 1: ended, hanging, or out of reach" in message
         assert "Still there: ranks 0, 2 in phase" in message
@@ -46,7 +45,7 @@ def test_a_rank_that_says_nothing_is_named(three: Ranks, how: str) -> None:
 
 
 def test_a_rank_that_is_held_up_says_where(three: Ranks) -> None:
-    # Red when: the main thread has to answer.
+    # Red when: at() is not passed on; only ranks whose own collective has failed are called.
     for message in messages(three, 1, "held up"):
         assert "All ranks are still there: " in message
         assert "rank 1 in phase 'data' of step 2" in message
@@ -60,7 +59,7 @@ def test_a_rank_that_has_left_is_not_called_silent(three: Ranks) -> None:
 
 
 def test_where_the_store_is_gone_nobody_is_accused(three: Ranks) -> None:
-    # Red when: findings() waits for the store without a limit; a store that fails counts as ranks that are silent.
+    # Red when: findings() waits for the store without a limit; it accuses a rank without an answer from the store.
     # Rank 0 keeps the store here, as without torchrun.
     for message in messages(three, 0, "stopped"):
         assert NOBODY_KNOWS in message

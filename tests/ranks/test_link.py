@@ -59,7 +59,7 @@ def silence(names: list[str]) -> None:
 
 
 def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(two_hosts: list[str], tmp_path: Path) -> None:
-    # Red when: a wait has no timeout; the diagnosis waits for a store behind the silent link without a limit.
+    # Red when: the diagnosis waits for a store behind the silent link without a limit.
     settings = {"method": "conadv", "staleness": 1, "epochs": 500, "eval__every_epochs": None}
     out = tmp_path / "run"
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**settings)))
