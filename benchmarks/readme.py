@@ -2,7 +2,7 @@
 
     python benchmarks/readme.py [--check]
 
-The demo's summary comes from `conadv demo --seeds 10` and the timings from benchmarks/step.py and benchmarks/optim.py.
+The demo's summary comes from `conadv demo` and the timings from `conadv bench`.
 With --check nothing is written and the exit code says whether the README is up to date.
 """
 
@@ -66,32 +66,29 @@ def where(facts: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {versions['torch']}."
 
 
-def timing(section: str, file: str, command: str) -> Callable[[], str]:
-    def draw() -> str:
-        facts = json.loads((RESULTS / "benchmarks" / file).read_text())
-        rows = [
-            [
-                row["name"],
-                f"{row['median_ms']:.1f}",
-                f"{row['ratio']:.2f} [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]",
-                row["yardstick"],
-            ]
-            for row in facts["tables"][section]
-            if row["name"] != row["yardstick"]
-        ]
-        head = ["", "median, ms", "ratio [range over rounds]", "to"]
-        return f"{table(head, rows)}\n\n`{command}`, {facts['rounds']} interleaved rounds; {where(facts)}"
-
-    return draw
+def timing(file: str) -> str:
+    """The table of one benchmark's JSON, without the rows that are their own yardstick, and how it was made."""
+    facts = json.loads((RESULTS / "benchmarks" / file).read_text())
+    (rows,) = facts["tables"].values()
+    others = [row for row in rows if row["name"] != row["yardstick"]]
+    cells = [[row["name"], f"{row['median_ms']:.1f}", ratio(row), row["yardstick"]] for row in others]
+    spread = "95 % interval" if "ratio_low" in rows[0] else "range over rounds"
+    rounds = len(rows[0]["samples_ms"]) if "samples_ms" in rows[0] else facts["rounds"]
+    how = f"`{facts['command']}` at commit {facts['git']['commit'][:7]}, {rounds} interleaved rounds; {where(facts)}"
+    return f"{table(['', 'median, ms', f'ratio [{spread}]', 'to'], cells)}\n\n{how}"
 
 
-STEP = "python benchmarks/step.py --threads 1 --out results/benchmarks/step.json"
+def ratio(row: dict[str, Any]) -> str:
+    ends = ("ratio_low", "ratio_high") if "ratio_low" in row else ("ratio_min", "ratio_max")
+    return f"{row['ratio']:.2f} [{row[ends[0]]:.2f}, {row[ends[1]]:.2f}]"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
-    "methods": timing("methods", "step.json", STEP),
-    "engine": timing("engine", "step.json", STEP),
-    "norm": timing("norm", "step.json", STEP),
-    "optim": timing("optim", "optim.json", "python benchmarks/optim.py --out results/benchmarks/optim.json"),
+    "methods": lambda: "\n\n".join(map(timing, ("attack-cost-resnet20.json", "attack-cost-resnet8.json"))),
+    "engine": lambda: timing("engine.json"),
+    "norm": lambda: timing("norm.json"),
+    "optim": lambda: timing("optim.json"),
 }
 
 

@@ -34,6 +34,7 @@ Large-batch training with concurrent adversarial learning.
   report RUN...            an HTML and Markdown report about runs (or folders of runs)
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
+  bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
 
   --version, --help        `conadv COMMAND --help` has the details
 """
@@ -327,6 +328,15 @@ def _demo(args: Sequence[str]) -> None:
     demo(tyro.cli(DemoArgs, args=args, prog="conadv demo"))
 
 
+def _bench(args: Sequence[str]) -> None:
+    from . import bench
+
+    if not args or args[0] in ("-h", "--help"):
+        _say(bench.overview())
+    else:
+        bench.run(args)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": _recipes,
     "train": _train,
@@ -335,4 +345,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": _report,
     "timeline": _timeline,
     "demo": _demo,
+    "bench": _bench,
 }

@@ -19,7 +19,7 @@ import pytest
 import torch
 import tyro
 
-from conadv import cli, recipes
+from conadv import bench, cli, recipes
 from conadv.config import Config, dump_yaml, override, resolve
 from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
@@ -87,6 +87,8 @@ def parse(words: list[str]) -> Config | None:
     assert name in cli.COMMANDS, f"unknown command {name}"
     if name in PARSED:
         tyro.cli(PARSED[name], args=args)
+    if name == "bench" and args:
+        bench.parse(args)[1].check()
     if name != "train":
         return None
     if args[:1] == ["--config"]:  # a run that the reader has and we have not

@@ -65,6 +65,7 @@ class GradientReducer:
         self._ready: set[int] = set()
         self._missing: list[int] = []
         self._handles: list[Handle] = []
+        self.overlap = True  # False keeps all buckets until launch(): what overlap is worth can be measured
         for number, p in enumerate(self._params):
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, number))
 
@@ -122,7 +123,7 @@ class GradientReducer:
 
     def _launch_complete(self) -> None:
         """Launch buckets, in their order, up to the first that still misses a gradient."""
-        while len(self._handles) < len(self._buckets) and not self._missing[len(self._handles)]:
+        while self.overlap and len(self._handles) < len(self._buckets) and not self._missing[len(self._handles)]:
             self._launch(self._buckets[len(self._handles)])
 
     def _launch(self, bucket: Bucket) -> None:
