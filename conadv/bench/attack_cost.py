@@ -66,7 +66,8 @@ def command(options: AttackCostArgs) -> None:
             output.prepare(options)
         ranks = _split(options, world)
         cases = build(options, ranks)
-        rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, world=world)
+        # one round: the reducer learns, and every burst has untimed steps of its own
+        rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world)
         if world.first:
             about = output.facts("attack-cost", options, world.device, **_layout(options, ranks))
             output.say(_headline(options, ranks))

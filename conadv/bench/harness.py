@@ -102,33 +102,37 @@ def order(names: Iterable[str], seed: int, number: int) -> list[str]:
 
 
 def measure(
-    cases: Mapping[str, Case], rounds: int, *, seconds: float = 0.0, seed: int = 0, world: Comm | None = None
+    cases: Mapping[str, Case],
+    rounds: int,
+    *,
+    seconds: float = 0.0,
+    seed: int = 0,
+    warmup: int = WARMUP_ROUNDS,
+    world: Comm | None = None,
 ) -> list[Row]:
     """Time all cases, interleaved, in ``rounds`` rounds and more until ``seconds`` are spent.
 
-    The first rounds are thrown away. Ranks: collective over ``world``; the time of a case in a round is the slowest
-    rank's. Rank 0 gets the rows, the others an empty list.
+    ``warmup`` rounds before them are thrown away. Ranks: collective over ``world``; the time of a case in a round is
+    the slowest rank's. Rank 0 gets the rows, the others an empty list.
     """
     results: dict[str, list[Measured]] = {name: [] for name in cases}
     number, begin = 0, time.monotonic()
-    while _more(number, rounds, begin, seconds, world):
+    while number < warmup + rounds or _more(begin, seconds, world):
         for name in order(cases, seed, number):
             sample = cases[name].run()
             samples = [sample] if world is None else world.gather(sample)
-            if samples and number >= WARMUP_ROUNDS:
+            if samples and number >= warmup:
                 results[name].append(combine(samples))
         number += 1
-        if number == WARMUP_ROUNDS:
+        if number == warmup:
             begin = time.monotonic()
     if world is not None and not world.first:
         return []
     return [row(name, case, results) for name, case in cases.items()]
 
 
-def _more(number: int, rounds: int, begin: float, seconds: float, world: Comm | None) -> bool:
-    """Whether there is another round; rank 0's clock decides for all."""
-    if number < rounds + WARMUP_ROUNDS:
-        return True
+def _more(begin: float, seconds: float, world: Comm | None) -> bool:
+    """Whether there is time for another round; rank 0's clock decides for all."""
     if not seconds:
         return False
     go_on = time.monotonic() - begin < seconds
