@@ -4,7 +4,7 @@
 #   benchmarks/two_hosts.sh [--out DIR] [--per-host N] [--force] [RATE...] [-- OPTIONS OF conadv bench attack-cost]
 #
 # The hosts are two network namespaces of this machine with a core (or N) each. A veth pair joins them; each end sends
-# at RATE Mbit/s at most (tc tbf), "none" is without limit. Default: none 6400 3200 1600 800 400, about 11 minutes on 2
+# at RATE Mbit/s at most (tc tbf), "none" is without limit. Default: none 3200 1600 800 400, about 10 minutes on 2
 # cores. Every rate is measured once: DIR (default runs/two_hosts) has a JSON per rate, and a rate that has one is left
 # out unless --force is given. DIR/two_hosts.json has all rates together, drawn as two_hosts.svg.
 #
@@ -47,7 +47,7 @@ read_arguments() {
         shift
     done
     [[ $per_host =~ ^[1-9][0-9]*$ ]] || fail "--per-host '$per_host' must be 1 or more."
-    [ ${#rates[@]} -gt 0 ] || rates=(none 6400 3200 1600 800 400)
+    [ ${#rates[@]} -gt 0 ] || rates=(none 3200 1600 800 400)
 }
 
 check_machine() {
