@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,43 +19,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..engine import Comm, TrainStep
-from ..engine.executor import Executor
+from ..engine import Comm, Executor, Inline, Ranks, Stream, Teams, TrainStep
+from ..engine.teams import WEIGHTS, roles
 from ..errors import ConadvError
-from ..types import Batch, MicroBatch
+from ..types import Batch, MicroBatch, Span
 from . import output
 from .harness import Case, Row, Sample, measure, synchronize
 from .options import CONCURRENT, AttackCostArgs
 from .workload import METHODS, SPACE, micro_batches, network, optimizer
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who takes part: ``world`` of all processes, ``comm`` of the learners, and which micro-batches this one holds."""
-
-    world: Comm
-    comm: Comm
-    indices: Sequence[int]
-    attacking: bool = False
-    teams: Any = None
-
-
-@dataclass
-class Server:
-    """An attack rank's side of a case: the next step that it makes images for."""
-
-    engine: TrainStep
-    micro: tuple[MicroBatch, ...]
-    next_step: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.next_step = self.engine.ahead
-
-    def burst(self, steps: int) -> Sample:
-        first, self.next_step = self.next_step, self.next_step + steps
-        self.engine.serve(Batch(t, self.micro) for t in range(first, self.next_step))  # type: ignore[attr-defined]
-        phases = self.engine.clock.collect()
-        return Sample(None, {name: seconds / steps for name, seconds in phases.items()})
+Burst = Callable[[bool], Sample]
+"""Run a burst on this rank, with backward overlap or without."""
 
 
 def command(options: AttackCostArgs) -> None:
@@ -64,49 +39,43 @@ def command(options: AttackCostArgs) -> None:
         with world.agreed():
             _check_ranks(options, world)
             output.prepare(options)
-        ranks = _split(options, world)
-        cases = build(options, ranks)
-        # one round: the reducer learns, and every burst has untimed steps of its own
+        teams = world.split(options.attack_ranks)
+        # one round to warm up: the reducer learns, and every burst has untimed steps of its own
+        cases = build(options, teams)
         rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world)
         if world.first:
-            about = output.facts("attack-cost", options, world.device, **_layout(options, ranks))
-            output.say(_headline(options, ranks))
-            output.say(table(rows))
+            ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers), "backend": world.backend}
+            about = output.facts("attack-cost", options, world.device, ranks=ranks)
+            output.say(f"{_headline(options, teams)}\n{table(rows)}")
             output.write(options.out, about, "attack-cost", [asdict(row) | rates(row) for row in rows])
     finally:
         world.close()
 
 
 def _check_ranks(options: AttackCostArgs, world: Comm) -> None:
-    if options.attack_ranks and options.attack_ranks >= world.ranks:
+    learners, attackers = roles(world.ranks, options.attack_ranks, world.ranks)
+    if len(attackers) > len(learners):
         raise ConadvError(
-            f"--attack-ranks {options.attack_ranks} leaves no learner among {world.ranks} rank(s). Start more: "
-            f"torchrun --nproc-per-node {options.attack_ranks + 1} -m conadv bench attack-cost ..."
+            f"{len(attackers)} attack rank(s) for {len(learners)} learner(s), each with one batch: some attack ranks "
+            "would have nothing to do. Give fewer --attack-ranks."
         )
-    if "ddp" in options.methods and (options.attack_ranks or world.ranks == 1):
+    if "ddp" in options.methods and (attackers or world.ranks == 1):
         raise ConadvError("ddp compares sums over ranks: it needs torchrun with 2 ranks or more, all of them learners.")
-    if options.overlap != "on" and world.ranks - options.attack_ranks == 1:
+    if options.overlap != "on" and len(learners) == 1:
         raise ConadvError(f"--overlap {options.overlap} has no effect on one learner: nothing is sent during backward.")
-
-
-def _split(options: AttackCostArgs, world: Comm) -> Ranks:
-    if not options.attack_ranks:
-        return Ranks(world, world, [world.rank])
-    teams = world.split(options.attack_ranks)  # type: ignore[attr-defined]
-    return Ranks(world, teams.comm, teams.micro_batches(1), teams.attacking, teams)
 
 
 # ---- the cases
 
 
-def build(options: AttackCostArgs, ranks: Ranks) -> dict[str, Case]:
+def build(options: AttackCostArgs, teams: Teams) -> dict[str, Case]:
     """All cases by name. Ranks: collective; every rank has the same names in the same order."""
     cases: dict[str, Case] = {}
     for size in options.batches:
-        micro = micro_batches(options, size, ranks.indices, ranks.comm.device)
+        micro = micro_batches(options, size, teams.micro_batches(1), teams.comm.device)
         for method in options.methods:
             for how in options.how() if method in CONCURRENT else ("inline",):
-                cases |= _cases(options, ranks, method, how, micro)
+                cases |= _cases(options, teams, method, how, micro)
     for name, case in cases.items():
         if case.yardstick not in cases:
             raise ConadvError(f"{name!r} is compared with {case.yardstick!r}: add that to --methods and --executors.")
@@ -114,13 +83,11 @@ def build(options: AttackCostArgs, ranks: Ranks) -> dict[str, Case]:
 
 
 def _cases(
-    options: AttackCostArgs, ranks: Ranks, method: str, how: str, micro: tuple[MicroBatch, ...]
+    options: AttackCostArgs, teams: Teams, method: str, how: str, micro: tuple[MicroBatch, ...]
 ) -> dict[str, Case]:
     """One engine, with and without backward overlap as the options say."""
-    size = len(micro[0].y_N)
-    run, gradient_bytes = _runner(options, ranks, method, how, micro)
-    learners = ranks.world.ranks - options.attack_ranks
-    used = learners + (options.attack_ranks if how == "ranks" else 0)
+    size, learners = len(micro[0].y_N), len(teams.learners)
+    burst, gradient_bytes = _burst(options, teams, method, how, micro)
     made = {}
     for overlap in (True, False) if options.overlap == "both" else (options.overlap == "on",):
         if method == "ddp" and not overlap:
@@ -131,12 +98,12 @@ def _cases(
             "local_batch_size": size,
             "images": size * learners,
             "learners": learners,
-            "ranks": used,
+            "ranks": learners + (len(teams.attackers) if how == "ranks" else 0),
             "overlap": overlap and learners > 1,
             "gradient_bytes": gradient_bytes,
         }
         yardstick = name_of("vanilla" if method == "ddp" else "noise", "inline", size, overlap)
-        made[name_of(method, how, size, overlap)] = Case(_switched(run, overlap), yardstick, labels)
+        made[name_of(method, how, size, overlap)] = Case(partial(burst, overlap), yardstick, labels)
     return made
 
 
@@ -146,35 +113,32 @@ def name_of(method: str, how: str, size: int, overlap: bool) -> str:
     return ", ".join([*words, *([how] if how != "inline" else []), *([] if overlap else ["no overlap"])])
 
 
-def _switched(run: Callable[[bool], Sample], overlap: bool) -> Callable[[], Sample]:
-    return lambda: run(overlap)
-
-
-def _runner(
-    options: AttackCostArgs, ranks: Ranks, method: str, how: str, micro: tuple[MicroBatch, ...]
-) -> tuple[Callable[[bool], Sample], int]:
+def _burst(
+    options: AttackCostArgs, teams: Teams, method: str, how: str, micro: tuple[MicroBatch, ...]
+) -> tuple[Burst, int]:
     """What this rank does in a burst of a case, and the bytes that its gradients have."""
     if method == "ddp":
-        loop, model = _ddp_loop(options, ranks.comm, micro[0])
-        return lambda overlap: _timed_steps(options, ranks.comm.device, loop), _gradient_bytes(model)
-    engine = _engine(options, ranks, "noise" if method == "noise-busy" else method, how)
-    size = _gradient_bytes(engine.model)
-    if ranks.attacking and how == "ranks":
-        server = Server(engine, micro)
-        return lambda overlap: server.burst(options.burst), size
-    if ranks.attacking:
-        busy = _busy(options, engine, micro) if method == "noise-busy" else _idle
-        return lambda overlap: busy(), size
-    return lambda overlap: _learner_burst(options, engine, micro, overlap), size
+        loop, model = _ddp_loop(options, teams.comm, micro[0])
+        return lambda overlap: _timed_steps(options, teams.comm.device, loop), _gradient_bytes(model)
+    engine = _engine(options, teams, "noise" if method == "noise-busy" else method, how)
+    burst: Burst = LearnerBurst(options, engine, micro)
+    if how == "ranks":
+        burst = RanksBurst(options, engine, micro, teams)
+    elif method == "noise-busy":
+        burst = BusyBurst(options, engine, micro, teams)
+    elif teams.attacking:
+        burst = _idle
+    return burst, _gradient_bytes(engine.model)
 
 
 def _gradient_bytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
-def _engine(options: AttackCostArgs, ranks: Ranks, method: str, how: str) -> TrainStep:
+def _engine(options: AttackCostArgs, teams: Teams, method: str, how: str) -> TrainStep:
     made = METHODS[method](options.staleness)
-    model = network(options, made.route, ranks.comm.device)
+    model = network(options, made.route, teams.comm.device)
+    executor: Executor = Stream() if how == "stream" else Inline()
     return TrainStep(
         model,
         optimizer(options, model),
@@ -182,34 +146,109 @@ def _engine(options: AttackCostArgs, ranks: Ranks, method: str, how: str) -> Tra
         space=SPACE,
         precision=options.precision,
         channels_last=options.channels_last,
-        executor=_executor(how, ranks),
-        comm=ranks.comm,
+        executor=executor,
+        comm=teams.comm,
     )
-
-
-def _executor(how: str, ranks: Ranks) -> Executor:
-    from .. import engine
-
-    if how == "ranks":
-        return engine.Ranks(ranks.teams)  # type: ignore[attr-defined,no-any-return]
-    return engine.Stream() if how == "stream" else engine.Inline()  # type: ignore[attr-defined,no-any-return]
 
 
 # ---- bursts
 
 
-def _learner_burst(options: AttackCostArgs, engine: TrainStep, micro: tuple[MicroBatch, ...], overlap: bool) -> Sample:
-    if engine._reducer is not None:
-        engine._reducer.overlap = overlap
+@dataclass(frozen=True)
+class LearnerBurst:
+    """Consecutive steps of one engine."""
+
+    options: AttackCostArgs
+    engine: TrainStep
+    micro: tuple[MicroBatch, ...]
+
+    def __call__(self, overlap: bool) -> Sample:
+        engine, phases = self.engine, dict[str, float]()
+        if engine._reducer is not None:
+            engine._reducer.overlap = overlap
+
+        def step(counts: bool) -> None:
+            t = engine.version
+            record = engine(Batch(t, self.micro), Batch(t + engine.ahead, self.micro) if engine.ahead else None)
+            for name, seconds in record.phases.items() if counts else ():
+                phases[name] = phases.get(name, 0.0) + seconds
+
+        return _timed_steps(self.options, engine.device, step, phases)
+
+
+@dataclass
+class RanksBurst:
+    """A burst with attack ranks, on either side.
+
+    Each burst has an exchange of its own, which ends with it: an attack rank asks for the next weights ahead of time,
+    and would take those of another case.
+    """
+
+    options: AttackCostArgs
+    engine: TrainStep
+    micro: tuple[MicroBatch, ...]
+    teams: Teams
+    next_step: int = 0
+
+    def __call__(self, overlap: bool) -> Sample:
+        executor = self.engine.executor = Ranks(self.teams)
+        executor.attach(self.engine)
+        if self.teams.attacking:
+            sample = self._serve()
+        else:
+            sample = LearnerBurst(self.options, self.engine, self.micro)(overlap)
+            executor.settle()
+        executor.close()
+        return sample
+
+    def _serve(self) -> Sample:
+        first = self.next_step + self.engine.ahead
+        self.next_step += self.options.burst
+        served: list[list[Span]] = []
+        batches = (Batch(t, self.micro) for t in range(first, first + self.options.burst))
+        self.engine.serve(batches, lambda step, spans: served.append(spans))
+        return Sample(None, mean_phases(served[self.options.dropped :]))
+
+
+def mean_phases(served: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """Seconds per phase and batch on an attack rank; what ran beside its phases is left out."""
     phases: dict[str, float] = {}
+    for name, begin, end in (span for spans in served for span in spans):
+        if name != "transfer":
+            phases[name] = phases.get(name, 0.0) + (end - begin) / len(served)
+    return phases
 
-    def step(counts: bool) -> None:
-        t = engine.version
-        record = engine(Batch(t, micro), Batch(t + engine.ahead, micro) if engine.ahead else None)
-        for name, seconds in record.phases.items() if counts else ():
-            phases[name] = phases.get(name, 0.0) + seconds
 
-    return _timed_steps(options, engine.device, step, phases)
+@dataclass(frozen=True)
+class BusyBurst:
+    """Attack ranks attack for nobody, without a pause, for as long as the learners' burst lasts.
+
+    What a busy neighbour alone costs a learner (caches, memory, clock rate), apart from messages and waiting.
+    """
+
+    options: AttackCostArgs
+    engine: TrainStep
+    micro: tuple[MicroBatch, ...]
+    teams: Teams
+
+    def __call__(self, overlap: bool) -> Sample:
+        world, attackers = self.teams.world, self.teams.attackers
+        end = torch.zeros(1, device=world.device)
+        if self.teams.attacking:
+            ended = world.receive(end, self.teams.learners[0], WEIGHTS)
+            while not ended.done:
+                METHODS["disadv"](0).extra(self.engine, Batch(0, self.micro))
+            ended.wait()
+            return Sample(None)
+        sample = LearnerBurst(self.options, self.engine, self.micro)(overlap)
+        if world.rank == self.teams.learners[0]:
+            for sent in [world.send(end, attacker, WEIGHTS) for attacker in attackers]:
+                sent.wait()
+        return sample
+
+
+def _idle(overlap: bool) -> Sample:
+    return Sample(None)
 
 
 def _timed_steps(
@@ -226,22 +265,6 @@ def _timed_steps(
     synchronize(device)
     seconds = time.perf_counter() - begin
     return Sample(seconds / count, {name: total / count for name, total in (phases or {}).items()})
-
-
-def _busy(options: AttackCostArgs, engine: TrainStep, micro: tuple[MicroBatch, ...]) -> Callable[[], Sample]:
-    """An attack rank's work in a burst without a message: what a busy neighbour alone costs the learners."""
-    attack = METHODS["disadv"](0)
-
-    def run() -> Sample:
-        for _ in range(options.burst):
-            attack.extra(engine, Batch(0, micro))
-        return Sample(None)
-
-    return run
-
-
-def _idle() -> Sample:
-    return Sample(None)
 
 
 def _ddp_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[Callable[[bool], None], nn.Module]:
@@ -272,13 +295,8 @@ def _ddp_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[C
 # ---- what is shown
 
 
-def _layout(options: AttackCostArgs, ranks: Ranks) -> dict[str, Any]:
-    learners = ranks.world.ranks - options.attack_ranks
-    return {"ranks": {"learners": learners, "attack_ranks": options.attack_ranks, "backend": ranks.world.backend}}
-
-
-def _headline(options: AttackCostArgs, ranks: Ranks) -> str:
-    layout = f"{ranks.world.ranks - options.attack_ranks} learner(s) + {options.attack_ranks} attack rank(s)"
+def _headline(options: AttackCostArgs, teams: Teams) -> str:
+    layout = f"{len(teams.learners)} learner(s) + {len(teams.attackers)} attack rank(s)"
     memory = "channels_last" if options.channels_last else "contiguous"
     return (
         f"{options.model} at {options.image_size}x{options.image_size}, {layout}, {options.threads} thread(s) each, "

@@ -119,6 +119,7 @@ def measure(
     number, begin = 0, time.monotonic()
     while number < warmup + rounds or _more(begin, seconds, world):
         for name in order(cases, seed, number):
+            _meet(world)
             sample = cases[name].run()
             samples = [sample] if world is None else world.gather(sample)
             if samples and number >= warmup:
@@ -129,6 +130,14 @@ def measure(
     if world is not None and not world.first:
         return []
     return [row(name, case, results) for name, case in cases.items()]
+
+
+def _meet(world: Comm | None) -> None:
+    """Nobody begins with the next case while another is still at the last one."""
+    if world is not None and world.ranks > 1:
+        import torch
+
+        world.sum(torch.zeros(1, device=world.device))
 
 
 def _more(begin: float, seconds: float, world: Comm | None) -> bool:

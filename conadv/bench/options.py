@@ -52,8 +52,8 @@ class BenchArgs:
 class AttackCostArgs(BenchArgs):
     """Time of a training step by method, beside `noise`: the same views and gradients without an attack.
 
-    Under torchrun each rank trains on its share; with --attack-ranks M the last M ranks only attack. A case is timed
-    in bursts of consecutive steps, since an adversarial batch is made steps ahead of its use.
+    Under torchrun each rank trains on its share; with --attack-ranks M, M of the ranks only attack. A case is timed in
+    bursts of consecutive steps, since an adversarial batch is made steps ahead of its use.
     """
 
     methods: tuple[MethodName, ...] = ("vanilla", "noise", "disadv", "conadv", "conadv-lookahead", "recycle")
