@@ -18,13 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from points import Json, read, write
+
 PORT = 29501
 CHUNK = bytes(2**20)
 PROBE_SECONDS = 1.0
 ROUND_TRIPS = 200
 METHODS = {"disadv": "disadv (sequential)", "conadv": "conadv", "conadv-lookahead": "conadv + look-ahead"}
 INK = "#7d8590"  # readable on white and on black
-Json = dict[str, Any]
 
 
 # ---- the link
@@ -97,14 +98,9 @@ def join(rate: str, bench: str, link: str, out: str) -> None:
 
 def combine(out: str, *files: str) -> None:
     """All rates in one file, the slowest first. They must have been measured alike."""
-    points = sorted((json.loads(Path(file).read_text()) for file in files), key=rate_of)
-    for name in ("machine", "versions", "options", "ranks"):
-        if any(point[name] != points[0][name] for point in points):
-            raise SystemExit(f"{', '.join(files)} differ in {name!r}: measure them again with --force.")
-    facts = {name: points[0][name] for name in ("command", "machine", "versions", "options", "ranks")}
-    kept = ("date", "git", "link", "tables")
-    content = {"bench": "two-hosts", **facts, "points": [{name: point[name] for name in kept} for point in points]}
-    Path(out).write_text(json.dumps(content, indent=1) + "\n")
+    alike = ("command", "machine", "versions", "options", "ranks")
+    points = sorted(read(files, alike), key=rate_of)
+    write(out, "two-hosts", points, alike, ("date", "git", "link", "tables"))
 
 
 def rate_of(point: Json) -> float:
