@@ -41,7 +41,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $repeats =~ ^[1-9][0-9]*$ ]] || fail "--repeats '$repeats' must be 1 or more."
 [ ${#splits[@]} -gt 0 ] || splits=(1:0 2:0 1:1 2:1 3:1)
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no torch: give PYTHON=path/of/your/python."
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2>/dev/null || fail "$PYTHON has no torch: give PYTHON=path/of/your/python."
 
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
 read -ra cores <<<"$("$PYTHON" -c 'import os; print(*sorted(os.sched_getaffinity(0)))')"
@@ -54,7 +54,7 @@ measure() { # N M FILE
     # shellcheck disable=SC2016
     "$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks" --no-python bash -c '
         read -ra cores <<<"$0"
-        [ ${#cores[@]} = 0 ] || taskset -cp "${cores[LOCAL_RANK]}" $$ >/dev/null
+        [ ${#cores[@]} = 0 ] || exec taskset -c "${cores[LOCAL_RANK]}" "$@"
         exec "$@"' "${pin[*]}" "$PYTHON" -m conadv bench attack-cost "${BENCH[@]}" --methods "${methods[@]}" \
         --attack-ranks "$2" --out "$3" >"${3%.json}.log" 2>&1 || { tail -n 15 "${3%.json}.log" >&2 && fail "$1:$2 failed."; }
 }

@@ -55,7 +55,7 @@ check_machine() {
     for tool in ip tc taskset; do
         command -v "$tool" >/dev/null || fail "there is no '$tool' here: install iproute2 and util-linux."
     done
-    "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no torch: give PYTHON=path/of/your/python."
+    "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2>/dev/null || fail "$PYTHON has no torch: give PYTHON=path/of/your/python."
 }
 
 # ---- the link
