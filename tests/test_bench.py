@@ -39,7 +39,7 @@ def test_interval_is_the_narrowest_that_covers(n: int) -> None:
 
 
 def test_interval_covers_the_median_of_a_skewed_distribution() -> None:
-    # Red when: low and high are quartiles.
+    # Red when: the interval is one place narrower on both sides.
     draw = random.Random(0)
     found = [median_interval([draw.expovariate(1) for _ in range(15)]) for _ in range(4000)]
     hits = sum(interval.low < 0.6931 < interval.high for interval in found) / len(found)
