@@ -194,8 +194,8 @@ def test_attack_cost_on_two_learners(two: Ranks) -> None:
 
 
 def test_attack_cost_with_an_attack_rank(two: Ranks) -> None:
-    # Red when: a burst leaves its exchange open (the next one then gets this one's weights, and fails or hangs);
-    # the attack rank's phases are not in the result.
+    # Red when: an attack rank serves a step less than the learners make; all cases talk on one line (both hang until
+    # the timeout); the attack rank's phases are not in the result.
     changes = {"methods": ("noise", "noise-busy", "conadv", "conadv-lookahead", "recycle"), "rounds": 3}
     rows, _ = two.run(bench, 1, changes)
     assert [r["name"].replace(", batch 4", "") for r in rows] == [

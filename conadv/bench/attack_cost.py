@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import Comm, Executor, Inline, Ranks, Stream, Teams, TrainStep
-from ..engine.teams import WEIGHTS, roles
+from ..engine.teams import roles
 from ..errors import ConadvError
 from ..types import Batch, MicroBatch, Span
 from . import output
-from .harness import Case, Row, Sample, measure, synchronize
+from .harness import Case, Row, Sample, measure, nothing, synchronize
 from .options import CONCURRENT, AttackCostArgs
 from .workload import METHODS, SPACE, micro_batches, network, optimizer
 
@@ -40,8 +40,8 @@ def command(options: AttackCostArgs) -> None:
             _check_ranks(options, world)
             output.prepare(options)
         teams = world.split(options.attack_ranks)
-        # one round to warm up: the reducer learns, and every burst has untimed steps of its own
         cases = build(options, teams)
+        # one round to warm up: the reducer learns, and every burst has untimed steps of its own
         rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world)
         if world.first:
             ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers), "backend": world.backend}
@@ -87,7 +87,7 @@ def _cases(
 ) -> dict[str, Case]:
     """One engine, with and without backward overlap as the options say."""
     size, learners = len(micro[0].y_N), len(teams.learners)
-    burst, gradient_bytes = _burst(options, teams, method, how, micro)
+    burst, gradient_bytes, end = _burst(options, teams, method, how, micro)
     made = {}
     for overlap in (True, False) if options.overlap == "both" else (options.overlap == "on",):
         if method == "ddp" and not overlap:
@@ -103,7 +103,7 @@ def _cases(
             "gradient_bytes": gradient_bytes,
         }
         yardstick = name_of("vanilla" if method == "ddp" else "noise", "inline", size, overlap)
-        made[name_of(method, how, size, overlap)] = Case(partial(burst, overlap), yardstick, labels)
+        made[name_of(method, how, size, overlap)] = Case(partial(burst, overlap), yardstick, labels, end)
     return made
 
 
@@ -115,20 +115,20 @@ def name_of(method: str, how: str, size: int, overlap: bool) -> str:
 
 def _burst(
     options: AttackCostArgs, teams: Teams, method: str, how: str, micro: tuple[MicroBatch, ...]
-) -> tuple[Burst, int]:
-    """What this rank does in a burst of a case, and the bytes that its gradients have."""
+) -> tuple[Burst, int, Callable[[], object]]:
+    """What this rank does in a burst of a case, the bytes that its gradients have, and what it does at the end."""
     if method == "ddp":
         loop, model = _ddp_loop(options, teams.comm, micro[0])
-        return lambda overlap: _timed_steps(options, teams.comm.device, loop), _gradient_bytes(model)
+        return lambda overlap: _timed_steps(options, teams.comm.device, loop), _gradient_bytes(model), nothing
     engine = _engine(options, teams, "noise" if method == "noise-busy" else method, how)
     burst: Burst = LearnerBurst(options, engine, micro)
-    if how == "ranks":
-        burst = RanksBurst(options, engine, micro, teams)
+    if how == "ranks" and teams.attacking:
+        burst = ServerBurst(options, engine, micro)
     elif method == "noise-busy":
         burst = BusyBurst(options, engine, micro, teams)
     elif teams.attacking:
         burst = _idle
-    return burst, _gradient_bytes(engine.model)
+    return burst, _gradient_bytes(engine.model), engine.executor.close
 
 
 def _gradient_bytes(model: nn.Module) -> int:
@@ -138,7 +138,7 @@ def _gradient_bytes(model: nn.Module) -> int:
 def _engine(options: AttackCostArgs, teams: Teams, method: str, how: str) -> TrainStep:
     made = METHODS[method](options.staleness)
     model = network(options, made.route, teams.comm.device)
-    executor: Executor = Stream() if how == "stream" else Inline()
+    executor: Executor = Ranks(teams) if how == "ranks" else Stream() if how == "stream" else Inline()
     return TrainStep(
         model,
         optimizer(options, model),
@@ -177,31 +177,15 @@ class LearnerBurst:
 
 
 @dataclass
-class RanksBurst:
-    """A burst with attack ranks, on either side.
-
-    Each burst has an exchange of its own, which ends with it: an attack rank asks for the next weights ahead of time,
-    and would take those of another case.
-    """
+class ServerBurst:
+    """An attack rank's side of a burst: it serves as many steps as the learners make."""
 
     options: AttackCostArgs
     engine: TrainStep
     micro: tuple[MicroBatch, ...]
-    teams: Teams
     next_step: int = 0
 
     def __call__(self, overlap: bool) -> Sample:
-        executor = self.engine.executor = Ranks(self.teams)
-        executor.attach(self.engine)
-        if self.teams.attacking:
-            sample = self._serve()
-        else:
-            sample = LearnerBurst(self.options, self.engine, self.micro)(overlap)
-            executor.settle()
-        executor.close()
-        return sample
-
-    def _serve(self) -> Sample:
         first = self.next_step + self.engine.ahead
         self.next_step += self.options.burst
         served: list[list[Span]] = []
@@ -219,7 +203,7 @@ def mean_phases(served: Sequence[Sequence[Span]]) -> dict[str, float]:
     return phases
 
 
-@dataclass(frozen=True)
+@dataclass
 class BusyBurst:
     """Attack ranks attack for nobody, without a pause, for as long as the learners' burst lasts.
 
@@ -231,18 +215,21 @@ class BusyBurst:
     micro: tuple[MicroBatch, ...]
     teams: Teams
 
+    def __post_init__(self) -> None:
+        self._line = self.teams.world.new_line()
+
     def __call__(self, overlap: bool) -> Sample:
         world, attackers = self.teams.world, self.teams.attackers
         end = torch.zeros(1, device=world.device)
         if self.teams.attacking:
-            ended = world.receive(end, self.teams.learners[0], WEIGHTS)
+            ended = world.receive(end, self.teams.learners[0], self._line)
             while not ended.done:
                 METHODS["disadv"](0).extra(self.engine, Batch(0, self.micro))
             ended.wait()
             return Sample(None)
         sample = LearnerBurst(self.options, self.engine, self.micro)(overlap)
         if world.rank == self.teams.learners[0]:
-            for sent in [world.send(end, attacker, WEIGHTS) for attacker in attackers]:
+            for sent in [world.send(end, attacker, self._line) for attacker in attackers]:
                 sent.wait()
         return sample
 

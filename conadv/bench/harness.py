@@ -31,16 +31,22 @@ class Sample:
     phases: Mapping[str, float] = field(default_factory=dict)
 
 
+def nothing() -> None:
+    """The end of a case that leaves nothing open."""
+
+
 @dataclass(frozen=True)
 class Case:
     """Something to time, the case that its ratio refers to, and what else a reader of the JSON must know about it.
 
-    Ranks: ``run`` is called on all ranks of the world in the same order; it may be collective.
+    ``end`` is called after the last round. Ranks: ``run`` and ``end`` are called on all ranks of the world in the same
+    order; they may be collective.
     """
 
     run: Callable[[], Sample]
     yardstick: str
     labels: Mapping[str, Any] = field(default_factory=dict)
+    end: Callable[[], object] = nothing
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ def measure(
         number += 1
         if number == warmup:
             begin = time.monotonic()
+    for case in cases.values():
+        case.end()
     if world is not None and not world.first:
         return []
     return [row(name, case, results) for name, case in cases.items()]
