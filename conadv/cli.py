@@ -33,6 +33,7 @@ Large-batch training with concurrent adversarial learning.
   export RUN               write the clean route's weights as model.safetensors
   report RUN...            an HTML and Markdown report about runs (or folders of runs)
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
+  plan PROFILE             predict step time, cost and the best split for machines that you do not have
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
   bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
 
@@ -322,6 +323,12 @@ def _timeline(args: Sequence[str]) -> None:
     command(tyro.cli(TimelineArgs, args=args, prog="conadv timeline"))
 
 
+def _plan(args: Sequence[str]) -> None:
+    from .plan.command import PlanArgs, command
+
+    command(tyro.cli(PlanArgs, args=args, prog="conadv plan"))
+
+
 def _demo(args: Sequence[str]) -> None:
     from .demo import DemoArgs, demo
 
@@ -344,6 +351,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "report": _report,
     "timeline": _timeline,
+    "plan": _plan,
     "demo": _demo,
     "bench": _bench,
 }

@@ -1,0 +1,33 @@
+"""What a step needs of a device's memory: lower bounds, without the allocator's reserve and kernels' workspaces."""
+
+from __future__ import annotations
+
+from .model import Layout, Planner, kind_of
+
+
+def learner_bytes(planner: Planner, method: str, layout: Layout) -> int:
+    """weights + gradients + buckets + optimizer state + look-ahead copy + send buffer + activations + images.
+
+    Activations are those of one forward pass: of one view, or of all where views are fused. Images: the batch's views
+    and the tau batches that wait (as float32).
+    """
+    sizes, kind, measured = planner.profile.sizes, kind_of(method), planner.measured(method)
+    views = 1 if method == "vanilla" else 2
+    copies = 2 + (layout.learners > 1) + kind.lookahead + (layout.attack_ranks > 0)
+    waiting = planner.staleness if kind.stale else int(method == "recycle")
+    images = layout.local_batch * (views + waiting) * sizes.image
+    in_pass = layout.micro_batch * (views // measured.passes or 1)
+    return sizes.weights * copies + sizes.optimizer_state + images + in_pass * sizes.activations_per_image
+
+
+def attacker_bytes(planner: Planner, layout: Layout) -> int:
+    """weights, their receive buffer, one micro-batch's activations, and the images of a share before and after."""
+    sizes = planner.profile.sizes
+    images = 2 * layout.share * layout.micro_batch * sizes.image
+    return 2 * sizes.weights + images + layout.micro_batch * sizes.activations_per_image
+
+
+def device_bytes(planner: Planner, method: str, layout: Layout) -> int:
+    """The most that any rank of the layout needs."""
+    learner = learner_bytes(planner, method, layout)
+    return max(learner, attacker_bytes(planner, layout)) if layout.attack_ranks else learner

@@ -1,0 +1,110 @@
+"""A plan as a table for the terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..report.table import duration
+from .profile import Profile
+from .rows import Plan, Row
+
+GIB = 2**30
+RIGHT = ("step", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
+NEEDS_WIDTH = {"GiB": 118, "micro-batch": 106, "batch": 100, "device-s\nper epoch": 92}
+LEGEND = (
+    "overhead: step time over that of noise on as many learners.",
+    "limit: what the step would gain most by, were it free; memory: it made the micro-batch smaller.",
+    "range: measured = inside the measured points; otherwise what is outside: the micro-batch, the number of ranks, or "
+    "a link that was given instead of measured.",
+)
+
+
+def show(plan: Plan, epoch_images: int, price: float | None, console: Console | None = None) -> None:
+    """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
+    console = console or Console(highlight=False)
+    console.print(_about(plan), markup=False)
+    console.print(plan_table(plan, epoch_images, price, console.width))
+    for line in (*LEGEND, *_stream(plan), *_left_out(plan)):
+        console.print(f"- {line}", markup=False)
+
+
+def plan_table(plan: Plan, epoch_images: int, price: float | None = None, width: int = 160) -> Table:
+    """One line per row; columns that can wait are left out of a terminal narrower than they need."""
+    names = list(cells(plan.rows[0], epoch_images, price))
+    shown = [name for name in names if width >= NEEDS_WIDTH.get(name, 0)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
+    for name in shown:
+        table.add_column(
+            name, justify="right" if name in RIGHT or name == "devices" else "left", no_wrap=name != "range"
+        )
+    last: tuple[int, int] | None = None
+    for row in plan.rows:
+        if last not in (None, (row.global_batch, row.devices)):
+            table.add_section()
+        last = row.global_batch, row.devices
+        values = cells(row, epoch_images, price)
+        table.add_row(*(values[name] for name in shown))
+    return table
+
+
+def cells(row: Row, epoch_images: int, price: float | None = None) -> dict[str, str]:
+    """Column -> text. ``price``: of one device for one hour."""
+    prediction, layout = row.prediction, row.prediction.layout
+    epoch = prediction.device_seconds_per_image * epoch_images
+    idle = row.devices - layout.devices
+    split = f"ranks {layout.learners}:{layout.attack_ranks}" if layout.attack_ranks else "inline"
+    values = {
+        "devices": f"{row.devices}",
+        "batch": f"{row.global_batch}",
+        "method": row.method,
+        "executor": split + (f" ({idle} idle)" if idle else ""),
+        "micro-batch": f"{layout.micro_batch} x {layout.accumulation}",
+        "step": duration(prediction.step),
+        "images/s": f"{prediction.images_per_second:,.0f}",
+        "overhead": f"{row.overhead:.2f}",
+        "device-s\nper epoch": f"{epoch:,.0f}",
+        "GiB": f"{row.memory / GIB:.2f}",
+        "limit": row.limit,
+        "range": ", ".join(row.extrapolated) or "measured",
+    }
+    return values if price is None else values | {"cost": f"{epoch / 3600 * price:,.2f}"}
+
+
+def _about(plan: Plan) -> str:
+    profile, link = plan.planner.profile, plan.planner.link
+    return f"{describe(profile)}; link: " + (
+        "none"
+        if link is None
+        else f"{8e-9 / link.seconds_per_byte:.3g} Gbit/s and {1e6 * link.latency:.3g} us per step of an all-reduce"
+    )
+
+
+def describe(profile: Profile) -> str:
+    """The workload and the machine on one line."""
+    work = profile.workload
+    device = profile.machine.get("device", profile.device)
+    where = profile.machine.get("processor", "cpu") if profile.device == "cpu" else device
+    return (
+        f"{work.model}, {work.image_size}x{work.image_size}, {work.precision}, {work.optimizer}; measured on {where}, "
+        f"{profile.processes} process(es) of {profile.threads} thread(s)"
+    )
+
+
+def _stream(plan: Plan) -> list[str]:
+    if plan.planner.profile.device != "cuda":
+        return []
+    gains = [
+        f"{row.method} on {row.devices}: {duration(row.prediction.lower)} to {duration(row.prediction.step)}"
+        for row in plan.rows
+        if row.prediction.lower < row.prediction.step
+    ]
+    return [f"stream executor, bounds of a step, not measured: {'; '.join(gains)}."] if gains else []
+
+
+def _left_out(plan: Plan) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for omitted in plan.omitted:
+        reasons.setdefault(omitted.reason, []).append(f"{omitted.method} on {omitted.devices}")
+    return [f"left out: {', '.join(which)}: {reason}" for reason, which in reasons.items()]
