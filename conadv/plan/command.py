@@ -58,7 +58,7 @@ class PlanArgs:
     """Measure instead of plan: the phases of a step (makes the file), the link between the ranks (adds it), or both."""
     workload: WorkloadArgs = field(default_factory=WorkloadArgs)
     method: str = "all"
-    """Methods with commas, or all: vanilla, multiview, noise, disadv, conadv, conadv+lookahead, recycle."""
+    """Methods with commas, or all: vanilla, multiview, noise, disadv, conadv, conadv-lookahead, recycle."""
     devices: str = "1,8,64,512,4096"
     """Numbers of devices, with commas."""
     global_batch_size: str = "32768"

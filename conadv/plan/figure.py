@@ -61,7 +61,7 @@ def _lines(left: Axes, right: Axes, rows: list[Row], number: int) -> None:
 def _device_axis(axes: Axes, rows: list[Row]) -> None:
     counts = sorted({row.devices for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks(counts, [f"{count}" for count in counts], fontsize=9.5 if len(counts) < 9 else 7.5)
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("devices")
     axes.grid(True)

@@ -43,10 +43,10 @@ KINDS = {
     "noise": Kind("noise", "before"),
     "disadv": Kind("conadv", "before"),
     "conadv": Kind("conadv", "beside"),
-    "conadv+lookahead": Kind("conadv", "beside", lookahead=True),
+    "conadv-lookahead": Kind("conadv", "beside", lookahead=True),
     "recycle": Kind("recycle", "beside"),
 }
-MEASURED = ("vanilla", "noise", "conadv", "conadv+lookahead", "recycle")
+MEASURED = ("vanilla", "noise", "conadv", "conadv-lookahead", "recycle")
 
 
 def kind_of(method: str) -> Kind:
@@ -118,13 +118,15 @@ class Planner:
     """Predicts by a profile and a network.
 
     link: between any two ranks; None is enough for one device. staleness: tau of conadv.
-    arithmetic: factor on all computation, 0 to ask what an infinitely fast processor would leave.
+    arithmetic: factor on all computation, 0 to ask what an infinitely fast processor would leave. processors: how many
+    all ranks of a layout share, where they have not one each: no step is shorter than their work divided by it.
     """
 
     profile: Profile
     link: Link | None = None
     staleness: int = 1
     arithmetic: float = 1.0
+    processors: int | None = None
 
     def predict(self, method: str, layout: Layout) -> Prediction:
         """The step of ``method`` by ``layout``. Raises ConadvError where they do not fit each other."""
@@ -141,10 +143,11 @@ class Planner:
         gradient = self._gradient_seconds(kind, layout)
         ends = self._learn(kind, layout, gradient, later)
         rest = self._rest_seconds(kind, layout)
-        step = first + ends.both + rest
+        step = max(first + ends.both + rest, self._crowded(layout, first + ends.work + rest))
         lower = min(step, max(self._learn(kind, layout, gradient, 0.0).both, attack) + rest)
         stretched = ends.work - later
-        return Prediction(method, layout, step, stretched, attack, ends.wait, 0.0, rest, lower)
+        wait = max(0.0, step - first - ends.work - rest)
+        return Prediction(method, layout, step, stretched, attack, wait, 0.0, rest, lower)
 
     def _with_attack_ranks(self, method: str, kind: Kind, layout: Layout) -> Prediction:
         """A learner sends its weights, trains, and takes images; an attack rank's chain runs beside it."""
@@ -157,18 +160,31 @@ class Planner:
         taken = self._copy(layout.local_batch * self.profile.sizes.image)
         rest = self._rest_seconds(kind, layout) + taken
         learner = ends.both + rest
-        step = max(learner, self._chain(kind, layout, predicted))
+        attack = self._share_seconds(kind, layout)
+        step = max(
+            learner, self._chain(kind, layout, predicted, attack), self._crowded(layout, ends.work + rest, attack)
+        )
         return Prediction(method, layout, step, ends.work, 0.0, ends.wait, step - learner, rest, step)
 
-    def _chain(self, kind: Kind, layout: Layout, predicted: float) -> float:
+    def _crowded(self, layout: Layout, learner: float, attacker: float = 0.0) -> float:
+        """Work of all ranks over the processors that they share."""
+        if self.processors is None or self.processors >= layout.devices:
+            return 0.0
+        return (layout.learners * learner + layout.attack_ranks * attacker) / self.processors
+
+    def _share_seconds(self, kind: Kind, layout: Layout) -> float:
+        """What an attack rank works per step: its attacks, from the buffer that weights arrive in, and packing images."""
+        images = layout.share * layout.micro_batch * self.profile.sizes.image
+        attack = layout.share * self._scaled(self._curve(kind.measured, "attack")(layout.micro_batch))
+        return attack + self._copy(images)
+
+    def _chain(self, kind: Kind, layout: Layout, predicted: float, own: float) -> float:
         """Seconds per step that the attack ranks need.
 
         Weights out, attack and images back must be through in tau steps; the attack rank has one step for its share.
         """
         sizes = self.profile.sizes
         images = layout.share * layout.micro_batch * sizes.image
-        attack = layout.share * self._scaled(self._curve(kind.measured, "attack")(layout.micro_batch))
-        own = attack + self._copy(sizes.weights) + self._copy(images)
         travel = self._point_to_point(sizes.weights).seconds + self._point_to_point(images).seconds
         sent = predicted + self._copy(sizes.weights)
         return max(own, (sent + travel + own) / self.staleness)
@@ -242,7 +258,7 @@ class Planner:
         """Look-ahead predicts weights once per step: what its attack takes more than a plain one."""
         if not kind.lookahead:
             return 0.0
-        more = self._curve("conadv+lookahead", "attack")(layout.micro_batch)
+        more = self._curve("conadv-lookahead", "attack")(layout.micro_batch)
         return self._scaled(max(0.0, more - self._curve(kind.measured, "attack")(layout.micro_batch)))
 
     def _rest_seconds(self, kind: Kind, layout: Layout) -> float:

@@ -41,7 +41,8 @@ class Choice:
 def best(planner: Planner, method: str, devices: int, global_batch: int, rules: Rules = DEFAULT) -> Choice:
     """The layout of at most ``devices`` with the most images per second; of equal ones that with the fewest devices.
 
-    Inline uses all devices. Raises ConadvError with the reason where nothing fits.
+    Devices may be left over, where the batch does not divide into all of them or fewer are faster; with the executor
+    fixed to "inline" all of them learn. Raises ConadvError with the reason where nothing fits.
     """
     found: list[Choice] = []
     reasons: list[str] = []
@@ -68,12 +69,11 @@ def _teams(method: str, devices: int, global_batch: int, rules: Rules) -> Iterat
     stale = kind_of(method).stale
     if not stale and (rules.executor == "ranks" or rules.attack_ranks):
         raise ConadvError(f"Attack ranks have nothing to do with {method}: only conadv attacks ahead of its step.")
-    if rules.executor != "ranks" and not rules.attack_ranks and global_batch % devices == 0:
-        yield devices, False
-    if rules.executor == "inline" or not stale or rules.attack_ranks == 0:
-        return
-    for learners in range(1, devices):
-        if global_batch % learners == 0 and (rules.attack_ranks or 1) <= devices - learners:
+    fewest = rules.attack_ranks or 1
+    for learners in (count for count in _divisors(global_batch) if count <= devices):
+        if rules.executor != "ranks" and not rules.attack_ranks and (rules.executor == "auto" or learners == devices):
+            yield learners, False
+        if rules.executor != "inline" and stale and rules.attack_ranks != 0 and learners + fewest <= devices:
             yield learners, True
 
 
@@ -126,9 +126,9 @@ def _divisors(number: int) -> list[int]:
 
 
 def _nothing(method: str, devices: int, global_batch: int, rules: Rules) -> str:
-    if rules.memory is not None and global_batch % devices == 0:
-        return f"memory: {method} needs more than {rules.memory} bytes per device."
     wanted = f" with {rules.attack_ranks} attack rank(s)" if rules.attack_ranks else ""
-    if global_batch < devices:
-        return f"The global batch {global_batch} is less than one image per device{wanted}."
-    return f"The global batch {global_batch} does not divide into {devices} rank(s){wanted}."
+    if rules.executor == "inline" and global_batch % devices:
+        return f"The global batch {global_batch} does not divide into {devices} rank(s)."
+    if rules.executor == "ranks" or rules.attack_ranks:
+        return f"{method}: no split of {devices} device(s) into learners and attack ranks{wanted} fits the batch."
+    return f"memory: {method} needs more than {rules.memory} bytes per device on {devices} device(s)."

@@ -11,13 +11,14 @@ from .profile import Profile
 from .rows import Plan, Row
 
 GIB = 2**30
-RIGHT = ("step", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
-NEEDS_WIDTH = {"GiB": 118, "micro-batch": 106, "batch": 100, "device-s\nper epoch": 92}
+RIGHT = ("devices", "batch", "step", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
+NEEDS_WIDTH = {"GiB": 125, "micro-batch": 118, "batch": 106, "device-s\nper epoch": 98, "overhead": 86}
 LEGEND = (
+    "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the number of ranks, L the "
+    "link.",
+    "executor: learners, or learners:attack ranks. Devices beyond them would make no step faster, and cost nothing.",
     "overhead: step time over that of noise on as many learners.",
-    "limit: what the step would gain most by, were it free; memory: it made the micro-batch smaller.",
-    "range: measured = inside the measured points; otherwise what is outside: the micro-batch, the number of ranks, or "
-    "a link that was given instead of measured.",
+    "limit: what the step would gain most by, were it free; memory, where it made the micro-batch smaller.",
 )
 
 
@@ -36,9 +37,7 @@ def plan_table(plan: Plan, epoch_images: int, price: float | None = None, width:
     shown = [name for name in names if width >= NEEDS_WIDTH.get(name, 0)]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
     for name in shown:
-        table.add_column(
-            name, justify="right" if name in RIGHT or name == "devices" else "left", no_wrap=name != "range"
-        )
+        table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
     last: tuple[int, int] | None = None
     for row in plan.rows:
         if last not in (None, (row.global_batch, row.devices)):
@@ -53,13 +52,12 @@ def cells(row: Row, epoch_images: int, price: float | None = None) -> dict[str, 
     """Column -> text. ``price``: of one device for one hour."""
     prediction, layout = row.prediction, row.prediction.layout
     epoch = prediction.device_seconds_per_image * epoch_images
-    idle = row.devices - layout.devices
-    split = f"ranks {layout.learners}:{layout.attack_ranks}" if layout.attack_ranks else "inline"
+    split = f"ranks {layout.learners}:{layout.attack_ranks}" if layout.attack_ranks else f"inline {layout.learners}"
     values = {
         "devices": f"{row.devices}",
         "batch": f"{row.global_batch}",
         "method": row.method,
-        "executor": split + (f" ({idle} idle)" if idle else ""),
+        "executor": split,
         "micro-batch": f"{layout.micro_batch} x {layout.accumulation}",
         "step": duration(prediction.step),
         "images/s": f"{prediction.images_per_second:,.0f}",
@@ -67,7 +65,7 @@ def cells(row: Row, epoch_images: int, price: float | None = None) -> dict[str, 
         "device-s\nper epoch": f"{epoch:,.0f}",
         "GiB": f"{row.memory / GIB:.2f}",
         "limit": row.limit,
-        "range": ", ".join(row.extrapolated) or "measured",
+        "basis": "".join(name[0].upper() for name in row.extrapolated) or "m",
     }
     return values if price is None else values | {"cost": f"{epoch / 3600 * price:,.2f}"}
 

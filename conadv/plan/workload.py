@@ -29,8 +29,8 @@ def config_of(workload: Workload, method: str) -> Config:
     kind_of(method)
     return resolve(
         Config(
-            method=method.partition("+")[0],
-            lookahead=method.endswith("+lookahead"),
+            method=method.removesuffix("-lookahead"),
+            lookahead=method.endswith("-lookahead"),
             steps=10**6,
             precision=workload.precision,
             channels_last=workload.channels_last,
