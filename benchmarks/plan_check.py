@@ -1,6 +1,6 @@
 """`conadv plan` against measurements that it has not seen.
 
-    python benchmarks/plan_check.py --out results/plan [--only NAME...] [--rates 1600mbit,400mbit,100mbit] [--quick]
+    python benchmarks/plan_check.py --out results/plan [--rates 1600,400,100] [--only PLACE...]
 
 1. Profiles: `conadv plan --measure all` on one process, and on two at once (both cores busy), at local batches 4, 8, 16
    and 32. They are all that the planner gets.
@@ -18,14 +18,12 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -171,18 +169,17 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--rates", type=lambda text: text.split(",") if text else [], default="1600mbit,400mbit,100mbit"
-    )
-    parser.add_argument("--only", nargs="*", default=[], help="places: 1, 2, 3 or a rate")
+    parser.add_argument("--rates", default="1600,400,100", help="of the link between two hosts, Mbit/s; needs root")
+    parser.add_argument("--only", nargs="*", default=[], help="places: 1, 2 or 3 processes, or a rate such as 400mbit")
     parser.add_argument("--rounds", type=int, default=4, help="of the profiles")
     parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--two-hosts", type=Path, default=ROOT / "benchmarks" / "two_hosts.sh")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--place", help=argparse.SUPPRESS)
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if isinstance(options.rates, str):
-        options.rates = options.rates.split(",")
+    options.rates = [f"{rate}mbit" for rate in options.rates.split(",") if rate]
+    options.out = options.out.resolve()
     return options
 
 
@@ -202,18 +199,38 @@ def run_place(options: argparse.Namespace, place: str, profile_path: Path) -> An
     path = options.out / f"cases-{place}.json"
     if not path.exists():
         print(f"cases on {place} process(es)" if place.isdigit() else f"cases between two hosts at {place}", flush=True)
-        asked = [str(Path(__file__).resolve()), "--out", str(options.out), "--rates", ",".join(options.rates)]
+        asked = [
+            str(Path(__file__).resolve()),
+            "--out",
+            str(options.out),
+            "--rates",
+            ",".join(rate.removesuffix("mbit") for rate in options.rates),
+        ]
         asked += ["--worker", str(path.resolve()), "--place", place, "--profile", str(profile_path.resolve())]
         if place.isdigit():
             torchrun(int(place), asked)
         else:
-            two_hosts(place, asked)
+            two_hosts(options, place, asked, path)
     return json.loads(path.read_text())
 
 
 def torchrun(processes: int, arguments: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run([*launcher, *arguments], check=True, env=environment(), cwd=ROOT)
+
+
+def two_hosts(options: argparse.Namespace, place: str, arguments: list[str], result: Path) -> None:
+    """Run a worker on each of two hosts with a link of that rate between them: benchmarks/two_hosts.sh makes them."""
+    node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
+    launcher = f'{shlex.quote(sys.executable)} -m torch.distributed.run --node-rank "$HOST" --master-addr "$MASTER"'
+    command = f"{launcher} {shlex.join([*node, *arguments])}"
+    scratch = options.out / f"hosts-{place}"
+    given = environment() | {"CONADV_TWO_HOSTS_COMMAND": command, "PYTHON": sys.executable}
+    asked = ["bash", str(options.two_hosts), "--out", str(scratch), "--force", place.removesuffix("mbit")]
+    ran = subprocess.run(asked, env=given, cwd=ROOT, capture_output=True, text=True)
+    if not result.exists():  # what the script says of its own benchmark, which did not run, does not matter
+        logs = [f"{log}:\n{log.read_text()[-1500:]}" for log in scratch.glob("*.log")]
+        raise SystemExit("\n".join([f"{shlex.join(asked)} failed:", ran.stdout, ran.stderr, *logs]))
 
 
 def environment() -> dict[str, str]:
@@ -248,9 +265,8 @@ def compare(case: Case, found: Any, profiles: dict[int, Path]) -> dict[str, Any]
 
 
 def gbit(rate: str) -> float:
-    """ "400mbit", as tc writes it, in Gbit/s."""
-    number = rate.rstrip("abcdefghijklmnopqrstuvwxyz")
-    return float(number) * {"mbit": 1e-3, "gbit": 1.0}[rate[len(number) :]]
+    """ "400mbit" in Gbit/s."""
+    return float(rate.removesuffix("mbit")) * 1e-3
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -55,10 +55,12 @@ def beside(work: float, messages: Sequence[Message]) -> Ends:
             if (work - done) / rate <= left / speed:
                 clock += (work - done) / rate
                 left -= (work - done) / rate * speed
-                done, work_end = work, clock
+                done = work
             else:
                 clock += left / speed
                 done, left = done + left / speed * rate, 0.0
+        if done >= work and work_end is None:
+            work_end = clock
         clock += max(0.0, left)
     network_end = clock if messages else 0.0
     return Ends(clock + work - done if work_end is None else work_end, network_end)
