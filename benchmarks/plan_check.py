@@ -1,6 +1,6 @@
 """`conadv plan` against measurements that it has not seen.
 
-    python benchmarks/plan_check.py --out results/plan [--rates 1600,400,100] [--only PLACE...]
+    python benchmarks/plan_check.py --out results/plan [--rates 1600,800,400] [--only PLACE...]
 
 1. Profiles: `conadv plan --measure all` on one process, and on two at once (both cores busy), at local batches 4, 8, 16
    and 32. They are all that the planner gets.
@@ -9,7 +9,7 @@
 3. Predicted against measured: relative error of every case, median and worst. JSON in OUT/plan_check.json.
 
 Each profile and each place of cases is a file in OUT: what is there already is not measured again, so that an
-interrupted check goes on where it stopped (delete OUT to start anew). About 10 minutes on 2 quiet cores.
+interrupted check goes on where it stopped (delete OUT to start anew). About 8 minutes on 2 quiet cores.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rates", default="1600,400,100", help="of the link between two hosts, Mbit/s; needs root")
+    parser.add_argument("--rates", default="1600,800,400", help="of the link between two hosts, Mbit/s; needs root")
     parser.add_argument("--only", nargs="*", default=[], help="places: 1, 2 or 3 processes, or a rate such as 400mbit")
     parser.add_argument("--rounds", type=int, default=4, help="of the profiles")
     parser.add_argument("--model", default="resnet18")

@@ -24,6 +24,7 @@ from conadv.config import Config, dump_yaml, override, resolve
 from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
+from conadv.plan.command import PlanArgs
 from conadv.models import SmallResNet
 from conadv.timeline import TimelineArgs
 
@@ -38,6 +39,7 @@ PARSED = {
     "timeline": TimelineArgs,
     "demo": DemoArgs,
 }
+PARSED = {"eval": cli.EvalArgs, "export": cli.ExportArgs, "report": cli.ReportArgs, "demo": DemoArgs, "plan": PlanArgs}
 OPTIONS_ALONE = ("--help", "--version")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)

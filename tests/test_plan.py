@@ -335,6 +335,16 @@ def test_the_search_finds_what_brute_force_finds(method: str, devices: int, glob
     assert found.layout.devices == min(x.devices for x, step in steps.items() if step == found.step)
 
 
+def test_the_cheapest_split_is_that_of_brute_force() -> None:
+    # Red when: cost_of takes the step for "cost", too.
+    rules = Rules(executor="ranks", objective="cost")
+    found = best(planner(), "conadv", 16, 512, rules).prediction
+    split = [layout for layout in all_layouts("conadv", 16, 512, 32) if layout.attack_ranks]
+    costs = [planner().predict("conadv", layout).device_seconds_per_image for layout in split]
+    assert found.device_seconds_per_image == pytest.approx(min(costs))
+    assert found.layout != best(planner(), "conadv", 16, 512, Rules(executor="ranks")).prediction.layout
+
+
 def test_4096_devices_take_less_than_two_seconds() -> None:
     begin = time.perf_counter()
     for method in KINDS:

@@ -70,6 +70,8 @@ class PlanArgs:
     executor: Literal["auto", "inline", "ranks"] = "auto"
     attack_ranks: int | None = None
     """Fix the number of attack ranks (default: the best)."""
+    objective: Literal["speed", "cost"] = "speed"
+    """Choose the layout with the most images per second, or with the fewest device-seconds per image."""
     link_gbit: float | None = None
     """Plan for a link of this many Gbit/s per rank instead of the measured one."""
     latency_us: float | None = None
@@ -116,7 +118,7 @@ def plan_of(args: PlanArgs) -> Plan:
         if value is not None and not value > 0:
             raise ConadvError(f"{name} {value} must be more than 0.")
     memory = profile.sizes.memory if args.memory_gib is None else round(args.memory_gib * 2**30)
-    rules = Rules(args.micro_batch_size, args.executor, args.attack_ranks, memory)
+    rules = Rules(args.micro_batch_size, args.executor, args.attack_ranks, memory, args.objective)
     planner = Planner(profile, link_of(profile, args.link_gbit, args.latency_us), args.staleness)
     given = args.link_gbit is not None or args.latency_us is not None
     devices, batches = _numbers("--devices", args.devices), _numbers("--global-batch-size", args.global_batch_size)
@@ -175,15 +177,13 @@ def _measure(args: PlanArgs) -> None:
     comm = Comm.from_environment(args.workload.device)
     try:
         with comm.agreed():
-            profile = load(args.profile) if args.measure == "link" else None
-        if profile is None:
-            profile = measure_phases(
-                _workload(args.workload), _numbers("batches", args.workload.batches), args.workload.rounds, comm
-            )
-        if args.measure == "link" or (args.measure == "all" and comm.ranks > 1):
-            profile = profile.model_copy(update={"link": measure_link(comm)})
-        if comm.first:
-            save(profile, args.profile)
+            profile = load(args.profile) if args.measure == "link" and comm.first else None
+        if args.measure != "link":
+            batches = _numbers("--workload.batches", args.workload.batches)
+            profile = measure_phases(_workload(args.workload), batches, args.workload.rounds, comm)
+        link = measure_link(comm) if args.measure == "link" or (args.measure == "all" and comm.ranks > 1) else None
+        if profile is not None and comm.first:
+            save(profile.model_copy(update={"link": link}), args.profile)
     finally:
         comm.close()
 

@@ -21,7 +21,7 @@ def learner_bytes(planner: Planner, method: str, layout: Layout) -> int:
 
 
 def attacker_bytes(planner: Planner, layout: Layout) -> int:
-    """weights, two buffers to receive them, one micro-batch's activations, and the images of a share before and after."""
+    """weights, two buffers to receive them, one micro-batch's activations, a share's images before and after."""
     sizes = planner.profile.sizes
     images = 2 * layout.share * layout.micro_batch * sizes.image
     return 3 * sizes.weights + images + layout.micro_batch * sizes.activations_per_image

@@ -173,7 +173,7 @@ class Planner:
         return (layout.learners * learner + layout.attack_ranks * attacker) / self.processors
 
     def _share_seconds(self, kind: Kind, layout: Layout) -> float:
-        """What an attack rank works per step: its attacks, from the buffer that weights arrive in, and packing images."""
+        """What an attack rank works per step: its attacks, out of the buffer of weights, and packing images."""
         images = layout.share * layout.micro_batch * self.profile.sizes.image
         attack = layout.share * self._scaled(self._curve(kind.measured, "attack")(layout.micro_batch))
         return attack + self._copy(images)

@@ -10,20 +10,26 @@ from ..errors import ConadvError
 from .memory import device_bytes
 from .model import Layout, Planner, Prediction, kind_of
 
-EXECUTORS = ("auto", "inline", "ranks")
-
 
 @dataclass(frozen=True)
 class Rules:
     """What the user fixed. micro_batch: clean images per forward pass, which batch norm sees; None: chosen.
 
-    executor: one of EXECUTORS. attack_ranks: M; None: any. memory: bytes of a device; None: no limit.
+    executor: "auto", "inline" or "ranks". attack_ranks: M; None: any. memory: bytes of a device; None: no limit.
+    objective: "speed", the shortest step, or "cost", the fewest device-seconds per image.
     """
 
     micro_batch: int | None = None
     executor: str = "auto"
     attack_ranks: int | None = None
     memory: int | None = None
+    objective: str = "speed"
+
+    def cost_of(self, choice: Choice) -> tuple[float, int]:
+        """What :func:`best` minimises; of equal layouts it takes the one with fewer devices."""
+        prediction = choice.prediction
+        seconds = prediction.step if self.objective == "speed" else prediction.device_seconds_per_image
+        return seconds, prediction.layout.devices
 
 
 DEFAULT = Rules()
@@ -39,7 +45,7 @@ class Choice:
 
 
 def best(planner: Planner, method: str, devices: int, global_batch: int, rules: Rules = DEFAULT) -> Choice:
-    """The layout of at most ``devices`` with the most images per second; of equal ones that with the fewest devices.
+    """The layout of at most ``devices`` with the most images per second, or the fewest device-seconds per image.
 
     Devices may be left over, where the batch does not divide into all of them or fewer are faster; with the executor
     fixed to "inline" all of them learn. Raises ConadvError with the reason where nothing fits.
@@ -61,7 +67,7 @@ def best(planner: Planner, method: str, devices: int, global_batch: int, rules: 
                 found.append(Choice(planner.predict(method, layout), needed, short))
     if not found:
         raise ConadvError(reasons[0] if reasons else _nothing(method, devices, global_batch, rules))
-    return min(found, key=lambda choice: (choice.prediction.step, choice.prediction.layout.devices))
+    return min(found, key=rules.cost_of)
 
 
 def _teams(method: str, devices: int, global_batch: int, rules: Rules) -> Iterator[tuple[int, bool]]:
