@@ -8,8 +8,8 @@
    between two network namespaces (benchmarks/two_hosts.sh, as root); their rate is given to the planner, not measured.
 3. Predicted against measured: relative error of every case, median and worst. JSON in OUT/plan_check.json.
 
-Each profile and each place of cases is a file in OUT: what is there already is not measured again, so that an
-interrupted check goes on where it stopped (delete OUT to start anew). About 8 minutes on 2 quiet cores.
+Profiles and cases lie in OUT as they are measured, and are not measured again: an interrupted check goes on where it
+stopped (delete OUT to start anew). About 8 minutes on 2 quiet cores.
 """
 
 from __future__ import annotations
@@ -78,26 +78,32 @@ def cases(rates: list[str]) -> list[Case]:
 
 
 def worker(profile_path: Path, out: Path, chosen: list[Case]) -> None:
-    """Measure cases in this process, one of torchrun's; rank 0 writes after each of them."""
+    """Measure the cases that ``out`` lacks in this process, one of torchrun's; rank 0 writes after each of them."""
     import torch
 
     from conadv.allocator import keep_freed_memory
     from conadv.engine import Comm
     from conadv.plan import load
+    from conadv.record import write_atomic
 
     torch.set_num_threads(1)
     keep_freed_memory()
     workload = load(profile_path).workload
     world = Comm.from_environment("cpu", 120.0)
-    found = {}
-    for case in chosen:
+    found = world.share(read(out) if world.first else None)
+    for case in (case for case in chosen if case.name not in found):
         seconds = measure(case, workload, world)
         if world.first:
             found[case.name] = {"case": asdict(case), "step_seconds": seconds}
+            write_atomic(out, json.dumps(found, indent=1) + "\n")
             print(f"  {case.name}: {1e3 * statistics.median(seconds):.1f} ms", flush=True)
-    if world.first:
-        out.write_text(json.dumps(found, indent=1) + "\n")
     world.close()
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The cases that are measured already."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def measure(case: Case, workload: Any, world: Any) -> list[float]:
@@ -160,7 +166,8 @@ def main() -> None:
     profiles = {number: profile(options, number) for number in (1, 2)}
     measured: dict[str, Any] = {}
     for place in dict.fromkeys(case.place for case in chosen):
-        measured |= run_place(options, place, profiles[1 if place == "1" else 2])
+        here = [case for case in chosen if case.place == place]
+        measured |= run_place(options, place, here, profiles[1 if place == "1" else 2])
     rows = [compare(case, measured[case.name], profiles) for case in chosen]
     show(rows)
     write(options, rows)
@@ -194,10 +201,10 @@ def profile(options: argparse.Namespace, processes: int) -> Path:
     return path
 
 
-def run_place(options: argparse.Namespace, place: str, profile_path: Path) -> Any:
-    """All cases of one place, in one launch."""
+def run_place(options: argparse.Namespace, place: str, here: list[Case], profile_path: Path) -> dict[str, Any]:
+    """All cases of one place, in one launch for those that are not measured yet."""
     path = options.out / f"cases-{place}.json"
-    if not path.exists():
+    if missing(path, here):
         print(f"cases on {place} process(es)" if place.isdigit() else f"cases between two hosts at {place}", flush=True)
         asked = [
             str(Path(__file__).resolve()),
@@ -210,8 +217,12 @@ def run_place(options: argparse.Namespace, place: str, profile_path: Path) -> An
         if place.isdigit():
             torchrun(int(place), asked)
         else:
-            two_hosts(options, place, asked, path)
-    return json.loads(path.read_text())
+            two_hosts(options, place, asked, lambda: not missing(path, here))
+    return read(path)
+
+
+def missing(path: Path, here: list[Case]) -> bool:
+    return not read(path).keys() >= {case.name for case in here}
 
 
 def torchrun(processes: int, arguments: list[str]) -> None:
@@ -219,7 +230,7 @@ def torchrun(processes: int, arguments: list[str]) -> None:
     subprocess.run([*launcher, *arguments], check=True, env=environment(), cwd=ROOT)
 
 
-def two_hosts(options: argparse.Namespace, place: str, arguments: list[str], result: Path) -> None:
+def two_hosts(options: argparse.Namespace, place: str, arguments: list[str], done: Callable[[], bool]) -> None:
     """Run a worker on each of two hosts with a link of that rate between them: benchmarks/two_hosts.sh makes them."""
     node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
     launcher = f'{shlex.quote(sys.executable)} -m torch.distributed.run --node-rank "$HOST" --master-addr "$MASTER"'
@@ -228,7 +239,7 @@ def two_hosts(options: argparse.Namespace, place: str, arguments: list[str], res
     given = environment() | {"CONADV_TWO_HOSTS_COMMAND": command, "PYTHON": sys.executable}
     asked = ["bash", str(options.two_hosts), "--out", str(scratch), "--force", place.removesuffix("mbit")]
     ran = subprocess.run(asked, env=given, cwd=ROOT, capture_output=True, text=True)
-    if not result.exists():  # what the script says of its own benchmark, which did not run, does not matter
+    if not done():  # what the script says of its own benchmark, which did not run, does not matter
         logs = [f"{log}:\n{log.read_text()[-1500:]}" for log in scratch.glob("*.log")]
         raise SystemExit("\n".join([f"{shlex.join(asked)} failed:", ran.stdout, ran.stderr, *logs]))
 

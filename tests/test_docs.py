@@ -24,9 +24,9 @@ from conadv.config import Config, dump_yaml, override, resolve
 from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
-from conadv.plan.command import PlanArgs
 from conadv.models import SmallResNet
 from conadv.timeline import TimelineArgs
+from conadv.plan.command import PlanArgs
 
 ROOT = Path(__file__).parent.parent
 TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +25,12 @@ from conadv.plan import KINDS, Layout, Planner, Profile, Rules, best, load, save
 from conadv.plan.command import PAYLOAD, PlanArgs, link_of, plan_of
 from conadv.plan.curve import Curve
 from conadv.plan.link import fit
-from conadv.plan.measure import cut, measure_phases
+from conadv.plan.measure import cut, final_moments, measure_phases
 from conadv.plan.memory import attacker_bytes, learner_bytes
 from conadv.plan.model import LOSSES_BYTES
 from conadv.plan.overlap import Message, beside
 from conadv.plan.profile import Bucket, Workload
+from conadv.plan.search import _splits
 
 EXAMPLE = Path(__file__).parent / "golden" / "plan_profile.json"
 PROFILE = load(EXAMPLE)
@@ -42,12 +45,9 @@ def planner(**link: Any) -> Planner:
     return Planner(PROFILE, LINK.model_copy(update=link))
 
 
-def rank_sum(size: float, ranks: int = 2) -> float:
+def rank_sum(size: float, ranks: int = 2, per_byte: float = PER_BYTE) -> float:
     """A ring's all-reduce in the example, by the book."""
-    return 2 * (ranks - 1) * LATENCY + 2 * (ranks - 1) / ranks * size * PER_BYTE
-
-
-LOSSES = rank_sum(LOSSES_BYTES)
+    return 2 * (ranks - 1) * LATENCY + 2 * (ranks - 1) / ranks * size * per_byte
 
 
 # ---- curves
@@ -184,14 +184,15 @@ def test_one_device_adds_up_its_phases() -> None:
         assert Planner(PROFILE).predict(method, Layout(1, 0, 20, 2)).step == pytest.approx(step), method
 
 
-def by_hand(attack_before: float, attack_after: float, micro_batches: int = 1) -> float:
+def by_hand(attack_before: float, attack_after: float, micro_batches: int = 1, per_byte: float = PER_BYTE) -> float:
     """Two ranks, 32 images per pass: 0.22 per micro-batch, buckets ready at half and at the end of the last pass."""
     gradient, last = 0.22 * micro_batches, 0.11
     first_ready = gradient - last / 2 + 20e6 * COPY
     work = gradient + GRADIENTS * COPY
-    first_end = first_ready + rank_sum(20e6)
-    second_end = max(work, first_end) + rank_sum(25e6)
-    return attack_before + max(work + attack_after, second_end + LOSSES) + 0.01
+    first_end = first_ready + rank_sum(20e6, per_byte=per_byte)
+    second_end = max(work, first_end) + rank_sum(25e6, per_byte=per_byte)
+    losses = rank_sum(LOSSES_BYTES, per_byte=per_byte)
+    return attack_before + max(work + attack_after, second_end + losses) + 0.01
 
 
 def test_buckets_leave_in_the_last_pass_and_the_attack_hides_them() -> None:
@@ -202,6 +203,8 @@ def test_buckets_leave_in_the_last_pass_and_the_attack_hides_them() -> None:
     assert planner().predict("conadv", layout).step == pytest.approx(by_hand(0.0, 0.07))
     assert planner().predict("noise", layout).step == pytest.approx(by_hand(0.004, 0.0))
     assert planner().predict("conadv-lookahead", layout).step == pytest.approx(by_hand(0.0, 0.078))
+    slow = planner(seconds_per_byte=5e-9)  # the first bucket is under way when the second is ready
+    assert slow.predict("conadv", layout).step == pytest.approx(by_hand(0.0, 0.07, per_byte=5e-9))
     twice = planner().predict("conadv", Layout(2, 0, 32, 2))
     assert twice.step == pytest.approx(by_hand(0.0, 0.14, 2))
     assert twice.gradient + twice.attack + twice.wait + twice.rest == pytest.approx(twice.step)
@@ -209,17 +212,19 @@ def test_buckets_leave_in_the_last_pass_and_the_attack_hides_them() -> None:
 
 def test_attack_ranks_work_beside_their_learners() -> None:
     # Red when: the share is not rounded up, tau does not divide the chain, or the learner does not pay for its copy.
-    layout = Layout(3, 2, 32, 1)
-    weights, images = 45e6, 2 * 32 * 12288
-    own = 2 * 0.07 + images * COPY
-    chain = weights * COPY + (LATENCY + weights * PER_BYTE) + own + (LATENCY + images * PER_BYTE)
-    step = planner().predict("conadv", layout)
-    work = weights * COPY + 0.22 + GRADIENTS * COPY
-    sums = rank_sum(25e6, 3)
-    learner = work + sums + rank_sum(LOSSES_BYTES, 3) + 0.01 + 32 * 12288 * COPY
-    first_end = weights * COPY + 0.22 - 0.055 + 20e6 * COPY + rank_sum(20e6, 3)
-    assert first_end < work  # the hand calculation above takes the second bucket to leave at once
-    assert step.step == pytest.approx(max(learner, chain))
+    weights = 45e6
+    for learners, share in ((3, 2), (7, 4)):  # two attack ranks: the learners are slower, then the attack ranks are
+        layout = Layout(learners, 2, 32, 1)
+        images = share * 32 * 12288
+        own = share * 0.07 + images * COPY
+        chain = weights * COPY + (LATENCY + weights * PER_BYTE) + own + (LATENCY + images * PER_BYTE)
+        first_end = weights * COPY + 0.22 - 0.055 + 20e6 * COPY + rank_sum(20e6, learners)
+        work = weights * COPY + 0.22 + GRADIENTS * COPY
+        sums = rank_sum(25e6, learners) + rank_sum(LOSSES_BYTES, learners)
+        assert first_end < work  # the second bucket leaves at once
+        learner = work + sums + 0.01 + 32 * 12288 * COPY
+        assert (learner > chain) == (learners == 3)
+        assert planner().predict("conadv", layout).step == pytest.approx(max(learner, chain))
     assert replace(planner(point_seconds_per_byte=1e-7), staleness=1).predict("conadv", layout).step > 4.5
     slow = replace(planner(point_seconds_per_byte=1e-8), staleness=4)
     assert slow.predict("conadv", layout).step < replace(slow, staleness=1).predict("conadv", layout).step
@@ -335,6 +340,16 @@ def test_the_search_finds_what_brute_force_finds(method: str, devices: int, glob
     assert found.layout.devices == min(x.devices for x, step in steps.items() if step == found.step)
 
 
+@given(micro_batches=st.integers(1, 500), most=st.integers(1, 500))
+def test_splits_are_the_fewest_attack_ranks_of_every_share(micro_batches: int, most: int) -> None:
+    # Red when: they stop before the share of one micro-batch.
+    most = min(most, micro_batches)
+    fewest: dict[int, int] = {}
+    for count in range(1, most + 1):
+        fewest.setdefault(math.ceil(micro_batches / count), count)
+    assert list(_splits(micro_batches, most, None)) == list(fewest.values())
+
+
 def test_the_cheapest_split_is_that_of_brute_force() -> None:
     # Red when: cost_of takes the step for "cost", too.
     rules = Rules(executor="ranks", objective="cost")
@@ -374,6 +389,7 @@ def test_rules_are_kept() -> None:
         ("noise", 2, 32, Rules(micro_batch=5), "not a multiple of the micro-batch 5"),
         ("conadv", 1, 32, Rules(executor="ranks"), "no split of 1 device"),
         ("noise", 2, 32, Rules(memory=1000), "memory"),
+        ("noise", 2, 64, Rules(micro_batch=32, memory=150_000_000), "memory"),
         ("nois", 2, 32, Rules(), "Did you mean 'noise'"),
     ],
 )
@@ -448,7 +464,7 @@ def test_a_method_that_was_not_measured_is_named() -> None:
 
 
 def test_a_profile_of_a_tiny_network_on_one_process() -> None:
-    # Red when: hooks note the first touch of a parameter instead of the last, or the clean route counts as touched.
+    # Red when: the last pass is taken to begin with the gradient phase, or parameters that it does not touch are late.
     workload = Workload(
         model="resnet8",
         width=4,
@@ -474,6 +490,15 @@ def test_a_profile_of_a_tiny_network_on_one_process() -> None:
     assert Planner(profile).predict("conadv", Layout(1, 0, 4, 1)).step > 0
 
 
+def test_final_moments_are_shares_of_the_last_pass() -> None:
+    # Red when: the first touch counts instead of the last, or the pass begins with the phase.
+    touch = [("touched 2", 2.0), ("touched 0", 3.0), ("touched 2", 5.0), ("touched 1", 6.0), ("touched 0", 7.0)]
+    spans = [("gradient", 1.0, 8.0), *((name, moment, moment) for name, moment in [*touch, ("touched 3", 2.5)])]
+    assert final_moments(spans) == pytest.approx({2: 2 / 5, 0: 4 / 5, 1: 3 / 5, 3: 0.0})
+    one_pass = [("gradient", 1.0, 5.0), ("touched 1", 3.0, 3.0), ("touched 0", 4.0, 4.0)]
+    assert final_moments(one_pass) == pytest.approx({1: 0.5, 0: 0.75})
+
+
 def test_buckets_are_cut_as_the_reducer_cuts_them() -> None:
     # Red when: the first bucket of the last pass is not limited to 1 MiB.
     shapes = [(300_000,), (50_000,), (200_000,), (9_000_000,), (10,), (5_000_000,), (2_000_000,)]
@@ -483,6 +508,24 @@ def test_buckets_are_cut_as_the_reducer_cuts_them() -> None:
     for late, first in ((True, MIB), (False, 25 * MIB)):
         expected = [list(bucket.members) for bucket in reducer._cut(order, late)]
         assert cut([(i, shapes[i][0] * 4) for i in order], first, 25 * MIB) == expected
+
+
+TINY = ["--workload.model", "resnet8", "--workload.width", "4", "--workload.image-size", "8", "--workload.rounds", "1"]
+
+
+def test_two_processes_measure_a_profile_with_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: a rank other than the first writes, or the ranks do not make the same number of timed sums (it hangs).
+    path = tmp_path / "profile.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    measure = ["-m", "conadv", "plan", str(path), "--measure", "all", "--workload.batches", "2", *TINY]
+    ran = subprocess.run([*launch, *measure], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    profile = load(path)
+    assert profile.processes == 2
+    assert profile.link is not None
+    assert (profile.link.ranks, profile.link.algorithm, len(profile.link.all_reduce)) == (2, "ring", 5)
+    assert main(["plan", str(path), "--devices", "1,2,4", "--global-batch-size", "16"]) == 0
+    assert "resnet8" in capsys.readouterr().out
 
 
 # ---- the command

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine import Comm, TrainStep
 from ..record import git_state, machine, now, versions
-from ..types import Batch, StepRecord
+from ..types import Batch, Span, StepRecord
 from .model import MEASURED
 from .profile import Bucket, Measured, Point, Profile, Sizes, Workload
 from .workload import batches, build_step
@@ -24,6 +24,8 @@ from .workload import batches, build_step
 MIB = 2**20
 WARMUP_STEPS = 2
 BURST_STEPS = 4
+HOOKED_STEPS = 3
+TOUCHED = "touched "
 
 
 @dataclass
@@ -124,42 +126,49 @@ def _passes(method: str, comm: Comm) -> int:
 
 
 def _buckets(engine: TrainStep, workload: Workload, micro_batch: int) -> tuple[Bucket, ...]:
-    """The buckets of a step and the moment of the last pass when each is complete, from one more step with hooks.
+    """The buckets of a step and the moment of the last pass when each is complete, from steps with hooks.
 
     A parameter that the last pass does not touch is ready when that pass begins.
     """
     params = [p for p in engine.model.parameters() if p.requires_grad]
     hooks = [p.register_post_accumulate_grad_hook(partial(_note, engine, i)) for i, p in enumerate(params)]
-    record = _burst(engine, workload, micro_batch, 1)[0][1]
+    steps = [final_moments(record.spans) for _, record in _burst(engine, workload, micro_batch, HOOKED_STEPS)]
     for hook in hooks:
         hook.remove()
-    final = {name: start for name, start, _ in record.spans if name.startswith("ready ")}
-    begin, end = next((start, end) for name, start, end in record.spans if name == "gradient")
-    last = (end - begin) / _passes_of(engine)
-    ready = [
-        min(1.0, max(0.0, 1 - (end - final[f"ready {i}"]) / last)) if f"ready {i}" in final else None
-        for i in range(len(params))
-    ]
-    order = [i for i in reversed(range(len(params))) if ready[i] is not None]
-    late = [i for i in order if ready[i]]
-    early = [i for i in order if not ready[i]]
+    ready = {i: statistics.median(step[i] for step in steps) for i in steps[0]}
+    order = sorted(ready, reverse=True)
+    size = {i: params[i].nbytes for i in order}
     groups = [
-        *cut([(i, params[i].nbytes) for i in early], 25 * MIB, 25 * MIB),
-        *cut([(i, params[i].nbytes) for i in late], MIB, 25 * MIB),
+        *cut([(i, size[i]) for i in order if not ready[i]], 25 * MIB, 25 * MIB),
+        *cut([(i, size[i]) for i in order if ready[i]], MIB, 25 * MIB),
     ]
-    return tuple(
-        Bucket(bytes=sum(params[i].nbytes for i in group), ready=max(ready[i] or 0.0 for i in group))
-        for group in groups
-    )
+    return tuple(Bucket(bytes=sum(size[i] for i in group), ready=max(ready[i] for i in group)) for group in groups)
 
 
 def _note(engine: TrainStep, number: int, _: Tensor) -> None:
     moment = engine.clock.mark()
-    engine.clock.add(f"ready {number}", moment, moment, beside=True)
+    engine.clock.add(f"{TOUCHED}{number}", moment, moment, beside=True)
 
 
-def _passes_of(engine: TrainStep) -> int:
-    return 1 if engine.method.route is None or engine.device.type == "cuda" else 2
+def final_moments(spans: Sequence[Span]) -> dict[int, float]:
+    """Parameter -> when its gradient is final, as a share of the last pass; 0 for those that only earlier ones touch.
+
+    ``spans``: the step's gradient phase, and one span for every touch of a parameter, which each pass gives at most one
+    of. The first touch of the last pass is the first that completes a parameter's number of touches, if that number is
+    the number of passes; that pass began where the touches of the one before ended.
+    """
+    touches: dict[int, list[float]] = {}
+    for name, start, _ in spans:
+        if name.startswith(TOUCHED):
+            touches.setdefault(int(name.removeprefix(TOUCHED)), []).append(start)
+    begin, end = next((start, end) for name, start, end in spans if name == "gradient")
+    passes = max(map(len, touches.values()))
+    first = min(times[-1] for times in touches.values() if len(times) == passes)
+    begin = max((moment for times in touches.values() for moment in times if moment < first), default=begin)
+    return {
+        number: min(1.0, (times[-1] - begin) / (end - begin)) if times[-1] >= first else 0.0
+        for number, times in touches.items()
+    }
 
 
 def cut(sizes: Sequence[tuple[int, int]], first: int, later: int) -> list[list[int]]:
