@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conadv.cli import main
@@ -324,6 +324,7 @@ def all_layouts(method: str, devices: int, global_batch: int, largest: int) -> l
 
 
 @settings(max_examples=40, deadline=None)
+@example(method="conadv-lookahead", devices=34, global_batch=197, speed=6.501535153674602e-09)
 @given(
     method=methods,
     devices=st.integers(1, 40),
@@ -331,13 +332,13 @@ def all_layouts(method: str, devices: int, global_batch: int, largest: int) -> l
     speed=st.floats(1e-10, 1e-8),
 )
 def test_the_search_finds_what_brute_force_finds(method: str, devices: int, global_batch: int, speed: float) -> None:
-    # Red when: _splits skips a share, or stops before a share of one micro-batch.
+    # Red when: _splits skips a share, or of equal layouts the one with more devices is taken (global_batch=197, 34).
     now = planner(seconds_per_byte=speed, point_seconds_per_byte=speed)
     layouts = all_layouts(method, devices, global_batch, 32)
     found = best(now, method, devices, global_batch).prediction
-    steps = {layout: now.predict(method, layout).step for layout in layouts}
+    steps = {layout: float(f"{now.predict(method, layout).step:.9g}") for layout in layouts}
     assert found.step == pytest.approx(min(steps.values()))
-    assert found.layout.devices == min(x.devices for x, step in steps.items() if step == found.step)
+    assert found.layout.devices == min(x.devices for x, step in steps.items() if step == min(steps.values()))
 
 
 @given(micro_batches=st.integers(1, 500), most=st.integers(1, 500))

@@ -29,7 +29,7 @@ class Rules:
         """What :func:`best` minimises; of equal layouts it takes the one with fewer devices."""
         prediction = choice.prediction
         seconds = prediction.step if self.objective == "speed" else prediction.device_seconds_per_image
-        return seconds, prediction.layout.devices
+        return float(f"{seconds:.9g}"), prediction.layout.devices  # times that differ by rounding only are equal
 
 
 DEFAULT = Rules()
