@@ -25,8 +25,8 @@ from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models import SmallResNet
-from conadv.timeline import TimelineArgs
 from conadv.plan.command import PlanArgs
+from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
 TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]
@@ -37,9 +37,9 @@ PARSED = {
     "export": cli.ExportArgs,
     "report": cli.ReportArgs,
     "timeline": TimelineArgs,
+    "plan": PlanArgs,
     "demo": DemoArgs,
 }
-PARSED = {"eval": cli.EvalArgs, "export": cli.ExportArgs, "report": cli.ReportArgs, "demo": DemoArgs, "plan": PlanArgs}
 OPTIONS_ALONE = ("--help", "--version")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)

@@ -177,11 +177,12 @@ class Comm:
             yield
         except (RuntimeError, ConnectionError) as error:
             self.broken = True
-            who = "Another rank" if peer is None else f"Rank {peer}"
-            found = self._roll.findings() if self._roll else f"{who} has ended, or does not answer."
+            found = self._roll.findings() if self._roll else "Another rank has ended, or does not answer."
+            at_the_other_end = "" if peer is None else f" Rank {peer} was at the other end."
             raise ConadvError(
                 f"Rank {self.members[self.rank]} of {self._world_ranks}: communication failed in phase "
-                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)} {found} "
+                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)}"
+                f"{at_the_other_end} {found} "
                 "The newest checkpoint is intact: start all ranks again with --resume."
             ) from error
 

@@ -149,7 +149,7 @@ def test_a_dead_peer_is_named(who: int, phases: tuple[str, ...]) -> None:
         assert (kind, name) == ("error", "ConadvError")
         assert f"Rank {1 - who} of 2: communication failed in phase" in message
         assert any(repr(phase) in message for phase in phases)
-        assert f"Rank {who} has ended" in message
+        assert f"Rank {who} was at the other end" in message
     finally:
         pool.close()
 
