@@ -61,10 +61,15 @@ class GradientReducer:
         self._key: Key | None = None  # of the present buckets
         self._buckets: list[Bucket] = []
         self._bucket_of: dict[int, int] = {}
+        self._view_of: dict[int, Tensor] = {}
+        # CPU: a gradient is copied while it is still in caches. CUDA: fewer, larger kernels.
+        self._copy_early = comm.device.type == "cpu"
         self._armed = self._learning = False
         self._ready: set[int] = set()
         self._missing: list[int] = []
         self._handles: list[Handle] = []
+        self._norms: dict[Tensor, Tensor] = {}
+        self._versions: dict[Tensor, int] = {}
         self.overlap = True  # False keeps all buckets until launch(): what overlap is worth can be measured
         for number, p in enumerate(self._params):
             p.register_post_accumulate_grad_hook(partial(self._on_gradient, number))
@@ -99,13 +104,30 @@ class GradientReducer:
 
     def wait(self, clock: PhaseClock | None = None) -> None:
         """Wait for all buckets; every ``.grad`` is then the sum over ranks. ``clock`` hears when each was under way."""
+        self._norms, self._versions = {}, {}
         for bucket, handle in zip(self._buckets, self._handles, strict=True):
             handle.wait()
             if clock is not None:
                 clock.add("network", handle.begin, handle.end, beside=True)
             for number, view in zip(bucket.members, bucket.views, strict=True):
                 self._params[number].grad = view
+            if self._copy_early:  # on the CPU this fills the time until the next bucket is there
+                self._norms |= {view: torch.linalg.vector_norm(view) for view in bucket.views}
+            self._versions[bucket.flat] = bucket.flat._version
         self._handles.clear()
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The Euclidean norm of ``gradients`` together, with the bits of ``torch.nn.utils.get_total_norm``.
+
+        Norms of single gradients were taken while later buckets were under way. Where somebody has changed gradients
+        since (clipped them, or put others in their place), they are taken again.
+        """
+        unchanged = all(flat._version == version for flat, version in self._versions.items())
+        if unchanged and all(gradient in self._norms for gradient in gradients):
+            whole: Tensor = torch.linalg.vector_norm(torch.stack([self._norms[g] for g in gradients]))
+            return whole
+        total: Tensor = torch.nn.utils.get_total_norm(gradients)
+        return total
 
     # ---- internals
 
@@ -119,6 +141,9 @@ class GradientReducer:
         if place < len(self._handles):
             raise self._changed(number)
         self._missing[place] -= 1
+        if self._copy_early:
+            view = self._view_of[number]
+            p.grad = view.copy_(p.grad)  # type: ignore[arg-type]
         self._launch_complete()
 
     def _launch_complete(self) -> None:
@@ -128,7 +153,7 @@ class GradientReducer:
 
     def _launch(self, bucket: Bucket) -> None:
         pairs = [(view, self._params[i].grad) for i, view in zip(bucket.members, bucket.views, strict=True)]
-        present = [(view, grad) for view, grad in pairs if grad is not None]
+        present = [(view, grad) for view, grad in pairs if grad is not None and grad is not view]
         if present:
             torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
         for view, grad in pairs:
@@ -155,15 +180,16 @@ class GradientReducer:
             *self._cut([i for i in order if late[i]], late=True),
         ]
         self._bucket_of = {i: place for place, bucket in enumerate(self._buckets) for i in bucket.members}
+        self._view_of = {i: view for b in self._buckets for i, view in zip(b.members, b.views, strict=True)}
         self._key = views
 
     def _cut(self, order: Sequence[int], late: bool) -> Iterator[Bucket]:
-        """Buckets of at most the cap (a larger parameter is alone), each of one dtype."""
+        """Buckets that are full when they reach the cap, each of one dtype."""
         members: list[int] = []
         size, cap = 0, min(MIB, self._cap) if late else self._cap
         for i in order:
             p = self._params[i]
-            if members and (size + p.nbytes > cap or p.dtype != self._params[members[0]].dtype):
+            if members and (size >= cap or p.dtype != self._params[members[0]].dtype):
                 yield self._bucket(members, late)
                 members, size, cap = [], 0, self._cap
             members.append(i)

@@ -162,7 +162,8 @@ class TrainStep:
             for m, micro in enumerate(batch.micro):
                 inputs.append(self._micro_gradient(batch, m, micro, extra, totals))
             self._losses = {name: total / len(batch.micro) for name, total in totals.items()}
-            self._launch()
+            if self._reducer is not None:
+                self._reducer.launch()
         if self.method.needs_input_gradient:
             with self.clock.phase("attack"):
                 self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
@@ -309,23 +310,20 @@ class TrainStep:
         share = 1 / (len(batch.micro) * self.comm.ranks * sum(map(self._weight, views)))
         passes = [views] if self._fuse_views else [{name: view} for name, view in views.items()]
         for together in passes:
-            if self._reducer is not None and m == len(batch.micro) - 1 and together is passes[-1]:
+            last = m == len(batch.micro) - 1 and together is passes[-1]
+            if self._reducer is not None and last:
                 self._reducer.last_pass(tuple(views))
             # route and randomness also cover backward: activation checkpointing runs forward again there
             with rng.scope(self.device, self._seed, *path, *together), self._route(_route_spec(together)):
                 losses = self._forward_views(together)
+                for name, loss in losses.items():
+                    totals[name] = totals.get(name, 0.0) + loss.detach()
+                if self._reducer is not None and last:  # before the large messages, not behind them
+                    self._loss_sum = self.comm.sum_async(torch.stack(list(totals.values())) / len(batch.micro))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
                 factors = [torch.full_like(loss, share * self._weight(name)) for name, loss in losses.items()]
                 torch.autograd.backward(list(losses.values()), factors)
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss.detach()
         return clean
-
-    def _launch(self) -> None:
-        """Start what backward has not started yet, and the sum of the losses."""
-        if self._reducer is not None:
-            self._reducer.launch()
-            self._loss_sum = self.comm.sum_async(torch.stack(list(self._losses.values())))
 
     def _check_cleared(self) -> None:
         if self._reducer is not None and any(p.grad is not None for p in self.model.parameters()):
@@ -383,7 +381,7 @@ class TrainStep:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
-        total = torch.nn.utils.get_total_norm(gradients)
+        total = self._reducer.norm(gradients) if self._reducer else torch.nn.utils.get_total_norm(gradients)
         *values, grad_norm = torch.stack([*self._losses.values(), total]).tolist()  # sync point
         losses = dict(zip(self._losses, values, strict=True))
         for what, value in (*((f"loss of the {name} view", v) for name, v in losses.items()), ("gradient", grad_norm)):

@@ -265,3 +265,19 @@ def disagree(comm: Comm) -> None:
 
 def train_run(comm: Comm, out: Path, changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     return train(config(**changes), out, resume=resume, comm=comm)
+
+
+def clipped(comm: Comm) -> tuple[float, float, float]:
+    """The norm that a step records if nobody touches the gradients, what torch makes of them, and after clipping."""
+    engine = make(comm, "vanilla", no_norm_net())
+    steps(engine, 2, 1)
+    norms = []
+    for t in (1, 2):
+        engine.gradient(share(as_batch(t, count=2, dtype=torch.float64), comm))
+        engine.wait()
+        if t == 1:
+            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in engine.model.parameters()])))
+        else:
+            torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
+        norms.insert(0, engine.update().grad_norm)
+    return norms[1], norms[2], norms[0]

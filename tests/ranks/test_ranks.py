@@ -222,3 +222,10 @@ def test_one_process_starts_no_process_group(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "1")
     comm = Comm.from_environment("cpu")
     assert (comm.rank, comm.ranks, comm.backend, torch.distributed.is_initialized()) == (0, 1, None, False)
+
+
+def test_the_recorded_norm_is_that_of_the_gradients_that_are_applied(two: Ranks) -> None:
+    # Red when: norms that were taken while waiting stay although the gradients were clipped since; a norm is left out.
+    for recorded, wanted, clipped in two.run(jobs.clipped):
+        assert recorded == wanted
+        assert clipped == pytest.approx(0.125, rel=1e-5)
