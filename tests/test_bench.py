@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from conadv import Comm
+from conadv import Comm, ConadvError
 from conadv.bench import attack_cost, data, engine, harness, norm, optim, output
 from conadv.bench.harness import Case, Measured, Sample, combine, measure, order, row
 from conadv.bench.options import AttackCostArgs
@@ -191,6 +191,16 @@ def test_attack_cost_on_two_learners(two: Ranks) -> None:
         ("ddp, batch 4", "vanilla, batch 4"),
     ]
     assert all("wait" in r["phases"] for r in rows if not r["name"].startswith("ddp"))
+
+
+def test_a_plain_loop_on_one_rank() -> None:
+    # Red when: plain is compared with noise, or is built on several ranks, where nobody would sum its gradients.
+    assert [(r["name"], r["to"]) for r in bench(Comm(), 0, {"methods": ("vanilla", "noise", "plain")})][-1] == (
+        "plain, batch 4",
+        "vanilla, batch 4",
+    )
+    with pytest.raises(ConadvError, match="use ddp under torchrun"):
+        attack_cost._check_ranks(options(methods=("vanilla", "noise", "plain")), Comm(0, 2))
 
 
 def test_attack_cost_with_an_attack_rank(two: Ranks) -> None:

@@ -28,6 +28,7 @@ from .harness import Case, Row, Sample, measure, nothing, synchronize
 from .options import CONCURRENT, AttackCostArgs
 from .workload import METHODS, SPACE, micro_batches, network, optimizer
 
+OWN_LOOPS = ("plain", "ddp")  # vanilla without the engine
 Burst = Callable[[bool], Sample]
 """Run a burst on this rank, with backward overlap or without."""
 
@@ -41,6 +42,7 @@ def command(options: AttackCostArgs) -> None:
             output.prepare(options)
         teams = world.split(options.attack_ranks)
         cases = build(options, teams)
+        torch.backends.cudnn.benchmark = True  # shapes are fixed: let it find the fastest kernels, for all cases alike
         # one round to warm up: the reducer learns, and every burst has untimed steps of its own
         rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world)
         if world.first:
@@ -61,6 +63,8 @@ def _check_ranks(options: AttackCostArgs, world: Comm) -> None:
         )
     if "ddp" in options.methods and (attackers or world.ranks == 1):
         raise ConadvError("ddp compares sums over ranks: it needs torchrun with 2 ranks or more, all of them learners.")
+    if "plain" in options.methods and world.ranks > 1:
+        raise ConadvError("plain is a loop on one process, without sums over ranks: use ddp under torchrun.")
     if options.overlap != "on" and len(learners) == 1:
         raise ConadvError(f"--overlap {options.overlap} has no effect on one learner: nothing is sent during backward.")
 
@@ -90,8 +94,8 @@ def _cases(
     burst, gradient_bytes, end = _burst(options, teams, method, how, micro)
     made = {}
     for overlap in (True, False) if options.overlap == "both" else (options.overlap == "on",):
-        if method == "ddp" and not overlap:
-            continue  # it has no such switch
+        if method in OWN_LOOPS and not overlap:
+            continue  # they have no such switch
         labels = {
             "method": method,
             "executor": how,
@@ -102,7 +106,7 @@ def _cases(
             "overlap": overlap and learners > 1,
             "gradient_bytes": gradient_bytes,
         }
-        yardstick = name_of("vanilla" if method == "ddp" else "noise", "inline", size, overlap)
+        yardstick = name_of("vanilla" if method in OWN_LOOPS else "noise", "inline", size, overlap)
         made[name_of(method, how, size, overlap)] = Case(partial(burst, overlap), yardstick, labels, end)
     return made
 
@@ -117,8 +121,8 @@ def _burst(
     options: AttackCostArgs, teams: Teams, method: str, how: str, micro: tuple[MicroBatch, ...]
 ) -> tuple[Burst, int, Callable[[], object]]:
     """What this rank does in a burst of a case, the bytes that its gradients have, and what it does at the end."""
-    if method == "ddp":
-        loop, model = _ddp_loop(options, teams.comm, micro[0])
+    if method in OWN_LOOPS:
+        loop, model = _own_loop(options, teams.comm, micro[0])
         return lambda overlap: _timed_steps(options, teams.comm.device, loop), _gradient_bytes(model), nothing
     engine = _engine(options, teams, "noise" if method == "noise-busy" else method, how)
     burst: Burst = LearnerBurst(options, engine, micro)
@@ -254,16 +258,14 @@ def _timed_steps(
     return Sample(seconds / count, {name: total / count for name, total in (phases or {}).items()})
 
 
-def _ddp_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[Callable[[bool], None], nn.Module]:
-    """Plain training in a loop of one's own on torch's DistributedDataParallel, set up as fast as it goes.
+def _own_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[Callable[[bool], None], nn.Module]:
+    """Plain training in a loop of one's own, set up as fast as it goes; on several ranks by DistributedDataParallel.
 
     Buffers are not broadcast, as they are not by the engine.
     """
     plain = network(options, None, comm.device)
     update = optimizer(options, plain)
-    with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers, older torch only this one
-        warnings.simplefilter("ignore", FutureWarning)
-        model: nn.Module = DistributedDataParallel(plain, broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = plain if comm.ranks == 1 else _distributed(plain)
     x, y = micro.views["clean"], micro.y_N
     autocast = torch.autocast(comm.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
@@ -277,6 +279,13 @@ def _ddp_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[C
         loss.item()
 
     return step, plain
+
+
+def _distributed(plain: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers, older torch only this one
+        warnings.simplefilter("ignore", FutureWarning)
+        model: nn.Module = DistributedDataParallel(plain, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return model
 
 
 # ---- what is shown

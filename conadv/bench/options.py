@@ -10,7 +10,7 @@ from ..config import AugmentName, OptimizerName
 from ..errors import ConadvError
 
 MethodName = Literal[
-    "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle", "noise-busy", "ddp"
+    "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle", "noise-busy", "plain", "ddp"
 ]
 ExecutorName = Literal["inline", "stream", "ranks"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
@@ -57,8 +57,8 @@ class AttackCostArgs(BenchArgs):
     """
 
     methods: tuple[MethodName, ...] = ("vanilla", "noise", "disadv", "conadv", "conadv-lookahead", "recycle")
-    """Also multiview, noise-busy (noise while the attack ranks attack for nobody) and ddp (vanilla in a loop of one's
-    own with torch's DistributedDataParallel; several ranks)."""
+    """Also multiview, noise-busy (noise while the attack ranks attack for nobody), and vanilla in a loop of one's own:
+    plain (one rank) and ddp (torch's DistributedDataParallel, several ranks)."""
     batches: tuple[int, ...] = (64,)
     """Clean images per rank and step."""
     executors: tuple[ExecutorName, ...] | None = None
