@@ -40,8 +40,8 @@ class GradientReducer:
     In a step: ``last_pass(views)`` before the last backward pass, ``launch()`` after it, ``wait()`` before anyone
     reads ``.grad``. The caller has scaled the loss, so that the sum is the mean over the global batch.
 
-    ``bucket_mib``: size of a bucket; the first that leaves during the last pass is at most 1 MiB, so that the network
-    is busy early (the sizes of torch's DistributedDataParallel).
+    ``bucket_mib``: size at which a bucket is full; the first that leaves during the last pass is full at 1 MiB, so that
+    the network is busy early (the sizes of torch's DistributedDataParallel).
     A parameter with a gradient on some ranks counts as zero on the others; one without on all ranks is skipped.
     In flight: the buckets, as large as the gradients together. After ``wait`` each ``.grad`` is a view into them,
     valid until the next step's gradients are launched.

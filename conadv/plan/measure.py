@@ -172,14 +172,14 @@ def final_moments(spans: Sequence[Span]) -> dict[int, float]:
 
 
 def cut(sizes: Sequence[tuple[int, int]], first: int, later: int) -> list[list[int]]:
-    """(number, bytes) pairs as groups, in order, of at most ``first`` and then ``later`` bytes; a larger one is alone.
+    """(number, bytes) pairs as groups, in order, that are full when they reach ``first`` and then ``later`` bytes.
 
     The rule of conadv.engine.reducer for parameters of one dtype.
     """
     groups: list[list[int]] = []
     room = 0
     for number, size in sizes:
-        if not groups or size > room:
+        if not groups or room <= 0:
             groups.append([])
             room = first if len(groups) == 1 else later
         groups[-1].append(number)
