@@ -60,7 +60,7 @@ def ratio(repeats: Sequence[Json], name: str, other: str) -> str:
     if not theirs or name == other:
         return "-"
     found = median_interval([a / b for a, b in zip(samples(repeats, name), theirs, strict=True)])
-    return f"{found.median:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{found.median:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _row(point: Json, name: str) -> Any:

@@ -1,22 +1,28 @@
-"""Draw the tables of README.md from the records under results/.
+"""Draw the tables of README.md and docs/ from the records under results/.
 
     python benchmarks/readme.py [--check]
 
 The demo's summary comes from `conadv demo` and the timings from `conadv bench`.
-With --check nothing is written and the exit code says whether the README is up to date.
+With --check nothing is written and the exit code says whether the pages are up to date.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attack_ranks as splitting
+import two_hosts as link
+
+from conadv.bench.options import CONCURRENT
+
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "concurrency.md", ROOT / "docs" / "plan.md")
 RESULTS = ROOT / "results"
 
 
@@ -83,31 +89,119 @@ def ratio(row: dict[str, Any]) -> str:
     return f"{row['ratio']:.2f} [{row[ends[0]]:.2f}, {row[ends[1]]:.2f}]"
 
 
+def brackets(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else ratio(row)
+
+
+def made_by(file: str, command: str) -> str:
+    facts = json.loads((RESULTS / "benchmarks" / file).read_text())
+    point = facts["points"][0]
+    rows = point["tables"]["attack-cost"]
+    repeats = sum(p.get("ranks") == point.get("ranks") and p.get("link") == point.get("link") for p in facts["points"])
+    rounds = [repeats * len(row["samples_ms"]) for p in facts["points"] for row in p["tables"]["attack-cost"]]
+    count = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{min(rounds)}"
+    coverage = 100 * splitting.median_interval([float(n) for n in range(min(rounds))]).coverage
+    options = facts.get("options") or point["options"]
+    what = f"{options['model']} at {options['image_size']}x{options['image_size']}, {options['precision']}"
+    return (
+        f"`{command}` at commit {point['git']['commit'][:7]}: {what}, {rows[0]['labels']['local_batch_size']}"
+        f"{' and ' + str(options['batches'][-1]) if len(options['batches']) > 1 else ''} images per rank, {count} "
+        f"interleaved rounds, intervals of at least {coverage:.0f} %; {where(facts)}"
+    )
+
+
+def two_hosts(overlap: bool) -> str:
+    """Overhead over noise by the rate of the link."""
+    points = json.loads((RESULTS / "benchmarks" / "two_hosts.json").read_text())["points"]
+    rows = []
+    for point in points:
+        noise = link.find(point, "noise", overlap)
+        limit = point["link"]["rate_mbit"]
+        name = f"no limit ({point['link']['measured_mbit']:,.0f})" if limit is None else f"{limit:,}"
+        times = [
+            f"{ms:,.0f}" for ms in (noise["median_ms"] if noise else 0, link.sum_ms(point), link.attack_ms(point) or 0)
+        ]
+        cells = [brackets(link.find(point, method, overlap)) for method in link.METHODS]
+        rows.append([name, *times, *cells, *([brackets(link.find(point, "ddp", True))] if overlap else [])])
+    head = ["link, Mbit/s", "noise, ms", "sum alone, ms", "attack, ms", *link.METHODS.values()]
+    return table([*head, *(["DDP over vanilla"] if overlap else [])], rows)
+
+
+def attack_ranks() -> str:
+    """Splits of two cores: the learner's step beside noise, and images per second and core."""
+    content = json.loads((RESULTS / "benchmarks" / "attack_ranks.json").read_text())
+    splits: dict[tuple[int, int], list[Any]] = {}
+    for point in content["points"]:
+        splits.setdefault((point["ranks"]["learners"], point["ranks"]["attack_ranks"]), []).append(point)
+    rows = []
+    for (learners, attackers), repeats in splits.items():
+        for row in repeats[0]["tables"]["attack-cost"]:
+            labels = row["labels"]
+            if labels["method"] not in CONCURRENT or (labels["executor"] == "inline" and attackers):
+                continue
+            busy = f"noise, attack ranks busy, batch {labels['local_batch_size']}"
+            found = [splitting.ratio(repeats, row["name"], other) for other in (row["yardstick"], busy)]
+            per_second = 1e3 * labels["images"] / statistics.median(splitting.samples(repeats, row["name"]))
+            per_core = per_second / min(labels["ranks"], content["machine"]["cores"])
+            what = [f"{learners}:{attackers}", link.METHODS[labels["method"]], str(labels["local_batch_size"])]
+            rows.append([*what, *found, f"{per_second:.0f}", f"{per_core:.0f}"])
+    head = ["learners : attack ranks", "", "images per learner", "over noise", "over noise beside busy cores"]
+    head += ["images/s", "per core in use"]
+    return table(head, rows)
+
+
+def plan_check() -> str:
+    """Predicted against measured steps."""
+    content = json.loads((RESULTS / "plan" / "plan_check.json").read_text())
+    rows = [
+        [
+            row["name"],
+            f"{row['measured_ms']:.0f}",
+            f"{row['predicted_ms']:.0f}",
+            f"{100 * row['error']:+.1f}",
+            row["limit"],
+        ]
+        for row in content["rows"]
+    ]
+    found = content["summary"]
+    return (
+        f"{table(['case', 'measured, ms', 'predicted, ms', 'error, %', 'limit'], rows)}\n\n"
+        f"{len(rows)} cases: median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %. "
+        f"`python benchmarks/plan_check.py --out results/plan` at commit {content['git']['commit'][:7]}; {where(content)}"
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
     "methods": lambda: "\n\n".join(map(timing, ("attack-cost-resnet20.json", "attack-cost-resnet8.json"))),
     "engine": lambda: timing("engine.json"),
     "norm": lambda: timing("norm.json"),
     "optim": lambda: timing("optim.json"),
+    "two-hosts": lambda: f"{two_hosts(True)}\n\n{made_by('two_hosts.json', 'benchmarks/two_hosts.sh')}",
+    "two-hosts-without": lambda: two_hosts(False),
+    "attack-ranks": lambda: f"{attack_ranks()}\n\n{made_by('attack_ranks.json', 'benchmarks/attack_ranks.sh')}",
+    "plan": plan_check,
 }
+
+
+MARK = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.S)
 
 
 def drawn(text: str) -> str:
     """``text`` with every section drawn anew."""
-    for name, draw in SECTIONS.items():
-        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
-        text, count = re.subn(pattern, lambda m, d=draw: f"{m[1]}{d()}\n{m[2]}", text, flags=re.S)  # type: ignore[misc]
-        if count != 1:
-            raise SystemExit(f"README.md has {count} sections {name!r}, wanted 1")
-    return text
+    return MARK.sub(lambda found: f"{found[1]}{SECTIONS[found['name']]()}\n{found[3]}", text)
 
 
 def main() -> None:
-    before = README.read_text()
-    after = drawn(before)
-    if "--check" in sys.argv:
-        raise SystemExit(0 if after == before else "README.md is not what results/ says: run benchmarks/readme.py")
-    README.write_text(after)
+    pages = {page: page.read_text() for page in PAGES}
+    found = sorted(mark["name"] for text in pages.values() for mark in MARK.finditer(text))
+    if found != sorted(SECTIONS):
+        raise SystemExit(f"The pages have the sections {found}, wanted {sorted(SECTIONS)}, each once.")
+    for page, before in pages.items():
+        after = drawn(before)
+        if "--check" in sys.argv and after != before:
+            raise SystemExit(f"{page.name} is not what results/ says: run benchmarks/readme.py")
+        page.write_text(after)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class TrainStep:
         """
         if future is not None and self._gradient_version != self.version and not early:
             raise ConadvError("prepare(future) belongs between gradient(batch) and the update of the same step.")
+        self.comm.at("attack", self.version)
         with self.clock.phase("attack"):
             self.method.prepare(self, None if future is None else self._as_batch(future, self.version + self.ahead))
             self.remember()
