@@ -164,10 +164,11 @@ def plan_check() -> str:
         for row in content["rows"]
     ]
     found = content["summary"]
+    how = f"`python benchmarks/plan_check.py --out results/plan` at commit {content['git']['commit'][:7]}"
     return (
-        f"{table(['case', 'measured, ms', 'predicted, ms', 'error, %', 'limit'], rows)}\n\n"
-        f"{len(rows)} cases: median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %. "
-        f"`python benchmarks/plan_check.py --out results/plan` at commit {content['git']['commit'][:7]}; {where(content)}"
+        f"{table(['case', 'measured, ms', 'predicted, ms', 'error, %', 'limit'], rows)}\n\n{len(rows)} cases: "
+        f"median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %. "
+        f"{how}; {where(content)}"
     )
 
 

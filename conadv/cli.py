@@ -62,7 +62,8 @@ class RunOptions:
     threads: int | None = None
     """CPU threads that torch uses (bitwise repeatability needs the same number)."""
     comm_timeout: float = 600.0
-    """Seconds after which a rank that does not answer ends the others (torchrun with several processes)."""
+    """Seconds after which a rank that does not answer ends the others (torchrun with several processes). With attack
+    ranks, which wait meanwhile, it must be longer than an evaluation and a checkpoint."""
     executor: Literal["auto", "inline", "stream", "ranks"] = "auto"
     """When and where the attack on a future batch runs; auto picks, and the record says why."""
     attack_ranks: int = 0

@@ -45,6 +45,10 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def launcher(self) -> Path:
+        return self.path / ".launcher"
+
+    @property
     def timeline(self) -> Path:
         return self.path / "timeline"
 
@@ -79,8 +83,17 @@ class RunDir:
             self._delete()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.config, dump_yaml(config))
+            self.mark()
         except OSError as error:
             raise ConadvError(f"Cannot write the run directory {self.path}: {error}. Choose another --out.") from error
+
+    def mark(self) -> None:
+        """Note which launcher's processes write here from now on."""
+        write_atomic(self.launcher, launcher() + "\n")
+
+    def is_of_this_launcher(self) -> bool:
+        """Whether the process that started this one had also started the one that wrote here last."""
+        return self.launcher.is_file() and self.launcher.read_text(encoding="utf-8").strip() == launcher()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -105,5 +118,16 @@ class RunDir:
         """Remove what a run wrote, and nothing else."""
         for folder in (self.checkpoints, self.tensorboard, self.timeline):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.record, self.summary, self.weights, self.config):
+        for file in (self.record, self.summary, self.weights, self.launcher, self.config):
             file.unlink(missing_ok=True)
+
+
+def launcher() -> str:
+    """The process that started this one, such as torchrun's agent, told from all others that this machine has had."""
+    parent = os.getppid()
+    try:
+        begun = Path(f"/proc/{parent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except (OSError, IndexError):  # not Linux
+        begun = boot = "?"
+    return f"{parent} {begun} {boot}"

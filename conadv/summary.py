@@ -61,7 +61,7 @@ def _settings(parts: Parts) -> dict[str, Any]:
 
 def _costs(steps: list[dict[str, Any]], batch: int, attack_gradients: int) -> dict[str, Any]:
     """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
-    totals = [sum(line["phases"].values()) for line in steps]
+    totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)
     views = sum(len(line["losses"]) for line in steps)

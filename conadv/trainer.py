@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint, record, rng
 from ._version import __version__
 from .attacks import PGD, PixelSpace
-from .config import Config, accumulation, resolve, scaled_lr
+from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
 from .data import Data, build_data, windows
 from .engine import Comm, Teams, TrainStep
 from .engine.comm import pick_device
@@ -71,8 +71,8 @@ def train(
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
     ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
-    ``restarted``: a launcher has started these processes again, so a run of this config in ``out`` is this one: it goes
-    on from its newest checkpoint, and from the start where there is none.
+    ``restarted``: a launcher has started these processes again. A run of this config in ``out`` that the same launcher
+    process began is then this one: it goes on from its newest checkpoint, and from the start where there is none.
     ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
     ``execution``: when and where things run; default: everything on this process, in its turn.
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
@@ -87,8 +87,10 @@ def train(
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
     with comm.agreed():
         config = resolve(config)
+    _check_same_settings(comm, config, execution or Execution())
+    with comm.agreed():
         if comm.first:
-            if restarted and not resume and run.holds(config):
+            if restarted and not resume and run.holds(config) and run.is_of_this_launcher():
                 resume, overwrite = _after_restart(run, observer)
             run.check(config, resume=resume, overwrite=overwrite)
     resume = comm.share(resume)
@@ -116,6 +118,17 @@ def train(
         log.close()
         observer.finish()
     return summary
+
+
+def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> None:
+    """Every host has a command line of its own: all must ask for the same, but for where the data lies."""
+    mine = replace(config, data__dir=None)
+    theirs, how = comm.share((mine.model_dump(mode="json"), execution))
+    with comm.agreed():
+        changed = differences(parse(theirs, "rank 0"), mine)
+        changed += [f"{how} -> {execution}"] if how != execution else []
+        if changed:
+            raise ConadvError(f"This rank was started with other settings than rank 0: {'; '.join(changed)}.")
 
 
 def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
@@ -187,8 +200,9 @@ def build(
     world = world or Comm(device=device)
     observer = observer or Silent()
     execution = execution or Execution()
-    method = build_method(config)
-    choice = choose(execution, method, device)
+    with world.agreed():
+        method = build_method(config)
+        choice = choose(execution, method, device)
     teams = world.split(execution.attack_ranks)
     comm = teams.comm
     with world.agreed():
@@ -289,6 +303,7 @@ def _start(run: RunDir, parts: Parts, resume: bool) -> int:
     with world.agreed():
         if world.first and resume:
             state = checkpoint.load_newest(run.checkpoints, torch.device("cpu"))
+            run.mark()
         elif world.first:
             run.start(parts.config)
     if resume and not parts.teams.attacking:

@@ -78,10 +78,11 @@ class ExtraBatch:
 class StepRecord:
     """What one step did. Losses are means over the *global* batch, weighted as in ``loss``; seconds per phase.
 
-    ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase (data, attack,
-    gradient, send, receive, wait, update) to seconds on this rank; ``spans`` says when they ran, and when the network
-    was busy beside them ("network": a bucket of gradients; "transfer": weights or images). ``late``: the extra images
-    did not arrive in time and the step went without them.
+    ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase (data, attack, gradient,
+    send, receive, wait, update) to seconds on this rank. They took ``seconds`` together, less than their sum where the
+    attack has a stream of its own. ``spans`` says when they ran, and when the network was busy beside them ("network":
+    a bucket of gradients; "transfer": weights or images). ``late``: the extra images did not arrive in time and the
+    step went without them.
     """
 
     step: int
@@ -92,6 +93,7 @@ class StepRecord:
     grad_norm: float
     weight_version: int | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     spans: list[Span] = field(default_factory=list)
     late: bool = False
 

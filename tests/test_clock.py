@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conadv import Comm
-from conadv.engine.clock import PhaseClock
+from conadv.engine.clock import PhaseClock, covered
 from conadv.engine.comm import Handle
 
 from .test_methods import CASES, make, run
@@ -73,3 +73,16 @@ def test_a_sum_over_ranks_ends_when_it_is_there_not_when_it_is_asked_for() -> No
     time.sleep(0.02)
     handle.wait()
     assert handle.begin <= handle.end <= there
+
+
+def test_time_on_two_streams_counts_once() -> None:
+    # Red when: phases are added up; the network counts; a phase inside another shortens it.
+    spans = [
+        ("gradient", 1.0, 4.0),
+        ("attack", 0.5, 2.0),
+        ("attack", 2.5, 3.0),
+        ("network", 3.0, 9.0),
+        ("update", 5.0, 6.0),
+    ]
+    assert covered(spans) == 4.5
+    assert covered([]) == 0.0

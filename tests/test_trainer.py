@@ -40,7 +40,7 @@ FIELDS = set(
     "gradient_images_per_second attack_seconds_share version".split()
 )
 HEADER = set("type time version versions machine git ranks execution recipe seed config steps parameter_groups".split())
-STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases spans late time".split())
+STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases seconds spans late time".split())
 PHASES = {"data", "attack", "gradient", "update"}
 CPU = torch.device("cpu")
 
@@ -77,7 +77,7 @@ METHODS = {
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    drop = ("time", "phases", "spans", "type")
+    drop = ("time", "phases", "seconds", "spans", "type")
     return [{k: v for k, v in line.items() if k not in drop} for line in lines if line["type"] in ("step", "eval")]
 
 
@@ -311,7 +311,7 @@ def test_a_folder_with_a_run_is_safe(tmp_path: Path) -> None:
     assert [p.name for p in other.iterdir()] == ["thesis.txt"]
     (out / "notes.txt").write_text("precious")
     RunDir(out).start(resolve(config()))  # what --overwrite does once everything is checked
-    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "notes.txt"]
+    assert sorted(p.name for p in out.iterdir()) == [".launcher", "config.yaml", "notes.txt"]
     train(config(), out, overwrite=True)
 
 

@@ -90,7 +90,7 @@ def test_repeats_of_a_split_are_pooled() -> None:
         for a, b in (([2.0, 8.0], [1.0, 2.0]), ([30.0], [10.0]))
     ]
     assert attack_ranks.samples(repeats, "a") == [2.0, 8.0, 30.0]
-    assert attack_ranks.ratio(repeats, "a", "b") == "3.000 [2.000, 4.000]"
+    assert attack_ranks.ratio(repeats, "a", "b") == "3.00 [2.00, 4.00]"
 
 
 # ---- the script

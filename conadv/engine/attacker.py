@@ -29,7 +29,7 @@ class Attacker:
         self._feeder = teams.feeder(teams.attackers.index(teams.world.rank))
         self._names = list(engine.trainable())
         self._buffers = [Parcel(list(engine.trainable().values()), engine.device) for _ in range(2)]
-        self._next: Transfer | None = self._ask()
+        self._next: Transfer | None = None
         self._sent: list[Transfer] = []
         self._ended: int | None = None
 
@@ -43,8 +43,6 @@ class Attacker:
             if not self._skip:
                 self._next = self._ask()
             self._attack(self._up_to(batch, stream, weights.tags[2]), weights)
-            if self._skip:
-                self._next = self._ask()
             _, spans = self._engine.clock.collect()
             if served is not None:
                 served(weights.tags[2], spans)
@@ -61,10 +59,11 @@ class Attacker:
     def _await_weights(self) -> Parcel | None:
         """The next weights; None if training has ended."""
         self._world.at("receive", self._engine.version)
-        if self._next is None:
+        if self._ended is not None:
             return None
         with self._engine.clock.phase("receive"):
-            self._next.wait()
+            transfer = self._next or self._ask()  # NCCL: the first message on a line blocks until both sides are there
+            transfer.wait()
         self._next = None
         weights = self._buffers[0]
         kind, version, _, _ = weights.tags

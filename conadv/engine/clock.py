@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from ..types import Span
 
 Mark = float | torch.cuda.Event
 """A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
+BESIDE = ("network", "transfer")  # spans of the network, not of this process
 
 
 class PhaseClock:
@@ -81,3 +82,12 @@ class PhaseClock:
         event.record()
         event.synchronize()
         self._anchor = event, time.monotonic()
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """Seconds in which this process was in some phase; phases on two streams may lie beside each other."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted((begin, end) for name, begin, end in spans if name not in BESIDE):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return round(total, 6)

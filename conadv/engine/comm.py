@@ -133,7 +133,10 @@ class Comm:
             torch.cuda.set_device(place)
         limit = timedelta(seconds=timeout)
         with comm.guard():
-            found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+            try:
+                found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+            except ValueError as error:  # a variable is missing
+                raise ConadvError(f"{error}. Start the processes by torchrun, which sets it.") from error
             store = meet(found, rank, ranks, limit)
             dist.init_process_group(comm.backend, store=store, rank=rank, world_size=ranks, timeout=limit)
             comm._roll = RollCall(store, rank, ranks)

@@ -51,6 +51,7 @@ class Learner:
         """Send weights, take images. Returns whether the step goes without images because they are late."""
         engine, step = self._engine, batch.step
         self._world.at("send", step)
+        self._teams.comm.at("send", step)
         with engine.clock.phase("send"):
             busy, late = self._agree(step) if self._skip else (False, False)
             if future is not None and not busy:

@@ -60,6 +60,10 @@ class Ranks(Executor):
                 f"Attack ranks have nothing to do with {type(engine.method).__name__}: it attacks no future batch. "
                 "Use conadv with staleness 1 or more, or no attack ranks."
             )
+        if engine.comm is not self.teams.comm:
+            raise ConadvError(
+                "With attack ranks learners sum gradients among themselves: give TrainStep comm=teams.comm."
+            )
         from .attacker import Attacker
         from .learner import Learner
 

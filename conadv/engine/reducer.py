@@ -120,7 +120,7 @@ class GradientReducer:
         """The Euclidean norm of ``gradients`` together, with the bits of ``torch.nn.utils.get_total_norm``.
 
         Norms of single gradients were taken while later buckets were under way. Where somebody has changed gradients
-        since (clipped them, or put others in their place), they are taken again.
+        since (clipped them, or put others in their place), they are taken again; a change through ``.data`` hides.
         """
         unchanged = all(flat._version == version for flat, version in self._versions.items())
         if unchanged and all(gradient in self._norms for gradient in gradients):
@@ -132,8 +132,10 @@ class GradientReducer:
     # ---- internals
 
     def _on_gradient(self, number: int, p: Tensor) -> None:
-        if not self._armed or number in self._ready:
+        if not self._armed:
             return
+        if number in self._ready:  # its bucket may be on the network already
+            raise self._changed(number)
         self._ready.add(number)
         if self._learning:
             return
@@ -206,8 +208,8 @@ class GradientReducer:
     def _changed(self, number: int) -> ConadvError:
         return ConadvError(
             f"Rank {self._comm.rank}: parameter {self._names[number]!r} got a gradient in a pass that had none for it "
-            "in the first step. On several ranks a step must use the same parameters every time: freeze parameters "
-            "before the engine is built, and use no reentrant activation checkpointing."
+            "in the first step, or got it twice in one pass. On several ranks a step must use the same parameters "
+            "every time: freeze parameters before the engine is built, and use no reentrant activation checkpointing."
         )
 
 

@@ -17,7 +17,7 @@ from ..errors import ConadvError, unknown
 from ..methods.base import Method
 from ..methods.vanilla import Vanilla
 from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
-from .clock import PhaseClock
+from .clock import PhaseClock, covered
 from .comm import Comm, Handle
 from .executor import Executor, Inline, Served
 from .lookahead import LookAhead
@@ -224,10 +224,12 @@ class TrainStep:
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
         phases, spans = self.clock.collect()
-        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, spans)
+        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans)
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
+        if self._reducer is not None and self._reducer.busy:
+            raise ConadvError("Call wait() before optimizer.step(): gradients were still being summed over the ranks.")
         self._count_update()
         self.clock.discard()  # there is no record to put the phases in, and CUDA events would pile up
 

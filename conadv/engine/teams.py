@@ -84,8 +84,10 @@ def roles(ranks: int, attack_ranks: int, ranks_per_host: int) -> tuple[tuple[int
 
 def make_teams(world: Comm, attack_ranks: int) -> Teams:
     """Divide ``world``; collective. Every rank must ask for the same number of attack ranks."""
-    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks))
-    learners, attackers = roles(world.ranks, attack_ranks, per_host)
+    # one answer for all, also where hosts have different numbers of ranks
+    per_host = world.share(int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks)))
+    with world.agreed():
+        learners, attackers = roles(world.ranks, attack_ranks, per_host)
     if not attackers:
         return Teams(world, world, learners, attackers)
     # every rank of the world takes part in making a group, its members or not

@@ -45,9 +45,11 @@ class Transfer:
         """
         with self._comm.guard(self._peer):
             if self._thread is None:
+                with torch.cuda.stream(self._comm.watcher):  # the moment of arrival, whatever else runs
+                    self._work.wait()
+                    self.end = torch.cuda.Event(enable_timing=True)
+                    self.end.record()
                 self._work.wait()
-                self.end = torch.cuda.Event(enable_timing=True)
-                self.end.record()
                 return
             self._thread.join()
             if self._error is not None:

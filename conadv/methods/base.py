@@ -47,7 +47,10 @@ class Method:
 
     @property
     def future_attack(self) -> Attack | None:
-        """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one."""
+        """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one.
+
+        ``extra`` of such a method returns None where ``engine.pending.skips(step)``: attack ranks were late.
+        """
         return None
 
     def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:

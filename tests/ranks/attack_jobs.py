@@ -165,6 +165,9 @@ def wrong(world: Comm, what: str) -> None:
     if what == "no attack":
         model = no_norm_net()
         TrainStep(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
+    if what == "comm":
+        net = no_norm_net()
+        TrainStep(net, sgd(net), method(1, False), space=SPACE, executor=Ranks(teams))
     engine = engine_for(teams, "no norm", 1, False, "never" if what == "late" else "wait")
     if what == "roles" and teams.attacking:
         engine(as_batch(0))

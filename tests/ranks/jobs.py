@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
 from conadv.engine.comm import Handle
@@ -281,3 +282,33 @@ def clipped(comm: Comm) -> tuple[float, float, float]:
             torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
         norms.insert(0, engine.update().grad_norm)
     return norms[1], norms[2], norms[0]
+
+
+class Twice(nn.Module):
+    """One layer in two reentrant checkpoints: its gradient comes in two portions of one backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * 64, 5).double()
+        self.shared = nn.Linear(5, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        for _ in range(2):
+            x = checkpoint(self.shared, x, use_reentrant=True)
+        return x
+
+
+def reentrant(comm: Comm) -> None:
+    steps(make(comm, "vanilla", Twice()), 2, 2)
+
+
+def no_wait(comm: Comm) -> None:
+    engine = make(comm, "vanilla", no_norm_net())
+    engine.gradient(share(as_batch(0, count=2, dtype=torch.float64), comm))
+    engine.optimizer.step()
+    engine.advance()
+
+
+def other_settings(comm: Comm, out: Path) -> None:
+    train(config(seed=comm.rank), out, comm=comm)

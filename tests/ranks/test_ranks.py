@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def two() -> Iterator[Ranks]:
 
 def numbers(answer: jobs.Answer) -> list[Any]:
     """What a record says, without times."""
-    return [{k: v for k, v in record.items() if k not in ("phases", "spans")} for record in answer[0]]
+    return [{k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")} for record in answer[0]]
 
 
 def agree(answers: list[jobs.Answer]) -> bool:
@@ -229,3 +230,25 @@ def test_the_recorded_norm_is_that_of_the_gradients_that_are_applied(two: Ranks)
     for recorded, wanted, clipped in two.run(jobs.clipped):
         assert recorded == wanted
         assert clipped == pytest.approx(0.125, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"), [(jobs.reentrant, "twice in one pass"), (jobs.no_wait, "Call wait() before optimizer.step()")]
+)
+def test_gradients_that_are_under_way_are_left_alone(job: Any, message: str) -> None:
+    # Red when: a second portion is added to a bucket that has left (ranks drift apart); advance() does not look.
+    pool = Ranks(2, timeout=5.0)
+    try:
+        for kind, (name, text, _) in pool.answers(job):
+            assert (kind, name) == ("error", "ConadvError")
+            assert message in text
+    finally:
+        pool.close()
+
+
+def test_ranks_with_other_settings_than_rank_0_say_so(two: Ranks, tmp_path: Path) -> None:
+    # Red when: settings are not compared: the ranks would train on batches of different orders.
+    for kind, (name, text, _) in two.answers(jobs.other_settings, tmp_path / "run"):
+        assert (kind, name) == ("error", "ConadvError")
+        assert "other settings than rank 0: seed: 0 -> 1. (rank 1)" in text
+    assert not (tmp_path / "run").exists()

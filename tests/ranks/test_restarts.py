@@ -58,7 +58,7 @@ def test_a_killed_rank_is_made_up_for_by_a_restart(tmp_path: Path) -> None:
 
 def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
     # Red when: --overwrite of the first attempt deletes what it has trained; a restart takes a run of other settings
-    # for its own; one that was killed before its first checkpoint cannot start again.
+    # for its own, or of another launcher; one that was killed before its first checkpoint cannot start again.
     settings = resolve(config(steps=4, epochs=None))
     run = RunDir(tmp_path)
     run.start(settings)  # killed before the first checkpoint
@@ -73,6 +73,9 @@ def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
         train(config(steps=3, epochs=None), tmp_path, restarted=True)
     with pytest.raises(ConadvError, match="already holds a run"):
         train(settings, tmp_path)
+    run.launcher.write_text("another launcher's\n")
+    with pytest.raises(ConadvError, match="already holds a run"):
+        train(settings, tmp_path, restarted=True)
 
 
 def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
