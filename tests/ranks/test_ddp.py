@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from ..helpers import same, state, tiny_resnet
 from ..test_methods import CASES, SEED, SPACE, as_batch, sgd
 from . import jobs
 from .pool import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def check_against_train_step(pool: Ranks, how: str, broadcast: bool, wrapper: type[nn.Module]) -> None:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from conadv.trainer import load_run, measure, train
 from ..test_trainer import METHODS, config, weights, without_times
 from . import jobs
 from .pool import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def same_weights(a: Path, b: Path) -> bool:
