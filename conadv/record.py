@@ -14,6 +14,9 @@ from typing import Any
 from ._version import __version__
 from .errors import ConadvError
 
+BESIDE = ("network", "transfer")
+"""Spans of the network, which run beside a process's own phases."""
+
 
 class Record:
     """Appends to ``record.jsonl``; every line is flushed, so that a reader sees whole steps while the run goes on.

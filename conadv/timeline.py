@@ -11,13 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from .analysis.phases import BESIDE
 from .analysis.shares import Hidden, StepRow, hidden_attack, hidden_communication, summary
 from .analysis.timeline import Timeline, timeline
 from .analysis.trace import trace
 from .errors import ConadvError
 from .methods import METHODS
-from .record import read_lines, write_atomic
+from .record import BESIDE, read_lines, write_atomic
 from .run import RunDir
 
 TRACE, PICTURE = "trace.json", "timeline.png"

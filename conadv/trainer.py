@@ -102,9 +102,16 @@ def train(
         return {}
     with parts.comm.agreed():
         log = _open_record(run, parts, first)
+    return _learn(run, parts, log, first, begin, observer)
+
+
+def _learn(
+    run: RunDir, parts: Parts, log: record.Record, first: int, begin: float, observer: Observer
+) -> dict[str, Any]:
+    """What a learner does: the steps, the evaluation, the summary; errors go into the record."""
     for line in _overview(parts):
         observer.message(line)
-    observer.start(_title(config), first, parts.num_steps)
+    observer.start(_title(parts.config), first, parts.num_steps)
     try:
         _loop(parts, run, log, first, begin, observer)
         observer.message("evaluating the trained model")

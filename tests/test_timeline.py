@@ -23,10 +23,9 @@ from conadv import cli
 from conadv import timeline as program
 from conadv.analysis import Timeline, hidden_attack, hidden_communication, summary, timeline, trace
 from conadv.analysis.intervals import difference, intersection, length, lengths_by_group, union
-from conadv.analysis.phases import BESIDE
 from conadv.analysis.picture import picture, shown, to_png, window
 from conadv.errors import ConadvError
-from conadv.record import read_lines
+from conadv.record import BESIDE, read_lines
 from conadv.trainer import train
 
 from .test_trainer import config

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..record import BESIDE
+
 INK = "#010203"
 """The figures' black. Where a page has a text colour of its own, it takes this one's place."""
 
@@ -15,9 +17,6 @@ BLOCKED = frozenset({"receive", "wait"})
 
 FOR_ATTACK = ("attack", "receive", "send")
 """Phases of a learner that a step without an attack would not have."""
-
-BESIDE = ("network", "transfer")
-"""What the network does beside it: buckets of gradients; weights and images between learners and attack ranks."""
 
 LATE = "slower rank"
 """How figures call the part of "network" in which another rank had not launched its gradients yet."""

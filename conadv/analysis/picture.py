@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..errors import ConadvError
+from ..record import BESIDE
 from . import phases
 from .intervals import NOTHING, Intervals, difference, union
 from .shares import on_network
@@ -175,7 +176,7 @@ def _draw_bars(axes: Any, bars: Intervals, row: _Row, name: str) -> None:
     joined = union(bars)
     place = (row.y, row.height)
     axes.broken_barh(np.stack([joined[:, 0], np.diff(joined)[:, 0]], axis=1).tolist(), place, **phases.style(name))
-    if name in phases.BESIDE:
+    if name in BESIDE:
         inner = np.setdiff1d(bars[:, 1], joined[:, 1])
         axes.vlines(inner, row.y + 0.04, row.y + row.height - 0.04, color="white", lw=0.8)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..record import BESIDE
 from . import phases
 from .intervals import Intervals, difference, intersection, length, lengths_by_group, union
 from .timeline import Lane, Steps, Timeline
@@ -234,4 +235,4 @@ def _median(values: Column) -> float:
 
 
 def _own_phases(timeline: Timeline) -> set[str]:
-    return {str(name) for lane in timeline.lanes for name in np.unique(lane.phase_n)} - set(phases.BESIDE)
+    return {str(name) for lane in timeline.lanes for name in np.unique(lane.phase_n)} - set(BESIDE)

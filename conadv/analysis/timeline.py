@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConadvError
+from ..record import BESIDE
 from .intervals import Intervals
-from .phases import BESIDE
 
 Line = dict[str, Any]
 Steps = npt.NDArray[np.int64]

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..record import BESIDE
 from .intervals import intersection
-from .phases import BESIDE, BLOCKED
+from .phases import BLOCKED
 from .timeline import Lane, Timeline
 
 Event = dict[str, Any]

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
+from ..record import BESIDE
 from ..types import Span
 
 Mark = float | torch.cuda.Event
 """A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
-BESIDE = ("network", "transfer")  # spans of the network, not of this process
 
 
 class PhaseClock:
