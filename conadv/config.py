@@ -67,6 +67,8 @@ class DataConfig(Section):
     """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
     train_images: int | None = Field(None, ge=2)
     """Train on this many images, the same share of every class, chosen by seed 0; None takes all."""
+    validation_images: int | None = Field(None, ge=1)
+    """Hold so many of these out of training, the same share of every class, to choose settings by; None holds none."""
     augment: Annotated[AugmentName, tyro.conf.arg(aliases=["--augment"])] = "none"
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def summarize(parts: Parts, results: dict[str, Result | None], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The fields that docs/record.md lists."""
     steps = [line for line in lines if line["type"] == "step"]
-    train, test, robust = results["train"], results["test"], results["robust"]
+    train, test, robust, validation = (results[name] for name in ("train", "test", "robust", "validation"))
     assert train is not None
     assert test is not None
     return {
         **_settings(parts),
         "train_loss": train.loss,
         "train_accuracy": train.accuracy,
+        "validation_loss": None if validation is None else validation.loss,
+        "validation_accuracy": None if validation is None else validation.accuracy,
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "robust_accuracy": None if robust is None else robust.accuracy,

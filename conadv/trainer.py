@@ -327,7 +327,9 @@ def load_run(path: Path, device: torch.device) -> Parts:
 
 
 def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Result | None]:
-    """Train and test results of the model as it is, and the test result under PGD (None if switched off).
+    """Train, test and validation results of the model as it is, and the test result under PGD.
+
+    None for what is switched off: validation without held-out images, PGD with eval.robust_images 0.
 
     Ranks: collective; all get the same results, those of the model with rank 0's running statistics.
     """
@@ -340,6 +342,7 @@ def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Resu
     pgd = PGD(options.robust_eps, options.robust_steps, None, parts.config.attack.norm, False, 1.0, parts.space)
     return {
         "train": run("train", options.train_images),
+        "validation": run("validation", None) if parts.data.source.validation is not None else None,
         "test": run("test", None),
         "robust": run("test", options.robust_images, pgd) if options.robust_images else None,
     }

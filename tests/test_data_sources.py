@@ -361,3 +361,30 @@ def test_three_values_of_mean_fit_three_channels_and_two_do_not(root: Path) -> N
 def test_an_unknown_source_is_an_error() -> None:
     with pytest.raises(ConadvError, match="Did you mean 'cifar10'"):
         build_source(DataConfig().model_copy(update={"source": "cifar"}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Validation images
+
+
+@pytest.mark.parametrize("source", ["digits", "cifar10", "folder"])
+def test_validation_images_leave_training_and_nothing_else_changes(root: Path, source: str) -> None:
+    # Red when: the held-out images stay in training; other images are held out than are left out; test is cut.
+    directory, taken, held = (None, 200, 50) if source == "digits" else (root, 6, 3)
+    settings = {"train_images": taken, "image_size": 8}
+    data = build_source(config(source, directory, validation_images=held, **settings))
+    whole = build_source(config(source, directory, **settings))
+    assert data.validation is not None
+    assert whole.validation is None
+    parts = [split.plain(torch.arange(len(split.labels))) for split in (data.train, data.validation)]
+    together = sorted(image.numpy().tobytes() for image in torch.cat(parts))
+    assert together == sorted(image.numpy().tobytes() for image in whole.train.plain(torch.arange(taken)))
+    assert len(data.validation.labels) == held
+    per_class = torch.bincount(data.validation.labels)
+    assert per_class.max() - per_class.min() <= 1
+    assert torch.equal(data.test.labels, whole.test.labels)
+
+
+def test_validation_images_that_empty_a_class_are_an_error() -> None:
+    with pytest.raises(ConadvError, match=r"data\.validation_images 195 leaves no image of class .* to train on"):
+        build_source(config("digits", None, train_images=200, validation_images=195))

@@ -192,6 +192,7 @@ def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -
 def test_summary_by_hand() -> None:
     # Red when: results change places, the first step counts in the median, or routes count as parameters.
     results = {"train": Result(0.1, 0.9, 10), "test": Result(0.2, 0.8, 10), "robust": Result(0.3, 0.4, 10)}
+    results["validation"] = Result(0.5, 0.6, 10)
     lines = [
         {"type": "step", "losses": {"clean": 1, "adv": 1}, "phases": {"gradient": seconds, "attack": 0.5}, "late": late}
         for seconds, late in ((9.5, False), (0.5, True), (1.5, False), (2.5, True))
@@ -199,10 +200,22 @@ def test_summary_by_hand() -> None:
     made = summarize(build(resolve(config(method="disadv")), CPU), results, lines)
     names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "robust_eps")
     assert [made[name] for name in names] == [0.1, 0.9, 0.2, 0.8, 0.4, 0.1]
+    assert (made["validation_loss"], made["validation_accuracy"]) == (0.5, 0.6)
     assert (made["seconds"], made["step_seconds_median"], made["attack_seconds_share"]) == (16.0, 2.0, 0.125)
     assert (made["batchnorm_batch_size"], made["accumulation"]) == (64, 4)
     assert (made["executor"], made["attack_ranks"], made["late_batches"]) == ("inline", 0, 2)
     assert made["parameters"] == sum(p.numel() for p in build_model(config().model, 1, 10).parameters())
+
+
+def test_validation_is_measured_on_the_images_held_out(tmp_path: Path) -> None:
+    # Red when: another split is evaluated under its name, or the batches still come from all training images.
+    summary = train(
+        config(data__validation_images=98, global_batch_size=800, micro_batch_size=800, schedule__warmup_epochs=0),
+        tmp_path,
+    )
+    held = next(line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation")
+    assert (held["images"], held["accuracy"]) == (98, summary["validation_accuracy"])
+    assert summary["steps"] == 2
 
 
 def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path) -> None:

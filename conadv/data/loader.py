@@ -92,13 +92,17 @@ class Data:
             yield Batch(step, micro, self.order.epoch_of(step))
 
     def eval_batches(self, split: str, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 images N,C,H,W, labels N) over ``split`` ("train" or "test"), unaugmented and always in one order.
+        """(uint8 images N,C,H,W, labels N) over ``split``, unaugmented and always in one order.
+
+        ``split``: "train", "test", or "validation" where images are held out (data.validation_images).
 
         With ``limit`` at most that many images: the first of a fixed permutation, which does not depend on the run's
         seed. The last batch may be smaller than ``batch_size``. Of all these batches rank r gets those with the numbers
         r, r + ranks, r + 2 ranks, ...: with more ranks than batches some get none.
         """
         splits = {"train": self.source.train, "test": self.source.test}
+        if self.source.validation is not None:
+            splits["validation"] = self.source.validation
         if split not in splits:
             raise unknown("split", split, splits)
         assert limit is None or limit > 0, limit

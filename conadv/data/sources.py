@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,22 @@ from torchvision.transforms.v2 import functional as F
 from ..config import DataConfig
 from ..errors import ConadvError, unknown
 from .files import Progress, decode, scan_folder
-from .splits import MemorySplit, PhotoSplit, Split, choose
+from .splits import MemorySplit, PhotoSplit, Split, choose, hold_out
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8."""
+    """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8.
+
+    ``validation``: images held out of ``train`` to choose settings by, None without.
+    """
 
     train: Split
     test: Split
     class_names: tuple[str, ...]
     channels: int
     image_size: int
+    validation: Split | None = None
 
 
 def build_source(config: DataConfig, progress: Progress | None = None) -> Source:
@@ -39,7 +43,10 @@ def build_source(config: DataConfig, progress: Progress | None = None) -> Source
         raise unknown("data source", config.source, SOURCES)
     source = SOURCES[config.source](config, progress)
     _check_normalisation(config, source.channels)
-    return source
+    if config.validation_images is None:
+        return source
+    train, validation = hold_out(source.train, config.validation_images, source.class_names)
+    return replace(source, train=train, validation=validation)
 
 
 def digits(config: DataConfig, progress: Progress | None = None) -> Source:

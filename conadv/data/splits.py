@@ -36,6 +36,10 @@ class Split(Protocol):
         """uint8 N,C,H,W without augmentation, as evaluation sees the images."""
         ...
 
+    def subset(self, indices_N: Tensor) -> Split:
+        """The images with these numbers only."""
+        ...
+
 
 @dataclass(frozen=True)
 class MemorySplit:
@@ -51,6 +55,9 @@ class MemorySplit:
 
     def plain(self, indices_N: Tensor) -> Tensor:
         return self.images[indices_N]
+
+    def subset(self, indices_N: Tensor) -> MemorySplit:
+        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip)
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,13 @@ class PhotoSplit:
         keys_N = sample_keys(0, 0, "plain", indices_N)  # "none" draws nothing from them
         return self.views(indices_N, {"plain": Draw("none", keys_N)})["plain"]
 
+    def subset(self, indices_N: Tensor) -> PhotoSplit:
+        return PhotoSplit(self.listing.subset(indices_N), self.image_size)
 
-def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) -> Tensor:
+
+def choose(
+    labels_N: Tensor, count: int | None, class_names: tuple[str, ...], setting: str = "data.train_images"
+) -> Tensor:
     """Sorted indices of a stratified subset of ``count`` samples, chosen by seed 0; all of them for None.
 
     Every class keeps its share to within less than one sample: what rounding down leaves over goes to the classes with
@@ -89,8 +101,8 @@ def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) ->
         return torch.arange(len(labels_N))
     if count > len(labels_N):
         raise ConadvError(
-            f"data.train_images {count} is larger than the training set of {len(labels_N)} images. Leave it out to "
-            "train on all of them."
+            f"{setting} {count} is larger than the training set of {len(labels_N)} images. Choose a smaller number, "
+            "or leave it out."
         )
     sizes = torch.bincount(labels_N, minlength=len(class_names))
     taken = sizes * count // len(labels_N)
@@ -98,10 +110,28 @@ def choose(labels_N: Tensor, count: int | None, class_names: tuple[str, ...]) ->
     taken[torch.argsort(remainder, descending=True, stable=True)[: count - int(taken.sum())]] += 1
     if not taken.all():
         raise ConadvError(
-            f"data.train_images {count} leaves no image of class {class_names[int(taken.argmin())]!r}. "
+            f"{setting} {count} leaves no image of class {class_names[int(taken.argmin())]!r}. "
             f"Take more: there are {len(class_names)} classes."
         )
     shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
     by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
     place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values
+
+
+def hold_out(train: Split, count: int, class_names: tuple[str, ...]) -> tuple[Split, Split]:
+    """(what is left to train on, ``count`` validation images): a stratified choice by seed 0.
+
+    Raises ConadvError where either side would be left without a class.
+    """
+    chosen = choose(train.labels, count, class_names, "data.validation_images")
+    kept = torch.ones(len(train.labels), dtype=torch.bool)
+    kept[chosen] = False
+    rest = kept.nonzero().flatten()
+    sizes = torch.bincount(train.labels[rest], minlength=len(class_names))
+    if not sizes.all():
+        raise ConadvError(
+            f"data.validation_images {count} leaves no image of class {class_names[int(sizes.argmin())]!r} to train "
+            f"on: there are {len(train.labels)} images. Hold out fewer."
+        )
+    return train.subset(rest), train.subset(chosen)
