@@ -30,6 +30,7 @@ Large-batch training with concurrent adversarial learning.
   train RECIPE [options]   train; `conadv train RECIPE --help` lists every setting with the recipe's values
   train --config FILE      train again by a saved config.yaml
   eval RUN                 evaluate a trained run, clean and under attack
+  analyze RUN...           Hessian, sharpness, loss landscape and robust accuracy of trained models
   export RUN               write the clean route's weights as model.safetensors
   report RUN...            an HTML and Markdown report about runs (or folders of runs)
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
@@ -318,6 +319,14 @@ def _report(args: Sequence[str]) -> None:
     _say(f"report: {options.out}")
 
 
+def _analyze(args: Sequence[str]) -> None:
+    from .analyze import AnalyzeArgs, command
+
+    options = tyro.cli(AnalyzeArgs, args=args, prog="conadv analyze")
+    _set_threads(options.threads)
+    command(options)
+
+
 def _timeline(args: Sequence[str]) -> None:
     from .timeline import TimelineArgs, command
 
@@ -349,6 +358,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "recipes": _recipes,
     "train": _train,
     "eval": _eval,
+    "analyze": _analyze,
     "export": _export,
     "report": _report,
     "timeline": _timeline,

@@ -52,6 +52,14 @@ class RunDir:
     def timeline(self) -> Path:
         return self.path / "timeline"
 
+    @property
+    def analysis(self) -> Path:
+        return self.path / "analysis"
+
+    @property
+    def analysis_file(self) -> Path:
+        return self.path / "analysis.json"
+
     def open(self) -> Config:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
@@ -116,9 +124,9 @@ class RunDir:
 
     def _delete(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        for folder in (self.checkpoints, self.tensorboard, self.timeline):
+        for folder in (self.checkpoints, self.tensorboard, self.timeline, self.analysis):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.record, self.summary, self.weights, self.launcher, self.config):
+        for file in (self.record, self.summary, self.weights, self.analysis_file, self.launcher, self.config):
             file.unlink(missing_ok=True)
 
 

@@ -1,4 +1,8 @@
-"""Pure functions of a run's record."""
+"""Pure functions of a run's record (the names here), and of a trained model.
+
+Those of a model need torch and are imported from their own files: objective, hessian, sharpness, landscape, and model,
+which has all of them.
+"""
 
 from .shares import Hidden, PhaseRow, StepRow, hidden_attack, hidden_communication, summary
 from .timeline import Lane, Timeline, timeline
