@@ -26,7 +26,10 @@ def python(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["recipes"], ["train", "digits", "--help"], ["--version"]])
+HELP = [["--help"], ["recipes"], ["train", "digits", "--help"], ["analyze", "--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("args", HELP)
 def test_help_does_not_import_torch(args: list[str]) -> None:
     # Red when: cli.py imports the trainer at the top.
     code = f"import sys; from conadv.cli import given_settings, main\ntry: main({args!r})\nexcept SystemExit: pass\n"
@@ -38,7 +41,7 @@ def test_help_does_not_import_torch(args: list[str]) -> None:
 def test_module_and_help() -> None:
     done = python("-m", "conadv", "--help")
     assert done.returncode == 0
-    for command in ("recipes", "train", "eval", "export", "report", "demo"):
+    for command in ("recipes", "train", "eval", "analyze", "export", "report", "demo"):
         assert f"\n  {command}" in done.stdout
 
 
@@ -160,6 +163,9 @@ WRONG = {
     "warm-up": (["train", "digits", "--steps", "2"], "does not fit"),
     "threads": (["train", "digits", "--threads", "0"], "--threads 0"),
     "no run": (["eval", "nowhere-at-all"], "not a run directory"),
+    "no analysis": (["analyze"], "at least one run"),
+    "no run to analyze": (["analyze", "nowhere-at-all"], "not a run directory"),
+    "grid": (["analyze", "nowhere-at-all", "--grid", "4"], "odd number"),
     "no export": (["export", "nowhere-at-all"], "not a run directory"),
     "both": (["train", "digits", "--config", "x.yaml"], "not both"),
     "given twice": (["train", "digits", "--epochs", "80", "--steps", "10"], "duration once"),

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from conadv import bench, cli, recipes
+from conadv.analyze import AnalyzeArgs
 from conadv.config import Config, dump_yaml, override, resolve
 from conadv.demo import DemoArgs
 from conadv.errors import ConadvError
@@ -34,6 +35,7 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *TOP]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PARSED = {
     "eval": cli.EvalArgs,
+    "analyze": AnalyzeArgs,
     "export": cli.ExportArgs,
     "report": cli.ReportArgs,
     "timeline": TimelineArgs,
