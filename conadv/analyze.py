@@ -113,7 +113,7 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConadvError(f"Cannot read {file}: {error}. Compute it with: conadv analyze RUN --overwrite") from error
-    if not isinstance(found, dict) or not _SHOWN <= found.keys() or not isinstance(found["options"], dict):
+    if not isinstance(found, dict) or not found.keys() >= _SHOWN or not isinstance(found["options"], dict):
         raise ConadvError(f"{file} is not an analysis. Replace it with: conadv analyze RUN --overwrite")
     return found
 

@@ -348,7 +348,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an adversarial route, and beside it one without a checkpoint."""
     out = tmp_path_factory.mktemp("runs") / "a"
     more = {"eval__train_images": 48, "eval__robust_images": 64, "eval__robust_steps": 10, "eval__every_epochs": None}
-    train(replace(recipes.get("digits"), **SETTINGS, **more, method="disadv"), out)
+    train(replace(recipes.get("digits"), **{**SETTINGS, "steps": 24}, **more, method="disadv"), out)
     (out.parent / "empty").mkdir()
     (out.parent / "empty" / "config.yaml").write_text((out / "config.yaml").read_text())
     return out
@@ -359,7 +359,7 @@ def colours(path: Path) -> int:
 
 
 def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: images or the attack's seed differ from evaluation's, the second call computes again, or a picture is
+    # Red when: the images differ from evaluation's, PGD is left out, the second call computes again, or a picture is
     # left over from an analysis that had one.
     assert main(["analyze", str(trained), *FAST, "--landscape", "2d"]) == 0
     out = capsys.readouterr().out
@@ -368,7 +368,7 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "analysis.json: written" in out
     found, summary = read(trained), json.loads((trained / "summary.json").read_text())
     assert list(found) == KEYS
-    assert (found["step"], found["split"], found["images"]) == (3, "train", 48)
+    assert (found["step"], found["split"], found["images"]) == (24, "train", 48)
     assert found["loss"] == pytest.approx(summary["train_loss"], rel=1e-5)
     assert (found["accuracy"], found["robust"]["accuracy"]) == (summary["train_accuracy"], summary["robust_accuracy"])
     assert found["robust"] == {"eps": 0.1, "steps": 10, "accuracy": summary["robust_accuracy"], "images": 64}
@@ -404,8 +404,16 @@ def test_command_needs_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture
     assert sorted(trained.iterdir()) == before
 
 
+WRONG = '{"options": 3, "loss": 1, "accuracy": 1, "hessian": null, "sharpness": null, "robust": null}'
+
+
 def test_command_of_a_damaged_analysis(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, message in (("{", "Cannot read"), ("[]", "is not an analysis"), ('{"options": 3}', "is not an analysis")):
+    for text, message in (
+        ("{", "Cannot read"),
+        ("[]", "is not an analysis"),
+        ('{"options": {}}', "is not"),
+        (WRONG, "is not"),
+    ):
         (trained / "analysis.json").write_text(text)
         assert main(["analyze", str(trained), *FAST]) == 2
         assert message in capsys.readouterr().err
