@@ -34,6 +34,7 @@ Large-batch training with concurrent adversarial learning.
   export RUN               write the clean route's weights as model.safetensors
   report RUN...            an HTML and Markdown report about runs (or folders of runs)
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
+  staleness RUN...         what the probe measured: attacks at stale and at predicted weights, table and picture
   plan PROFILE             predict step time, cost and the best split for machines that you do not have
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
   bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
@@ -223,6 +224,7 @@ def _slug(config: Config) -> str:
     method = config.method
     if method == "conadv":
         method += f"-tau{config.staleness}" + ("-lookahead" if config.lookahead else "")
+        method += "" if config.predictor == "momentum" else f"-{config.predictor}"
     return f"{method}-{config.optim.name}-batch{config.global_batch_size}"
 
 
@@ -333,6 +335,12 @@ def _timeline(args: Sequence[str]) -> None:
     command(tyro.cli(TimelineArgs, args=args, prog="conadv timeline"))
 
 
+def _staleness(args: Sequence[str]) -> None:
+    from .staleness import StalenessArgs, command
+
+    command(tyro.cli(StalenessArgs, args=args, prog="conadv staleness"))
+
+
 def _plan(args: Sequence[str]) -> None:
     from .plan.command import PlanArgs, command
 
@@ -362,6 +370,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": _export,
     "report": _report,
     "timeline": _timeline,
+    "staleness": _staleness,
     "plan": _plan,
     "demo": _demo,
     "bench": _bench,

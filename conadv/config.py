@@ -26,6 +26,10 @@ else:
     MethodName = Literal[tuple(METHODS)]
 OptimizerName = Literal["lars", "lamb", "sgd", "adamw"]
 AugmentName = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
+PredictorName = Literal[
+    "momentum", "momentum-constant-lr", "last-update", "momentum-gradient", "momentum-gradient-constant-lr"
+]
+"""How look-ahead predicts weights, see conadv.engine.lookahead."""
 SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 
 
@@ -163,6 +167,19 @@ class CheckpointConfig(Section):
     """How many checkpoints stay."""
 
 
+class ProbeConfig(Section):
+    """The staleness probe: what stale and predicted weights are worth to the attack (docs/staleness.md)."""
+
+    every_epochs: float | None = Field(None, gt=0)
+    """Measure this often; None never."""
+    staleness: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1, 2, 4, 8), min_length=1)
+    """The values of tau that are measured."""
+    images: int = Field(256, ge=1)
+    """How many training images are used, always the same ones."""
+    predictors: tuple[PredictorName, ...] = ("momentum", "last-update", "momentum-gradient")
+    """The look-ahead predictors that are measured beside stale weights."""
+
+
 class Config(Section):
     """Everything that decides what a run computes."""
 
@@ -173,6 +190,8 @@ class Config(Section):
     """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only; default 1)."""
     lookahead: bool = False
     """Attack at predicted weights instead of stale ones (conadv only)."""
+    predictor: PredictorName = "momentum"
+    """How look-ahead predicts them (needs lookahead)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     adv_weight: float | None = Field(None, gt=0)
@@ -199,6 +218,7 @@ class Config(Section):
     attack: AttackConfig = AttackConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    probe: ProbeConfig = ProbeConfig()
 
 
 OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -208,6 +228,7 @@ OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4},
     "adamw": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8},
 }
+_LR_INSIDE = (None, "tf", "no-wd-ratio")  # None: the default, tf
 _LARS_EPS = {"tf": 0.0, "no-wd-ratio": 0.0, "timm": 1e-8, "larc": 1e-8, "nus": 0.0}
 
 
@@ -230,6 +251,7 @@ def resolve(config: Config) -> Config:
     _check_duration(config)
     _check_method(config)
     _check_eps(config)
+    _check_probe(config.probe)
     _check_optimizer(config.optim)
     config = replace(config, **_method_defaults(config))
     config = replace(config, optim=_optimizer_defaults(config.optim))
@@ -272,7 +294,7 @@ def _without_effect(name: str, owner: str, value: object) -> ConadvError:
     return ConadvError(f"{name} has no effect with {owner} {value!r}. Leave it out, or choose another {owner}.")
 
 
-_METHOD_FIELDS = ("staleness", "lookahead", "pending_dtype", "adv_weight")  # unset: None, or False
+_METHOD_FIELDS = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight")  # unset: the default
 
 
 def _check_method(config: Config) -> None:
@@ -286,6 +308,7 @@ def _check_method(config: Config) -> None:
         raise ConadvError("aug_weight has no effect without a third view. Give data.aug_view as well.")
     if config.lookahead and config.staleness == 0:
         raise ConadvError("lookahead has no effect with staleness 0: the weights are current. Use staleness 1 or more.")
+    _check_predictor(config)
     attack = config.attack
     plain = attack.num_steps == 1 and not attack.targeted and not attack.random_start
     if config.method == "recycle" and not (plain and attack.step_size in (None, attack.eps)):
@@ -293,6 +316,29 @@ def _check_method(config: Config) -> None:
             "recycle reuses one gradient that is computed anyway: attack.num_steps must be 1, attack.step_size eps, "
             "attack.targeted false and attack.random_start 0. Use method disadv or conadv for other attacks."
         )
+
+
+def _check_predictor(config: Config) -> None:
+    if config.predictor == "momentum":
+        return
+    if not config.lookahead:
+        raise ConadvError(f"predictor {config.predictor} has no effect without look-ahead. Give lookahead as well.")
+    optim = config.optim
+    if config.predictor == "momentum-constant-lr" and optim.name == "lars" and optim.variant in _LR_INSIDE:
+        raise ConadvError(
+            "predictor momentum-constant-lr is predictor momentum with this LARS, which has the learning rate inside "
+            "its momentum buffer. Use momentum, or optim.variant timm or larc."
+        )
+
+
+def _check_probe(probe: ProbeConfig) -> None:
+    changed = [name for name, field in ProbeConfig.model_fields.items() if getattr(probe, name) != field.default]
+    if probe.every_epochs is None and changed:
+        raise ConadvError(f"probe.{changed[0]} has no effect without probe.every_epochs. Give it as well.")
+    for name in ("staleness", "predictors"):
+        values = getattr(probe, name)
+        if len(set(values)) < len(values):
+            raise ConadvError(f"probe.{name} {list(values)} names one twice.")
 
 
 def _check_eps(config: Config) -> None:
@@ -364,6 +410,8 @@ def override(base: Config, edited: Config, given: Collection[str]) -> Config:
         edited = replace(edited, steps=None)
     if edited.method != base.method:
         edited = _back_to_default(edited, _METHOD_FIELDS, given)
+    if not edited.lookahead:
+        edited = _back_to_default(edited, ["predictor"], given)
     if edited.optim.name != base.optim.name:
         if "optim.lr" not in given:
             raise ConadvError(
@@ -388,6 +436,8 @@ def _back_to_default(edited: Config, names: Collection[str], given: Collection[s
 
 def _check_attack_has_effect(edited: Config, given: Collection[str]) -> None:
     settings = METHODS[edited.method].settings
+    if edited.probe.every_epochs is not None:
+        return  # the probe attacks, whatever the method does
     for name in given:
         if name.startswith("attack.") and not settings & {"attack", name}:
             raise _without_effect(name, "method", edited.method)

@@ -59,7 +59,8 @@ def truncate(path: Path, step: int) -> None:
     last = max((line["steps"] for line in read_lines(path) if line["type"] == "header"), default=0)
 
     def stays(line: dict[str, Any]) -> bool:
-        limit = {"step": step - 1, "eval": min(step, last - 1), "resume": step - 1, "timeline": step - 1, "error": -1}
+        limit = dict.fromkeys(("step", "probe", "resume", "timeline"), step - 1)
+        limit |= {"eval": min(step, last - 1), "error": -1}
         return line["type"] not in limit or line["step"] <= limit[line["type"]]
 
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if stays(line)]

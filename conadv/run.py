@@ -60,6 +60,10 @@ class RunDir:
     def analysis_file(self) -> Path:
         return self.path / "analysis.json"
 
+    @property
+    def staleness(self) -> Path:
+        return self.path / "staleness.png"
+
     def open(self) -> Config:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
@@ -126,7 +130,8 @@ class RunDir:
         """Remove what a run wrote, and nothing else."""
         for folder in (self.checkpoints, self.tensorboard, self.timeline, self.analysis):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.record, self.summary, self.weights, self.analysis_file, self.launcher, self.config):
+        results = (self.analysis_file, self.staleness)
+        for file in (self.record, self.summary, self.weights, *results, self.launcher, self.config):
             file.unlink(missing_ok=True)
 
 

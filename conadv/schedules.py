@@ -39,6 +39,12 @@ class WarmupDecay:
         if self.decay != "constant" and self.end > self.peak:
             raise ConadvError(f"end_lr {self.end:g} is above the peak {self.peak:g}.")
 
+    def phase(self, step: int) -> str:
+        """ "warm-up"; then "peak" while the learning rate is at least half of ``peak``; then "decay"."""
+        if step < self.warmup_steps:
+            return "warm-up"
+        return "peak" if self(step) >= self.peak / 2 else "decay"
+
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps

@@ -41,6 +41,7 @@ def _settings(parts: Parts) -> dict[str, Any]:
         "method": config.method,
         "staleness": config.staleness,
         "lookahead": config.lookahead,
+        "predictor": config.predictor if config.lookahead else None,
         "optimizer": config.optim.name,
         "lr": scaled_lr(config.optim, config.global_batch_size),
         "eps": config.attack.eps,

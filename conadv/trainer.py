@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,11 +30,12 @@ from .methods.base import Method, space_from_config
 from .models import build_model
 from .norm import split_batchnorm
 from .optim import build_optimizer, describe, parameter_groups
+from .probe import Probe, check_duration
 from .progress import Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
 from .summary import summarize
-from .types import Batch, Schedule, Span
+from .types import Batch, Span
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     method: Method
     engine: TrainStep
-    schedule: Schedule
+    schedule: WarmupDecay
     space: PixelSpace
     num_steps: int
     groups: list[dict[str, Any]]
@@ -54,6 +56,7 @@ class Parts:
     teams: Teams
     execution: Execution
     choice: Choice
+    probe: Probe | None = None
 
 
 def train(
@@ -95,6 +98,7 @@ def train(
             run.check(config, resume=resume, overwrite=overwrite)
     resume = comm.share(resume)
     parts = build(config, comm.device, observer, comm, execution)
+    parts = _with_probe(parts)
     first = _start(run, parts, resume)
     begin = _same_clock(comm, parts.engine)
     if parts.teams.attacking:
@@ -103,6 +107,15 @@ def train(
     with parts.comm.agreed():
         log = _open_record(run, parts, first)
     return _learn(run, parts, log, first, begin, observer)
+
+
+def _with_probe(parts: Parts) -> Parts:
+    """Rank 0 of the learners measures; the weights are the same on all."""
+    probe = None
+    with parts.teams.world.agreed():
+        if parts.config.probe.every_epochs is not None and parts.comm.first and not parts.teams.attacking:
+            probe = Probe(parts.config, parts.engine, parts.data, parts.num_steps, parts.schedule)
+    return dataclasses.replace(parts, probe=probe)
 
 
 def _learn(
@@ -276,6 +289,7 @@ def _num_steps(config: Config, data: Data) -> int:
             f"staleness {config.staleness} has no effect in {count} steps: no batch is attacked so far ahead. "
             "Train longer, or choose a smaller staleness."
         )
+    check_duration(config.probe, count, data.order.steps_per_epoch)
     return count
 
 
@@ -298,6 +312,8 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
     parts.model.load_state_dict(state["model"])
     parts.optimizer.load_state_dict(state["optimizer"])
     parts.engine.load_state_dict({**engine, "pending": pending})
+    if parts.probe is not None:
+        parts.probe.load_state_dict(state["probe"])
     return parts.engine.version
 
 
@@ -392,6 +408,7 @@ def _title(config: Config) -> str:
     method = config.method
     if method == "conadv":
         method += f" tau={config.staleness}" + (" + look-ahead" if config.lookahead else "")
+        method += "" if config.predictor == "momentum" else f" ({config.predictor})"
     return f"{config.recipe} {method}"
 
 
@@ -468,6 +485,8 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
     spans: Timelines = []
     with _closing(parts, spans, log):
         for batch, future in _timed(parts, first):
+            for line in parts.probe.before_step() if parts.probe is not None else ():
+                log.write("probe", **line)
             done = parts.engine(batch, future)
             _note(parts, spans, done.step, done.spans)
             if done.step - first >= parts.execution.timeline_steps:
@@ -526,5 +545,6 @@ def save(parts: Parts, run: RunDir) -> None:
                 "engine": {**engine, "pending": merge(waiting)},
                 "channels": parts.data.channels,
                 "class_names": list(parts.data.class_names),
+                "probe": None if parts.probe is None else parts.probe.state_dict(),
             }
             checkpoint.save(run.checkpoints, parts.engine.version, state, parts.config.checkpoint.keep)

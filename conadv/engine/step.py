@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..attacks import PixelSpace
 from ..errors import ConadvError, unknown
 from ..methods.base import Method
 from ..methods.vanilla import Vanilla
-from ..types import Attack, Batch, ExtraBatch, MicroBatch, Schedule, StepRecord
+from ..types import Attack, Batch, ExtraBatch, Forward, MicroBatch, Schedule, StepRecord
 from .clock import PhaseClock, covered
 from .comm import Comm, Handle
 from .executor import Executor, Inline, Served
@@ -113,7 +113,7 @@ class TrainStep:
         self.executor = executor or Inline()
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False) and not self.executor.attack_only:
-            self._lookahead = LookAhead(model, optimizer, lr_at)
+            self._lookahead = LookAhead(model, optimizer, lr_at, getattr(self.method, "predictor", "momentum"))
         self.comm = comm or Comm(device=self.device)
         self._reducer: GradientReducer | None = None
         self._loss_sum: Handle | None = None
@@ -273,12 +273,22 @@ class TrainStep:
             self.space.check(self.images(batch.micro[0], "clean"))
             self._images_checked = True
         for micro, y_N in zip(batch.micro, labels, strict=True):
-            path = ("attack", batch.step, micro.index)
-            draws = rng.generator(self.device, self._seed, *path)
-            frozen = norm.frozen_stats(self.model)
-            with rng.scope(self.device, self._seed, *path), self._route("adv"), frozen:
-                images.append(attack(self._forward(weights), self.images(micro, "clean"), y_N, draws))
+            with self.attack_pass("attack", batch.step, micro.index, weights=weights) as (forward, draws):
+                images.append(attack(forward, self.images(micro, "clean"), y_N, draws))
         return ExtraBatch(tuple(images), tuple(labels), self.version)
+
+    @contextmanager
+    def attack_pass(
+        self, *path: str | int, weights: Mapping[str, Tensor] | None = None, route: str = "adv"
+    ) -> Iterator[tuple[Forward, torch.Generator]]:
+        """The mode in which attacks see the model: yields (x_NCHW -> logits_NK, the generator of the attack's draws).
+
+        On ``route``, with batch statistics, the running ones left alone, at the present or given weights. ``path``
+        keys the draws of the attack and of the model (dropout); outside of the block nothing has changed.
+        """
+        draws = rng.generator(self.device, self._seed, *path)
+        with rng.scope(self.device, self._seed, *path), self._route(route), norm.frozen_stats(self.model):
+            yield self._forward(weights), draws
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
         """Look-ahead weights for ``num_steps`` updates from now; valid until the next call."""

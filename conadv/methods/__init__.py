@@ -36,7 +36,7 @@ METHODS: dict[str, Row] = {
     "conadv": _row(
         "concurrent:Concurrent",
         "attack on a future batch at stale (or predicted) weights, beside the step",
-        *("adv_weight", "attack", "staleness", "lookahead", "pending_dtype"),
+        *("adv_weight", "attack", "staleness", "lookahead", "predictor", "pending_dtype"),
     ),
     "recycle": _row(
         "recycle:Recycle",

@@ -25,11 +25,12 @@ class Concurrent(Method):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_{t - tau}))], tau = ``staleness``.
 
     At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
-    attack uses a prediction of theta_{t + tau} instead (see conadv.engine.lookahead). A batch that nobody attacked in
-    time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag says so.
+    attack uses a prediction of theta_{t + tau} instead, by ``predictor`` (see conadv.engine.lookahead). A batch that
+    nobody attacked in time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag says so.
 
     Reduces to: ``Sequential`` for staleness 0. Raises ConadvError for look-ahead with staleness 0.
-    In flight: up to tau batches of images, and with look-ahead one copy of the weights.
+    In flight: up to tau batches of images, and with look-ahead one copy of the weights ("momentum-gradient": and
+    of the optimizer's state and the gradient).
 
     Source: Liu et al., arXiv 2106.00221, algorithm 1. Look-ahead is our own addition.
     """
@@ -37,6 +38,7 @@ class Concurrent(Method):
     attack: Attack
     staleness: int = 1
     lookahead: bool = False
+    predictor: str = "momentum"
 
     def __post_init__(self) -> None:
         if self.staleness < 0:
@@ -81,7 +83,7 @@ class Concurrent(Method):
     @classmethod
     def from_config(cls, config: Config) -> Concurrent:
         assert config.staleness is not None
-        return cls(attack_from_config(config), config.staleness, bool(config.lookahead))
+        return cls(attack_from_config(config), config.staleness, bool(config.lookahead), config.predictor)
 
 
 def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:

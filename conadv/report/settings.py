@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import OPTIMIZER_DEFAULTS, flatten
+from ..config import OPTIMIZER_DEFAULTS, ProbeConfig, flatten
 from ..methods import METHODS
 
 Settings = dict[str, Any]
 
 # The seed is what arms are averaged over; the others change no number of a result.
 IGNORED = frozenset({"seed", "recipe", "data.download", "checkpoint.every_epochs", "checkpoint.keep"})
+IGNORED |= {f"probe.{name}" for name in ProbeConfig.model_fields}  # measures, and leaves training alone
 # Null in these only says that the method or optimizer chosen has no such setting.
-_OWNED = ("staleness", "lookahead", "pending_dtype", "adv_weight", "aug_weight", "attack.", "optim.")
-_IN_METHOD_NAME = frozenset({"method", "staleness", "lookahead"})
+_OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight", "aug_weight", "attack.", "optim.")
+_IN_METHOD_NAME = frozenset({"method", "staleness", "lookahead", "predictor"})
 _FIRST = ("data.source", "model.name", "optim.name", "global_batch_size", "optim.lr", "attack.eps")
 _WORDS = {
     "data.source": "{}",
@@ -46,6 +47,8 @@ def effective(config: dict[str, Any], ranks: int = 1) -> Settings:
         flat["micro_batch_size"] = None
     if flat.get("attack.step_size") == _default_step_size(flat):
         flat["attack.step_size"] = None
+    if not flat.get("lookahead"):
+        flat["predictor"] = None
     without_effect = [name for name in flat if _belongs_to_methods(name) and not _has_effect(name, method)]
     return {**flat, **dict.fromkeys(without_effect), "ranks": ranks}
 
@@ -116,7 +119,9 @@ def method_name(settings: Settings) -> str:
     name = str(settings.get("method"))
     if settings.get("staleness") is not None:
         name += f" tau={settings['staleness']}"
-    return name + (" + look-ahead" if settings.get("lookahead") else "")
+    predictor = settings.get("predictor") or "momentum"
+    how = "" if predictor == "momentum" else f" ({predictor})"
+    return name + (f" + look-ahead{how}" if settings.get("lookahead") else "")
 
 
 def part(name: str, value: object) -> str:
