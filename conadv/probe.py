@@ -1,8 +1,8 @@
 """The staleness probe: during training, what stale and predicted weights are worth to the attack.
 
-Before a probed step t it compares, on the same clean training images, the attack at theta_t with attacks at theta_{t-tau}
-and at predictions of theta_t made at step t - tau. What it measures is in docs/staleness.md. Training is not touched:
-a run with the probe has the bits of a run without.
+Before a probed step t it compares, on the same clean training images, the attack at theta_t with attacks at
+theta_{t-tau} and at predictions of theta_t made at step t - tau. docs/staleness.md says what it measures. Training is
+not touched: a run with the probe has the bits of a run without.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def check_duration(probe: ProbeConfig, num_steps: int, steps_per_epoch: int) -> 
     last = (num_steps - 1) // every * every
     if not last:
         raise ConadvError(
-            f"probe.every_epochs {probe.every_epochs:g} is {every} steps, but there are only {num_steps}: nothing would "
-            "be measured. Probe more often, or train longer."
+            f"probe.every_epochs {probe.every_epochs:g} is {every} steps, but there are only {num_steps}: nothing "
+            "would be measured. Probe more often, or train longer."
         )
     if max(probe.staleness) > last:
         raise ConadvError(

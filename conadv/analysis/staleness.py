@@ -51,8 +51,8 @@ class Row:
 def table(lines: Iterable[Line]) -> list[Row]:
     """Rows for every phase, tau and predictor among the probe lines of one run or of several.
 
-    ``lines``: record lines, of which those of other types are passed over. A probe's lines follow one another, "current"
-    first, as they are written.
+    ``lines``: record lines, of which those of other types are passed over. A probe's lines follow one another,
+    "current" first, as they are written.
     Sorted by phase in time, tau, and predictors in the order of the record.
     """
     found: dict[tuple[str, int, str], list[tuple[Line, Line, Line]]] = {}
@@ -122,7 +122,7 @@ Value = Callable[[Row], float | None]
 _PANELS: tuple[tuple[str, Value], ...] = (
     ("cosine with the gradient at θ_t", lambda row: row.cosine),
     ("loss increase at θ_t, over that\nof the attack at θ_t", lambda row: row.kept),
-    ("prediction error over\nthe step's length", lambda row: row.relative_error),
+    ("distance of the prediction to θ_t,\nover that of θ_{t-tau}", lambda row: row.relative_error),
 )
 
 
@@ -138,7 +138,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
             probes = max(row.probes for row in here)
             for line, (_, value) in enumerate(_PANELS):
                 _panel(grid[line][column], here, names, value)
-            grid[0][column].set_title(f"{phase} ({probes} probes)")
+            grid[0][column].set_title(f"{phase} ({probes} probe{'s' * (probes > 1)})")
             grid[-1][column].set_xlabel("tau")
         for line, (label, _) in enumerate(_PANELS):
             grid[line][0].set_ylabel(label)

@@ -13,9 +13,9 @@ for SGD, LARS with the learning rate outside, Adam(W) and LAMB. Any other optimi
 LARS "nus" (its ratio is outside the buffer) get **last-update**: the last update once more for every step,
 theta_t + tau (theta_t - theta_{t-1}).
 
-**momentum-gradient**: the coming gradients are taken to be the last one seen, g_{t-1}. A copy of the optimizer makes tau
-real updates with it, weight decay and trust ratio at the predicted weights included. No closed form: each update's
-ratio depends on the weights of the one before.
+**momentum-gradient**: the coming gradients are taken to be the last one seen, g_{t-1}. A copy of the optimizer makes
+tau real updates with it, weight decay and trust ratio at the predicted weights included. No closed form: each
+update's ratio depends on the weights of the one before.
 
 Learning rates of the coming steps are the schedule's; with "-constant-lr" behind momentum or momentum-gradient that of
 step t serves them all. That matters from tau = 2 on; for momentum with LARS "tf" and "no-wd-ratio" it never does, since
@@ -194,7 +194,7 @@ class LookAhead:
         if predictor not in get_args(PredictorName):
             raise unknown("predictor", predictor, get_args(PredictorName))
         kind = predictor.removesuffix(CONSTANT)
-        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self._optimizer = optimizer
         self._lr_at = lr_at
         self._constant = predictor != kind

@@ -26,7 +26,8 @@ class Concurrent(Method):
 
     At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
     attack uses a prediction of theta_{t + tau} instead, by ``predictor`` (see conadv.engine.lookahead). A batch that
-    nobody attacked in time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag says so.
+    nobody attacked in time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag
+    says so.
 
     Reduces to: ``Sequential`` for staleness 0. Raises ConadvError for look-ahead with staleness 0.
     In flight: up to tau batches of images, and with look-ahead one copy of the weights ("momentum-gradient": and
