@@ -123,7 +123,8 @@ class Probe:
     # ---- what
 
     def _measure(self, step: int) -> list[Line]:
-        points = [(tau, name, w) for tau, made in self._waiting.pop(step, {}).items() for name, w in made.items()]
+        waiting = sorted(self._waiting.pop(step, {}).items())
+        points = [(tau, name, weights) for tau, made in waiting for name, weights in made.items()]
         true = [self._gradient(step, micro, None) for micro in self._micro]
         clean = self._loss(step, [self._engine.images(micro, "clean") for micro in self._micro])
         common = {

@@ -201,9 +201,7 @@ class LookAhead:
         self._advance = _advance_for(optimizer) if kind == "momentum" else None
         self._rehearsal = _Rehearsal(optimizer) if kind == "momentum-gradient" else None
         outs = self._rehearsal.outs() if self._rehearsal else {p: p.detach().clone() for p in self._names}
-        self._weights = {
-            name: outs[p] for p, name in self._names.items() if p in outs
-        }  # others: an error of the engine
+        self._weights = {name: outs[p] for p, name in self._names.items() if p in outs}
         self._previous: dict[str, Tensor] | None = None
         if self._advance is None and self._rehearsal is None:
             self._previous = {n: w.clone() for n, w in self._weights.items()} if keep else self._weights

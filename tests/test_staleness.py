@@ -1,0 +1,348 @@
+"""The staleness probe and the look-ahead predictors that it compares."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conadv import FGSM, LAMB, LARS, ConadvError, Concurrent, Vanilla, windows
+from conadv.analysis.staleness import draw, table, text, to_png
+from conadv.checkpoint import load_newest
+from conadv.cli import main
+from conadv.config import Config, replace, resolve
+from conadv.engine.lookahead import CONSTANT, LookAhead
+from conadv.probe import Probe, mean_cosine
+from conadv.record import read_lines
+from conadv.reference.conadv import coast
+from conadv.reference.lars import lars_step
+from conadv.trainer import build, train
+
+from .helpers import no_norm_net, parameters, same, state
+from .test_methods import EPS, FALLBACKS, OPTIMIZERS, SPACE, as_batch, make, run
+from .test_trainer import config, weights
+
+CPU = torch.device("cpu")
+PREDICTORS = ("momentum", "momentum-constant-lr", "last-update", "momentum-gradient", "momentum-gradient-constant-lr")
+DECAYED = {
+    **OPTIMIZERS,
+    **FALLBACKS,
+    "lars-decay": lambda m: LARS(m.parameters(), 5.0, weight_decay=0.01),
+    "lamb-decay": lambda m: LAMB(m.parameters(), 0.01, weight_decay=0.1),
+}
+
+
+def method(tau: int, predictor: str) -> Concurrent:
+    return Concurrent(FGSM(EPS, space=SPACE), tau, lookahead=True, predictor=predictor)
+
+
+# ---- predictors
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_momentum_gradient_is_what_the_optimizer_does_with_the_last_gradient(name: str) -> None:
+    # Red when: the gradient is that of the step before; it is not given anew (Nesterov); weight decay is left out.
+    model = no_norm_net()
+    engine = make(method(3, "momentum-gradient"), model, DECAYED[name])
+    seen: dict[str, torch.Tensor] = {}
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
+    run(engine, 4, dtype=torch.float64)
+    before = parameters(model)
+    want = dict(coast(model, engine.optimizer, 3, seen).named_parameters())
+    got = engine.predicted_weights(3)
+    for key, value in got.items():
+        assert torch.allclose(value, want[key], rtol=1e-12, atol=1e-14), key
+        assert not torch.equal(value, before[key])
+    assert same(parameters(model), before)
+
+
+@pytest.mark.parametrize("variant", ["tf", "timm"])
+def test_momentum_gradient_by_the_reference_of_lars(variant: str) -> None:
+    # Red when: the ratio is taken once, at theta_t; the schedule's learning rates are shifted by one.
+    model = no_norm_net()
+    rate = {"tf": 1.0, "timm": 2.0}[variant]
+    lars = {"momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1, "eps": 0.0, "variant": variant}
+    engine = make(
+        method(2, "momentum-gradient"),
+        model,
+        lambda m: LARS(m.parameters(), 1.0, **lars),
+        lr_at=lambda t: rate * (t + 1),
+    )
+    gradients: list[torch.Tensor] = []
+    engine.optimizer.register_step_pre_hook(lambda *_: gradients.append(model[0].weight.grad.clone()))
+    run(engine, 3, dtype=torch.float64)
+    p = model[0].weight
+    w, v = [p.detach()], [engine.optimizer.state[p]["momentum_buffer"]]
+    for t in (3, 4):
+        w, v = lars_step(w, [gradients[-1]], v, lr=rate * (t + 1), **lars)
+    assert torch.allclose(engine.predicted_weights(2)["0.weight"], w[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb"])
+def test_constant_lr_takes_the_present_learning_rate_for_all_steps(name: str) -> None:
+    # Red when: the suffix has no effect; the learning rate is that of the step before.
+    engine = make(Vanilla(), no_norm_net(), OPTIMIZERS[name], lr_at=(schedule := lambda t: 0.01 * (t + 1)))
+    model, optimizer = engine.model, engine.optimizer
+    seen: dict[str, torch.Tensor] = {}
+    optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    kinds = ("momentum", "momentum-gradient")
+    aware, constant = ({k: LookAhead(model, optimizer, schedule, k + end) for k in kinds} for end in ("", CONSTANT))
+    run(engine, 4, dtype=torch.float64)
+    for group in optimizer.param_groups:
+        group["lr"] = schedule(4)
+    for kind in kinds:
+        want = dict(coast(model, optimizer, 2, seen if "gradient" in kind else None).named_parameters())
+        for key, got in constant[kind].predict(4, 2).items():
+            assert torch.allclose(got, want[key], rtol=1e-9, atol=1e-12)
+        assert not same(aware[kind].predict(4, 2), constant[kind].predict(4, 2))
+        assert same(aware[kind].predict(4, 1), constant[kind].predict(4, 1))
+
+
+def test_last_update_by_name_repeats_it_for_optimizers_with_momentum() -> None:
+    # Red when: the closed form is taken for last-update.
+    model = no_norm_net()
+    engine = make(method(2, "last-update"), model, OPTIMIZERS["lars"])
+    pairs = windows([as_batch(t, dtype=torch.float64) for t in range(6)], 2)
+    for _ in range(3):
+        engine(*next(pairs))
+    before = parameters(model)
+    engine(*next(pairs))
+    now = parameters(model)
+    for key, got in engine.predicted_weights(2).items():
+        assert torch.allclose(got, now[key] + 2 * (now[key] - before[key]), atol=1e-12), key
+
+
+@pytest.mark.parametrize("predictor", PREDICTORS)
+def test_predictors_resume_bitwise(predictor: str) -> None:
+    # Red when: state_dict leaves out the last gradient, or the remembered weights.
+    whole, half, rest = (make(method(2, predictor)) for _ in range(3))
+    pairs = list(windows([as_batch(t) for t in range(6)], 2))
+    for batch, future in pairs:
+        whole(batch, future)
+    for batch, future in pairs[:3]:
+        half(batch, future)
+    saved = copy.deepcopy((half.model.state_dict(), half.optimizer.state_dict(), half.state_dict()))
+    for part, values in zip((rest.model, rest.optimizer, rest), saved, strict=True):
+        part.load_state_dict(values)
+    for batch, future in pairs[3:]:
+        rest(batch, future)
+    assert same(state(rest.model), state(whole.model))
+
+
+def test_predictions_that_are_kept_apart_can_be_repeated() -> None:
+    # Red when: `keep` shares the buffer: the second extrapolation then starts from the first.
+    model = no_norm_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ahead = LookAhead(model, optimizer, None, "last-update", keep=True)
+    before = parameters(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    for tau in (4, 1, 2):
+        got = ahead.predict(0, tau)["0.weight"]
+        assert torch.allclose(got, before["0.weight"] + 1 + tau)
+
+
+def test_before_the_first_update_nothing_is_predicted() -> None:
+    # Red when: a missing gradient or state is an error at step 0.
+    for predictor in PREDICTORS:
+        engine = make(method(1, predictor))
+        assert same(dict(engine.predicted_weights(1)), parameters(engine.model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "conadv", "predictor": "last-update"}, "no effect without look-ahead"),
+        ({"method": "disadv", "predictor": "last-update"}, "predictor has no effect"),
+        ({"method": "conadv", "lookahead": True, "predictor": "momentum-constant-lr"}, "learning rate inside"),
+        ({"probe__images": 64}, "no effect without probe.every_epochs"),
+        ({"probe__every_epochs": 1, "probe__staleness": (1, 1)}, "names one twice"),
+    ],
+)
+def test_settings_without_effect_are_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConadvError, match=message):
+        resolve(config(**changes))
+
+
+def test_the_predictor_reaches_the_method() -> None:
+    # Red when: from_config leaves it out.
+    settings = resolve(config(method="conadv", lookahead=True, predictor="momentum-gradient"))
+    assert build(settings, CPU).method.predictor == "momentum-gradient"
+    with pytest.raises(ConadvError, match="Did you mean 'momentum'"):
+        make(Concurrent(FGSM(EPS, space=SPACE), 1, True, "momentun"))
+
+
+# ---- the probe
+
+
+def probed(**changes: Any) -> Config:
+    """Six steps, probed before the steps 2 and 4."""
+    probe = {
+        "probe__every_epochs": 2 / 3,
+        "probe__staleness": (1, 3),
+        "probe__images": 100,
+        "probe__predictors": PREDICTORS,
+    }
+    return config(eval__robust_images=0, eval__train_images=64, **{**probe, **changes})
+
+
+def kept(out: Path, *kinds: str) -> list[dict[str, Any]]:
+    drop = ("time", "phases", "seconds", "spans")
+    lines = [line for line in read_lines(out / "record.jsonl") if line["type"] in kinds]
+    return [{k: v for k, v in line.items() if k not in drop} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "disadv", "optim__name": "sgd", "optim__lr": 0.05},
+        {"method": "conadv", "staleness": 2, "lookahead": True, "predictor": "momentum-gradient"},
+        {"method": "recycle", "optim__name": "lamb", "optim__lr": 0.01},
+    ],
+    ids=lambda changes: changes.get("method", "vanilla"),
+)
+def test_the_probe_changes_no_bit_and_resumes_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
+    # Red when: the probe moves running statistics or random streams; truncate keeps probe lines after the checkpoint;
+    # what waits for a coming probe, or what a predictor remembers, is not saved.
+    without, whole, cut = (tmp_path / name for name in ("without", "whole", "cut"))
+    plain = replace(probed(**changes), probe=Config().probe)
+    train(plain, without)
+    train(probed(**changes), whole)
+    assert kept(whole, "step", "eval") == kept(without, "step", "eval")
+    a, b = weights(whole), weights(without)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    lines = kept(whole, "probe")
+    assert [(line["step"], line["tau"]) for line in lines if line["predictor"] in ("current", "stale")] == [
+        *((2, 0), (2, 1)),
+        *((4, 0), (4, 1), (4, 3)),
+    ]
+
+    train(probed(**changes), cut)
+    for late in (4, 5, 6):
+        (cut / "checkpoints" / f"step_{late:08d}.pt").unlink()
+    assert load_newest(cut / "checkpoints", CPU)["probe"]["waiting"].keys() == {4}
+    train(probed(**changes), cut, resume=True)
+    assert kept(cut, "probe") == lines
+
+
+def test_what_a_probe_says(tmp_path: Path) -> None:
+    # Red when: the probed weights are those of another step; errors are taken to theta_{t-tau}; the clean loss is not
+    # taken off.
+    train(probed(method="disadv", probe__images=64), tmp_path)
+    lines = kept(tmp_path, "probe")
+    assert {line["predictor"] for line in lines} == {"current", "noise", "stale", *PREDICTORS}
+    for line in lines:
+        assert (line["images"], line["eps"]) == (64, 0.2)
+        assert (line["phase"], line["epoch"]) == (("warm-up", 2 / 3) if line["step"] == 2 else ("decay", 4 / 3))
+        stale, alone = line["predictor"] == "stale", line["tau"] == 0
+        assert line["relative_error"] == (None if alone else 1.0 if stale else pytest.approx(line["relative_error"]))
+        assert -1 <= line["cosine"] <= 1
+    by = {(line["step"], line["tau"], line["predictor"]): line for line in lines}
+    assert by[2, 0, "current"]["cosine"] == 1
+    assert abs(by[2, 0, "noise"]["cosine"]) < 0.1
+    assert by[2, 0, "current"]["loss_increase"] > by[2, 0, "noise"]["loss_increase"]
+    assert by[2, 1, "momentum"]["relative_error"] < 1
+    assert by[4, 1, "momentum"] == {**by[4, 1, "momentum-constant-lr"], "predictor": "momentum"}  # LARS tf
+
+
+def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the probe's route is "clean", its mode eval, or its attack another one; weights of theta_t give another
+    # answer than theta_t itself.
+    parts = build(resolve(probed(method="disadv", attack__num_steps=2)), CPU)
+    probe = Probe(parts.config, parts.engine, parts.data, parts.num_steps, parts.schedule)
+    for _ in range(2):
+        parts.engine(next(parts.data.train_batches(parts.engine.version, 6)))
+    assert [len(micro.y_N) for micro in probe._micro] == [64]  # the micro-batch: a whole one fits into 100
+    micro = probe._micro[0]
+    monkeypatch.setattr("conadv.engine.step.rng.derive", lambda *_: 1)  # the same draws, whatever they are for
+    from conadv import Batch
+
+    want = parts.engine.craft(parts.method.attack, Batch(2, (micro,))).images
+    assert torch.equal(probe._attacked(2, None)[0], want[0])
+    now = {name: p.detach().clone() for name, p in parts.engine.trainable().items()}
+    cosine, loss = probe._at(2, now, [probe._gradient(2, micro, None)])
+    assert cosine == pytest.approx(1)
+    assert loss == probe._loss(2, probe._attacked(2, None))
+
+
+def test_mean_cosine() -> None:
+    # Red when: a floor of 1e-8 stands under the lengths; images without a gradient count as 0.
+    a = torch.tensor([[1.0, 0.0], [1e-12, 1e-12], [0.0, 0.0]])
+    b = torch.tensor([[1.0, 1.0], [1e-12, 1e-12], [1.0, 0.0]])
+    assert mean_cosine([a[:1], a[1:]], [b]) == pytest.approx((2**-0.5 + 1) / 2)
+    assert mean_cosine([a[2:]], [b[2:]]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"probe__every_epochs": 2}, "nothing would be"), ({"probe__staleness": (5,)}, "last probed step is step 4")],
+)
+def test_runs_too_short_for_the_probe_are_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConadvError, match=message):
+        train(probed(**changes), tmp_path)
+
+
+# ---- its analysis
+
+
+def line(step: int, phase: str, tau: int, name: str, increase: float, **more: Any) -> dict[str, Any]:
+    values = {"cosine": 0.5, "relative_error": None, **more}
+    return {
+        "type": "probe",
+        "step": step,
+        "phase": phase,
+        "tau": tau,
+        "predictor": name,
+        "loss_increase": increase,
+    } | values
+
+
+def test_table_by_hand() -> None:
+    # Red when: "kept" is a mean of ratios; it divides by probes that have no such tau; phases are mixed.
+    lines = [
+        {"type": "step", "step": 0},
+        *(line(1, "peak", 0, "current", 4.0), line(1, "peak", 0, "noise", 1.0)),
+        *(line(2, "peak", 0, "current", 2.0), line(2, "peak", 0, "noise", 1.0)),
+        *(line(2, "peak", 1, "stale", 1.0, cosine=0.2), line(2, "peak", 1, "momentum", 1.5, relative_error=0.5)),
+        *(line(3, "peak", 0, "current", 6.0), line(3, "peak", 0, "noise", 3.0)),
+        *(line(3, "peak", 1, "stale", 5.0, cosine=0.4), line(3, "peak", 1, "momentum", 7.0, cosine=None)),
+        *(line(4, "decay", 0, "current", 0.0), line(4, "decay", 0, "noise", 0.0), line(4, "decay", 1, "stale", 0.0)),
+    ]
+    rows = {(row.phase, row.tau, row.predictor): row for row in table(lines)}
+    assert list(rows)[:4] == [
+        ("peak", 0, "current"),
+        ("peak", 0, "noise"),
+        ("peak", 1, "stale"),
+        ("peak", 1, "momentum"),
+    ]
+    assert rows["peak", 0, "current"].loss_increase == 4.0
+    stale, ahead = rows["peak", 1, "stale"], rows["peak", 1, "momentum"]
+    assert (stale.probes, stale.loss_increase, stale.kept, stale.kept_over_noise) == (2, 3.0, 6 / 8, 2 / 4)
+    assert stale.cosine == pytest.approx(0.3)
+    assert (ahead.cosine, ahead.relative_error) == (0.5, 0.5)
+    assert (rows["decay", 1, "stale"].kept, rows["decay", 1, "stale"].relative_error) == (None, None)
+    assert text(table(lines))[-1].split() == ["decay", "1", "stale", "1", "0.500", "0.000", "-", "-", "-"]
+
+
+def test_the_command_prints_the_table_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: a predictor has no line in the figure; a run without probe lines gives an empty picture.
+    train(probed(method="disadv"), tmp_path / "a")
+    assert main(["staleness", str(tmp_path / "a")]) == 0
+    shown = capsys.readouterr().out
+    assert "momentum-gradient" in shown
+    assert (tmp_path / "a" / "staleness.png").read_bytes()[:4] == b"\x89PNG"
+    figure = draw(table(read_lines(tmp_path / "a" / "record.jsonl")), "title")
+    names = {found.get_label() for found in figure.axes[0].get_lines()}
+    assert {"stale", *PREDICTORS, "random signs"} <= names
+    assert len(figure.axes) == 6  # warm-up and decay
+    assert len(to_png(figure)) > 10_000
+    train(replace(probed(), probe=Config().probe), tmp_path / "b")
+    assert main(["staleness", str(tmp_path / "b")]) == 2
+    assert "--probe.every-epochs" in capsys.readouterr().err
+    assert main(["staleness"]) == 2
