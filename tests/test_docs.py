@@ -27,6 +27,7 @@ from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models import SmallResNet
 from conadv.plan.command import PlanArgs
+from conadv.staleness import StalenessArgs
 from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ PARSED = {
     "export": cli.ExportArgs,
     "report": cli.ReportArgs,
     "timeline": TimelineArgs,
+    "staleness": StalenessArgs,
     "plan": PlanArgs,
     "demo": DemoArgs,
 }

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from conadv import FGSM, LAMB, LARS, ConadvError, Concurrent, Vanilla, windows
+from conadv import FGSM, LAMB, LARS, ConadvError, Concurrent, Vanilla, recipes, windows
 from conadv.analysis.staleness import draw, table, text, to_png
 from conadv.checkpoint import load_newest
 from conadv.cli import main
 from conadv.config import Config, replace, resolve
+from conadv.data import build_data
 from conadv.engine.lookahead import CONSTANT, LookAhead
 from conadv.probe import Probe, mean_cosine
 from conadv.record import read_lines
@@ -346,3 +348,19 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path: Path, capsys: pytes
     assert main(["staleness", str(tmp_path / "b")]) == 2
     assert "--probe.every-epochs" in capsys.readouterr().err
     assert main(["staleness"]) == 2
+
+
+def test_every_arm_of_the_study_is_a_run() -> None:
+    # Red when: an arm names a setting that is not there, or has no effect; the batch does not fit the training images.
+    spec = yaml.safe_load((Path(__file__).parent.parent / "studies" / "staleness_digits.yaml").read_text())
+    (batch,) = spec["grid"]["global_batch_size"]
+    arms = {}
+    for name, changes in spec["arms"].items():
+        given = {**spec["base"], **changes, "global_batch_size": batch}
+        base = replace(recipes.get(spec["recipe"]), micro_batch_size=None)
+        settings = resolve(replace(base, **{key.replace(".", "__"): value for key, value in given.items()}))
+        arms[name] = (settings.method, settings.staleness, settings.lookahead, settings.predictor)
+        assert (settings.data.validation_images, settings.probe.every_epochs) == (150, 4)
+    assert len(set(arms.values())) == len(arms) == 19
+    assert {spec["baseline"], spec["tune"]["tune_on"], *spec["controls"]} <= arms.keys()
+    assert build_data(settings).train_size == batch

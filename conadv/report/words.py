@@ -11,7 +11,7 @@ from .stats import Difference
 from .table import points
 
 TAU = "staleness: the adversarial images of a step were made at the weights of tau steps before."
-LOOKAHEAD = "attacks at weights predicted from the momentum instead of the stale ones."
+LOOKAHEAD = "attacks at predicted weights instead of the stale ones."
 
 
 def glossary(comparison: Comparison) -> list[tuple[str, str]]:
