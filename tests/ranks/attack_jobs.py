@@ -31,11 +31,15 @@ MODELS = {
 Answer = tuple[list[dict[str, Any]], dict[str, Tensor]] | list[int]
 
 
-def method(tau: int, lookahead: bool) -> Concurrent:
-    return Concurrent(ATTACK, tau, lookahead)
+def method(tau: int, lookahead: bool | str) -> Concurrent:
+    """``lookahead``: whether to look ahead, or a predictor's name."""
+    predictor = lookahead if isinstance(lookahead, str) else "momentum"
+    return Concurrent(ATTACK, tau, bool(lookahead), predictor)
 
 
-def engine_for(teams: Teams, model: str, tau: int, lookahead: bool, late: str = "wait", **options: Any) -> TrainStep:
+def engine_for(
+    teams: Teams, model: str, tau: int, lookahead: bool | str, late: str = "wait", **options: Any
+) -> TrainStep:
     """The engine of one process; ranks other than 0 begin with other weights, which must not matter."""
     net: nn.Module = MODELS[model](teams.world.rank)
     executor = Ranks(teams, late) if teams.attackers else Inline()
@@ -58,7 +62,7 @@ def learn(engine: TrainStep, teams: Teams, model: str, micro: int, steps: int, f
 
 
 def training(
-    world: Comm, attack_ranks: int, model: str, tau: int, lookahead: bool, micro: int, options: dict[str, Any]
+    world: Comm, attack_ranks: int, model: str, tau: int, lookahead: bool | str, micro: int, options: dict[str, Any]
 ) -> Answer:
     """Six steps; a learner returns records and state, an attack rank the steps that it served."""
     teams = world.split(attack_ranks)

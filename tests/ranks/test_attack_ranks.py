@@ -34,7 +34,7 @@ def numbers(answer: Any) -> list[Any]:
     return [{k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")} for record in answer[0]]
 
 
-def inline(model: str, tau: int, lookahead: bool, micro: int, options: dict[str, Any]) -> Any:
+def inline(model: str, tau: int, lookahead: bool | str, micro: int, options: dict[str, Any]) -> Any:
     return jobs.training(Comm(), 0, model, tau, lookahead, micro, options)
 
 
@@ -43,6 +43,8 @@ def inline(model: str, tau: int, lookahead: bool, micro: int, options: dict[str,
     [
         ("batchnorm", 1, False, {}),
         ("batchnorm", 1, True, {}),
+        ("batchnorm", 2, "last-update", {}),
+        ("batchnorm", 2, "momentum-gradient", {}),
         ("batchnorm", 3, False, {"pending_dtype": "uint8"}),
         ("batchnorm", 2, True, {"pending_dtype": "float16", "fuse_views": True}),
         ("channels_last", 1, False, {"channels_last": True, "precision": "bf16"}),
@@ -50,7 +52,7 @@ def inline(model: str, tau: int, lookahead: bool, micro: int, options: dict[str,
     ],
 )
 def test_one_learner_and_one_attack_rank_are_inline_bitwise(
-    two: Ranks, model: str, tau: int, lookahead: bool, options: dict[str, Any]
+    two: Ranks, model: str, tau: int, lookahead: bool | str, options: dict[str, Any]
 ) -> None:
     # Red when: the weights that travel are those after the update; an attack rank keys its draws by its own count of
     # batches; images are decoded to float32 whatever they were; the look-ahead is asked for one step less.

@@ -56,6 +56,24 @@ def test_every_method_trains_and_resumes_bitwise(two: Ranks, name: str, tmp_path
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_the_probe_on_two_ranks(two: Ranks, tmp_path: Path) -> None:
+    # Red when: rank 0 probes only its share of the images; the gradient that a predictor repeats is not summed yet; a
+    # rank takes part in measuring alone.
+    plain = {"method": "conadv", "staleness": 2, "lookahead": True, "predictor": "momentum-gradient"}
+    probe = {"probe__every_epochs": 1, "probe__staleness": (1, 2), "probe__images": 128}
+    for name, changes in (("probed", {**plain, **probe}), ("plain", plain)):
+        two.run(jobs.train_run, tmp_path / name, changes)
+    assert same_weights(tmp_path / "probed", tmp_path / "plain")
+    train(config(**plain, **probe), tmp_path / "alone")
+    ours, alone = (
+        [line for line in read_lines(tmp_path / name / "record.jsonl") if line["type"] == "probe"]
+        for name in ("probed", "alone")
+    )
+    assert len(ours) == len(alone) == 2 + 2 * 4
+    for a, b in zip(ours, alone, strict=True):
+        assert a == {**b, **{k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in b.items() if isinstance(v, float)}}
+
+
 @pytest.mark.parametrize("name", ["conadv-tau2", "recycle"])
 def test_one_rank_goes_on_where_two_stopped(two: Ranks, name: str, tmp_path: Path) -> None:
     # Red when: merge() takes rank 0's waiting images for those of all ranks.
