@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from conadv import FGSM, LAMB, LARS, ConadvError, Concurrent, Vanilla, recipes, windows
+from conadv import FGSM, LAMB, LARS, Batch, ConadvError, Concurrent, Vanilla, frozen_stats, recipes, route, windows
 from conadv.analysis.staleness import draw, table, text, to_png
-from conadv.checkpoint import load_newest
+from conadv.checkpoint import load, load_newest
 from conadv.cli import main
 from conadv.config import Config, replace, resolve
 from conadv.data import build_data
@@ -236,7 +236,7 @@ def test_the_probe_changes_no_bit_and_resumes_exactly(changes: dict[str, Any], t
 def test_what_a_probe_says(tmp_path: Path) -> None:
     # Red when: the probed weights are those of another step; errors are taken to theta_{t-tau}; the clean loss is not
     # taken off.
-    train(probed(method="disadv", probe__images=64), tmp_path)
+    train(probed(method="disadv", probe__images=64, probe__staleness=(1, 2)), tmp_path)
     lines = kept(tmp_path, "probe")
     assert {line["predictor"] for line in lines} == {"current", "noise", "stale", *PREDICTORS}
     for line in lines:
@@ -250,6 +250,14 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
     assert abs(by[2, 0, "noise"]["cosine"]) < 0.1
     assert by[2, 0, "current"]["loss_increase"] > by[2, 0, "noise"]["loss_increase"]
     assert by[2, 1, "momentum"]["relative_error"] < 1
+    theta = [load(tmp_path / "checkpoints" / f"step_{t:08d}.pt", CPU)["model"] for t in range(1, 5)]
+    trained = dict(build(resolve(probed(method="disadv")), CPU).model.named_parameters())
+    flat = [torch.cat([values[name].double().flatten() for name in trained]) for values in theta]
+    for tau in (1, 2):  # theta_4 as seen from step 4 - tau; theta_1 is the first one here
+        made_at, before = flat[3 - tau], flat[2 - tau]
+        guess = made_at + tau * (made_at - before)
+        want = (guess - flat[3]).norm() / (flat[3] - made_at).norm()
+        assert by[4, tau, "last-update"]["relative_error"] == pytest.approx(want.item(), rel=1e-4)
     assert by[4, 1, "momentum"] == {**by[4, 1, "momentum-constant-lr"], "predictor": "momentum"}  # LARS tf
 
 
@@ -262,9 +270,13 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
         parts.engine(next(parts.data.train_batches(parts.engine.version, 6)))
     assert [len(micro.y_N) for micro in probe._micro] == [64]  # the micro-batch: a whole one fits into 100
     micro = probe._micro[0]
+    x, y_N = parts.engine.images(micro, "clean"), micro.y_N
+    found = probe._measure(2)[0]
+    (moved,) = probe._attacked(2, None)
+    with route(parts.model, "adv"), frozen_stats(parts.model), torch.no_grad():
+        clean, after = (torch.nn.functional.cross_entropy(parts.model(images), y_N).item() for images in (x, moved))
+    assert (found["clean_loss"], found["loss_increase"]) == pytest.approx((clean, after - clean), rel=1e-5)
     monkeypatch.setattr("conadv.engine.step.rng.derive", lambda *_: 1)  # the same draws, whatever they are for
-    from conadv import Batch
-
     want = parts.engine.craft(parts.method.attack, Batch(2, (micro,))).images
     assert torch.equal(probe._attacked(2, None)[0], want[0])
     now = {name: p.detach().clone() for name, p in parts.engine.trainable().items()}
