@@ -14,13 +14,14 @@ from conadv import FGSM, LAMB, LARS, Batch, ConadvError, Concurrent, Vanilla, fr
 from conadv.analysis.staleness import draw, table, text, to_png
 from conadv.checkpoint import load, load_newest
 from conadv.cli import main
-from conadv.config import Config, replace, resolve
+from conadv.config import Config, override, replace, resolve
 from conadv.data import build_data
 from conadv.engine.lookahead import CONSTANT, LookAhead
 from conadv.probe import Probe, mean_cosine
 from conadv.record import read_lines
 from conadv.reference.conadv import coast
 from conadv.reference.lars import lars_step
+from conadv.report.settings import effective, labels
 from conadv.trainer import build, train
 
 from .helpers import no_norm_net, parameters, same, state
@@ -177,6 +178,20 @@ def test_the_predictor_reaches_the_method() -> None:
     assert build(settings, CPU).method.predictor == "momentum-gradient"
     with pytest.raises(ConadvError, match="Did you mean 'momentum'"):
         make(Concurrent(FGSM(EPS, space=SPACE), 1, True, "momentun"))
+
+
+def test_a_predictor_goes_with_its_lookahead() -> None:
+    # Red when: a saved config's predictor stays when look-ahead is switched off, or an arm is not named after its own.
+    base = resolve(config(method="conadv", lookahead=True, predictor="last-update"))
+    off = override(base, replace(base, lookahead=False), {"lookahead"})
+    assert resolve(off).predictor == "momentum"
+    arms = [effective(x.model_dump()) for x in (off, base, replace(base, predictor="momentum"), config())]
+    assert labels(arms) == [
+        "conadv tau=1",
+        "conadv tau=1 + look-ahead (last-update)",
+        "conadv tau=1 + look-ahead",
+        "vanilla",
+    ]
 
 
 # ---- the probe
