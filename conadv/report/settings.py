@@ -47,8 +47,6 @@ def effective(config: dict[str, Any], ranks: int = 1) -> Settings:
         flat["micro_batch_size"] = None
     if flat.get("attack.step_size") == _default_step_size(flat):
         flat["attack.step_size"] = None
-    if not flat.get("lookahead"):
-        flat["predictor"] = None
     without_effect = [name for name in flat if _belongs_to_methods(name) and not _has_effect(name, method)]
     return {**flat, **dict.fromkeys(without_effect), "ranks": ranks}
 
