@@ -300,12 +300,12 @@ def _export(args: Sequence[str]) -> None:
 
 @dataclass
 class ReportArgs:
-    """Write a report about runs: report.html, report.md and summary.json."""
+    """Write a report about runs, or about one sweep: report.html, report.md and summary.json."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run directories, or folders that contain runs."""
-    out: Path = Path("runs/report.html")
-    """The HTML file; the others lie beside it."""
+    """Run directories, or folders that contain runs; or the folder of one sweep."""
+    out: Path | None = None
+    """The HTML file; the others lie beside it (default: runs/report.html; for a sweep, report.html in its folder)."""
     baseline: str | None = None
     """Label of the arm that differences refer to."""
 
@@ -314,11 +314,18 @@ def _report(args: Sequence[str]) -> None:
     options = tyro.cli(ReportArgs, args=args, prog="conadv report")
     if not options.runs:
         raise ConadvError("Name at least one run directory: conadv report RUN...")
-    from .report import show, write_report
+    from .report import is_sweep, show, show_study, write_report, write_sweep_report
 
-    summary = write_report(options.runs, options.out, baseline=options.baseline)
-    show(summary)
-    _say(f"report: {options.out}")
+    sweeps = [path for path in options.runs if is_sweep(path)]
+    if sweeps and len(options.runs) > 1:
+        raise ConadvError(f"{sweeps[0]} is a sweep, which has a report of its own: name it alone.")
+    if sweeps:
+        out = options.out or sweeps[0] / "report.html"
+        show_study(write_sweep_report(sweeps[0], out, baseline=options.baseline))
+    else:
+        out = options.out or Path("runs/report.html")
+        show(write_report(options.runs, out, baseline=options.baseline))
+    _say(f"report: {out}")
 
 
 def _analyze(args: Sequence[str]) -> None:

@@ -3,19 +3,24 @@
 from .compare import Arm, Comparison, compare
 from .html import write_report
 from .load import Run, find_runs, load_run
+from .study import StudySummary, is_sweep, write_sweep_report
 from .summary import Summary
 from .table import arms_table
-from .terminal import show
+from .terminal import show, show_study
 
 __all__ = [
     "Arm",
     "Comparison",
     "Run",
+    "StudySummary",
     "Summary",
     "arms_table",
     "compare",
     "find_runs",
+    "is_sweep",
     "load_run",
     "show",
+    "show_study",
     "write_report",
+    "write_sweep_report",
 ]

@@ -36,7 +36,7 @@ LINES = ("-", "--", ":", "-.")
 WIDTH = 7.4  # inches: the width of the page's text column at 96 dots per inch
 POINTS = 200  # a curve is averaged down to this many points
 
-_RC = {
+STYLE = {
     "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10,
@@ -80,8 +80,13 @@ class Look:
 
 def looks(comparison: Comparison) -> list[Look]:
     """One look per arm, distinct up to 28 arms."""
-    turns = [divmod(index, len(COLOURS)) for index in range(len(comparison.arms))]
-    return [Look(COLOURS[i], MARKERS[turn % len(MARKERS)], LINES[turn % len(LINES)]) for turn, i in turns]
+    return [look(index) for index in range(len(comparison.arms))]
+
+
+def look(index: int) -> Look:
+    """The look of the arm with this number."""
+    turn, i = divmod(index, len(COLOURS))
+    return Look(COLOURS[i], MARKERS[turn % len(MARKERS)], LINES[turn % len(LINES)])
 
 
 def draw_all(comparison: Comparison) -> list[Drawing]:
@@ -97,7 +102,7 @@ def draw_all(comparison: Comparison) -> list[Drawing]:
 def to_svg(figure: Figure, title: str) -> str:
     """The figure as one ``<svg>`` element for HTML: no ids that clash, no comments, no outside reference."""
     buffer = io.StringIO()
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
@@ -109,12 +114,12 @@ def to_svg(figure: Figure, title: str) -> str:
 def to_png(figure: Figure, dpi: int = 130, background: str = "white") -> bytes:
     """The figure as PNG bytes, for documents that take no SVG."""
     buffer = io.BytesIO()
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=dpi, facecolor=background)
     return buffer.getvalue()
 
 
-@mpl.rc_context(_RC)
+@mpl.rc_context(STYLE)
 def accuracy_dots(comparison: Comparison) -> Figure | None:
     """Test accuracy in percent: a dot per seed and a tick at the mean, one row per arm."""
     if not any(arm.metrics["test_accuracy"] for arm in comparison.arms):
@@ -137,7 +142,7 @@ def accuracy_dots(comparison: Comparison) -> Figure | None:
     return figure
 
 
-@mpl.rc_context(_RC)
+@mpl.rc_context(STYLE)
 def curves(comparison: Comparison) -> Figure | None:
     """Test accuracy and the loss of every view over training: mean over seeds, band from the lowest to the highest."""
     unit, scale = _time_axis(comparison.runs)
@@ -160,7 +165,7 @@ def curves(comparison: Comparison) -> Figure | None:
     return figure
 
 
-@mpl.rc_context(_RC)
+@mpl.rc_context(STYLE)
 def step_times(comparison: Comparison) -> Figure | None:
     """Median time of a step in milliseconds, split by the phases' shares of all steps but the first."""
     phases = [_phase_seconds(arm) for arm in comparison.arms]
@@ -184,7 +189,7 @@ def step_times(comparison: Comparison) -> Figure | None:
     return figure
 
 
-@mpl.rc_context(_RC)
+@mpl.rc_context(STYLE)
 def lr_schedule(comparison: Comparison) -> Figure | None:
     """The learning rate as recorded, once for all arms that share it."""
     unit, scale = _time_axis(comparison.runs)
@@ -211,7 +216,7 @@ def lr_schedule(comparison: Comparison) -> Figure | None:
     return figure
 
 
-@mpl.rc_context(_RC)
+@mpl.rc_context(STYLE)
 def staleness(comparison: Comparison) -> Figure | None:
     """Share of steps at every measured staleness (filled, with its percentage) beside the configured one (ring)."""
     chosen = [(arm, look) for arm, look in zip(comparison.arms, looks(comparison), strict=True) if arm.staleness]
@@ -248,7 +253,7 @@ def _share(count: int, total: int) -> str:
 def _rows_figure(comparison: Comparison, arms: Sequence[Arm] | None = None) -> tuple[Figure, Any]:
     """A horizontal plot with one labelled row per arm, the first on top."""
     arms = comparison.arms if arms is None else arms
-    names = [_wrap(arm.label, 30) for arm in arms]
+    names = [wrap(arm.label, 30) for arm in arms]
     lines = sum(1.0 + 0.45 * name.count("\n") for name in names)
     figure = Figure(figsize=(WIDTH, 0.95 + 0.36 * lines), layout="constrained")
     axes = figure.add_subplot()
@@ -341,7 +346,7 @@ def _log_if_wide(axes: Any) -> None:
 def _legend(figure: Figure, comparison: Comparison) -> None:
     pairs = list(zip(comparison.arms, looks(comparison), strict=True))
     handles = [mpl.lines.Line2D([], [], color=look.colour, ls=look.line, lw=2) for _, look in pairs]
-    names = [_wrap(arm.label, 44) for arm, _ in pairs]
+    names = [wrap(arm.label, 44) for arm, _ in pairs]
     figure.legend(handles, names, loc="outside lower center", ncols=2 if len(pairs) > 1 else 1)
 
 
@@ -358,11 +363,11 @@ def _phase_seconds(arm: Arm) -> dict[str, float]:
 
 def _members_text(names: Sequence[str], of: int) -> str:
     if len(names) == of:
-        return "all arms" if of > 1 else _wrap(names[0], 80)
-    return _wrap("; ".join(names), 90)
+        return "all arms" if of > 1 else wrap(names[0], 80)
+    return wrap("; ".join(names), 90)
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
     """Printable, broken into lines, and with no dollar sign that would start a formula."""
     plain = "".join(character if character.isprintable() else " " for character in text)
     return "\n".join(textwrap.wrap(plain, width) or [" "]).replace("$", r"\$")

@@ -36,12 +36,12 @@ def write_report(
     inside a run (whose own summary.json would be lost), and when the files cannot be written.
     """
     out = Path(out)
-    _check_out(out)
+    check_out(out)
     runs = [load_run(path) for path in find_runs(paths)]
     summary = Summary(title, compare(runs, names, baseline), out.parent, command)
-    _write(out, render_html(summary))
-    _write(out.with_suffix(".md"), render_markdown(summary, out.name))
-    _write(out.with_name(SUMMARY), json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n")
+    write(out, render_html(summary))
+    write(out.with_suffix(".md"), render_markdown(summary, out.name))
+    write(out.with_name(SUMMARY), json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n")
     return summary
 
 
@@ -109,7 +109,8 @@ def _differing(comparison: Comparison) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
+    """ConadvError for a file that is no .html or would lie in a run."""
     if out.suffix != ".html":
         raise ConadvError(f"The report's file must end in .html, not {out.name!r}: the other files are named after it.")
     if (out.parent / RECORD).exists():
@@ -118,7 +119,8 @@ def _check_out(out: Path) -> None:
         )
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
+    """Write one of a report's files, and its folder if need be. Raises ConadvError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)

@@ -30,7 +30,8 @@ class Run:
     ``steps`` and ``evals`` (test split) hold one float64 array per field, nested fields with dotted names such as
     ``losses.clean`` and ``phases.attack``; NaN where a line has null or lacks the field. ``summary`` is None for a
     run that is not finished; ``stopped_by`` is the message of the error that ended it, if the record has one.
-    ``problems`` says in words what could not be read. ``label`` is the folder's name.
+    ``problems`` says in words what could not be read. ``label`` is the folder's name. ``probes`` are the lines of the
+    staleness probe as they are.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class Run:
     label: str
     stopped_by: str | None = None
     problems: tuple[str, ...] = ()
+    probes: tuple[Line, ...] = ()
 
     @property
     def finished(self) -> bool:
@@ -119,6 +121,7 @@ def load_run(path: str | Path) -> Run:
         label=path.resolve().name,
         stopped_by=_last_error(lines),
         problems=tuple(problems),
+        probes=tuple(line for line in lines if line["type"] == "probe"),
     )
 
 

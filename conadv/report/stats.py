@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,17 @@ class Stat:
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus baseline, seed by seed, with the 95 % Student-t interval of the mean (None below two pairs)."""
+    """Arm minus baseline, seed by seed, with the 95 % Student-t interval of the mean (None below two pairs).
+
+    ``p``: of the two-sided paired t-test that the interval belongs to; None as well where all pairs differ alike.
+    """
 
     seeds: tuple[int, ...]
     n: int
     mean: float
     low: float | None
     high: float | None
+    p: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -70,5 +74,21 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
     n, mean = len(seeds), statistics.fmean(differences)
     if n < 2:
         return Difference(seeds, n, mean, None, None)
-    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(n)
-    return Difference(seeds, n, mean, mean - half, mean + half)
+    error = statistics.stdev(differences) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * error
+    p = 2 * float(stdtr(n - 1, -abs(mean) / error)) if error else None
+    return Difference(seeds, n, mean, mean - half, mean + half, p)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p of each of m tests: max over j <= i of min(1, (m - j) p_(j)), the p sorted, j from 0.
+
+    All that are below 0.05 may be called differences: the chance of even one false one among the m is below 5 %.
+    Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Statistics 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted

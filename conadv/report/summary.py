@@ -47,7 +47,7 @@ class Summary:
             "git": words.distinct(comparison, "git"),
             "runs": run_list(comparison, self.folder),
         }
-        plain: dict[str, Any] = _finite(document)
+        plain: dict[str, Any] = finite(document)
         return plain
 
 
@@ -99,10 +99,10 @@ def _arm(arm: Arm) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same values with null for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

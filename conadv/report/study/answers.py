@@ -1,0 +1,235 @@
+"""The referee's first three questions, answered in sentences and one table from the data of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import table
+from ..settings import part, show
+from ..stats import Difference
+from .contrast import Contrast, differences
+from .cost import EqualCost, cost, equal_cost
+from .figures import axis_value
+from .sweep import Cell, Study
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A table cell with its verdict: higher | lower | anything else."""
+
+    text: str
+    verdict: str = ""
+
+
+def place(study: Study, x: float) -> str:
+    """e.g. "batch 748"."""
+    return part(study.axis, axis_value(study, x))
+
+
+def percent(cell: Cell | None) -> str:
+    return table.percent(cell.stat() if cell else None)
+
+
+def baseline_cell(study: Study) -> Cell | None:
+    """The baseline at the largest x (the best of them where its line is split)."""
+    cells = [cell for cell in study.at(study.largest) if cell.arm == study.baseline and cell.stat()]
+    return max(cells, key=lambda cell: (found := cell.stat()) and found.mean or 0.0, default=None)
+
+
+def lead(study: Study) -> str:
+    """What was compared and what the large batch loses, in one or two sentences."""
+    finished = [len(cell.finished) for cell in study.cells]
+    seeds = f"{min(finished)}" if min(finished) == max(finished) else f"{min(finished)} to {max(finished)}"
+    where = ", ".join(axis_value(study, x) for x in study.points)
+    name = part(study.axis, where)
+    text = f"{len(study.lines)} arms, {name}; {seeds} finished seeds for each arm and batch, {sum(finished)} runs in all."
+    base, best = baseline_cell(study), _best_small(study)
+    if base is None or best is None:
+        return text
+    return (
+        f"{text} Test accuracy of {base.line} at {place(study, base.x)}: {percent(base)} %; the best without "
+        f"extra images at a smaller batch ({best.line}, {place(study, best.x)}): {percent(best)} %."
+    )
+
+
+def _best_small(study: Study) -> Cell | None:
+    """Without an attack and no control: what somebody would run who has no need for a large batch."""
+    plain = [cell for cell in study.cells if not cell.attacks and cell.arm not in study.controls]
+    small = [(found.mean, cell) for cell in plain if cell.x < study.largest and (found := cell.stat())]
+    return max(small, key=lambda pair: pair[0])[1] if small else None
+
+
+# Was the baseline tuned?
+
+
+def tuned(study: Study) -> list[str]:
+    """Trials per cell, what was chosen on which split, at the grid's edge or not; then how the other arms fared."""
+    cells = [cell for cell in study.cells if cell.arm == study.baseline] or list(study.cells)
+    if not any(cell.trials for cell in study.cells):
+        return ["No: this sweep tuned nothing. Every arm has the settings that the spec gives."]
+    verdict = "Yes." if all(cell.trials for cell in cells) else "Not everywhere."
+    own = [f"{verdict} {_selection(study)}", *(_choice(study, cell) for cell in cells)]
+    others = [cell for cell in study.cells if cell not in cells]
+    return [*own, *_others(study, cells, others), *_seed_overlap(study)]
+
+
+def _tune(study: Study) -> Mapping[str, Any]:
+    found = study.spec.get("tune")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _selection(study: Study) -> str:
+    """On which images and seeds the choice was made."""
+    by, seeds = str(_tune(study).get("by") or "validation_accuracy"), _tune(study).get("seeds") or ()
+    with_seeds = f"with seed{'s' if len(seeds) != 1 else ''} {show('', seeds)}" if seeds else ""
+    if by != "validation_accuracy":
+        return f"But settings were chosen by {by} {with_seeds}, so the results are biased towards more trials.".strip()
+    held = next((run.config.get("data", {}).get("validation_images") for c in study.cells for run in c.runs), None)
+    images = f"{held} training images held out of every run" if held else "images held out of training"
+    return f"Settings were chosen by accuracy on {images} {with_seeds}; the test set took no part.".replace(" ;", ";")
+
+
+def _choice(study: Study, cell: Cell) -> str:
+    where = f"{cell.line}, {place(study, cell.x)}"
+    if not cell.trials:
+        return f"{where}: not tuned{_given(cell)}."
+    tried = "; ".join(f"{name} in {{{values}}}" for name, values in _tried(cell).items())
+    edge = "at the edge of what was tried, so a better value may lie outside" if cell.at_edge else "inside the grid"
+    return f"{where}: {len(cell.trials)} trials ({tried}), chosen {setting_words(cell.chosen)}, {edge}."
+
+
+def _given(cell: Cell) -> str:
+    return f", it uses {setting_words(cell.chosen)}" if cell.chosen else ""
+
+
+def _tried(cell: Cell) -> dict[str, str]:
+    names = dict.fromkeys(name for trial in cell.trials for name in trial.settings)
+    return {
+        name: ", ".join(dict.fromkeys(show(name, trial.settings.get(name)) for trial in cell.trials)) for name in names
+    }
+
+
+def setting_words(settings: Mapping[str, Any]) -> str:
+    """e.g. "lr 2"; a dash for nothing."""
+    return ", ".join(part(name, value) for name, value in settings.items()) or table.NONE
+
+
+def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
+    if not others:
+        return []
+    counts = sorted({len(cell.trials) for cell in others if cell.trials})
+    said = []
+    untuned = [cell for cell in others if not cell.trials]
+    if counts == sorted({len(cell.trials) for cell in own if cell.trials}) and len(counts) == 1:
+        scope = "Every other arm" if not untuned else "The other arms that were tuned"
+        said.append(f"{scope} had as many trials ({counts[0]}) at every batch.")
+    elif counts:
+        said.append(f"The other arms had {counts[0]} to {counts[-1]} trials, so the effort was not the same.")
+    if untuned:
+        source = _tune(study).get("tune_on")
+        choice = f" and use the choice made for {source}" if source else ""
+        said.append(f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}.")
+    edges = sum(cell.at_edge for cell in others)
+    return [*said, f"At the edge of their grid: {edges} of the {len(others)} other cells."] if counts else said
+
+
+def _seed_overlap(study: Study) -> list[str]:
+    tuning = {seed for seed in _tune(study).get("seeds") or () if isinstance(seed, int)}
+    both = sorted(tuning & {run.seed for cell in study.cells for run in cell.runs})
+    return [f"Seeds {show('', both)} were used for tuning and are reported too."] if both else []
+
+
+# Is it the attack, or just the extra images? And at equal cost?
+
+
+def head(study: Study) -> list[str]:
+    """Headings of :func:`rows`."""
+    references = ([study.baseline] if study.baseline else []) + list(study.controls)
+    return ["arm", "test accuracy, %", *(f"minus {arm}" for arm in references), "cost", "best without attack at no more cost"]
+
+
+def rows(study: Study) -> list[tuple[str, list[Mark]]]:
+    """(line, cells) for each adversarial arm at the largest x: accuracy, differences, cost, and the equal-cost rival."""
+    contrasts = differences(study, study.largest)
+    references = ([study.baseline] if study.baseline else []) + list(study.controls)
+    found = []
+    for cell in study.adversarial(study.largest):
+        marks = [Mark(percent(cell))]
+        marks += [_contrast_mark(contrasts, cell, arm) for arm in references]
+        spent = cost(cell).per_image
+        marks += [Mark(table.NONE if spent is None else f"{spent:.3g}"), equal_mark(equal_cost(study, cell))]
+        found.append((cell.line, marks))
+    return found
+
+
+def _contrast_mark(contrasts: Iterable[Contrast], cell: Cell, arm: str) -> Mark:
+    chosen = [c for c in contrasts if c.cell is cell and c.reference.arm == arm]
+    text = "; ".join(table.difference(c.difference) for c in chosen) or table.NONE
+    return Mark(text, chosen[0].difference.verdict if len(chosen) == 1 else "")
+
+
+def equal_mark(found: EqualCost) -> Mark:
+    if found.best is None or found.difference is None:
+        return Mark("none was run")
+    text = f"{found.best.line}: {table.difference(found.difference)}"
+    return Mark(text, found.difference.verdict)
+
+
+def attack_or_images(study: Study) -> list[str]:
+    """How many adversarial arms stand out from the baseline, from every control, and after Holm's correction."""
+    where, arms = place(study, study.largest), study.adversarial(study.largest)
+    contrasts = [c for c in differences(study, study.largest) if any(c.cell is cell for cell in arms)]
+    if not arms or not contrasts:
+        return [f"Nothing to compare at {where} yet: no adversarial arm and reference have a seed in common."]
+    said = []
+    if study.baseline:
+        count = sum(_above(c) for c in contrasts if c.reference.arm == study.baseline)
+        said.append(f"{count} of {len(arms)} adversarial arms are above {study.baseline} at {where}.")
+    if not study.controls:
+        return [*said, "No control was run, so the attack cannot be told from the extra images."]
+    winners = [cell for cell in arms if _beats_all(study, contrasts, cell)]
+    names = f": {'; '.join(cell.line for cell in winners)}" if winners else ""
+    said.append(f"{len(winners)} of {len(arms)} are above every control{names}.")
+    said.append("“Above” means that the 95 % interval of the paired difference excludes 0. " + _corrected(study, contrasts))
+    return said
+
+
+def _above(contrast: Contrast) -> bool:
+    return contrast.difference.verdict == "higher"
+
+
+def _beats_all(study: Study, contrasts: Iterable[Contrast], cell: Cell) -> bool:
+    own = [c for c in contrasts if c.cell is cell and c.reference.arm in study.controls]
+    return {c.reference.arm for c in own} == set(study.controls) and all(map(_above, own))
+
+
+def _corrected(study: Study, contrasts: Iterable[Contrast]) -> str:
+    every = differences(study, study.largest)
+    kept = sum(_above(c) and c.adjusted is not None and c.adjusted < ALPHA for c in contrasts)
+    return f"After Holm's correction for all {len(every)} comparisons at this batch, {kept} of these remain."
+
+
+def at_equal_cost(study: Study) -> list[str]:
+    """Who costs no more than the attack, and whether it does as well."""
+    compared = [equal_cost(study, cell) for cell in study.adversarial(study.largest)]
+    known = [found for found in compared if found.difference is not None]
+    if not known:
+        return ["Unknown: no arm without an attack cost as little as the adversarial ones at this batch."]
+    ahead = sum(_verdict(found.difference) == "higher" for found in known)
+    behind = sum(_verdict(found.difference) == "lower" for found in known)
+    share = max(found.share or 0.0 for found in known)
+    said = [
+        f"Against the best arm without an attack that costs no more, {ahead} of {len(known)} adversarial arms are "
+        f"higher, {behind} lower, {len(known) - ahead - behind} not distinguishable."
+    ]
+    if share < 0.9:
+        said.append(f"But nobody spent as much: the dearest such arm spent {100 * share:.0f} % of it.")
+    return [*said, "Cost is in gradient images per clean image: views plus attack gradients."]
+
+
+def _verdict(difference: Difference | None) -> str:
+    return difference.verdict if difference else ""

@@ -1,0 +1,71 @@
+"""What a cell costs, in gradient images and in seconds, and what else could be had for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..stats import Difference, paired_difference
+from .sweep import Cell, Study
+
+EQUAL = 1.005  # costs this close count as equal: schedules round to whole steps
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians over a cell's finished runs.
+
+    ``per_image``: gradient images per clean image, which is views plus attack gradients. ``total``: gradient images
+    of the whole training. ``step_seconds``: median seconds of a step; None where the summary has no times.
+    """
+
+    per_image: float | None
+    total: float | None
+    step_seconds: float | None
+    seconds: float | None
+
+
+def cost(cell: Cell) -> Cost:
+    """From the rates in summary.json: rate times seconds is the exact count, whatever the machine's speed was."""
+    seconds, step = cell.stat("seconds"), cell.stat("step_seconds_median")
+    rate, clean = cell.values("gradient_images_per_second"), cell.values("clean_images_per_second")
+    spent = cell.values("seconds")
+    seed = next(iter(sorted(rate.keys() & clean.keys() & spent.keys())), None)
+    return Cost(
+        per_image=None if seed is None else rate[seed] / clean[seed],
+        total=None if seed is None else rate[seed] * spent[seed],
+        step_seconds=step.median if step else None,
+        seconds=seconds.median if seconds else None,
+    )
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """The best cell without an attack that costs no more than ``cell``; None for both where nothing qualifies.
+
+    ``share``: its total gradient images over those of ``cell``: far below 1 means that nobody spent as much.
+    """
+
+    cell: Cell
+    best: Cell | None
+    difference: Difference | None
+    share: float | None
+
+
+def equal_cost(study: Study, cell: Cell) -> EqualCost:
+    """Compare ``cell`` with the best of the cells at its x that make no attack and cost at most as much.
+
+    The best is picked by mean test accuracy, which favours it: the comparison errs against ``cell``.
+    """
+    own = cost(cell).total
+    if own is None:
+        return EqualCost(cell, None, None, None)
+    rivals = [
+        (value.mean, other, total)
+        for other in study.at(cell.x)
+        if not other.attacks and other is not cell
+        if (value := other.stat()) and (total := cost(other).total) is not None and total <= EQUAL * own
+    ]
+    if not rivals:
+        return EqualCost(cell, None, None, None)
+    _, best, total = max(rivals, key=lambda rival: rival[0])
+    return EqualCost(cell, best, paired_difference(cell.values(), best.values()), total / own)

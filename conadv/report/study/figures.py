@@ -1,0 +1,166 @@
+"""The figures of a study. A line (arm) has one colour and marker in all of them, those of conadv.report.figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..figures import INK, STYLE, WIDTH, Look, look, to_png, wrap
+from ..settings import part
+from .cost import cost
+from .sweep import Cell, Study
+
+DPI = 160
+_DODGE = 0.62  # share of the distance between two batches that a group of arms fills
+
+
+def line_look(study: Study, line: str) -> Look:
+    return look(study.lines.index(line))
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write ``figure`` as PNG on white, for pages that are shown in light and dark."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_png(figure, DPI))
+
+
+def accuracy_figure(study: Study, path: str | Path | None = None) -> Figure | None:
+    """Test accuracy against the axis: a faint dot per seed, mean and standard deviation per arm.
+
+    path: also written there as PNG. None without any finished run, and then nothing is written.
+    """
+    return save_if(_accuracy(study), path)
+
+
+def cost_figure(study: Study, path: str | Path | None = None) -> Figure | None:
+    """Test accuracy against total gradient images, a panel per batch; the step line is the best for that cost or less.
+
+    path: also written there as PNG. None where no run says what it cost.
+    """
+    return save_if(_cost(study), path)
+
+
+def save_if(figure: Figure | None, path: str | Path | None) -> Figure | None:
+    if figure is not None and path is not None:
+        save(figure, path)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def _accuracy(study: Study) -> Figure | None:
+    if not any(cell.values() for cell in study.cells):
+        return None
+    figure = Figure(figsize=(WIDTH, 4.0 + 0.1 * len(study.lines)), layout="constrained")
+    axes = figure.add_subplot()
+    for number, line in enumerate(study.lines):
+        shift = _DODGE * ((number + 0.5) / len(study.lines) - 0.5)
+        cells = sorted((cell for cell in study.cells if cell.line == line), key=lambda cell: cell.x)
+        _draw_line(axes, study, cells, shift)
+    for middle in range(len(study.points) - 1):
+        axes.axvline(middle + 0.5, color=INK, lw=0.6, alpha=0.18)
+    axes.set_xticks(range(len(study.points)), [axis_value(study, x) for x in study.points])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.5, len(study.points) - 0.5)
+    axes.set_xlabel(axis_name(study))
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(axis="y")
+    legend(figure, study, study.lines)
+    return figure
+
+
+def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> None:
+    style = line_look(study, cells[0].line)
+    means: list[tuple[float, float]] = []
+    for cell in cells:
+        value, x = cell.stat(), study.points.index(cell.x) + shift
+        if value is None:
+            continue
+        seeds = [100 * v for v in value.values.values()]
+        axes.plot([x] * len(seeds), seeds, style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
+        _mean(axes, x, 100 * value.mean, 100 * (value.std or 0.0), style)
+        means.append((x, 100 * value.mean))
+    if len(means) > 1:
+        axes.plot(*zip(*means, strict=True), ls=style.line, color=style.colour, lw=1.0, alpha=0.7)
+
+
+def _mean(axes: Any, x: float, mean: float, spread: float, style: Look) -> None:
+    axes.errorbar(
+        x, mean, yerr=spread or None, fmt=style.marker, color=style.colour, ms=8, mec=INK, mew=0.8, elinewidth=1.6
+    )
+
+
+@mpl.rc_context(STYLE)
+def _cost(study: Study) -> Figure | None:
+    points = [x for x in study.points if any(_placed(cell) for cell in study.at(x))]
+    if not points:
+        return None
+    columns = min(len(points), 3)
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.6 * rows + 0.1 * len(study.lines)), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in grid[len(points) :]:
+        spare.set_axis_off()
+    for axes, x in zip(grid, points, strict=False):
+        _cost_panel(axes, study, [place for cell in study.at(x) if (place := _placed(cell))])
+        axes.set_title(part(study.axis, axis_value(study, x)))
+    legend(figure, study, study.lines)
+    return figure
+
+
+def _placed(cell: Cell) -> tuple[Cell, float, float, float] | None:
+    """(cell, total gradient images in millions, accuracy and its spread in percent)."""
+    value, total = cell.stat(), cost(cell).total
+    return None if value is None or total is None else (cell, total / 1e6, 100 * value.mean, 100 * (value.std or 0.0))
+
+
+def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, float, float]]) -> None:
+    for cell, total, mean, spread in places:
+        _mean(axes, total, mean, spread, line_look(study, cell.line))
+    totals = sorted({total for _, total, _, _ in places})
+    best = [max(mean for _, total, mean, _ in places if total <= limit) for limit in totals]
+    right = totals[-1] * 1.08
+    axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
+    axes.set_xlim(0, right)
+    axes.set_xlabel("gradient images, millions")
+    axes.set_ylabel("test accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid()
+
+
+def axis_name(study: Study) -> str:
+    """The axis in words, e.g. "global batch size, images"."""
+    words = study.axis.rpartition(".")[2].replace("_", " ")
+    return f"{words}, images" if study.axis == "global_batch_size" else words
+
+
+def axis_value(study: Study, x: float) -> str:
+    return f"{x:,.0f}" if float(x).is_integer() else f"{x:g}"
+
+
+def legend(figure: Figure, study: Study, lines: Iterable[str]) -> None:
+    """Marker, colour and name of each line, below the panels."""
+    names = list(lines)
+    styles = [line_look(study, line) for line in names]
+    handles = [
+        mpl.lines.Line2D([], [], color=style.colour, marker=style.marker, ls=style.line, ms=7, mec=INK, mew=0.6)
+        for style in styles
+    ]
+    figure.legend(handles, [wrap(name, 44) for name in names], loc="outside lower center", ncols=min(2, len(names)))
+
+
+def rows_axes(axes: Any, names: Sequence[str]) -> None:
+    """One labelled row per name, the first on top."""
+    axes.set_yticks(range(len(names)), [wrap(name, 26) for name in names])
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+Draw = Callable[[Study], Figure | None]
