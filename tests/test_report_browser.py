@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +38,7 @@ parent.document.documentElement.dataset.measured = JSON.stringify({
   rows: [...document.querySelectorAll("table.arms tbody tr")].filter((row) => box(row).height > 10).length,
   figures: [...document.querySelectorAll("figure svg")].map((svg) => [box(svg).width, box(svg).height]),
   inks: [...new Set([...document.querySelectorAll("figure svg path")].map((path) => getComputedStyle(path).stroke))],
+  bottom: box(document.querySelector("main > section")).bottom,
   ink: getComputedStyle(document.body).color,
   paper: getComputedStyle(document.body).backgroundColor,
 });
@@ -61,7 +63,7 @@ def chromium(page: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def measure(page: Path, *arguments: str, width: int | None = None) -> dict[str, list]:
+def measure(page: Path, *arguments: str, width: int | None = None) -> dict[str, Any]:
     """Layout numbers of the report, in a frame of ``width`` pixels (a window cannot be as narrow as a phone)."""
     text = page.read_text().replace("</body>", MEASURE + "</body>")
     if width is not None:

@@ -37,7 +37,7 @@ def percent(cell: Cell | None) -> str:
 def baseline_cell(study: Study) -> Cell | None:
     """The baseline at the largest x (the best of them where its line is split)."""
     cells = [cell for cell in study.at(study.largest) if cell.arm == study.baseline and cell.stat()]
-    return max(cells, key=lambda cell: (found := cell.stat()) and found.mean or 0.0, default=None)
+    return max(cells, key=lambda cell: ((found := cell.stat()) and found.mean) or 0.0, default=None)
 
 
 def lead(study: Study) -> str:
@@ -46,7 +46,9 @@ def lead(study: Study) -> str:
     seeds = f"{min(finished)}" if min(finished) == max(finished) else f"{min(finished)} to {max(finished)}"
     where = ", ".join(axis_value(study, x) for x in study.points)
     name = part(study.axis, where)
-    text = f"{len(study.lines)} arms, {name}; {seeds} finished seeds for each arm and batch, {sum(finished)} runs in all."
+    text = (
+        f"{len(study.lines)} arms, {name}; {seeds} finished seeds for each arm and batch, {sum(finished)} runs in all."
+    )
     base, best = baseline_cell(study), _best_small(study)
     if base is None or best is None:
         return text
@@ -72,9 +74,9 @@ def tuned(study: Study) -> list[str]:
     if not any(cell.trials for cell in study.cells):
         return ["No: this sweep tuned nothing. Every arm has the settings that the spec gives."]
     verdict = "Yes." if all(cell.trials for cell in cells) else "Not everywhere."
-    own = [f"{verdict} {_selection(study)}", *(_choice(study, cell) for cell in cells)]
     others = [cell for cell in study.cells if cell not in cells]
-    return [*own, *_others(study, cells, others), *_seed_overlap(study)]
+    own = [sentence for line in dict.fromkeys(cell.line for cell in cells) for sentence in _choices(study, line)]
+    return [f"{verdict} {_selection(study)}", *own, *_others(study, cells, others), *_seed_overlap(study)]
 
 
 def _tune(study: Study) -> Mapping[str, Any]:
@@ -93,13 +95,23 @@ def _selection(study: Study) -> str:
     return f"Settings were chosen by accuracy on {images} {with_seeds}; the test set took no part.".replace(" ;", ";")
 
 
-def _choice(study: Study, cell: Cell) -> str:
-    where = f"{cell.line}, {place(study, cell.x)}"
+def _choices(study: Study, line: str) -> list[str]:
+    """What one line tried and chose at each x, and where that was the edge."""
+    cells = [cell for cell in study.cells if cell.line == line]
+    parts = [f"at {place(study, cell.x)} {_choice(cell)}" for cell in cells]
+    edges = [place(study, cell.x) for cell in cells if cell.at_edge]
+    if edges:
+        return [f"{line}: {'; '.join(parts)}.", f"At the edge, so a better value may lie outside: {', '.join(edges)}."]
+    tried = any(cell.trials for cell in cells)
+    return [f"{line}: {'; '.join(parts)}.", *(["No choice is at the edge of what was tried."] if tried else [])]
+
+
+def _choice(cell: Cell) -> str:
+    """e.g. "lr 2 of 3 trials (1, 2, 4)"."""
     if not cell.trials:
-        return f"{where}: not tuned{_given(cell)}."
-    tried = "; ".join(f"{name} in {{{values}}}" for name, values in _tried(cell).items())
-    edge = "at the edge of what was tried, so a better value may lie outside" if cell.at_edge else "inside the grid"
-    return f"{where}: {len(cell.trials)} trials ({tried}), chosen {setting_words(cell.chosen)}, {edge}."
+        return f"not tuned{_given(cell)}"
+    tried = "; ".join(f"{values}" for values in _tried(cell).values())
+    return f"{setting_words(cell.chosen)} of {len(cell.trials)} trials ({tried})"
 
 
 def _given(cell: Cell) -> str:
@@ -149,11 +161,17 @@ def _seed_overlap(study: Study) -> list[str]:
 def head(study: Study) -> list[str]:
     """Headings of :func:`rows`."""
     references = ([study.baseline] if study.baseline else []) + list(study.controls)
-    return ["arm", "test accuracy, %", *(f"minus {arm}" for arm in references), "cost", "best without attack at no more cost"]
+    return [
+        "arm",
+        "test accuracy, %",
+        *(f"against {arm}" for arm in references),
+        "cost",
+        "against the best without attack at no more cost",
+    ]
 
 
 def rows(study: Study) -> list[tuple[str, list[Mark]]]:
-    """(line, cells) for each adversarial arm at the largest x: accuracy, differences, cost, and the equal-cost rival."""
+    """(line, cells) of each adversarial arm at the largest x: accuracy, differences, cost, equal-cost rival."""
     contrasts = differences(study, study.largest)
     references = ([study.baseline] if study.baseline else []) + list(study.controls)
     found = []
@@ -194,7 +212,9 @@ def attack_or_images(study: Study) -> list[str]:
     winners = [cell for cell in arms if _beats_all(study, contrasts, cell)]
     names = f": {'; '.join(cell.line for cell in winners)}" if winners else ""
     said.append(f"{len(winners)} of {len(arms)} are above every control{names}.")
-    said.append("“Above” means that the 95 % interval of the paired difference excludes 0. " + _corrected(study, contrasts))
+    said.append(
+        "“Above” means that the 95 % interval of the paired difference excludes 0. " + _corrected(study, contrasts)
+    )
     return said
 
 
@@ -209,8 +229,12 @@ def _beats_all(study: Study, contrasts: Iterable[Contrast], cell: Cell) -> bool:
 
 def _corrected(study: Study, contrasts: Iterable[Contrast]) -> str:
     every = differences(study, study.largest)
-    kept = sum(_above(c) and c.adjusted is not None and c.adjusted < ALPHA for c in contrasts)
-    return f"After Holm's correction for all {len(every)} comparisons at this batch, {kept} of these remain."
+    above = [c for c in contrasts if _above(c)]
+    kept = sum(c.adjusted is not None and c.adjusted < ALPHA for c in above)
+    return (
+        f"Of the {len(above)} such differences, {kept} remain after Holm's correction for all {len(every)} "
+        "comparisons at this batch."
+    )
 
 
 def at_equal_cost(study: Study) -> list[str]:

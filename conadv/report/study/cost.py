@@ -69,3 +69,11 @@ def equal_cost(study: Study, cell: Cell) -> EqualCost:
         return EqualCost(cell, None, None, None)
     _, best, total = max(rivals, key=lambda rival: rival[0])
     return EqualCost(cell, best, paired_difference(cell.values(), best.values()), total / own)
+
+
+def unit(study: Study) -> tuple[float, str]:
+    """(divisor, word) for numbers of gradient images that read well: thousands, millions or billions."""
+    largest = max((cost(cell).total or 0.0 for cell in study.cells), default=0.0)
+    return next(
+        ((size, word) for size, word in ((1e9, "billions"), (1e6, "millions")) if largest >= size), (1e3, "thousands")
+    )

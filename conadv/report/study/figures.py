@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..figures import INK, STYLE, WIDTH, Look, look, to_png, wrap
 from ..settings import part
-from .cost import cost
+from .cost import cost, unit
 from .sweep import Cell, Study
 
 DPI = 160
@@ -114,12 +114,14 @@ def _cost(study: Study) -> Figure | None:
 
 
 def _placed(cell: Cell) -> tuple[Cell, float, float, float] | None:
-    """(cell, total gradient images in millions, accuracy and its spread in percent)."""
+    """(cell, total gradient images, accuracy and its spread in percent)."""
     value, total = cell.stat(), cost(cell).total
-    return None if value is None or total is None else (cell, total / 1e6, 100 * value.mean, 100 * (value.std or 0.0))
+    return None if value is None or total is None else (cell, total, 100 * value.mean, 100 * (value.std or 0.0))
 
 
 def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, float, float]]) -> None:
+    size, word = unit(study)
+    places = [(cell, total / size, mean, spread) for cell, total, mean, spread in places]
     for cell, total, mean, spread in places:
         _mean(axes, total, mean, spread, line_look(study, cell.line))
     totals = sorted({total for _, total, _, _ in places})
@@ -127,9 +129,9 @@ def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, flo
     right = totals[-1] * 1.08
     axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
     axes.set_xlim(0, right)
-    axes.set_xlabel("gradient images, millions")
+    axes.set_xlabel(f"gradient images, {word}")
     axes.set_ylabel("test accuracy, %")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid()
 
 
@@ -161,6 +163,3 @@ def rows_axes(axes: Any, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-
-
-Draw = Callable[[Study], Figure | None]

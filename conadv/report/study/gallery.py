@@ -67,7 +67,7 @@ Pictures = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def _attack(path: Path, count: int) -> tuple[Pictures, Pictures, list[int], list[int], list[int], float]:
-    """Clean and adversarial pictures (N, H, W, C) in [0, 1] pixels, their classes, predictions before and after, eps."""
+    """Clean and adversarial pictures (N, H, W, C) in [0, 1], their classes, predictions before and after, eps."""
     import torch
 
     from ... import rng
@@ -102,7 +102,11 @@ def magnify(clean: Pictures, adversarial: Pictures) -> Pictures:
 
 @mpl.rc_context(STYLE)
 def _draw(clean: Pictures, adversarial: Pictures, truth: list[int], before: list[int], after: list[int]) -> Figure:
-    rows = ((clean, before, "clean"), (magnify(clean, adversarial), None, "perturbation"), (adversarial, after, "attacked"))
+    rows = (
+        (clean, before, "clean"),
+        (magnify(clean, adversarial), None, "perturbation"),
+        (adversarial, after, "attacked"),
+    )
     figure = Figure(figsize=(WIDTH, 0.4 + 3 * (WIDTH / len(clean) + 0.12)), layout="constrained")
     grid = figure.subplots(3, len(clean), squeeze=False)
     for row, (pictures, said, name) in zip(grid, rows, strict=True):

@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,9 @@ class Picture:
     @property
     def markup(self) -> Markup:
         if not self.raster:
-            return Markup(plain.to_svg(self.figure, self.title))
+            svg = Markup(plain.to_svg(self.figure, self.title))
+            self.figure.set_layout_engine("none")  # the PNG has the same layout, which is slow to find
+            return svg
         data = base64.b64encode(self.png).decode()
         return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(self.title, data)
 
@@ -78,6 +80,20 @@ class StudySummary:
         names = {str(run.path): line for run, line in runs}
         return compare([run for run, _ in runs], names, base.line if base and base.line in lines else lines[0])
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before trusting the numbers."""
+        found = []
+        missing = sum(cell.planned - len(cell.finished) for cell in self.study.cells)
+        if missing:
+            found.append(f"The sweep is not complete: {missing} of its runs are not finished and not counted.")
+        if self.study.failed:
+            found.append(f"Runs that failed: {len(self.study.failed)}. They are listed below and count nowhere.")
+        if any(len(cell.finished) == 1 for cell in self.study.cells):
+            found.append("Some arms have one seed only: no spread and no interval is known there.")
+        found.append("Seconds are fair only if the runs had the machine to themselves; gradient images always are.")
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for ``json.dumps(..., allow_nan=False)``; accuracies and differences in [0, 1]."""
         study = self.study
@@ -94,6 +110,7 @@ class StudySummary:
                 "at_equal_cost": answers.at_equal_cost(study),
                 "cells": [_cell(cell) for cell in study.cells],
                 "differences": _differences(study),
+                "notes": self.notes,
                 "failed": [{"run": run, "error": error} for run, error in study.failed],
             }
         )
@@ -248,7 +265,7 @@ def _content(summary: StudySummary) -> dict[str, Any]:
         "tables": {name: make(study) for name, make in _TABLES.items()},
         "tests": len(differences(study)),
         "tuning_runs": sum(len(trial.validation) for cell in study.cells for trial in cell.trials),
-        "notes": _notes(study),
+        "notes": summary.notes,
         "failed": study.failed,
         "differing": [
             (name, [settings.show(name, arm.settings.get(name)) for arm in comparison.arms])
@@ -271,19 +288,6 @@ _TABLES: dict[str, Callable[[Study], tables.Table]] = {
     "tuning": tables.tuning,
     "sharpness": tables.sharp,
 }
-
-
-def _notes(study: Study) -> list[str]:
-    found = []
-    missing = sum(cell.planned - len(cell.finished) for cell in study.cells)
-    if missing:
-        found.append(f"The sweep is not complete: {missing} of its runs are not finished and not counted.")
-    if study.failed:
-        found.append(f"Runs that failed: {len(study.failed)}. They are listed below and count nowhere.")
-    if any(len(cell.finished) == 1 for cell in study.cells):
-        found.append("Some arms have one seed only: no spread and no interval is known there.")
-    found.append("Seconds are fair only if the runs had the machine to themselves; gradient images always are.")
-    return found
 
 
 def _runs(summary: StudySummary) -> list[dict[str, Any]]:

@@ -67,9 +67,7 @@ def average(cell: Cell, measure: Measure, predictor: str, tau: int, phase: str |
     return Point(float(np.mean(known)), min(known), max(known)) if known else None
 
 
-def _run_mean(
-    lines: Iterable[Line], measure: Measure, predictor: str, tau: int, phase: str | None
-) -> float | None:
+def _run_mean(lines: Iterable[Line], measure: Measure, predictor: str, tau: int, phase: str | None) -> float | None:
     chosen = [line for line in lines if phase is None or line.get("phase") == phase]
     own = _by_step(chosen, measure.field, lambda line: line.get("predictor") == predictor and line.get("tau") == tau)
     if not measure.relative:
@@ -108,7 +106,7 @@ def _values(cell: Cell, field: str, predictor: str, tau: int) -> dict[int, list[
 
 
 def phase_spans(cell: Cell) -> list[tuple[str, float, float]]:
-    """(phase, start, end) as shares of the training, from the first to the last probed step of each."""
+    """(phase, start, end) as shares of the training; a phase ends halfway to the next one's first probed step."""
     steps: dict[int, str] = {
         int(line["step"]): str(line.get("phase")) for run in cell.runs for line in run.probes if line.get("phase")
     }
@@ -122,7 +120,7 @@ def phase_spans(cell: Cell) -> list[tuple[str, float, float]]:
             if spans:
                 spans[-1] = (spans[-1][0], spans[-1][1], start)
             spans.append((phase, start, step / total))
-    return spans
+    return [*spans[:-1], (spans[-1][0], spans[-1][1], 1.0)] if spans else []
 
 
 def _total_steps(cell: Cell) -> int:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..figures import INK, STYLE, WIDTH
 from ..load import Line, Run
 from ..stats import Stat, stat
-from .figures import save_if, legend, line_look, rows_axes
+from .figures import legend, line_look, rows_axes, save_if
 from .sweep import Cell, Study
 
 ANALYSIS = "analysis.json"

@@ -10,7 +10,7 @@ from ..stats import Stat
 from . import answers, sharpness
 from .answers import Mark
 from .contrast import differences
-from .cost import cost, equal_cost
+from .cost import cost, equal_cost, unit
 from .figures import axis_value
 from .sweep import Cell, Study, Trial
 
@@ -91,7 +91,7 @@ def p_value(p: float | None) -> str:
 def costs(study: Study) -> Table:
     """Gradient images and seconds of every cell, and what else could be had for it."""
     head = [
-        *(_batch_head(study), "arm", "gradient images per clean image", "gradient images, millions"),
+        *(_batch_head(study), "arm", "gradient images per clean image", f"gradient images, {unit(study)[1]}"),
         *("step time (×\u00a0baseline)", "training time", "best without attack at no more cost"),
     ]
     return Table(head, [_cost_row(study, cell) for cell in _ordered(study)])
@@ -104,7 +104,7 @@ def _cost_row(study: Study, cell: Cell) -> list[Mark]:
         axis_value(study, cell.x),
         cell.line,
         table.NONE if own.per_image is None else f"{own.per_image:.3g}",
-        table.NONE if own.total is None else f"{own.total / 1e6:.3g}",
+        table.NONE if own.total is None else f"{own.total / unit(study)[0]:.3g}",
         _step_time(study, cell),
         table.NONE if own.seconds is None else table.duration(own.seconds),
         table.NONE if rival is None else answers.equal_mark(rival),
@@ -120,27 +120,26 @@ def _step_time(study: Study, cell: Cell) -> str:
 
 
 def tuning(study: Study) -> Table:
-    """Validation accuracy of every trial; the chosen one is marked."""
-    head = [_batch_head(study), "arm", "tried", "validation accuracy, %", "runs", "chosen"]
+    """A row per tuned cell: every trial with its mean validation accuracy, and the choice."""
+    head = [_batch_head(study), "arm", "validation accuracy of every trial, %", "chosen", "runs", "choice is"]
     rows = [
         _row(
             axis_value(study, cell.x),
             cell.line,
-            answers.setting_words(trial.settings),
-            table.NONE if trial.mean is None else f"{100 * trial.mean:.2f}",
-            str(len(trial.validation)),
-            _chosen(cell, trial),
+            " · ".join(map(_trial, cell.trials)),
+            answers.setting_words(cell.chosen),
+            str(sum(len(trial.validation) for trial in cell.trials)),
+            "at the edge" if cell.at_edge else "inside",
         )
         for cell in _ordered(study)
-        for trial in cell.trials
+        if cell.trials
     ]
     return Table(head, rows, texts=3)
 
 
-def _chosen(cell: Cell, trial: Trial) -> str:
-    if dict(trial.settings) != dict(cell.chosen):
-        return ""
-    return "chosen, at the edge" if cell.at_edge else "chosen"
+def _trial(trial: Trial) -> str:
+    result = "failed" if trial.mean is None else f"{100 * trial.mean:.2f}"
+    return f"{answers.setting_words(trial.settings)}: {result}"
 
 
 def sharp(study: Study) -> Table:
