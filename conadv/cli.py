@@ -32,7 +32,7 @@ Large-batch training with concurrent adversarial learning.
   eval RUN                 evaluate a trained run, clean and under attack
   analyze RUN...           Hessian, sharpness, loss landscape and robust accuracy of trained models
   export RUN               write the clean route's weights as model.safetensors
-  report RUN...            an HTML and Markdown report about runs (or folders of runs)
+  report RUN...            an HTML and Markdown report about runs, folders of runs, or a sweep
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
   staleness RUN...         what the probe measured: attacks at stale and at predicted weights, table and picture
   plan PROFILE             predict step time, cost and the best split for machines that you do not have

@@ -37,6 +37,7 @@ from conadv.report.study import (
     write_sweep_report,
 )
 from conadv.report.study.gallery import magnify
+from conadv.report.study.page import Picture
 
 from .sweep_folder import ARMS, CONTROLS, IMAGES, write_sweep
 from .test_report_browser import CHROMIUM, measure
@@ -171,7 +172,7 @@ def test_the_first_question_names_trials_choice_split_and_edge(study: Any) -> No
     text = " ".join(answers.tuned(study))
     assert text.startswith("Yes. Settings were chosen by accuracy on 150 training images held out of every run")
     assert "with seed 100; the test set took no part" in text
-    assert "at batch 300 lr 4 of 3 trials (1, 2, 4)" in text
+    assert "batch 300: lr 4 (3 trials: 1, 2, 4)" in text
     assert "At the edge, so a better value may lie outside: batch 300." in text
     assert "Every other arm had as many trials (3) at every batch." in text
 
@@ -352,6 +353,7 @@ def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
         global_batch_size=32,
         attack__eps=8 / 255,
         model__width=4,
+        eval__train_images=10,
         eval__robust_images=0,
     )
     train(config, tmp_path / "runs" / "a", device="cpu")
@@ -365,9 +367,9 @@ def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
     clean, change, attacked = (np.stack(pictures[row * 4 : row * 4 + 4]) for row in range(3))
     assert np.abs(attacked - clean).max() == pytest.approx(8 / 255, rel=1e-4)
     np.testing.assert_allclose(change, 0.5 + (attacked - clean) / (16 / 255), atol=1e-4)
-    page = write_sweep_report(tmp_path).study
-    assert page.baseline is None
-    assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
+    picture = Picture("gallery", "<x>", shown.text, shown.figure, raster=True)
+    assert picture.markup.startswith('<img alt="&lt;x&gt;" src="data:image/png;base64,')
+    assert StudySummary(load_sweep(tmp_path), tmp_path).to_json()["baseline"] is None
 
 
 def test_no_change_is_grey() -> None:

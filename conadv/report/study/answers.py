@@ -98,20 +98,23 @@ def _selection(study: Study) -> str:
 def _choices(study: Study, line: str) -> list[str]:
     """What one line tried and chose at each x, and where that was the edge."""
     cells = [cell for cell in study.cells if cell.line == line]
-    parts = [f"at {place(study, cell.x)} {_choice(cell)}" for cell in cells]
+    parts = [f"{place(study, cell.x)}: {_choice(cell)}" for cell in cells]
     edges = [place(study, cell.x) for cell in cells if cell.at_edge]
     if edges:
-        return [f"{line}: {'; '.join(parts)}.", f"At the edge, so a better value may lie outside: {', '.join(edges)}."]
+        return [
+            f"{line} at {'; '.join(parts)}.",
+            f"At the edge, so a better value may lie outside: {', '.join(edges)}.",
+        ]
     tried = any(cell.trials for cell in cells)
-    return [f"{line}: {'; '.join(parts)}.", *(["No choice is at the edge of what was tried."] if tried else [])]
+    return [f"{line} at {'; '.join(parts)}.", *(["No choice is at the edge of what was tried."] if tried else [])]
 
 
 def _choice(cell: Cell) -> str:
-    """e.g. "lr 2 of 3 trials (1, 2, 4)"."""
+    """e.g. "lr 2 (3 trials: 1, 2, 4)"."""
     if not cell.trials:
         return f"not tuned{_given(cell)}"
-    tried = "; ".join(f"{values}" for values in _tried(cell).values())
-    return f"{setting_words(cell.chosen)} of {len(cell.trials)} trials ({tried})"
+    tried = "; ".join(_tried(cell).values())
+    return f"{setting_words(cell.chosen)} ({len(cell.trials)} trials: {tried})"
 
 
 def _given(cell: Cell) -> str:
@@ -146,7 +149,7 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
         choice = f" and use the choice made for {source}" if source else ""
         said.append(f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}.")
     edges = sum(cell.at_edge for cell in others)
-    return [*said, f"At the edge of their grid: {edges} of the {len(others)} other cells."] if counts else said
+    return [*said, f"Their choices at the edge: {edges} of {len(others)}."] if counts else said
 
 
 def _seed_overlap(study: Study) -> list[str]:
