@@ -224,7 +224,7 @@ def test_probe_averages_by_hand(study: Any) -> None:
     assert probes.average(probed, error, "current", 0, None) is None
     x, y = probes.course(probed, increase, "stale", 2)
     assert x == pytest.approx([step / 60 for step in range(0, 60, 5)])
-    assert y == pytest.approx([0.8] * 12)
+    assert y == pytest.approx([0.8] * 6 + [0.9] * 6)
     names = [(name, round(start, 3), round(end, 3)) for name, start, end in probes.phase_spans(probed)]
     assert names == [("warm-up", 0.0, 0.125), ("peak", 0.125, 0.458), ("decay", 0.458, 1.0)]
 
