@@ -30,6 +30,7 @@ _WHERE = {
     "MultiView": "methods.controls",
     "Noise": "methods.controls",
     "Recycle": "methods.recycle",
+    "SAM": "methods.sam",
     "Sequential": "methods.sequential",
     "Vanilla": "methods.vanilla",
     "LAMB": "optim",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .methods.controls import MultiView as MultiView
     from .methods.controls import Noise as Noise
     from .methods.recycle import Recycle as Recycle
+    from .methods.sam import SAM as SAM
     from .methods.sequential import Sequential as Sequential
     from .methods.vanilla import Vanilla as Vanilla
     from .norm import frozen_stats as frozen_stats

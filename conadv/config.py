@@ -185,7 +185,7 @@ class Config(Section):
 
     recipe: tyro.conf.Suppress[str] = "custom"
     method: MethodName = "vanilla"
-    """vanilla | multiview, noise (controls) | disadv (sequential attack) | conadv (concurrent) | recycle."""
+    """vanilla | sam | multiview, noise (controls) | disadv (sequential attack) | conadv (concurrent) | recycle."""
     staleness: int | None = Field(None, ge=0, le=1024)
     """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only; default 1)."""
     lookahead: bool = False
@@ -196,6 +196,10 @@ class Config(Section):
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     adv_weight: float | None = Field(None, gt=0)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
+    sam_rho: float | None = Field(None, gt=0)
+    """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
+    sam_every: int | None = Field(None, ge=1)
+    """SAM's two gradients in every k-th step, one in the others (sam only; default 1)."""
     aug_weight: float | None = Field(None, gt=0)
     """Weight of the aug view's loss (default 1)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -294,7 +298,10 @@ def _without_effect(name: str, owner: str, value: object) -> ConadvError:
     return ConadvError(f"{name} has no effect with {owner} {value!r}. Leave it out, or choose another {owner}.")
 
 
-_METHOD_FIELDS = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight")  # unset: the default
+_METHOD_FIELDS = (  # unset: the default
+    *("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight"),
+    *("sam_rho", "sam_every"),
+)
 
 
 def _check_method(config: Config) -> None:
@@ -370,7 +377,7 @@ def _check_optimizer(optim: OptimConfig) -> None:
 
 
 def _method_defaults(config: Config) -> dict[str, Any]:
-    defaults = {"staleness": 1, "pending_dtype": "float32", "adv_weight": 1.0}
+    defaults = {"staleness": 1, "pending_dtype": "float32", "adv_weight": 1.0, "sam_rho": 0.05, "sam_every": 1}
     used = METHODS[config.method].settings & defaults.keys()
     changes: dict[str, Any] = {name: defaults[name] for name in used if getattr(config, name) is None}
     if config.data.aug_view is not None:

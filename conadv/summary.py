@@ -29,7 +29,7 @@ def summarize(parts: Parts, results: dict[str, Result | None], lines: list[dict[
         "test_accuracy": test.accuracy,
         "robust_accuracy": None if robust is None else robust.accuracy,
         "robust_eps": None if robust is None else parts.config.eval.robust_eps,
-        **_costs(steps, parts.config.global_batch_size, parts.method.attack_gradients()),
+        **_costs(steps, parts),
         "version": __version__,
     }
 
@@ -62,17 +62,20 @@ def _settings(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _costs(steps: list[dict[str, Any]], batch: int, attack_gradients: int) -> dict[str, Any]:
+def _costs(steps: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
     """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
     totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)
-    views = sum(len(line["losses"]) for line in steps)
+    batch, micro = parts.config.global_batch_size, parts.config.micro_batch_size
+    assert micro is not None
+    gradients = sum(parts.method.gradient_images(line["step"], line["losses"], micro) for line in steps)
     return {
         "seconds": seconds,
         "step_seconds_median": median(totals[1:] or totals),
         "clean_images_per_second": batch * len(steps) / seconds,
-        "gradient_images_per_second": batch * (views + attack_gradients * len(steps)) / seconds,
+        "gradient_images_per_second": batch * gradients / seconds,
+        "gradient_images_per_clean_image": gradients / len(steps),
         "attack_seconds_share": attack / seconds,
         "late_batches": sum(line.get("late", False) for line in steps),
     }

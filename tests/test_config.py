@@ -45,6 +45,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "lookahead": ({"method": "disadv", "lookahead": True}, "lookahead has no effect"),
     "lookahead at 0": ({"method": "conadv", "staleness": 0, "lookahead": True}, "weights are current"),
     "pending": ({"method": "noise", "pending_dtype": "uint8"}, "pending_dtype has no effect"),
+    "sam": ({"sam_rho": 0.1}, "sam_rho has no effect with method 'vanilla'"),
     "adv weight": ({"adv_weight": 2.0}, "adv_weight has no effect"),
     "aug weight": ({"aug_weight": 2.0}, "data.aug_view"),
     "recycle pgd": ({"method": "recycle", "attack__num_steps": 3}, "one gradient"),

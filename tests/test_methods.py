@@ -15,6 +15,7 @@ from conadv import (
     LAMB,
     LARS,
     PGD,
+    SAM,
     Batch,
     ConadvError,
     Concurrent,
@@ -48,6 +49,8 @@ SEED = 3
 
 CASES: dict[str, Callable[[], Method]] = {
     "vanilla": Vanilla,
+    "sam": lambda: SAM(0.1),
+    "sam-every-2": lambda: SAM(0.1, every=2),
     "multiview": MultiView,
     "noise": lambda: Noise(RandomSigns(EPS, SPACE)),
     "disadv": lambda: Sequential(ATTACK),
@@ -56,6 +59,7 @@ CASES: dict[str, Callable[[], Method]] = {
     "conadv-lookahead": lambda: Concurrent(ATTACK, 2, lookahead=True),
     "recycle": lambda: Recycle(FGSM(EPS, space=SPACE)),
 }
+CLEAN_ONLY = ("vanilla", "sam", "sam-every-2")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -162,9 +166,9 @@ def test_only_the_clean_route_and_the_methods_own_are_used(name: str) -> None:
     run(engine, 3)
     after = state(engine.model)
     assert after["bn1.num_batches_tracked"] == 3
-    used = {"vanilla": 0, "recycle": 2}.get(name, 3)  # recycle has nothing to perturb before step 0
+    used = 0 if name in CLEAN_ONLY else {"recycle": 2}.get(name, 3)  # recycle has nothing to perturb before step 0
     assert after["bn1.routes.adv.num_batches_tracked"] == used
-    assert torch.equal(after["bn1.routes.adv.weight"], before["bn1.routes.adv.weight"]) == (name == "vanilla")
+    assert torch.equal(after["bn1.routes.adv.weight"], before["bn1.routes.adv.weight"]) == (name in CLEAN_ONLY)
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "vanilla"])
@@ -189,7 +193,7 @@ def test_record_has_a_loss_per_view_and_the_measured_staleness(name: str) -> Non
     }
     assert tags == want.get(name, [None] * 6)
     for r in records[1:]:
-        assert set(r.losses) == ({"clean"} if name == "vanilla" else {"clean", "adv"})
+        assert set(r.losses) == ({"clean"} if name in CLEAN_ONLY else {"clean", "adv"})
         assert r.loss == pytest.approx(sum(r.losses.values()) / len(r.losses))
         assert r.grad_norm > 0
         assert set(r.phases) == {"attack", "gradient", "update"}

@@ -37,7 +37,7 @@ from conadv.trainer import build, load_run, measure, train
 FIELDS = set(
     "method staleness lookahead optimizer lr global_batch_size micro_batch_size batchnorm_batch_size seed steps epochs "
     "train_loss train_accuracy test_accuracy robust_accuracy seconds clean_images_per_second "
-    "gradient_images_per_second attack_seconds_share version".split()
+    "gradient_images_per_second gradient_images_per_clean_image attack_seconds_share version".split()
 )
 HEADER = set("type time version versions machine git ranks execution recipe seed config steps parameter_groups".split())
 STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases seconds spans late time".split())
@@ -66,6 +66,7 @@ def config(**changes: Any) -> Config:
 
 METHODS = {
     "vanilla": {},
+    "sam-aug": {"method": "sam", "sam_every": 2, "data__aug_view": "basic"},
     "multiview": {"method": "multiview", "data__augment": "basic"},
     "noise": {"method": "noise"},
     "disadv": {"method": "disadv"},
@@ -103,7 +104,7 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
     made = [line for line in lines if line["type"] == "step"]
     assert all(line.keys() == STEP and line["phases"].keys() == PHASES for line in made)
     assert [(line["step"], line["epoch"]) for line in made] == [(t, t // 3) for t in range(6)]
-    extra = {"vanilla": set(), "three-routes": {"adv", "aug"}}.get(name, {"adv"})
+    extra = {"vanilla": set(), "sam-aug": {"aug"}, "three-routes": {"adv", "aug"}}.get(name, {"adv"})
     assert made[-1]["losses"].keys() == {"clean"} | extra
     assert (lines[4]["step"], lines[4]["epoch"], lines[4]["images"]) == (3, 1, 899)
     assert load_yaml(whole / "config.yaml") == resolve(settings)
@@ -241,13 +242,14 @@ def test_evaluation_repeats_the_summary(tmp_path: Path) -> None:
 
 
 def test_costs_are_counted_in_images(tmp_path: Path) -> None:
-    # Red when: the attack's gradients are left out of gradient_images_per_second.
+    # Red when: the attack's gradients, or SAM's second ones, are left out of the count.
     ratios = {}
-    for method in ("vanilla", "noise", "disadv", "recycle"):
+    for method in ("vanilla", "sam", "noise", "disadv", "recycle"):
         s = train(config(method=method), tmp_path / method)
-        ratios[method] = s["gradient_images_per_second"] / s["clean_images_per_second"]
+        ratios[method] = s["gradient_images_per_clean_image"]
+        assert s["gradient_images_per_second"] == pytest.approx(s["clean_images_per_second"] * ratios[method])
         assert s["clean_images_per_second"] == pytest.approx(6 * 256 / s["seconds"])
-    assert ratios == pytest.approx({"vanilla": 1, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6})
+    assert ratios == pytest.approx({"vanilla": 1, "sam": 2, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6})
 
 
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) -> None:

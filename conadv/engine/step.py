@@ -156,14 +156,10 @@ class TrainStep:
             extra = self.method.extra(self, batch)
         self._extra_version = None if extra is None else extra.weight_version
         self._epoch = batch.epoch
-        totals: dict[str, Tensor] = {}
-        inputs: list[Tensor] = []
         with self.clock.phase("gradient"):
-            for m, micro in enumerate(batch.micro):
-                inputs.append(self._micro_gradient(batch, m, micro, extra, totals))
-            self._losses = {name: total / len(batch.micro) for name, total in totals.items()}
-            if self._reducer is not None:
-                self._reducer.launch()
+            inputs, self._losses = self._gradient(batch, extra)
+        if radius := self.method.ascent_radius(self.version):
+            self._gradient_uphill(batch, extra, radius)
         if self.method.needs_input_gradient:
             with self.clock.phase("attack"):
                 self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
@@ -197,13 +193,14 @@ class TrainStep:
 
     def wait(self) -> None:
         """Wait until gradients and losses are summed over the ranks; on one rank there is nothing to wait for."""
-        if self._reducer is None or self._loss_sum is None:
+        if self._reducer is None or not self._reducer.busy:
             return
         self.comm.at("wait", self.version)
         with self.clock.phase("wait"):
             self._reducer.wait(self.clock)
-            sums = self._loss_sum.wait() / self.comm.ranks
-        self._losses = dict(zip(self._losses, sums.unbind(), strict=True))
+            if self._loss_sum is not None:
+                sums = self._loss_sum.wait() / self.comm.ranks
+                self._losses = dict(zip(self._losses, sums.unbind(), strict=True))
         self._loss_sum = None
 
     def update(self) -> StepRecord:
@@ -314,8 +311,48 @@ class TrainStep:
 
     # ---- internals
 
+    def _gradient(
+        self, batch: Batch, extra: ExtraBatch | None, *, sum_losses: bool = True
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """All passes of a step; returns each micro-batch's clean images, and the losses on this rank."""
+        totals: dict[str, Tensor] = {}
+        inputs = [
+            self._micro_gradient(batch, m, micro, extra, totals, sum_losses) for m, micro in enumerate(batch.micro)
+        ]
+        if self._reducer is not None:
+            self._reducer.launch()
+        return inputs, {name: total / len(batch.micro) for name, total in totals.items()}
+
+    def _gradient_uphill(self, batch: Batch, extra: ExtraBatch | None, radius: float) -> None:
+        """Replace the gradient g by that at theta + radius g / |g|; leaves theta with the bits that it had."""
+        self.wait()  # g is the gradient of the global batch
+        self.comm.at("gradient", self.version)
+        with self.clock.phase("gradient"), torch.no_grad():
+            params: list[Tensor] = [p for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in params if p.grad is not None]
+            kept = [p.detach().clone() for p in params]
+            torch._foreach_mul_(gradients, radius / self._norm(gradients).clamp_min(1e-12))
+            torch._foreach_add_(params, gradients)
+            for p in params:
+                p.grad = None
+            try:
+                with torch.enable_grad(), norm.frozen_stats(self.model):
+                    self._gradient(batch, extra, sum_losses=False)
+            finally:  # gradients may still be on the network, but nothing needs these weights any more
+                torch._foreach_copy_(params, kept)
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        total: Tensor = self._reducer.norm(gradients) if self._reducer else torch.nn.utils.get_total_norm(gradients)
+        return total
+
     def _micro_gradient(
-        self, batch: Batch, m: int, micro: MicroBatch, extra: ExtraBatch | None, totals: dict[str, Tensor]
+        self,
+        batch: Batch,
+        m: int,
+        micro: MicroBatch,
+        extra: ExtraBatch | None,
+        totals: dict[str, Tensor],
+        sum_losses: bool,
     ) -> Tensor:
         """Backward of one micro-batch; adds its losses to ``totals`` and returns the clean images that it used."""
         clean, views = self._views(m, micro, extra)
@@ -331,7 +368,7 @@ class TrainStep:
                 losses = self._forward_views(together)
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
-                if self._reducer is not None and last:  # before the large messages, not behind them
+                if self._reducer is not None and last and sum_losses:  # before the large messages, not behind them
                     self._loss_sum = self.comm.sum_async(torch.stack(list(totals.values())) / len(batch.micro))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
                 factors = [torch.full_like(loss, share * self._weight(name)) for name, loss in losses.items()]
@@ -339,9 +376,11 @@ class TrainStep:
         return clean
 
     def _check_cleared(self) -> None:
-        if self._reducer is not None and any(p.grad is not None for p in self.model.parameters()):
+        why = "on several ranks" if self._reducer is not None else ""
+        why = "of sharpness-aware minimisation" if self.method.ascent_radius(self.version) else why
+        if why and any(p.grad is not None for p in self.model.parameters()):
             raise ConadvError(
-                "gradient() on several ranks starts from cleared gradients, or it would sum them over the ranks twice. "
+                f"gradient() {why} starts from cleared gradients: what is there already would be counted twice. "
                 "Call it once per update, and optimizer.zero_grad() after an optimizer.step() of your own."
             )
 
@@ -394,8 +433,7 @@ class TrainStep:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
-        total = self._reducer.norm(gradients) if self._reducer else torch.nn.utils.get_total_norm(gradients)
-        *values, grad_norm = torch.stack([*self._losses.values(), total]).tolist()  # sync point
+        *values, grad_norm = torch.stack([*self._losses.values(), self._norm(gradients)]).tolist()  # sync point
         losses = dict(zip(self._losses, values, strict=True))
         for what, value in (*((f"loss of the {name} view", v) for name, v in losses.items()), ("gradient", grad_norm)):
             if not math.isfinite(value):

@@ -30,6 +30,7 @@ def _row(target: str, summary: str, *settings: str) -> Row:
 
 METHODS: dict[str, Row] = {
     "vanilla": _row("vanilla:Vanilla", "clean images only"),
+    "sam": _row("sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho", "sam_every"),
     "multiview": _row("controls:MultiView", "control: a second draw of the clean view", "adv_weight"),
     "noise": _row("controls:Noise", "control: random signs of size eps", "adv_weight", "attack.eps"),
     "disadv": _row("sequential:Sequential", "attack at the current weights, inside the step", "adv_weight", "attack"),

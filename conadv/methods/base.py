@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -57,9 +57,22 @@ class Method:
         """The weights for that attack, seen from the present step; None for the present ones."""
         return None
 
-    def attack_gradients(self) -> int:
-        """Input-gradient passes per image and step (for counting cost)."""
+    def attack_gradients(self) -> float:
+        """Input gradients per attacked image (for counting cost)."""
         return 0
+
+    def gradient_images(self, step: int, views: Collection[str], num_images: int) -> float:
+        """What ``step``, which trained on ``views``, cost in gradient images per clean image.
+
+        A forward-backward of an image of any view counts 1, once more for SAM's second gradient; an input gradient
+        counts 1. ``num_images``: clean images of a micro-batch.
+        """
+        passes = 2 if self.ascent_radius(step) else 1
+        return passes * len(views) + self.attack_gradients()
+
+    def ascent_radius(self, step: int) -> float:
+        """rho of sharpness-aware minimisation in ``step``: how far uphill its gradient is taken; 0 for the weights."""
+        return 0.0
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         return None

@@ -1,0 +1,49 @@
+"""Sharpness-aware minimisation: the gradient at the worst weights nearby, clean images only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import ConadvError
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+
+@dataclass(frozen=True)
+class SAM(Method):
+    """The update of step t takes the gradient at theta_t + rho g / |g|, where g is the gradient at theta_t.
+
+    ``rho``: the length of the excursion, over all parameters together. ``every``: only in steps 0, k, 2k, ...; plain
+    gradients in between. Recorded losses are those at theta_t, the recorded norm is that of the gradient applied.
+    Batch norm normalises both passes by the batch; running statistics move in the first pass only, since evaluation
+    uses theta and not the weights uphill.
+
+    Ranks: g is the gradient of the whole global batch, so N ranks compute what one does. The original takes each
+    device's own (m-sharpness with m images per device), which depends on the number of devices.
+    In flight: one copy of the weights during the second pass. Costs two gradients in each such step.
+    Reduces to: ``Vanilla`` for rho = 0 (which is refused). Raises ConadvError for values out of range.
+
+    Source: Foret et al., "Sharpness-Aware Minimization", arXiv 2010.01412, equation 2 and algorithm 1.
+    """
+
+    rho: float = 0.05
+    every: int = 1
+    route: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rho < float("inf"):
+            raise ConadvError(f"sam_rho = {self.rho} must be above 0. Use the method vanilla for plain gradients.")
+        if self.every < 1:
+            raise ConadvError(f"sam_every = {self.every} must be 1 or more.")
+
+    def ascent_radius(self, step: int) -> float:
+        return 0.0 if step % self.every else self.rho
+
+    @classmethod
+    def from_config(cls, config: Config) -> SAM:
+        assert config.sam_rho is not None
+        assert config.sam_every is not None
+        return cls(config.sam_rho, config.sam_every)
