@@ -13,6 +13,7 @@ from ._version import __version__
 
 _WHERE = {
     "FGSM": "attacks",
+    "AttackPlan": "attacks",
     "PGD": "attacks",
     "PixelSpace": "attacks",
     "RandomSigns": "attacks",
@@ -50,6 +51,7 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from .attacks import FGSM as FGSM
     from .attacks import PGD as PGD
+    from .attacks import AttackPlan as AttackPlan
     from .attacks import PixelSpace as PixelSpace
     from .attacks import RandomSigns as RandomSigns
     from .data import windows as windows

@@ -140,6 +140,20 @@ class AttackConfig(Section):
     """Towards a random other class instead of away from the true one."""
     random_start: float = Field(0.0, ge=0, le=1)
     """Probability that an image starts from a random point of the eps ball."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Share of every micro-batch that gets an adversarial copy; its view weighs as much less."""
+    every: int = Field(1, ge=1)
+    """Adversarial images in every k-th step only."""
+    resolution: float = Field(1.0, gt=0, le=1)
+    """Take the gradient at images of so many times the height and width, and repeat it over blocks of pixels."""
+    eps_schedule: Literal["constant", "lr", "ramp"] = "constant"
+    """eps over training: constant, in proportion to the learning rate, or rising from 0 in a line."""
+    until: float = Field(1.0, gt=0, le=1)
+    """Share of the training after which there are no adversarial images."""
+    route: Literal["adv", "clean"] = "adv"
+    """Batch-norm route of the attack's gradient."""
+    statistics: Literal["batch", "running"] = "batch"
+    """What batch norm normalises by in the attack."""
 
 
 class EvalConfig(Section):
@@ -196,6 +210,8 @@ class Config(Section):
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     adv_weight: float | None = Field(None, gt=0)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
+    adv_route: Literal["own", "statistics", "clean"] = "own"
+    """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route."""
     sam_rho: float | None = Field(None, gt=0)
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
     sam_every: int | None = Field(None, ge=1)
@@ -299,17 +315,14 @@ def _without_effect(name: str, owner: str, value: object) -> ConadvError:
 
 
 _METHOD_FIELDS = (  # unset: the default
-    *("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight"),
+    *("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight", "adv_route"),
     *("sam_rho", "sam_every"),
 )
 
 
 def _check_method(config: Config) -> None:
     for name in _METHOD_FIELDS:
-        if (
-            getattr(config, name) is not Config.model_fields[name].default
-            and name not in METHODS[config.method].settings
-        ):
+        if getattr(config, name) != Config.model_fields[name].default and name not in METHODS[config.method].settings:
             raise _without_effect(name, "method", config.method)
     if config.data.aug_view is None and config.aug_weight is not None:
         raise ConadvError("aug_weight has no effect without a third view. Give data.aug_view as well.")
@@ -317,6 +330,7 @@ def _check_method(config: Config) -> None:
         raise ConadvError("lookahead has no effect with staleness 0: the weights are current. Use staleness 1 or more.")
     _check_predictor(config)
     attack = config.attack
+    _check_attack_plan(config)
     plain = attack.num_steps == 1 and not attack.targeted and not attack.random_start
     if config.method == "recycle" and not (plain and attack.step_size in (None, attack.eps)):
         raise ConadvError(
@@ -346,6 +360,25 @@ def _check_probe(probe: ProbeConfig) -> None:
         values = getattr(probe, name)
         if len(set(values)) < len(values):
             raise ConadvError(f"probe.{name} {list(values)} names one twice.")
+
+
+_PLAN_FIELDS = ("share", "every", "resolution", "eps_schedule", "until", "route", "statistics")
+
+
+def _check_attack_plan(config: Config) -> None:
+    """The plan is never a recipe's own choice, so that all of it must have an effect."""
+    settings, attack = METHODS[config.method].settings, config.attack
+    for name in _PLAN_FIELDS:
+        changed = getattr(attack, name) != AttackConfig.model_fields[name].default
+        if changed and (config.method == "recycle" or not settings & {"attack", f"attack.{name}"}):
+            raise _without_effect(f"attack.{name}", "method", config.method)
+    if attack.route == "clean" and config.adv_route == "clean":
+        raise ConadvError("attack.route clean has no effect with adv_route clean: the attack goes there anyway.")
+    micro = config.micro_batch_size or config.global_batch_size
+    if not round(attack.share * micro):
+        raise ConadvError(
+            f"attack.share {attack.share:g} of a micro-batch of {micro} is no image: choose a larger one."
+        )
 
 
 def _check_eps(config: Config) -> None:
@@ -417,6 +450,7 @@ def override(base: Config, edited: Config, given: Collection[str]) -> Config:
         edited = replace(edited, steps=None)
     if edited.method != base.method:
         edited = _back_to_default(edited, _METHOD_FIELDS, given)
+        edited = _back_to_default(edited, [f"attack.{name}" for name in _PLAN_FIELDS], given)
     if not edited.lookahead:
         edited = _back_to_default(edited, ["predictor"], given)
     if edited.optim.name != base.optim.name:

@@ -123,12 +123,13 @@ def _rebuild(base: Any) -> nn.Module:
     return made
 
 
-def split_batchnorm(model: nn.Module, *names: str) -> nn.Module:
+def split_batchnorm(model: nn.Module, *names: str, share_affine: bool = False) -> nn.Module:
     """Give every batch-norm layer (1d, 2d, 3d, SyncBatchNorm and subclasses) the extra routes ``names``, in place.
 
     A new route starts as a copy of the clean route, running statistics included. Routes can be added later; new
     parameters must reach the optimizer, so split before building it. Children of a layer that carry parameters of
-    their own, such as a PReLU activation, stay shared between the routes.
+    their own, such as a PReLU activation, stay shared between the routes. ``share_affine``: the new routes have
+    statistics of their own only; their weight and bias are the clean route's parameters.
 
     Returns ``model``. Raises ConadvError for a name that is taken or reserved, for lazy layers, and for a split model
     that went through ``convert_sync_batchnorm`` afterwards (convert first). A model without batch norm is returned
@@ -143,7 +144,7 @@ def split_batchnorm(model: nn.Module, *names: str) -> nn.Module:
     routing = _find_routing(model) or _Routing(())
     routing.names += tuple(names)
     for layer in layers:
-        _split_layer(layer, names, routing)
+        _split_layer(layer, names, routing, share_affine)
     return model
 
 
@@ -160,7 +161,7 @@ def _layers(model: nn.Module) -> Iterator[_BatchNorm]:
         yield module
 
 
-def _split_layer(layer: _BatchNorm, names: tuple[str, ...], routing: _Routing) -> None:
+def _split_layer(layer: _BatchNorm, names: tuple[str, ...], routing: _Routing, share_affine: bool) -> None:
     if not isinstance(layer, SplitBatchNorm):
         layer.__class__ = _split_class(type(layer))  # type: ignore[arg-type]
         layer.add_module("routes", nn.ModuleDict())
@@ -168,6 +169,8 @@ def _split_layer(layer: _BatchNorm, names: tuple[str, ...], routing: _Routing) -
     routes = layer.get_submodule("routes")
     for name in names:
         routes.add_module(name, _copy_plain(layer))
+        if share_affine:
+            routes.get_submodule(name)._parameters.update(layer._parameters)
 
 
 def _copy_plain(layer: _BatchNorm) -> _BatchNorm:
@@ -297,6 +300,22 @@ def route(model: nn.Module, spec: RouteSpec) -> Iterator[None]:
         yield
     finally:
         routing.current = before
+
+
+@contextmanager
+def running_stats(model: nn.Module) -> Iterator[None]:
+    """Have every batch-norm layer normalise by its running statistics inside the block, and leave them alone.
+
+    Other layers stay in the mode that they are in, and the mode of the batch-norm layers is restored afterwards.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, record, rng
 from ._version import __version__
-from .attacks import PGD, PixelSpace
+from .attacks import PGD, AttackPlan, PixelSpace
 from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
 from .data import Data, build_data, windows
 from .engine import Comm, Teams, TrainStep
@@ -234,6 +234,7 @@ def build(
             model = model.to(memory_format=torch.channels_last)
         num_steps = _num_steps(config, data)
         schedule = _schedule(config, num_steps, data.order.steps_per_epoch)
+        method = method.for_run(_plan(config, num_steps, schedule))
         groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
         optimizer = build_optimizer(config.optim, groups, schedule(0))
     engine = TrainStep(
@@ -241,6 +242,7 @@ def build(
         optimizer,
         method,
         loss=_loss(config.label_smoothing),
+        adv_route="clean" if config.adv_route == "clean" else "adv",
         view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
         space=space,
         precision=config.precision,
@@ -267,6 +269,19 @@ def build(
         execution,
         choice,
     )
+
+
+def _plan(config: Config, num_steps: int, schedule: WarmupDecay) -> AttackPlan:
+    """The attack's plan; eps belongs to the step that uses the images, whenever they are made."""
+    attack = config.attack
+    factors: dict[str, Schedule | None] = {
+        "constant": None,
+        "lr": lambda step: schedule(step) / schedule.peak,
+        "ramp": lambda step: step / max(num_steps - 1, 1),
+    }
+    stop = None if attack.until == 1 else round(attack.until * num_steps)
+    factor = factors[attack.eps_schedule]
+    return AttackPlan(attack.share, attack.every, stop, factor, attack.route, attack.statistics)
 
 
 def _schedule(config: Config, num_steps: int, steps_per_epoch: int) -> WarmupDecay:
@@ -297,9 +312,11 @@ def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
     """The network on the CPU, initialised by the seed alone, with the routes that the views need."""
     with rng.scope(torch.device("cpu"), config.seed, "init"):
         model = build_model(config.model, channels, num_classes)
+    split_batchnorm(model.train(), *(["aug"] if config.data.aug_view is not None else []))
     route = method_class(config.method).route
-    extra = (["aug"] if config.data.aug_view is not None else []) + ([route] if route else [])
-    return split_batchnorm(model.train(), *extra)
+    if route is None or config.adv_route == "clean":
+        return model
+    return split_batchnorm(model, route, share_affine=config.adv_route == "statistics")
 
 
 def restore(parts: Parts, state: dict[str, Any]) -> int:

@@ -71,6 +71,17 @@ METHODS = {
     "noise": {"method": "noise"},
     "disadv": {"method": "disadv"},
     "conadv-tau2": {"method": "conadv", "staleness": 2, "pending_dtype": "uint8"},
+    "conadv-plan": {
+        "method": "conadv",
+        "attack__share": 0.25,
+        "attack__every": 2,
+        "attack__eps_schedule": "lr",
+        "attack__until": 0.9,
+        "attack__random_start": 0.5,
+        "attack__targeted": True,
+        "attack__statistics": "running",
+        "adv_route": "statistics",
+    },
     "conadv-lookahead": {"method": "conadv", "lookahead": True, "optim__name": "lamb", "optim__lr": 0.01},
     "recycle": {"method": "recycle", "optim__name": "sgd", "optim__lr": 0.05},
     "three-routes": {"method": "conadv", "data__aug_view": "basic", "optim__name": "adamw", "optim__lr": 0.01},
@@ -105,7 +116,7 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
     assert all(line.keys() == STEP and line["phases"].keys() == PHASES for line in made)
     assert [(line["step"], line["epoch"]) for line in made] == [(t, t // 3) for t in range(6)]
     extra = {"vanilla": set(), "sam-aug": {"aug"}, "three-routes": {"adv", "aug"}}.get(name, {"adv"})
-    assert made[-1]["losses"].keys() == {"clean"} | extra
+    assert made[4]["losses"].keys() == {"clean"} | extra
     assert (lines[4]["step"], lines[4]["epoch"], lines[4]["images"]) == (3, 1, 899)
     assert load_yaml(whole / "config.yaml") == resolve(settings)
 

@@ -3,6 +3,7 @@
 from .fgsm import FGSM
 from .noise import RandomSigns
 from .pgd import PGD
+from .plan import AttackPlan
 from .space import PixelSpace
 
-__all__ = ["FGSM", "PGD", "PixelSpace", "RandomSigns"]
+__all__ = ["FGSM", "PGD", "AttackPlan", "PixelSpace", "RandomSigns"]

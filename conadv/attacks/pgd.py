@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConadvError
 from ..types import Forward
+from .coarse import check_resolution, grow, shrink
 from .space import Norm, PixelSpace, check_eps
 from .targets import ascent_loss, random_other_class
 
@@ -20,7 +21,9 @@ class PGD:
     ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps / num_steps for more).
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``: probability, for
     each image, of starting from a random point of the ball instead of the image itself. ``space``: the model's
-    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values.
+    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values. ``resolution``: gradients
+    are those at images of so many times the height and width (mean over areas), each value repeated over its block of
+    pixels; the network must take such images, and batch norm has statistics of its own in that pass.
 
     Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of range.
     Reduces to: FGSM for num_steps = 1 and random_start = 0; the identity for eps = 0.
@@ -35,6 +38,7 @@ class PGD:
     targeted: bool = False
     random_start: float = 0.0
     space: PixelSpace = field(default=PixelSpace())
+    resolution: float = 1.0
 
     def __post_init__(self) -> None:
         check_eps("eps", self.eps, self.norm)
@@ -44,6 +48,7 @@ class PGD:
         check_eps("step_size", self.step_size, self.norm)  # type: ignore[arg-type]
         if self.num_steps < 1:
             raise ConadvError(f"num_steps = {self.num_steps} must be 1 or more.")
+        check_resolution(self.resolution)
         if not 0 <= self.random_start <= 1:
             raise ConadvError(f"random_start = {self.random_start} is a probability in [0, 1].")
 
@@ -56,15 +61,15 @@ class PGD:
         target_N = None
         x = self._start(origin, generator)
         for _ in range(self.num_steps):
-            x.requires_grad_()
+            seen = shrink(x, self.resolution).requires_grad_()
             with torch.enable_grad():
-                logits_NK = forward(x)
+                logits_NK = forward(seen)
                 if self.targeted and target_N is None:
                     target_N = random_other_class(y_N, logits_NK.shape[1], generator)
                 loss = ascent_loss(logits_NK, y_N, 1) if target_N is None else ascent_loss(logits_NK, target_N, -1)
-                (gradient,) = torch.autograd.grad(loss, x)
+                (gradient,) = torch.autograd.grad(loss, seen)
             with torch.no_grad():
-                x = self.space.ascend(x.detach(), gradient, self.step_size, self.norm)
+                x = self.space.ascend(x.detach(), grow(gradient, x), self.step_size, self.norm)
                 x = self.space.project(x, origin, self.eps, self.norm)
         return x
 

@@ -54,7 +54,7 @@ class Learner:
         self._teams.comm.at("send", step)
         with engine.clock.phase("send"):
             busy, late = self._agree(step) if self._skip else (False, False)
-            if future is not None and not busy:
+            if future is not None and not busy and engine.method.plan.active(future.step):
                 self._send(future, len(batch.micro))
             engine.remember()
         self._world.at("receive", step)
@@ -73,7 +73,8 @@ class Learner:
         self._too_late = [incoming for incoming in self._too_late if not incoming.done]
         busy = not all(transfer.done for transfer in self._sent)
         here = step in self._engine.pending or (step in self._incoming and self._incoming[step].done)
-        flags = self._teams.comm.any(torch.tensor([busy, not here and step >= self._engine.ahead]))
+        due = step >= self._engine.ahead and self._engine.method.plan.active(step)
+        flags = self._teams.comm.any(torch.tensor([busy, due and not here]))
         return bool(flags[0]), bool(flags[1])
 
     def _send(self, future: Batch, accumulation: int) -> None:
@@ -105,8 +106,8 @@ class Learner:
 
     def _expect_images(self, future: Batch, accumulation: int) -> None:
         """Buffers for what comes back, ready before anybody sends: a message that is not awaited does not move."""
-        engine, attackers = self._engine, self._teams.attackers
-        images = {micro.index: engine.example(micro) for micro in future.micro}
+        engine, attackers, count = self._engine, self._teams.attackers, self._engine.method.plan.count
+        images = {micro.index: engine.example(micro)[: count(len(micro.y_N))] for micro in future.micro}
         parcels = []
         for attacker, part in zip(
             attackers, shares(len(self._teams.learners) * accumulation, len(attackers)), strict=True
@@ -115,7 +116,7 @@ class Learner:
             if common:
                 parcel = Parcel([engine.pending.encoded_like(image) for image in common], engine.device)
                 parcels.append((parcel, self._world.receive(parcel.bytes, attacker, self._lines.images)))
-        labels = tuple(engine.labels(micro) for micro in future.micro)
+        labels = tuple(engine.labels(micro)[: count(len(micro.y_N))] for micro in future.micro)
         self._incoming[future.step] = Incoming(labels, next(iter(images.values())).dtype, parcels)
 
     def _take(self, step: int) -> None:

@@ -56,6 +56,8 @@ class TrainStep:
         optimizer: over all trainable parameters of the model.
         method: what joins the clean view; default :class:`conadv.Vanilla`.
         loss: (logits_NK, y_N) -> mean over N; cross-entropy by default.
+        adv_route: the batch-norm route of the extra view: "adv", or "clean" for no route of its own. Views that
+            share a route go one pass each, so that each is normalised by its own batch.
         view_weights: weight of each view's loss, default 1.
         space: the model's normalisation, for uint8 images and uint8 pending; default: the method's.
         precision: "fp32", or "bf16" for autocast.
@@ -83,6 +85,7 @@ class TrainStep:
         method: Method | None = None,
         *,
         loss: Loss = F.cross_entropy,
+        adv_route: str = "adv",
         view_weights: Mapping[str, float] | None = None,
         space: PixelSpace | None = None,
         precision: str = "fp32",
@@ -118,9 +121,12 @@ class TrainStep:
         self._reducer: GradientReducer | None = None
         self._loss_sum: Handle | None = None
         self._losses: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}  # of this step's views
         self._extra_version: int | None = None
         self._epoch = 0
+        self._adv_route = adv_route
         self._has_batchnorm = norm.has_batchnorm(model)
+        self._fuse_views &= adv_route == "adv" or not self._has_batchnorm
         self._has_routes = bool(norm.routes_of(model))
         self._gradient_version: int | None = None
         self._images_checked = False
@@ -259,32 +265,46 @@ class TrainStep:
         return micro.y_N.to(self.device, non_blocking=True)
 
     def craft(self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> ExtraBatch:
-        """Run ``attack`` on the clean view of every micro-batch, on the adv route, at the present or given weights.
+        """Run ``attack`` on the clean view of every micro-batch at the present or given weights, by the method's plan.
 
-        Batch norm uses batch statistics and leaves the running ones alone; modes, ``requires_grad`` and ``.grad`` of
-        the model are untouched, and so are the global random generators.
+        Running statistics are left alone; modes, ``requires_grad`` and ``.grad`` of the model are untouched, and so
+        are the global random generators. The plan says how many images, at which eps, on which route.
         """
-        images = []
-        labels = [self.labels(micro) for micro in batch.micro]
+        images, plan = [], self.method.plan
+        attack = plan.at(attack, batch.step)
+        labels = [self.labels(micro)[: plan.count(len(micro.y_N))] for micro in batch.micro]
         if not self._images_checked:
             self.space.check(self.images(batch.micro[0], "clean"))
             self._images_checked = True
         for micro, y_N in zip(batch.micro, labels, strict=True):
-            with self.attack_pass("attack", batch.step, micro.index, weights=weights) as (forward, draws):
-                images.append(attack(forward, self.images(micro, "clean"), y_N, draws))
+            with self.attack_pass(
+                "attack",
+                batch.step,
+                micro.index,
+                weights=weights,
+                route=plan.route,
+                running=plan.statistics == "running",
+            ) as (forward, draws):
+                images.append(attack(forward, self.images(micro, "clean")[: len(y_N)], y_N, draws))
         return ExtraBatch(tuple(images), tuple(labels), self.version)
 
     @contextmanager
     def attack_pass(
-        self, *path: str | int, weights: Mapping[str, Tensor] | None = None, route: str = "adv"
+        self,
+        *path: str | int,
+        weights: Mapping[str, Tensor] | None = None,
+        route: str = "adv",
+        running: bool = False,
     ) -> Iterator[tuple[Forward, torch.Generator]]:
         """The mode in which attacks see the model: yields (x_NCHW -> logits_NK, the generator of the attack's draws).
 
-        On ``route``, with batch statistics, the running ones left alone, at the present or given weights. ``path``
-        keys the draws of the attack and of the model (dropout); outside of the block nothing has changed.
+        On the route of the view ``route``, with batch statistics, or the ``running`` ones, which are left alone either
+        way, at the present or given weights. ``path`` keys the draws of the attack and of the model (dropout); outside
+        of the block nothing has changed.
         """
         draws = rng.generator(self.device, self._seed, *path)
-        with rng.scope(self.device, self._seed, *path), self._route(route), norm.frozen_stats(self.model):
+        statistics = norm.running_stats if running else norm.frozen_stats
+        with rng.scope(self.device, self._seed, *path), self._route(self._route_of(route)), statistics(self.model):
             yield self._forward(weights), draws
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
@@ -357,21 +377,23 @@ class TrainStep:
         """Backward of one micro-batch; adds its losses to ``totals`` and returns the clean images that it used."""
         clean, views = self._views(m, micro, extra)
         path = ("gradient", batch.step, micro.index)
-        share = 1 / (len(batch.micro) * self.comm.ranks * sum(map(self._weight, views)))
+        # per image: a view of fewer images, such as a share that is attacked, weighs less
+        self._weights = {name: self._weight(name) * (len(y) / len(micro.y_N)) for name, (_, y) in views.items()}
+        share = 1 / (len(batch.micro) * self.comm.ranks * sum(self._weights.values()))
         passes = [views] if self._fuse_views else [{name: view} for name, view in views.items()]
         for together in passes:
             last = m == len(batch.micro) - 1 and together is passes[-1]
             if self._reducer is not None and last:
                 self._reducer.last_pass(tuple(views))
             # route and randomness also cover backward: activation checkpointing runs forward again there
-            with rng.scope(self.device, self._seed, *path, *together), self._route(_route_spec(together)):
+            with rng.scope(self.device, self._seed, *path, *together), self._route(self._route_spec(together)):
                 losses = self._forward_views(together)
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
                 if self._reducer is not None and last and sum_losses:  # before the large messages, not behind them
                     self._loss_sum = self.comm.sum_async(torch.stack(list(totals.values())) / len(batch.micro))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
-                factors = [torch.full_like(loss, share * self._weight(name)) for name, loss in losses.items()]
+                factors = [torch.full_like(loss, share * self._weights[name]) for name, loss in losses.items()]
                 torch.autograd.backward(list(losses.values()), factors)
         return clean
 
@@ -422,6 +444,15 @@ class TrainStep:
 
         return forward
 
+    def _route_of(self, view: str) -> str:
+        return self._adv_route if view == "adv" else view
+
+    def _route_spec(self, views: Mapping[str, tuple[Tensor, Tensor]]) -> norm.RouteSpec:
+        """One route's name, or the number of images of each in the order of the batch."""
+        if len(views) > 1 and self._has_batchnorm:
+            return {self._route_of(name): len(y) for name, (_, y) in views.items()}
+        return self._route_of(next(iter(views)))
+
     def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
         needed = self._has_routes or (self._has_batchnorm and spec != norm.CLEAN)
         return norm.route(self.model, spec) if needed else nullcontext()
@@ -442,7 +473,8 @@ class TrainStep:
                     f"Step {self.version}: the {what} is {value}. The update was not made. "
                     "Lower the learning rate, lengthen the warm-up, or check the data."
                 )
-        loss = sum(self._weight(name) * value for name, value in losses.items()) / sum(map(self._weight, losses))
+        weights = self._weights
+        loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
         return loss, losses, grad_norm
 
     def _as_batch(self, raw: RawBatch, step: int) -> Batch:
@@ -464,7 +496,10 @@ class TrainStep:
                 "plain model (model.module) and comm=Comm.from_environment(), in place of init_process_group."
             )
         norm.check_sync(self.model, self.comm.ranks)
-        norm.check_routes(self.model, [self.method.route] if self.method.route else [])
+        if self._adv_route not in ("adv", "clean"):
+            raise unknown("adv_route", self._adv_route, ("adv", "clean"))
+        own = self.method.route if self._adv_route == "adv" else None
+        norm.check_routes(self.model, [own] if own else [])
         rates = {float(group["lr"]) for group in self.optimizer.param_groups}
         if self._lr_at is not None and len(rates) > 1:
             raise ConadvError(f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}.")
@@ -484,11 +519,6 @@ def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
         if not (weight > 0 and math.isfinite(weight)):
             raise ConadvError(f"view_weights[{name!r}] = {weight} must be above 0.")
     return dict(weights)
-
-
-def _route_spec(views: Mapping[str, tuple[Tensor, Tensor]]) -> norm.RouteSpec:
-    """One route's name, or the number of images of each in the order of the batch."""
-    return {name: len(y) for name, (_, y) in views.items()} if len(views) > 1 else next(iter(views))
 
 
 def _gradient_of(x: Tensor) -> Tensor:

@@ -31,18 +31,27 @@ def _row(target: str, summary: str, *settings: str) -> Row:
 METHODS: dict[str, Row] = {
     "vanilla": _row("vanilla:Vanilla", "clean images only"),
     "sam": _row("sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho", "sam_every"),
-    "multiview": _row("controls:MultiView", "control: a second draw of the clean view", "adv_weight"),
-    "noise": _row("controls:Noise", "control: random signs of size eps", "adv_weight", "attack.eps"),
-    "disadv": _row("sequential:Sequential", "attack at the current weights, inside the step", "adv_weight", "attack"),
+    "multiview": _row("controls:MultiView", "control: a second draw of the clean view", "adv_weight", "adv_route"),
+    "noise": _row(
+        "controls:Noise",
+        "control: random signs of size eps",
+        *("adv_weight", "adv_route", "attack.eps", "attack.share", "attack.every", "attack.resolution"),
+        *("attack.eps_schedule", "attack.until"),
+    ),
+    "disadv": _row(
+        "sequential:Sequential",
+        "attack at the current weights, inside the step",
+        *("adv_weight", "adv_route", "attack"),
+    ),
     "conadv": _row(
         "concurrent:Concurrent",
         "attack on a future batch at stale (or predicted) weights, beside the step",
-        *("adv_weight", "attack", "staleness", "lookahead", "predictor", "pending_dtype"),
+        *("adv_weight", "adv_route", "attack", "staleness", "lookahead", "predictor", "pending_dtype"),
     ),
     "recycle": _row(
         "recycle:Recycle",
         "perturb the last batch by the input gradient that its step computed anyway",
-        *("adv_weight", "attack", "pending_dtype"),
+        *("adv_weight", "adv_route", "attack", "pending_dtype"),
     ),
 }
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ..attacks import FGSM, PGD, PixelSpace
+from ..attacks import FGSM, PGD, AttackPlan, PixelSpace
+from ..attacks.plan import EVERYTHING
 from ..types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
@@ -53,6 +54,15 @@ class Method:
         """
         return None
 
+    @property
+    def plan(self) -> AttackPlan:
+        """When and how strongly the method attacks; by default every image in every step."""
+        return EVERYTHING
+
+    def for_run(self, plan: AttackPlan) -> Method:
+        """The method with the plan of a run, for methods that have one; itself otherwise."""
+        return self
+
     def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:
         """The weights for that attack, seen from the present step; None for the present ones."""
         return None
@@ -65,10 +75,12 @@ class Method:
         """What ``step``, which trained on ``views``, cost in gradient images per clean image.
 
         A forward-backward of an image of any view counts 1, once more for SAM's second gradient; an input gradient
-        counts 1. ``num_images``: clean images of a micro-batch.
+        of resolution r counts r^2, by its pixels. ``num_images``: clean images of a micro-batch.
         """
         passes = 2 if self.ascent_radius(step) else 1
-        return passes * len(views) + self.attack_gradients()
+        share = self.plan.count(num_images) / num_images
+        attack = share * self.attack_gradients() if self.plan.active(step) else 0
+        return passes * sum(share if view == "adv" else 1 for view in views) + attack
 
     def ascent_radius(self, step: int) -> float:
         """rho of sharpness-aware minimisation in ``step``: how far uphill its gradient is taken; 0 for the weights."""
@@ -88,6 +100,20 @@ class Method:
         return cls()
 
 
+@dataclass(frozen=True)
+class Planned(Method):
+    """A method whose attack, or noise, follows a plan."""
+
+    attack_plan: AttackPlan = field(default=EVERYTHING, kw_only=True)
+
+    @property
+    def plan(self) -> AttackPlan:
+        return self.attack_plan
+
+    def for_run(self, plan: AttackPlan) -> Method:
+        return replace(self, attack_plan=plan)
+
+
 def space_from_config(config: Config) -> PixelSpace:
     return PixelSpace(config.data.mean, config.data.std)
 
@@ -97,12 +123,14 @@ def attack_from_config(config: Config) -> Attack:
     a, space = config.attack, space_from_config(config)
     step_size = a.eps if a.step_size is None else a.step_size
     if a.num_steps == 1 and not a.random_start and step_size == a.eps:
-        return FGSM(a.eps, a.norm, a.targeted, space)
-    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space)
+        return FGSM(a.eps, a.norm, a.targeted, space, a.resolution)
+    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space, a.resolution)
 
 
-def num_steps(attack: Attack) -> int:
-    return int(getattr(attack, "num_steps", 1))
+def gradients_of(attack: Attack) -> float:
+    """Input gradients of an attack per image, by pixels."""
+    steps: float = getattr(attack, "num_steps", 1) * getattr(attack, "resolution", 1.0) ** 2
+    return steps
 
 
 def space_of(attack: Attack) -> PixelSpace | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attacks import PixelSpace
 from ..errors import ConadvError
 from ..types import Attack, Batch, ExtraBatch
-from .base import Method, attack_from_config, num_steps, space_of
+from .base import Planned, attack_from_config, gradients_of, space_of
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Concurrent(Method):
+class Concurrent(Planned):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_{t - tau}))], tau = ``staleness``.
 
     At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
@@ -55,8 +55,8 @@ class Concurrent(Method):
     def space(self) -> PixelSpace | None:
         return space_of(self.attack)
 
-    def attack_gradients(self) -> int:
-        return num_steps(self.attack)
+    def attack_gradients(self) -> float:
+        return gradients_of(self.attack)
 
     @property
     def future_attack(self) -> Attack | None:
@@ -66,6 +66,8 @@ class Concurrent(Method):
         return engine.predicted_weights(self.staleness) if self.lookahead else None
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+        if not self.plan.active(batch.step):
+            return None
         waiting = engine.pending.pop(batch.step)
         if engine.pending.skips(batch.step):
             return None
@@ -77,7 +79,7 @@ class Concurrent(Method):
         return waiting
 
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
-        if future is None or not self.staleness:
+        if future is None or not self.staleness or not self.plan.active(future.step):
             return
         engine.pending.put(future.step, engine.craft(self.attack, future, self.attack_weights(engine)))
 
@@ -89,7 +91,7 @@ class Concurrent(Method):
 
 def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:
     """The images that wait must be those of the batch: a loop that changed its data in between is told."""
-    labels = [engine.labels(micro) for micro in batch.micro]
+    labels = [engine.labels(micro)[: engine.method.plan.count(len(micro.y_N))] for micro in batch.micro]
     same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
     if not same:
         raise ConadvError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..attacks import PixelSpace, RandomSigns
 from ..types import Batch, ExtraBatch
-from .base import Method, space_from_config
+from .base import Method, Planned, space_from_config
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -29,7 +29,7 @@ class MultiView(Method):
 
 
 @dataclass(frozen=True)
-class Noise(Method):
+class Noise(Planned):
     """The extra images are x + eps * random signs, clipped to valid pixels: an attack's size without its gradient."""
 
     noise: RandomSigns
@@ -38,10 +38,12 @@ class Noise(Method):
     def space(self) -> PixelSpace:
         return self.noise.space
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
+    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+        if not self.plan.active(batch.step):
+            return None
         extra = engine.craft(self.noise, batch)
         return ExtraBatch(extra.images, extra.labels, None)
 
     @classmethod
     def from_config(cls, config: Config) -> Noise:
-        return cls(RandomSigns(config.attack.eps, space_from_config(config)))
+        return cls(RandomSigns(config.attack.eps, space_from_config(config), config.attack.resolution))

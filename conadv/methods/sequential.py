@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..attacks import PixelSpace
 from ..types import Attack, Batch, ExtraBatch
-from .base import Method, attack_from_config, num_steps, space_of
+from .base import Planned, attack_from_config, gradients_of, space_of
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sequential(Method):
+class Sequential(Planned):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_t))]: the attack waits for the weights, the gradient for the attack.
 
     Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221 ("DisAdv").
@@ -27,11 +27,11 @@ class Sequential(Method):
     def space(self) -> PixelSpace | None:
         return space_of(self.attack)
 
-    def attack_gradients(self) -> int:
-        return num_steps(self.attack)
+    def attack_gradients(self) -> float:
+        return gradients_of(self.attack)
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
-        return engine.craft(self.attack, batch)
+    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+        return engine.craft(self.attack, batch) if self.plan.active(batch.step) else None
 
     @classmethod
     def from_config(cls, config: Config) -> Sequential:

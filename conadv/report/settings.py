@@ -14,7 +14,7 @@ Settings = dict[str, Any]
 IGNORED = frozenset({"seed", "recipe", "data.download", "checkpoint.every_epochs", "checkpoint.keep"})
 IGNORED |= {f"probe.{name}" for name in ProbeConfig.model_fields}  # measures, and leaves training alone
 # Null in these only says that the method or optimizer chosen has no such setting.
-_OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight", "aug_weight", "attack.", "optim.")
+_OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_", "sam_", "aug_weight", "attack.", "optim.")
 _IN_METHOD_NAME = frozenset({"method", "staleness", "lookahead", "predictor"})
 _FIRST = ("data.source", "model.name", "optim.name", "global_batch_size", "optim.lr", "attack.eps")
 _WORDS = {

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from conadv import Batch, Comm, Concurrent, TrainStep, windows
+from conadv import AttackPlan, Batch, Comm, Concurrent, TrainStep, windows
 from conadv.engine import Inline, Ranks, Teams
 from conadv.execution import Execution
 from conadv.trainer import train
@@ -73,6 +73,24 @@ def training(
         engine.executor.close()
         return served
     records = learn(engine, teams, model, micro, 6)
+    engine.executor.close()
+    return records, state(engine.model)
+
+
+def planned(world: Comm, attack_ranks: int, late: str) -> Answer:
+    """As ``training`` with staleness 1, where every second step attacks half of each micro-batch."""
+    teams, micro = world.split(attack_ranks), 2
+    net = MODELS["batchnorm"](teams.world.rank)
+    plan = AttackPlan(share=0.5, every=2, eps_factor=lambda step: 1 - step / 12)
+    made = Concurrent(ATTACK, 1, attack_plan=plan)
+    executor = Ranks(teams, late) if teams.attackers else Inline()
+    engine = TrainStep(net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor)
+    if teams.attacking:
+        served: list[int] = []
+        engine.serve(stream(teams, "batchnorm", micro, range(1, 8)), lambda step, _: served.append(step))
+        engine.executor.close()
+        return served
+    records = learn(engine, teams, "batchnorm", micro, 8)
     engine.executor.close()
     return records, state(engine.model)
 
@@ -169,6 +187,10 @@ def wrong(world: Comm, what: str) -> None:
     if what == "no attack":
         model = no_norm_net()
         TrainStep(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
+    if what in ("running", "stop"):
+        plan = AttackPlan(statistics="running") if what == "running" else AttackPlan(stop=3)
+        net = no_norm_net()
+        TrainStep(net, sgd(net), Concurrent(ATTACK, 1, attack_plan=plan), comm=teams.comm, executor=Ranks(teams))
     if what == "comm":
         net = no_norm_net()
         TrainStep(net, sgd(net), method(1, False), space=SPACE, executor=Ranks(teams))

@@ -67,6 +67,18 @@ def test_one_learner_and_one_attack_rank_are_inline_bitwise(
     assert [record["weight_version"] for record in learner[0]] == [max(t - tau, 0) if t >= tau else t for t in range(6)]
 
 
+def test_steps_and_images_that_are_not_attacked(two: Ranks) -> None:
+    # Red when: a learner asks for every step, expects whole micro-batches, or calls a step late that has no attack.
+    learner, served = two.run(jobs.planned, 1, "wait")
+    want = jobs.planned(Comm(), 0, "wait")
+    assert served == [2, 4, 6]
+    assert numbers(learner) == numbers(want)
+    assert same(learner[1], want[1])
+    assert [r["weight_version"] for r in learner[0]] == [0, None, 1, None, 3, None, 5, None]
+    skipping, _ = two.run(jobs.planned, 1, "skip")
+    assert not any(record["late"] for record in skipping[0][1::2])
+
+
 @pytest.mark.parametrize(("attack_ranks", "micro"), [(1, 2), (1, 4), (2, 2), (2, 4)])
 @pytest.mark.parametrize(("tau", "lookahead"), [(1, False), (2, True)])
 def test_any_split_is_one_process(three: Ranks, attack_ranks: int, micro: int, tau: int, lookahead: bool) -> None:
@@ -159,6 +171,8 @@ def test_other_data_than_the_learners(what: str, message: str) -> None:
         ("no attack", "Attack ranks have nothing to do with Noise"),
         ("late", "late 'never' is not"),
         ("comm", "give TrainStep comm=teams.comm"),
+        ("running", "no running statistics"),
+        ("stop", "nothing to do once an attack has stopped"),
         ("roles", ""),
     ],
 )
