@@ -121,11 +121,11 @@ def test_eps_belongs_to_the_step_that_uses_the_images() -> None:
 def test_resolution(attack: Any) -> None:
     # Red when: the gradient is taken at full resolution; it is spread by interpolation instead of repetition.
     sizes: list[int] = []
-    weight = torch.randn(5, 3, dtype=torch.float64)
+    weight = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         sizes.append(x.shape[2])
-        return torch.einsum("nchw,kc->nk", x**2, weight)
+        return torch.einsum("nchw,kchw->nk", x**2, weight)
 
     x, y = torch.rand(6, 3, 8, 8, dtype=torch.float64) * 0.4 + 0.3, torch.arange(6) % 5
     delta = attack(forward, x, y, torch.Generator().manual_seed(0)) - x
