@@ -35,7 +35,7 @@ from .progress import Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
 from .summary import summarize
-from .types import Batch, Span
+from .types import Batch, Schedule, Span
 
 
 @dataclass(frozen=True)
