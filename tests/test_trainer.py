@@ -206,8 +206,14 @@ def test_summary_by_hand() -> None:
     results = {"train": Result(0.1, 0.9, 10), "test": Result(0.2, 0.8, 10), "robust": Result(0.3, 0.4, 10)}
     results["validation"] = Result(0.5, 0.6, 10)
     lines = [
-        {"type": "step", "losses": {"clean": 1, "adv": 1}, "phases": {"gradient": seconds, "attack": 0.5}, "late": late}
-        for seconds, late in ((9.5, False), (0.5, True), (1.5, False), (2.5, True))
+        {
+            "type": "step",
+            "step": step,
+            "losses": {"clean": 1, "adv": 1},
+            "phases": {"gradient": seconds, "attack": 0.5},
+            "late": late,
+        }
+        for step, (seconds, late) in enumerate(((9.5, False), (0.5, True), (1.5, False), (2.5, True)))
     ]
     made = summarize(build(resolve(config(method="disadv")), CPU), results, lines)
     names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "robust_eps")
