@@ -36,6 +36,7 @@ Large-batch training with concurrent adversarial learning.
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
   staleness RUN...         what the probe measured: attacks at stale and at predicted weights, table and picture
   plan PROFILE             predict step time, cost and the best split for machines that you do not have
+  sweep SPEC               a grid of runs: tuned on validation images, confirmed on other seeds, reported
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
   bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
 
@@ -354,6 +355,12 @@ def _plan(args: Sequence[str]) -> None:
     command(tyro.cli(PlanArgs, args=args, prog="conadv plan"))
 
 
+def _sweep(args: Sequence[str]) -> None:
+    from .sweep.command import SweepArgs, sweep
+
+    sweep(tyro.cli(SweepArgs, args=args, prog="conadv sweep"))
+
+
 def _demo(args: Sequence[str]) -> None:
     from .demo import DemoArgs, demo
 
@@ -379,6 +386,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "timeline": _timeline,
     "staleness": _staleness,
     "plan": _plan,
+    "sweep": _sweep,
     "demo": _demo,
     "bench": _bench,
 }

@@ -5,23 +5,18 @@ Seven arms on scikit-learn's digits, several seeds each, a few runs at a time, e
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import queue
 import sys
-import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import recipes
-from .allocator import keep_freed_memory
 from .config import Config, replace
 from .errors import ConadvError
 from .progress import Silent
-from .types import StepRecord
+from .sweep.display import Workload, for_terminal
+from .sweep.pool import Job, Outcome, cores, run_pool
 
 BASELINE = "full batch, LARS"
 
@@ -59,15 +54,6 @@ class DemoArgs:
     """Show the final table only."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of the demo."""
-
-    arm: str
-    config: Config
-    out: Path
-
-
 def demo(args: DemoArgs) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
@@ -75,7 +61,7 @@ def demo(args: DemoArgs) -> None:
     from .report import show, write_report
 
     jobs = list(plan(args.out, args.seeds, args.epochs))
-    run_all(jobs, args.jobs or min(8, _cores()), args.quiet)
+    run_all(jobs, args.jobs or min(8, cores()), args.quiet)
     command = f"conadv demo --seeds {args.seeds}" + (f" --epochs {args.epochs:g}" if args.epochs else "")
     summary = write_report(
         [job.out for job in jobs],
@@ -102,144 +88,31 @@ def plan(out: Path, seeds: int, epochs: float | None = None) -> Iterator[Job]:
 
 def run_all(jobs: list[Job], workers: int, quiet: bool) -> None:
     """Train every job in ``workers`` processes of one thread each; the first error stops the rest."""
-    context = mp.get_context("spawn")
-    reports: Any = context.Manager().Queue()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        running: dict[Future[None], int] = {
-            pool.submit(_train, job, number, reports): number for number, job in enumerate(jobs)
-        }
-        with _display(jobs, quiet) as show:
-            try:
-                while running:
-                    done, _ = wait(running, timeout=0.25, return_when=FIRST_COMPLETED)
-                    show.advance(_drain(reports))
-                    for future in done:
-                        show.finished(running.pop(future))
-                        future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    source = _Listed(jobs)
+    run_pool(source, _train, workers, for_terminal(Workload(source.waiting, workers), quiet))
 
 
-def _start_worker() -> None:
-    import torch
+class _Listed:
+    """A source of jobs for the pool: one after the other, and every one must go well."""
 
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    def __init__(self, jobs: list[Job]) -> None:
+        self._jobs = list(reversed(jobs))
+
+    def next(self) -> Job | None:
+        return self._jobs.pop() if self._jobs else None
+
+    def done(self, job: Job, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            raise ConadvError(f"{job.label}: {outcome.error}" + (f"\n{outcome.trace}" if outcome.trace else ""))
+
+    def waiting(self) -> list[Config]:
+        return [job.config for job in self._jobs]
 
 
-def _end_with_parent() -> None:
-    """A killed demo must not leave its workers training on."""
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _train(job: Job, number: int, reports: Any) -> None:
+def _train(job: Job, observer: Silent) -> None:
     from .trainer import train
 
-    train(job.config, job.out, overwrite=True, observer=_Reporter(number, reports))
-
-
-class _Reporter(Silent):
-    """Tells the parent process how far a run is."""
-
-    def __init__(self, number: int, reports: Any) -> None:
-        self._number, self._reports = number, reports
-
-    def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self._every = max(1, num_steps // 40)
-        self._total = num_steps
-
-    def step(self, record: StepRecord) -> None:
-        if record.step % self._every == 0:
-            self._reports.put((self._number, record.step / self._total))
-
-
-def _drain(reports: Any) -> dict[int, float]:
-    """The latest share done of each run that reported."""
-    latest: dict[int, float] = {}
-    while True:
-        try:
-            number, share = reports.get_nowait()
-        except queue.Empty:
-            return latest
-        latest[number] = share
-
-
-class _Lines:
-    """One line per finished run, for output that is no terminal."""
-
-    def __init__(self, jobs: list[Job], quiet: bool) -> None:
-        self._jobs, self._quiet, self._count = jobs, quiet, 0
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def advance(self, shares: dict[int, float]) -> None: ...
-
-    def finished(self, number: int) -> None:
-        self._count += 1
-        if not self._quiet:
-            job = self._jobs[number]
-            sys.stdout.write(f"[{self._count}/{len(self._jobs)}] {job.arm}, seed {job.config.seed}\n")
-            sys.stdout.flush()
-
-
-class _Bars(_Lines):
-    """A bar for the whole demo with time left, and one for each run that is going."""
-
-    def __enter__(self) -> _Bars:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn as Left
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, TextColumn("left"), Left(elapsed_when_finished=False))
-        self._all = self._bars.add_task(f"[bold]{len(self._jobs)} runs", total=sum(map(_weight, self._jobs)))
-        self._tasks: dict[int, Any] = {}
-        self._shares: dict[int, float] = {}
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def advance(self, shares: dict[int, float]) -> None:
-        for number, share in shares.items():
-            if number not in self._tasks:
-                job = self._jobs[number]
-                self._tasks[number] = self._bars.add_task(f"  {job.arm}, seed {job.config.seed}", total=1.0)
-            self._bars.update(self._tasks[number], completed=share)
-        self._update(shares)
-
-    def finished(self, number: int) -> None:
-        if number in self._tasks:
-            self._bars.remove_task(self._tasks[number])
-        self._update({number: 1.0})
-
-    def _update(self, shares: dict[int, float]) -> None:
-        self._shares |= shares
-        self._bars.update(self._all, completed=sum(_weight(self._jobs[n]) * s for n, s in self._shares.items()))
-
-
-def _weight(job: Job) -> float:
-    """Roughly how long a run takes beside the others: forward-backward passes, attacks at two thirds."""
-    views = 1.0 if job.config.method == "vanilla" else 2.0
-    attack = 0.67 if job.config.method in ("disadv", "conadv") else 0.0
-    small = 1.6 if job.config.global_batch_size < 64 else 1.0
-    return (views + attack) * small
-
-
-def _display(jobs: list[Job], quiet: bool) -> _Lines:
-    return _Bars(jobs, quiet) if sys.stdout.isatty() and not quiet else _Lines(jobs, quiet)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    train(job.config, job.out, overwrite=True, observer=observer)
 
 
 def _slug(arm: str) -> str:

@@ -87,7 +87,7 @@ class RunDir:
 
     def holds(self, config: Config) -> bool:
         """Whether a run of ``config`` has begun here."""
-        return self.config.is_file() and not self._changes(config)
+        return self.config.is_file() and not self.changes(config)
 
     def start(self, config: Config) -> None:
         """Make the folder for a new run; a run that was there is deleted (``check`` has allowed it)."""
@@ -115,14 +115,15 @@ class RunDir:
         return next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
 
     def _check_same(self, config: Config) -> None:
-        if changed := self._changes(config):
+        if changed := self.changes(config):
             raise ConadvError(
                 f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"
                 "Repeat the run's own settings (conadv train --config RUN/config.yaml --out RUN --resume), "
                 "or start a new run."
             )
 
-    def _changes(self, config: Config) -> list[str]:
+    def changes(self, config: Config) -> list[str]:
+        """The settings in which the run here differs from ``config``, but for where the data lies."""
         moved = replace(self.open(), data__dir=config.data.dir)  # the same data may lie elsewhere now
         return differences(moved, config)
 

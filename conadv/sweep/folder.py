@@ -1,0 +1,125 @@
+"""The folder of a sweep: OUT/sweep.json and one ordinary run directory per run below OUT/runs.
+
+What has been done is read from the run directories alone, so that a sweep may be killed at any moment, and copied.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConadvError
+from ..record import write_atomic
+from ..run import RunDir
+from .cells import Run
+from .choose import Result
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody watches over two sweeps in one folder
+    fcntl = None  # type: ignore[assignment]
+
+SWEEP = "sweep.json"
+_FAILED = "failed.json"
+
+
+class Folder:
+    """OUT of a sweep."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def path(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def relative(self, name: str) -> str:
+        """As sweep.json writes it."""
+        return f"runs/{name}"
+
+    def result(self, run: Run) -> Result | None:
+        """What ``run`` came to; None if it has not ended. Raises ConadvError where its folder holds another run."""
+        directory = RunDir(self.path(run.name))
+        if directory.config.is_file() and (changed := directory.changes(run.config)):
+            raise ConadvError(
+                f"{directory.path} holds a run with other settings than the spec gives it:\n  "
+                + "\n  ".join(changed)
+                + "\nGive a changed spec another --out, or delete that folder."
+            )
+        if (directory.path / _FAILED).is_file():
+            failure = _read(directory.path / _FAILED)
+            return Result(error=str(failure.get("error")), diverged=bool(failure.get("diverged")))
+        if not (directory.config.is_file() and directory.summary.is_file()):
+            return None
+        summary = _read(directory.summary)
+        accuracy, loss = summary.get("validation_accuracy"), summary.get("validation_loss")
+        return Result(accuracy, loss, float(summary.get("seconds") or 0.0))
+
+    def fail(self, name: str, error: str, diverged: bool, trace: str = "") -> None:
+        """Record why a run failed. ``trace``: the traceback of an error that conadv does not know, beside it.
+
+        The checkpoints of a diverged run go: they lead to the same end.
+        """
+        self.path(name).mkdir(parents=True, exist_ok=True)
+        content = {"error": error, "diverged": diverged, **({"traceback": trace.splitlines()} if trace else {})}
+        write_atomic(self.path(name) / _FAILED, json.dumps(content, indent=1) + "\n")
+        if diverged:
+            tidy(self.path(name))
+
+    def forget_failure(self, name: str) -> None:
+        """So that the run is tried again, from its newest checkpoint where it has one."""
+        (self.path(name) / _FAILED).unlink(missing_ok=True)
+
+    def write(self, file: str, document: dict[str, Any]) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out / file, json.dumps(document, indent=1, allow_nan=False) + "\n")
+        except OSError as error:
+            raise ConadvError(f"Cannot write {self.out / file}: {error}. Choose another --out.") from error
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """One sweep at a time: two would write over each other's runs. The system lifts the lock of a killed one."""
+        if fcntl is None:
+            yield
+            return
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            file = (self.out / f".{name}.lock").open("w")
+        except OSError as error:
+            raise ConadvError(f"Cannot write to {self.out}: {error}. Choose another --out.") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConadvError(
+                    f"Another sweep is at work in {self.out}. Wait for it, choose another --out, or share the work by "
+                    "--shard."
+                ) from error
+            yield
+
+
+def clean(path: Path) -> None:
+    """Make the folder of a run that is to start from nothing ready: a kill may have left half-written hidden files."""
+    if path.is_dir() and not RunDir(path).config.exists():
+        for file in path.glob(".*"):
+            file.unlink()
+
+
+def tidy(path: Path) -> None:
+    """Keep of a finished run what a reader needs: no checkpoints, nothing about the process that made it."""
+    shutil.rmtree(RunDir(path).checkpoints, ignore_errors=True)
+    RunDir(path).launcher.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConadvError(f"Cannot read {path}: {error}. Delete {path.parent} to run it again.") from error
+    if not isinstance(values, dict):
+        raise ConadvError(f"{path} is not a mapping. Delete {path.parent} to run it again.")
+    return values
