@@ -198,7 +198,8 @@ def _short(name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("e+", "e") if isinstance(value, float) else text  # a folder name keeps no sign
 
 
 def _slug(label: str) -> str:

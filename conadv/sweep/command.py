@@ -160,7 +160,7 @@ def _report(schedule: Schedule, args: SweepArgs) -> None:
 
     out, command = schedule.folder.out, f"conadv sweep {args.spec}"
     if hasattr(report, "write_sweep_report"):
-        summary, show = report.write_sweep_report(out, command=command), getattr(report, "show_study")
+        summary, show = report.write_sweep_report(out, command=command), report.show_study  # type: ignore[attr-defined]
     else:
         summary, show = _plain_report(schedule, command), report.show
     if not args.quiet:
