@@ -28,6 +28,7 @@ from conadv.methods import METHODS
 from conadv.models import SmallResNet
 from conadv.plan.command import PlanArgs
 from conadv.staleness import StalenessArgs
+from conadv.sweep.command import SweepArgs
 from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ PARSED = {
     "staleness": StalenessArgs,
     "plan": PlanArgs,
     "demo": DemoArgs,
+    "sweep": SweepArgs,
 }
 OPTIONS_ALONE = ("--help", "--version")
 

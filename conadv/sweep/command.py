@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
@@ -156,41 +156,13 @@ def _finish(schedule: Schedule, args: SweepArgs, shards: int) -> None:
 
 
 def _report(schedule: Schedule, args: SweepArgs) -> None:
-    from .. import report
+    from ..report import show_study, write_sweep_report
 
-    out, command = schedule.folder.out, f"conadv sweep {args.spec}"
-    if hasattr(report, "write_sweep_report"):
-        summary, show = report.write_sweep_report(out, command=command), report.show_study  # type: ignore[attr-defined]
-    else:
-        summary, show = _plain_report(schedule, command), report.show
+    out = schedule.folder.out
+    summary = write_sweep_report(out, command=f"conadv sweep {args.spec}")
     if not args.quiet:
-        show(summary)
+        show_study(summary)
         _say(f"report: {out / 'report.html'}")
-
-
-def _plain_report(schedule: Schedule, command: str) -> Any:
-    """The confirmation runs as arms of an ordinary report; the baseline is that of the largest point."""
-    from ..report import write_report
-
-    spec, folder = schedule.plan.spec, schedule.folder
-    names: dict[str, str] = {}
-    baseline = None
-    for index, cell in enumerate(schedule.plan.cells):
-        label = ", ".join([cell.arm, *(f"{name} {value}" for name, value in cell.settings.items())])
-        chosen = schedule.choice(index)
-        finished = [] if chosen is None else [n for n in cell.trials[chosen].confirming if n in schedule.results]
-        names |= {str(folder.path(name)): label for name in finished if schedule.results[name].error is None}
-        baseline = label if finished and cell.arm == spec.baseline else baseline
-    if not names:
-        raise ConadvError(f"No confirmation run in {folder.out} has finished: there is nothing to report.")
-    return write_report(
-        [Path(path) for path in names],
-        folder.out / "report.html",
-        names=names,
-        baseline=baseline,
-        title=spec.title or spec.name,
-        command=command,
-    )
 
 
 def _show_plan(schedule: Schedule) -> None:

@@ -12,13 +12,18 @@ def relative_cost(config: Config) -> float:
     """Roughly how long a run takes beside others on the same network: images times views times passes.
 
     A gradient of one view counts 1, an input gradient (forward and half of backward) two thirds. Small batches use a
-    core less well: about 25 images' worth of work per step is spent on everything else (8x8 images, ResNet-8).
+    core less well: about 60 images' worth of work per step is spent on everything else (8x8 images, ResNet-8).
     """
     settings = METHODS[config.method].settings
-    views = 1 + ("adv_weight" in settings) + (config.data.aug_view is not None)
-    attack = 0.67 * config.attack.num_steps if "attack" in settings and config.method != "recycle" else 0.0
+    attack = config.attack
+    attacked = attack.share * attack.until / attack.every if "attack.eps" in settings or "attack" in settings else 1.0
+    passes = 1.0 + (config.data.aug_view is not None) + (attacked if "adv_weight" in settings else 0.0)
+    if "attack" in settings and config.method != "recycle":
+        passes += 0.67 * attack.num_steps * attacked * attack.resolution**2
+    if config.method == "sam":
+        passes += 1 / (config.sam_every or 1)
     work = (config.epochs or 0.0) * (config.data.train_images or 1000) or (config.steps or 0) * config.global_batch_size
-    return work * (views + attack) * (1 + 25 / config.global_batch_size)
+    return work * passes * (1 + 60 / config.global_batch_size)
 
 
 def kind(config: Config) -> str:
