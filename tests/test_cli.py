@@ -41,7 +41,7 @@ def test_help_does_not_import_torch(args: list[str]) -> None:
 def test_module_and_help() -> None:
     done = python("-m", "conadv", "--help")
     assert done.returncode == 0
-    for command in ("recipes", "train", "eval", "analyze", "export", "report", "demo"):
+    for command in ("recipes", "train", "eval", "analyze", "export", "report", "sweep", "demo"):
         assert f"\n  {command}" in done.stdout
 
 

@@ -29,6 +29,7 @@ from conadv.models import SmallResNet
 from conadv.plan.command import PlanArgs
 from conadv.staleness import StalenessArgs
 from conadv.sweep.command import SweepArgs
+from conadv.sweep.command import SweepArgs
 from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,7 @@ PARSED = {
     "staleness": StalenessArgs,
     "plan": PlanArgs,
     "demo": DemoArgs,
+    "sweep": SweepArgs,
     "sweep": SweepArgs,
 }
 OPTIONS_ALONE = ("--help", "--version")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -359,11 +360,12 @@ def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert run(spec, whole, "--quiet") == 0
     line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2", "--no-report"]
     with subprocess.Popen([*line, "--quiet"]) as process:
-        wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
-        wait_for(
-            lambda: any(not (p.parent / "summary.json").exists() for p in out.glob("runs/*/record.jsonl")), process
-        )
-        process.kill()
+        try:
+            wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
+            records = "runs/*/record.jsonl"
+            wait_for(lambda: any(not (p.parent / "summary.json").exists() for p in out.glob(records)), process)
+        finally:
+            process.kill()
     assert len(results(out)) < 8
     time.sleep(0.5)  # the workers end with their parent
     assert run(spec, out, "--quiet") == 0
@@ -383,10 +385,15 @@ def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     # Red when: the workers are not terminated (they train to the end), or write tracebacks.
     spec, out = write(tmp_path, base={**TINY, "epochs": 5000}), tmp_path / "out"
     line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2", "--quiet"]
-    with subprocess.Popen(line, stderr=subprocess.PIPE) as process:
-        wait_for(lambda: list(out.glob("runs/*/record.jsonl")), process)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+    # a background job inherits SIGINT ignored; a terminal's foreground job does not
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(line, stderr=subprocess.PIPE, preexec_fn=heed) as process:
+        try:
+            wait_for(lambda: list(out.glob("runs/*/record.jsonl")), process)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert errors.decode() == "conadv: interrupted; the same command goes on where the sweep stopped\n"
 
