@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test lint types install clean
+.PHONY: demo test torture lint types install clean
 
 demo: $(VENV)/installed
 	$(BIN)/conadv demo
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+torture: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture all
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
