@@ -17,6 +17,7 @@ from ._version import __version__
 from .allocator import keep_freed_memory
 from .config import Config, explain, flatten, load_yaml, override, replace, resolve
 from .errors import ConadvError, unknown
+from .signals import EXIT_INTERRUPTED, Stopped
 
 if TYPE_CHECKING:
     from .progress import Observer
@@ -44,7 +45,6 @@ Large-batch training with concurrent adversarial learning.
 """
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 @dataclass
@@ -55,6 +55,9 @@ class RunOptions:
     """Run directory (default: runs/RECIPE/METHOD-seedN)."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
+    auto_resume: bool = False
+    """Continue the run of these settings in --out if there is one, and start it where there is none: one command for
+    every start of a job that may be pre-empted."""
     overwrite: bool = False
     """Delete the run that is in --out first."""
     quiet: bool = False
@@ -86,7 +89,7 @@ class TrainArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code (0, 2 for a user's error, 130 when interrupted)."""
+    """Run the program; returns its exit code (0, 2 for a user's error, 130 after SIGINT, 143 after SIGTERM)."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         _say(HELP)
@@ -109,6 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"conadv: {explain(error, 'options')}\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
+        if isinstance(interrupt, Stopped):
+            if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+                sys.stderr.write(f"conadv: stopped{interrupt}\n")
+            return interrupt.code
         sys.stderr.write(f"conadv: interrupted{''.join(map(str, interrupt.args))}\n")
         return EXIT_INTERRUPTED
     return 0
@@ -161,6 +168,7 @@ def _train(args: Sequence[str]) -> None:
             out,
             resume=options.resume,
             overwrite=options.overwrite,
+            auto_resume=options.auto_resume,
             restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
             observer=observer,
             comm=comm,
@@ -265,6 +273,8 @@ class EvalArgs:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    best: bool = False
+    """The checkpoint with the best validation accuracy instead (checkpoint.keep_best)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses."""
@@ -279,7 +289,7 @@ def _eval(args: Sequence[str]) -> None:
     from .engine.comm import pick_device
     from .trainer import load_run, measure
 
-    for name, result in measure(load_run(options.run, pick_device(options.device))).items():
+    for name, result in measure(load_run(options.run, pick_device(options.device), best=options.best)).items():
         if result is not None:
             _say(f"{name:<6}  accuracy {100 * result.accuracy:6.2f} %  loss {result.loss:.4f}  images {result.images}")
 
@@ -290,13 +300,15 @@ class ExportArgs:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    best: bool = False
+    """The checkpoint with the best validation accuracy instead (checkpoint.keep_best)."""
 
 
 def _export(args: Sequence[str]) -> None:
     options = tyro.cli(ExportArgs, args=args, prog="conadv export")
     from .export import export
 
-    _say(str(export(options.run)))
+    _say(str(export(options.run, best=options.best)))
 
 
 @dataclass

@@ -114,6 +114,8 @@ class OptimConfig(Section):
     betas: tuple[float, float] | None = None
     eps: float | None = Field(None, ge=0)
     """Added to LARS's denominator, or to LAMB's and AdamW's root."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Scale the whole gradient down to this Euclidean norm before the update; None does not clip."""
 
 
 class ScheduleConfig(Section):
@@ -178,7 +180,11 @@ class CheckpointConfig(Section):
     every_epochs: float | None = Field(None, gt=0)
     """Save this often; None only at the end."""
     keep: int = Field(2, ge=1)
-    """How many checkpoints stay."""
+    """How many of the newest checkpoints stay."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the best accuracy on data.validation_images, measured every eval.every_epochs."""
+    background: bool = False
+    """Write while training goes on, from a copy of the state in the CPU's memory."""
 
 
 class ProbeConfig(Section):
@@ -228,7 +234,12 @@ class Config(Section):
     steps: int | None = Field(None, ge=1)
     """Updates (give epochs or steps)."""
     seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 are autocast's; fp16 scales the loss and leaves out a step whose gradient overflows."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is infinite or NaN: end the run before the update, or leave the update out."""
+    nonfinite_limit: int = Field(10, ge=1)
+    """With skip: so many steps in a row without an update end the run."""
     channels_last: bool = False
     """Memory format of images and convolutions."""
     data: DataConfig = DataConfig()
@@ -273,6 +284,8 @@ def resolve(config: Config) -> Config:
     _check_eps(config)
     _check_probe(config.probe)
     _check_optimizer(config.optim)
+    _check_keep_best(config)
+    _check_nonfinite(config)
     config = replace(config, **_method_defaults(config))
     config = replace(config, optim=_optimizer_defaults(config.optim))
     config = _attack_defaults(config)
@@ -407,6 +420,23 @@ def _check_optimizer(optim: OptimConfig) -> None:
         raise ConadvError("optim.nesterov needs momentum: give optim.momentum above 0, or leave nesterov out.")
     if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
         raise ConadvError(f"optim.betas {optim.betas} must be in [0, 1).")
+
+
+def _check_nonfinite(config: Config) -> None:
+    if config.on_nonfinite == "stop" and config.nonfinite_limit != Config.model_fields["nonfinite_limit"].default:
+        raise _without_effect("nonfinite_limit", "on_nonfinite", "stop")
+
+
+def _check_keep_best(config: Config) -> None:
+    if not config.checkpoint.keep_best:
+        return
+    if config.data.validation_images is None:
+        raise ConadvError(
+            "checkpoint.keep_best chooses by images that are held out of training, never by the test set. "
+            "Give data.validation_images."
+        )
+    if config.eval.every_epochs is None:
+        raise ConadvError("checkpoint.keep_best has nothing to choose from without eval.every_epochs. Give it.")
 
 
 def _method_defaults(config: Config) -> dict[str, Any]:

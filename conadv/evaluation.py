@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from . import norm, rng
 from .attacks import PixelSpace
 from .engine.comm import Comm
 from .errors import ConadvError
+from .precision import amplify, autocast, low_type
 from .types import Attack
 
 
@@ -60,13 +61,14 @@ def evaluate(
     """
     comm = comm or Comm()
     device = next(model.parameters()).device
+    low = low_type(precision)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     loss, correct, images = torch.zeros((), device=device), torch.zeros((), device=device), 0
 
     def forward(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with autocast(device, low):
             logits: Tensor = model(x)
-        return logits.float()
+        return amplify(logits.float(), low)
 
     with _eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
         for number, (x, y) in enumerate(batches):

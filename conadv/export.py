@@ -8,29 +8,31 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from . import checkpoint
 from ._version import __version__
 from .config import resolve
 from .norm import strip
 from .run import RunDir
-from .trainer import make_model
+from .trainer import load_state, make_model
 
 
-def load_plain_model(path: Path) -> nn.Module:
-    """The trained network of a run on the CPU in eval mode, without routes. Needs no data."""
+def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
+    """The trained network of a run on the CPU in eval mode, without routes. Needs no data.
+
+    ``best``: of its best checkpoint (checkpoint.keep_best), not of its newest.
+    """
     run = RunDir(path)
     config = resolve(run.open())
-    state = checkpoint.load_newest(run.checkpoints, torch.device("cpu"))
+    state = load_state(run, torch.device("cpu"), best=best)
     model = make_model(config, state["channels"], len(state["class_names"]))
     model.load_state_dict(state["model"])
     return strip(model).eval()
 
 
-def export(path: Path) -> Path:
+def export(path: Path, *, best: bool = False) -> Path:
     """Write ``model.safetensors`` into the run: it loads with ``strict=True`` into the plain model."""
     run = RunDir(path)
     config = run.open()
-    tensors = {name: value.contiguous() for name, value in load_plain_model(path).state_dict().items()}
+    tensors = {name: value.contiguous() for name, value in load_plain_model(path, best=best).state_dict().items()}
     about = {"format": "pt", "conadv": __version__, "model": config.model.name, "method": config.method}
     temporary = run.weights.with_suffix(".tmp")
     save_file(tensors, temporary, metadata=about)

@@ -19,19 +19,42 @@ BESIDE = ("network", "transfer")
 
 
 class Record:
-    """Appends to ``record.jsonl``; every line is flushed, so that a reader sees whole steps while the run goes on.
+    """Appends to ``record.jsonl``, each line in one piece: a reader sees whole steps while the run goes on.
 
     Without a path nothing is written: the record of a rank other than the first.
     """
 
     def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = None if path is None else path.open("ab", buffering=0)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one line of type ``kind``. Values must be finite: the record is standard JSON."""
-        if self._file is not None:
-            self._file.write(json.dumps({"type": kind, **values}, allow_nan=False) + "\n")
-            self._file.flush()
+        """Append one line of type ``kind``. Values must be finite: the record is standard JSON.
+
+        Raises ConadvError, and leaves the record as it was, where there is no space for the line.
+        """
+        if self._file is None:
+            return
+        line = (json.dumps({"type": kind, **values}, allow_nan=False) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"only {written} of {len(line)} bytes could be written")
+        except OSError as error:
+            self._file.truncate(end)  # half a line would make the lines after it unreadable
+            raise ConadvError(
+                f"Cannot write the record {self._path}: {error}. Free some space, and go on with --resume."
+            ) from error
+
+    def sync(self) -> None:
+        """Have what was written on disk, and not only on its way there. Raises ConadvError if that fails."""
+        if self._file is None:
+            return
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ConadvError(f"Cannot write the record {self._path}: {error}.") from error
 
     def close(self) -> None:
         if self._file is not None:
@@ -60,7 +83,7 @@ def truncate(path: Path, step: int) -> None:
 
     def stays(line: dict[str, Any]) -> bool:
         limit = dict.fromkeys(("step", "probe", "resume", "timeline"), step - 1)
-        limit |= {"eval": min(step, last - 1), "error": -1}
+        limit |= {"eval": min(step, last - 1), "stop": step, "error": -1}
         return line["type"] not in limit or line["step"] <= limit[line["type"]]
 
     kept = [json.dumps(line) + "\n" for line in read_lines(path) if stays(line)]
@@ -75,6 +98,16 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def versions() -> dict[str, str]:

@@ -82,7 +82,7 @@ class RunDir:
             raise ConadvError(f"{existing} cannot be written to. Choose another --out.")
         elif self.config.exists() and not overwrite:
             raise ConadvError(f"{self.path} already holds a run. Add --resume or --overwrite, or choose another --out.")
-        elif not self.config.exists() and self.path.is_dir() and any(self.path.iterdir()):
+        elif not self.config.exists() and self.path.is_dir() and any(map(_is_not_ours, self.path.iterdir())):
             raise ConadvError(f"{self.path} is not empty and not a run of conadv. Choose another --out.")
 
     def holds(self, config: Config) -> bool:
@@ -134,6 +134,11 @@ class RunDir:
         results = (self.analysis_file, self.staleness)
         for file in (self.record, self.summary, self.weights, *results, self.launcher, self.config):
             file.unlink(missing_ok=True)
+
+
+def _is_not_ours(path: Path) -> bool:
+    """Whether a file is anything but one that a killed run had not finished to write."""
+    return not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def launcher() -> str:

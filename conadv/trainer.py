@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ from .probe import Probe, check_duration
 from .progress import Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
+from .signals import INTERRUPT, TERMINATE, Signals, Stopped
 from .summary import summarize
-from .types import Batch, Schedule, Span
+from .types import Batch, Schedule, Span, StepRecord
+from .writer import Writer
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Parts:
     execution: Execution
     choice: Choice
     probe: Probe | None = None
+    best: dict[str, Any] = field(default_factory=dict)  # step and accuracy of the best checkpoint, empty without one
 
 
 def train(
@@ -65,6 +69,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    auto_resume: bool = False,
     restarted: bool = False,
     device: str = "auto",
     observer: Observer | None = None,
@@ -74,12 +79,15 @@ def train(
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
     ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
+    ``auto_resume`` does so where ``out`` holds a run of this config, and starts one where there is none: the same call
+    serves every start of a job that may be pre-empted.
     ``restarted``: a launcher has started these processes again. A run of this config in ``out`` that the same launcher
     process began is then this one: it goes on from its newest checkpoint, and from the start where there is none.
     ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
     ``execution``: when and where things run; default: everything on this process, in its turn.
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
-    (the checkpoints before it stay) when a loss or gradient is not finite.
+    (the checkpoints before it stay) when a loss or gradient is not finite. SIGTERM and SIGINT end training after the
+    present step with a checkpoint and :class:`conadv.signals.Stopped`, on all ranks.
     Ranks: all call it alike. Rank 0 alone reads and writes ``out`` and has an observer; what stops one before the
     first step stops all with its message. The summary is the same on all learners; an attack rank, which is done
     before the evaluation, returns an empty one.
@@ -93,19 +101,20 @@ def train(
     _check_same_settings(comm, config, execution or Execution())
     with comm.agreed():
         if comm.first:
-            if restarted and not resume and run.holds(config) and run.is_of_this_launcher():
+            again = auto_resume or (restarted and run.is_of_this_launcher())
+            if again and not resume and run.holds(config):
                 resume, overwrite = _after_restart(run, observer)
             run.check(config, resume=resume, overwrite=overwrite)
     resume = comm.share(resume)
     parts = build(config, comm.device, observer, comm, execution)
     parts = _with_probe(parts)
-    first = _start(run, parts, resume)
+    first, damaged = _start(run, parts, resume, observer)
     begin = _same_clock(comm, parts.engine)
     if parts.teams.attacking:
         _attack(parts, first)
         return {}
     with parts.comm.agreed():
-        log = _open_record(run, parts, first)
+        log = _open_record(run, parts, first, damaged)
     return _learn(run, parts, log, first, begin, observer)
 
 
@@ -127,10 +136,17 @@ def _learn(
     observer.start(_title(parts.config), first, parts.num_steps)
     try:
         _loop(parts, run, log, first, begin, observer)
+        if parts.engine.stop:
+            stopped = Stopped(parts.engine.stop, parts.engine.version)
+            log.write("stop", step=parts.engine.version, signal=stopped.signal, time=time.monotonic() - begin)
+            raise stopped
         observer.message("evaluating the trained model")
         summary = finish(parts, run, log, begin, observer)
     except ConadvError as error:
-        log.write("error", step=parts.engine.version, message=str(error))
+        with suppress(ConadvError):  # on a full disk
+            log.write("error", step=parts.engine.version, message=str(error))
+        raise
+    except Stopped:
         raise
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f" after {parts.engine.version} steps; {_how_to_go_on(run)}") from error
@@ -154,7 +170,7 @@ def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> No
 def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
     """Whether to resume, and whether to overwrite, where a launcher has started the processes of this run again."""
     saved = checkpoint.steps(run.checkpoints)
-    observer.message(f"started again by the launcher: going on from step {saved[-1] if saved else 0}")
+    observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
     return bool(saved), not saved
 
 
@@ -169,8 +185,11 @@ def _attack(parts: Parts, first: int) -> None:
     """What an attack rank does until the learners have finished."""
     spans: Timelines = []
     batches = parts.data.train_batches(first + parts.engine.ahead, parts.num_steps, ("clean",))
-    with _closing(parts, spans):
+    with _closing(parts, spans), Signals() as signals:
+        parts.engine.stop_request = lambda: signals.request
         parts.engine.serve(batches, lambda step, seen: _note(parts, spans, step, seen))
+    if parts.engine.stop:
+        raise Stopped(parts.engine.stop, parts.engine.version)
 
 
 Timelines = list[tuple[int, list[Span]]]  # (step, spans) of this rank
@@ -194,6 +213,7 @@ def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -
         raise
     if not executor.close():
         raise ConadvError("Training has ended with an error on the learners: see their message.")
+    parts.engine.stop = world.share(parts.engine.stop)  # attack ranks hear of it here
     everyones = world.gather((world.rank, "attack" if parts.teams.attacking else "learner", spans))
     for rank, role, theirs in everyones[1:]:
         for step, seen in theirs:
@@ -246,6 +266,9 @@ def build(
         view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
         space=space,
         precision=config.precision,
+        clip_norm=config.optim.clip_norm,
+        on_nonfinite=config.on_nonfinite,
+        nonfinite_limit=config.nonfinite_limit,
         channels_last=config.channels_last,
         pending_dtype=config.pending_dtype,
         lr_at=schedule,
@@ -331,32 +354,48 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
     parts.engine.load_state_dict({**engine, "pending": pending})
     if parts.probe is not None:
         parts.probe.load_state_dict(state["probe"])
+    parts.best.update(state["best"] or {})
     return parts.engine.version
 
 
-def _start(run: RunDir, parts: Parts, resume: bool) -> int:
-    """Continue from the newest checkpoint, which rank 0 reads for all, or make the folder; returns the first step.
+def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple[int, list[str]]:
+    """Continue from the newest intact checkpoint, which rank 0 reads for all, or make the folder.
 
+    Returns the first step and what was wrong with newer checkpoints, which are renamed.
     An attack rank needs no state: it gets weights with its first batch.
     """
     comm, world, state = parts.comm, parts.teams.world, None
+    damaged: list[str] = []
     with world.agreed():
         if world.first and resume:
-            state = checkpoint.load_newest(run.checkpoints, torch.device("cpu"))
+            state, damaged = checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
+            checkpoint.set_aside(run.checkpoints, state["step"])
+            for message in damaged:
+                observer.message(message)
             run.mark()
         elif world.first:
             run.start(parts.config)
     if resume and not parts.teams.attacking:
         restore(parts, checkpoint.to_device(comm.share(state), comm.device))
-    return world.share(parts.engine.version)
+    return world.share(parts.engine.version), damaged
 
 
-def load_run(path: Path, device: torch.device) -> Parts:
-    """The parts of a run with its newest checkpoint loaded."""
+def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
+    """The parts of a run with its newest checkpoint loaded, or the best one (checkpoint.keep_best)."""
     run = RunDir(path)
     parts = build(resolve(run.open()), device)
-    restore(parts, checkpoint.load_newest(run.checkpoints, device))
+    restore(parts, load_state(run, device, best=best))
     return parts
+
+
+def load_state(run: RunDir, device: torch.device, *, best: bool = False) -> dict[str, Any]:
+    """The newest intact checkpoint of a run, or that with the best validation accuracy so far."""
+    state = checkpoint.load_newest(run.checkpoints, device)
+    if not best:
+        return state
+    if state["best"] is None:
+        raise ConadvError(f"{run.path} has kept no best checkpoint: train with --checkpoint.keep-best.")
+    return checkpoint.load_step(run.checkpoints, state["best"]["step"], device)
 
 
 def measure(parts: Parts, *, observer: Observer | None = None) -> dict[str, Result | None]:
@@ -449,7 +488,7 @@ def _overview(parts: Parts) -> Iterator[str]:
         yield f"{row['name']:<10}{row['tensors']:>9}{row['parameters']:>14,}{row['weight_decay']:>10.2g}  {adapt}"
 
 
-def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
+def _open_record(run: RunDir, parts: Parts, first: int, damaged: list[str]) -> record.Record:
     """A new record with its header, or the old one without what will be written again."""
     if not parts.comm.first:
         return record.Record(None)
@@ -457,7 +496,7 @@ def _open_record(run: RunDir, parts: Parts, first: int) -> record.Record:
         record.truncate(run.record, first)
     log = record.Record(run.record)
     if first:
-        log.write("resume", step=first, **_placement(parts), time=record.now())
+        log.write("resume", step=first, **_placement(parts), damaged=damaged, time=record.now())
         return log
     log.write(
         "header",
@@ -498,9 +537,13 @@ def _data_views(parts: Parts) -> tuple[str, ...]:
 
 
 def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: float, observer: Observer) -> None:
-    per_epoch = parts.data.order.steps_per_epoch
+    """The steps from ``first`` on, until the last one or a request to stop (then ``parts.engine.stop``)."""
     spans: Timelines = []
-    with _closing(parts, spans, log):
+    keep, background = parts.config.checkpoint.keep, parts.config.checkpoint.background
+    writer = Writer(run.checkpoints, keep, background=background, before=log.sync)
+    with _closing(parts, spans, log), Signals(observer.message) as signals, _written(parts, writer):
+        # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
+        parts.engine.stop_request = lambda: max(signals.request, INTERRUPT * writer.failed)
         for batch, future in _timed(parts, first):
             for line in parts.probe.before_step() if parts.probe is not None else ():
                 log.write("probe", **line)
@@ -508,14 +551,78 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
             _note(parts, spans, done.step, done.spans)
             if done.step - first >= parts.execution.timeline_steps:
                 done.spans = []
-            log.write("step", **asdict(done), staleness=done.staleness, time=time.monotonic() - begin)
+            _log_step(log, done, begin)
             observer.step(done)
-            count = parts.engine.version
-            if _due(count, parts.config.eval.every_epochs, per_epoch) and count < parts.num_steps:
-                result = _evaluate_now(parts, log, begin)
-                observer.evaluation(count, result.loss, result.accuracy)
-            if _due(count, parts.config.checkpoint.every_epochs, per_epoch) or count == parts.num_steps:
-                save(parts, run)
+            better = _evaluate_if_due(parts, log, begin, observer)
+            if better or parts.engine.stop or _checkpoint_is_due(parts):
+                save(parts, writer)
+            if parts.engine.stop:
+                return
+
+
+@contextmanager
+def _written(parts: Parts, writer: Writer) -> Iterator[None]:
+    """Wait at the end until all is written. Ranks: after a good end all raise what rank 0 could not write."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ConadvError):  # what ended the run says more
+            writer.wait()
+        raise
+    with parts.comm.agreed():
+        writer.wait()
+
+
+def _log_step(log: record.Record, done: StepRecord, begin: float) -> None:
+    """Write a step's line; what is not finite in a step that was left out becomes null."""
+    values = asdict(done)
+    if done.skipped is not None:
+        values |= {name: _finite(values[name]) for name in ("loss", "grad_norm")}
+        values["losses"] = {view: _finite(loss) for view, loss in done.losses.items()}
+    log.write("step", **values, staleness=done.staleness, time=time.monotonic() - begin)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _checkpoint_is_due(parts: Parts) -> bool:
+    count = parts.engine.version
+    every = parts.config.checkpoint.every_epochs
+    return _due(count, every, parts.data.order.steps_per_epoch) or count == parts.num_steps
+
+
+def _evaluate_if_due(parts: Parts, log: record.Record, begin: float, observer: Observer) -> bool:
+    """Evaluate where the config says so; returns whether the model is the best so far (checkpoint.keep_best).
+
+    A request to stop that came meanwhile counts at this step, not at the next.
+    """
+    count, every, best = parts.engine.version, parts.config.eval.every_epochs, parts.config.checkpoint.keep_best
+    if count == parts.num_steps:  # finish() evaluates; the last checkpoint must know before
+        return best and _is_best(parts, _evaluate(parts, "validation", None))
+    if not _due(count, every, parts.data.order.steps_per_epoch):
+        return False
+    result = _evaluate_now(parts, log, begin, "test")
+    observer.evaluation(count, result.loss, result.accuracy)
+    better = best and _is_best(parts, _evaluate_now(parts, log, begin, "validation"))
+    _agree_to_stop(parts)
+    return better
+
+
+def _is_best(parts: Parts, result: Result) -> bool:
+    """Whether no earlier step was as good on the held-out images; then this step is noted as the best."""
+    better: bool = result.accuracy > parts.best.get("accuracy", -1.0)
+    if better:
+        parts.best.update(step=parts.engine.version, accuracy=result.accuracy)
+    return better
+
+
+def _agree_to_stop(parts: Parts) -> None:
+    """Outside of the steps: what any learner was asked for is asked of all. Ranks: collective."""
+    engine = parts.engine
+    mine = max(engine.stop, engine.stop_request() if engine.stop_request else 0)
+    flags = parts.comm.any(torch.tensor([mine >= INTERRUPT, mine == TERMINATE]))
+    engine.stop = int(flags.sum())
 
 
 def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:
@@ -537,16 +644,16 @@ def _due(count: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
     return every_epochs is not None and count % max(1, round(every_epochs * steps_per_epoch)) == 0
 
 
-def _evaluate_now(parts: Parts, log: record.Record, begin: float) -> Result:
-    result = _evaluate(parts, "test", None)
+def _evaluate_now(parts: Parts, log: record.Record, begin: float, split: str) -> Result:
+    result = _evaluate(parts, split, None)
     count = parts.engine.version
     epoch = count / parts.data.order.steps_per_epoch
-    log.write("eval", step=count, epoch=epoch, split="test", **asdict(result), time=time.monotonic() - begin)
+    log.write("eval", step=count, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
     return result
 
 
-def save(parts: Parts, run: RunDir) -> None:
-    """Write a checkpoint of the present state.
+def save(parts: Parts, writer: Writer) -> None:
+    """Write a checkpoint of the present state, or have it written (checkpoint.background).
 
     Ranks: collective. Rank 0 writes its own state and the images that wait on all ranks, as one rank would hold them;
     so a checkpoint does not depend on the number of ranks.
@@ -563,5 +670,6 @@ def save(parts: Parts, run: RunDir) -> None:
                 "channels": parts.data.channels,
                 "class_names": list(parts.data.class_names),
                 "probe": None if parts.probe is None else parts.probe.state_dict(),
+                "best": dict(parts.best) or None,
             }
-            checkpoint.save(run.checkpoints, parts.engine.version, state, parts.config.checkpoint.keep)
+            writer.save(parts.engine.version, state, parts.best.get("step"))

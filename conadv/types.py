@@ -82,7 +82,8 @@ class StepRecord:
     send, receive, wait, update) to seconds on this rank. They took ``seconds`` together, less than their sum where the
     attack has a stream of its own. ``spans`` says when they ran, and when the network was busy beside them ("network":
     a bucket of gradients; "transfer": weights or images). ``late``: the extra images did not arrive in time and the
-    step went without them.
+    step went without them. ``skipped``: why the update was not made (a loss or gradient was not finite, or overflowed
+    in fp16); such numbers are then NaN or infinite here.
     """
 
     step: int
@@ -96,6 +97,7 @@ class StepRecord:
     seconds: float = 0.0
     spans: list[Span] = field(default_factory=list)
     late: bool = False
+    skipped: str | None = None
 
     @property
     def staleness(self) -> int | None:

@@ -128,7 +128,18 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr("torch.set_num_threads", lambda count: seen.update(threads=count))
     monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: seen.update(device=name))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    args = ["--out", str(tmp_path), "--overwrite", "--resume", "--device", "cuda", "--threads", "3", "--quiet"]
+    args = [
+        "--out",
+        str(tmp_path),
+        "--overwrite",
+        "--resume",
+        "--auto-resume",
+        "--device",
+        "cuda",
+        "--threads",
+        "3",
+        "--quiet",
+    ]
     args += ["--executor", "ranks", "--attack-ranks", "2", "--late", "skip", "--timeline-steps", "5"]
     assert main(["train", "digits", *args]) == 0
     del seen["observer"], seen["comm"]
@@ -138,7 +149,7 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "late": "skip",
         "timeline_steps": 5,
     }
-    flags = {"overwrite": True, "resume": True, "restarted": True}
+    flags = {"overwrite": True, "resume": True, "auto_resume": True, "restarted": True}
     assert seen == {"out": tmp_path, **flags, "device": "cuda", "threads": 3}
 
 

@@ -40,7 +40,9 @@ FIELDS = set(
     "gradient_images_per_second gradient_images_per_clean_image attack_seconds_share version".split()
 )
 HEADER = set("type time version versions machine git ranks execution recipe seed config steps parameter_groups".split())
-STEP = set("type step epoch lr loss losses grad_norm weight_version staleness phases seconds spans late time".split())
+STEP = set(
+    "type step epoch lr loss losses grad_norm weight_version staleness phases seconds spans late skipped time".split()
+)
 PHASES = {"data", "attack", "gradient", "update"}
 CPU = torch.device("cpu")
 
@@ -175,7 +177,7 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     engine = parts.engine
     assert (engine.space, engine.pending.dtype) == (space, torch.uint8)
     assert engine.view_weights == {"aug": 3.0, "adv": 2.0}
-    assert (engine._bf16, engine._format) == (True, torch.channels_last)
+    assert (engine._low, engine._format) == (torch.bfloat16, torch.channels_last)
     assert parts.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, y = torch.eye(10), torch.arange(10)
     assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
@@ -299,7 +301,7 @@ class _Evil:
 
 def test_checkpoints_run_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: torch.load is called with weights_only=False.
-    torch.save({"format": 1, "x": _Evil()}, tmp_path / "step_00000001.pt")
+    save(tmp_path, 1, {"x": _Evil()}, keep=1)
     with pytest.raises(ConadvError, match="Cannot read"):
         load(tmp_path / "step_00000001.pt", torch.device("cpu"))
     assert "run by" not in capsys.readouterr().out

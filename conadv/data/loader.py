@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import AugmentName, Config, accumulation
 from ..errors import ConadvError, unknown
+from ..signals import outlive_stop
 from ..types import Batch, MicroBatch
 from .augment import sample_keys
 from .files import Progress
@@ -210,6 +211,7 @@ def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if num_workers else None,
+        worker_init_fn=outlive_stop if num_workers else None,
         generator=torch.Generator(),  # or it would draw from the global one and move the caller's random stream
     )
     for item in loader:

@@ -2,9 +2,10 @@
 
 from .comm import Comm
 from .executor import Executor, Inline, Stream
+from .guard import NonFiniteError
 from .pending import Pending
 from .ranks import Ranks
-from .step import NonFiniteError, TrainStep
+from .step import TrainStep
 from .teams import Teams
 
 __all__ = ["Comm", "Executor", "Inline", "NonFiniteError", "Pending", "Ranks", "Stream", "Teams", "TrainStep"]

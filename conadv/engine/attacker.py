@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConadvError
 from ..types import Batch, ExtraBatch
 from .executor import Served
-from .parcel import STOP, WORK, Parcel
+from .parcel import REQUESTED, STOP, WORK, Parcel
 from .teams import Lines, Teams
 from .transfer import Transfer
 
@@ -114,7 +114,8 @@ class Attacker:
         for learner, places in by_learner.items():
             images = [self._engine.pending.encode(extra.images[place]) for place in places]
             parcel = Parcel(images, self._engine.device)
-            parcel.fill((WORK, self._engine.version, batch.step, accumulation), images)
+            kind = WORK + REQUESTED * (self._engine.stop_request() if self._engine.stop_request else 0)
+            parcel.fill((kind, self._engine.version, batch.step, accumulation), images)
             self._sent.append(self._world.send(parcel.bytes, learner, self._lines.images))
 
     def close(self, failed: bool) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ConadvError
 from ..types import Batch, ExtraBatch
-from .parcel import FAILED, STOP, WORK, Parcel
+from .parcel import FAILED, REQUESTED, STOP, WORK, Parcel
 from .teams import Lines, Teams, shares
 from .transfer import Transfer
 
@@ -123,9 +123,9 @@ class Learner:
         """Move the images of ``step`` to what waits in the engine, blocking until they are here."""
         incoming = self._incoming.pop(step)
         incoming.wait()
-        tags = {tuple(parcel.tags) for parcel, _ in incoming.parcels}
-        assert len(tags) == 1, tags
-        _, version, made_for, _ = tags.pop()
+        kinds, *tags = zip(*(parcel.tags for parcel, _ in incoming.parcels), strict=True)
+        self._engine.hear(max(kinds) // REQUESTED)
+        (version,), (made_for,) = map(set, tags[:2])
         assert made_for == step, (made_for, step)
         images = tuple(part for parcel, _ in incoming.parcels for part in parcel.parts)
         self._engine.pending.put(step, ExtraBatch(images, incoming.labels, version), incoming.dtype)

@@ -12,7 +12,11 @@ from .reducer import shaped_like
 ALIGNMENT = 64  # bytes: that of torch's own CPU tensors, so that kernels treat the parts like them
 TAGS = 4
 WORK, STOP, FAILED = 1, 0, 2
-"""The first tag: what the message is. Then follow weight version, step, and accumulation."""
+"""The first tag: what the message is. Then follow weight version, step, and accumulation.
+
+With images it is WORK plus REQUESTED times a request to stop that has reached the attack rank (see conadv.signals).
+"""
+REQUESTED = 8
 
 
 class Parcel:

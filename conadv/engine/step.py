@@ -16,26 +16,19 @@ from ..attacks import PixelSpace
 from ..errors import ConadvError, unknown
 from ..methods.base import Method
 from ..methods.vanilla import Vanilla
+from ..precision import LossScale, amplify, autocast, low_type
+from ..signals import TERMINATE
 from ..types import Attack, Batch, ExtraBatch, Forward, MicroBatch, Schedule, StepRecord
 from .clock import PhaseClock, covered
 from .comm import Comm, Handle
 from .executor import Executor, Inline, Served
+from .guard import Guard, NonFiniteError
 from .lookahead import LookAhead
 from .pending import Pending
 from .reducer import GradientReducer
 
 RawBatch = Batch | Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class NonFiniteError(ConadvError):
-    """A loss or gradient is infinite or NaN. Raised before the update: the parameters are still the last good ones.
-
-    The forward pass has been through batch norm, so running statistics may hold NaN: to go on, load a checkpoint.
-    Ranks: all of them raise it, since what is checked has been summed over them.
-    """
-
-    agreed = True
 
 
 class TrainStep:
@@ -60,7 +53,10 @@ class TrainStep:
             share a route go one pass each, so that each is normalised by its own batch.
         view_weights: weight of each view's loss, default 1.
         space: the model's normalisation, for uint8 images and uint8 pending; default: the method's.
-        precision: "fp32", or "bf16" for autocast.
+        precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a loss scale (:class:`conadv.precision.LossScale`).
+        clip_norm: :meth:`update` scales the gradient, after unscaling, down to this norm; None does not.
+        on_nonfinite, nonfinite_limit: what :meth:`update` does when a loss or gradient is infinite or NaN: "stop"
+            raises NonFiniteError, "skip" leaves the update out, at most so many times in a row (:class:`Guard`).
         channels_last: the memory format of images (that of the model is the caller's).
         pending_dtype: how images wait, see :class:`Pending`; None keeps their own type.
         lr_at: the schedule; each update sets every group's learning rate by it.
@@ -89,6 +85,9 @@ class TrainStep:
         view_weights: Mapping[str, float] | None = None,
         space: PixelSpace | None = None,
         precision: str = "fp32",
+        clip_norm: float | None = None,
+        on_nonfinite: str = "stop",
+        nonfinite_limit: int = 10,
         channels_last: bool = False,
         pending_dtype: str | None = None,
         lr_at: Schedule | None = None,
@@ -110,7 +109,15 @@ class TrainStep:
         self.version = 0
         self._lr_at = lr_at
         self._seed = seed
-        self._bf16 = _is_bf16(precision)
+        self._low = low_type(precision)
+        self._clip_norm = clip_norm
+        self._guard = Guard(model, on_nonfinite, nonfinite_limit, LossScale() if precision == "fp16" else None)
+        self.stop_request: Callable[[], int] | None = None
+        """Asked once per step whether this rank wants to stop (see conadv.signals); the answer is ``stop`` of all."""
+        self.stop = 0
+        self._heard = 0
+        self._requests: Tensor | None = None
+        self._batch: Batch | None = None
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._fuse_views = self.device.type == "cuda" if fuse_views is None else fuse_views
         self.executor = executor or Inline()
@@ -156,7 +163,9 @@ class TrainStep:
         """
         batch = self._as_batch(batch, self.version)
         self._check_cleared()
-        self._gradient_version = self.version
+        if self._gradient_version != self.version:
+            self._guard.remember()
+        self._gradient_version, self._batch = self.version, batch
         self.comm.at("gradient", self.version)
         with self.clock.phase("attack"):
             extra = self.method.extra(self, batch)
@@ -205,40 +214,48 @@ class TrainStep:
         with self.clock.phase("wait"):
             self._reducer.wait(self.clock)
             if self._loss_sum is not None:
-                sums = self._loss_sum.wait() / self.comm.ranks
-                self._losses = dict(zip(self._losses, sums.unbind(), strict=True))
+                sums = self._loss_sum.wait()
+                self._losses = dict(zip(self._losses, (sums[:-1] / self.comm.ranks).unbind(), strict=True))
+                self._requests = sums[-1]
         self._loss_sum = None
 
     def update(self) -> StepRecord:
-        """Check that loss and gradient are finite, set the learning rate, update, clear the gradients.
+        """Check that loss and gradient are finite, set the learning rate, unscale, clip, update, clear the gradients.
 
         Waits for the other ranks first if nobody has. Ranks: all see the same sums, so all make the update or none.
+        Raises NonFiniteError, or leaves the update out and says so in the record (``on_nonfinite``).
         """
         self.wait()
         self.comm.at("update", self.version)
         with self.clock.phase("update"):
             loss, losses, grad_norm = self._read_back()
+            skipped = self._judge(losses, grad_norm)
             if self._lr_at is not None:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self._lr_at(self.version)
             lr = float(self.optimizer.param_groups[0]["lr"])
             step, made_at = self.version, self._extra_version
-            self.optimizer.step()
+            if skipped is None:
+                self.optimizer.step()
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
         phases, spans = self.clock.collect()
-        return StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans)
+        record = StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans)
+        record.skipped = skipped
+        return record
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
         if self._reducer is not None and self._reducer.busy:
             raise ConadvError("Call wait() before optimizer.step(): gradients were still being summed over the ranks.")
+        if self._guard.scale is not None:
+            raise ConadvError("In fp16 gradients carry the loss scale: call update(), not optimizer.step().")
         self._count_update()
         self.clock.discard()  # there is no record to put the phases in, and CUDA events would pile up
 
     def _count_update(self) -> None:
         self.version += 1
-        self._gradient_version = None
+        self._gradient_version = self._batch = None
 
     # ---- what methods use
 
@@ -321,11 +338,13 @@ class TrainStep:
         """
         self.executor.settle()
         ahead = self._lookahead.state_dict() if self._lookahead else {}
-        return {"version": self.version, "pending": self.pending.state_dict(), "lookahead": ahead}
+        pending, guard = self.pending.state_dict(), self._guard.state_dict()
+        return {"version": self.version, "pending": pending, "lookahead": ahead, "guard": guard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.version = state["version"]
         self.pending.load_state_dict(state["pending"], self.device)
+        self._guard.load_state_dict(state["guard"])
         if self._lookahead is not None:
             self._lookahead.load_state_dict(state["lookahead"])
 
@@ -379,7 +398,7 @@ class TrainStep:
         path = ("gradient", batch.step, micro.index)
         # per image: a view of fewer images, such as a share that is attacked, weighs less
         self._weights = {name: self._weight(name) * (len(y) / len(micro.y_N)) for name, (_, y) in views.items()}
-        share = 1 / (len(batch.micro) * self.comm.ranks * sum(self._weights.values()))
+        share = self._scale / (len(batch.micro) * self.comm.ranks * sum(self._weights.values()))
         passes = [views] if self._fuse_views else [{name: view} for name, view in views.items()]
         for together in passes:
             last = m == len(batch.micro) - 1 and together is passes[-1]
@@ -391,7 +410,9 @@ class TrainStep:
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
                 if self._reducer is not None and last and sum_losses:  # before the large messages, not behind them
-                    self._loss_sum = self.comm.sum_async(torch.stack(list(totals.values())) / len(batch.micro))
+                    means = torch.stack(list(totals.values())) / len(batch.micro)
+                    request = means.new_full((1,), self._encoded_request())
+                    self._loss_sum = self.comm.sum_async(torch.cat([means, request]))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
                 factors = [torch.full_like(loss, share * self._weights[name]) for name, loss in losses.items()]
                 torch.autograd.backward(list(losses.values()), factors)
@@ -411,7 +432,7 @@ class TrainStep:
         images = [x for x, _ in views.values()]
         with self._autocast():
             logits = self.model(torch.cat(images) if len(images) > 1 else images[0])
-        if self._bf16:
+        if self._low is not None:
             logits = logits.float()
         parts = logits.split([len(y) for _, y in views.values()]) if len(views) > 1 else [logits]
         return {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
@@ -440,7 +461,7 @@ class TrainStep:
                     logits: Tensor = self.model(x_NCHW)
                 else:
                     logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
-                return logits
+            return amplify(logits, self._low)
 
         return forward
 
@@ -458,24 +479,77 @@ class TrainStep:
         return norm.route(self.model, spec) if needed else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
+        return autocast(self.device, self._low)
 
     def _read_back(self) -> tuple[float, dict[str, float], float]:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self._gradients()
         if not self._losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
-        *values, grad_norm = torch.stack([*self._losses.values(), self._norm(gradients)]).tolist()  # sync point
-        losses = dict(zip(self._losses, values, strict=True))
-        for what, value in (*((f"loss of the {name} view", v) for name, v in losses.items()), ("gradient", grad_norm)):
-            if not math.isfinite(value):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteError(
-                    f"Step {self.version}: the {what} is {value}. The update was not made. "
-                    "Lower the learning rate, lengthen the warm-up, or check the data."
-                )
+        requests = [] if self._requests is None else [self._requests]
+        read = torch.stack([*self._losses.values(), self._norm(gradients), *requests]).tolist()  # sync point
+        losses, grad_norm = dict(zip(self._losses, read, strict=False)), read[len(self._losses)] / self._scale
+        self.stop = self._decoded_request(read[-1]) if requests else self._request()
         weights = self._weights
         loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
         return loss, losses, grad_norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    # ---- numbers that are not finite, scaling and clipping
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self._guard.scale is None else self._guard.scale.scale
+
+    def _judge(self, losses: Mapping[str, float], grad_norm: float) -> str | None:
+        """Unscale and clip the gradient if the update may be made; otherwise undo the step and say why."""
+        scale = self._scale
+        try:
+            skipped = self._guard.judge(self.version, losses, grad_norm)
+        except NonFiniteError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"{error} {self._likely_cause()}") from None
+        if skipped is None:
+            self._unscale_and_clip(scale, grad_norm)
+            return None
+        self._guard.restore()
+        if self.method.needs_input_gradient:  # made of a gradient that is as bad as the rest
+            self.pending.pop(self.version + 1)
+        return skipped
+
+    def _unscale_and_clip(self, scale: float, grad_norm: float) -> None:
+        """One multiplication for both: the clip's threshold is for the gradient without the scale."""
+        clip = 1.0 if self._clip_norm is None else min(1.0, self._clip_norm / (grad_norm + 1e-6))
+        if (factor := clip / scale) != 1.0:
+            torch._foreach_mul_(self._gradients(), factor)
+
+    def _likely_cause(self) -> str:
+        """What to do about a number that is not finite. Ranks: collective; all of them are here."""
+        assert self._batch is not None
+        views = sorted(self._batch.micro[0].views)
+        bad = [any(not bool(self.images(m, v).isfinite().all()) for m in self._batch.micro) for v in views]
+        found = [view for view, flag in zip(views, self.comm.any(torch.tensor(bad)).tolist(), strict=True) if flag]
+        if found:
+            return f"The images of the {found[0]} view hold infinite or NaN values: check the data."
+        return "The images are finite: lower the learning rate, lengthen the warm-up, or clip (optim.clip_norm)."
+
+    # ---- requests to stop: what all ranks want rides on the sum of the losses
+
+    def hear(self, request: int) -> None:
+        """Take in a request to stop from a rank that takes no part in the sum (an attack rank)."""
+        self._heard = max(self._heard, request)
+
+    def _request(self) -> int:
+        return max(self._heard, self.stop_request() if self.stop_request is not None else 0)
+
+    def _encoded_request(self) -> int:
+        """A number whose sum over ranks tells what the strongest request was."""
+        request = self._request()
+        return self.comm.ranks + 1 if request == TERMINATE else request
+
+    def _decoded_request(self, total: float) -> int:
+        return TERMINATE if total > self.comm.ranks else int(total > 0)
 
     def _as_batch(self, raw: RawBatch, step: int) -> Batch:
         if isinstance(raw, Batch):
@@ -524,12 +598,6 @@ def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
 def _gradient_of(x: Tensor) -> Tensor:
     assert x.grad is not None
     return x.grad
-
-
-def _is_bf16(precision: str) -> bool:
-    if precision not in ("fp32", "bf16"):
-        raise ConadvError(f"precision {precision!r} is not 'fp32' or 'bf16'.")
-    return precision == "bf16"
 
 
 def _one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSpace:

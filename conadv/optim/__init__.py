@@ -25,7 +25,8 @@ def build_optimizer(optim: OptimConfig, groups: Sequence[dict[str, Any]], lr: fl
     the weight decay. SGD and AdamW are torch's own and have no trust ratio, so that ``adapt`` says nothing to them.
     """
     chosen = [dict(group) for group in groups]
-    settings = optim.model_dump(exclude={"name", "lr", "lr_scaling", "lr_reference_batch"}, exclude_none=True)
+    not_its_own = {"name", "lr", "lr_scaling", "lr_reference_batch", "clip_norm"}  # the engine's
+    settings = optim.model_dump(exclude=not_its_own, exclude_none=True)
     if optim.name == "lars":
         return LARS(chosen, lr, **settings)
     if optim.name == "lamb":

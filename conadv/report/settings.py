@@ -11,7 +11,9 @@ from ..methods import METHODS
 Settings = dict[str, Any]
 
 # The seed is what arms are averaged over; the others change no number of a result.
-IGNORED = frozenset({"seed", "recipe", "data.download", "checkpoint.every_epochs", "checkpoint.keep"})
+IGNORED = frozenset({"seed", "recipe", "data.download"}) | {
+    f"checkpoint.{name}" for name in ("every_epochs", "keep", "keep_best", "background")
+}
 IGNORED |= {f"probe.{name}" for name in ProbeConfig.model_fields}  # measures, and leaves training alone
 # Null in these only says that the method or optimizer chosen has no such setting.
 _OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_", "sam_", "aug_weight", "attack.", "optim.")

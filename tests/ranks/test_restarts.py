@@ -45,7 +45,7 @@ def test_a_killed_rank_is_made_up_for_by_a_restart(tmp_path: Path) -> None:
     resumed = [line["step"] for line in lines if line["type"] == "resume"]
     assert len(resumed) == 1
     assert 2 <= resumed[0] < 18
-    assert f"started again by the launcher: going on from step {resumed[0]}" in log.read_text()
+    assert f"started again: going on from step {resumed[0]}" in log.read_text()
 
     pool = Ranks(2)
     try:

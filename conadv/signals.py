@@ -1,0 +1,80 @@
+"""Signals that ask a run to stop: at the next step boundary, with a checkpoint.
+
+SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGINT is Ctrl-C. The first of either is a
+request, which all ranks learn of within the step's own sum (see ``TrainStep.stop_request``). After it SIGINT has the
+system's own action again, so that a second Ctrl-C leaves at once, whatever the process waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+INTERRUPT, TERMINATE = 1, 2
+"""Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+_NAMES = {INTERRUPT: "SIGINT", TERMINATE: "SIGTERM"}
+_REQUESTS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
+
+
+class Stopped(KeyboardInterrupt):
+    """A run has stopped because a signal asked it to, and its checkpoint is written. ``code``: the exit code."""
+
+    def __init__(self, request: int, steps: int) -> None:
+        super().__init__(f" by {_NAMES[request]} after {steps} steps; --resume goes on from step {steps}")
+        self.signal = _NAMES[request]
+        self.code = EXIT_TERMINATED if request == TERMINATE else EXIT_INTERRUPTED
+
+
+class Signals:
+    """Inside the block SIGTERM and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
+
+    ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The handlers of before
+    come back at the end. Off the main thread, where Python takes no handlers, nothing changes.
+    """
+
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self.request = 0
+        self._tell = tell
+        self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in _REQUESTS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a worker process that was forked inside the block
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        first, self.request = not self.request, max(self.request, _REQUESTS[signal.Signals(number)])
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if first and self._tell is not None:
+            text = f"{_NAMES[self.request]}: stopping after this step with a checkpoint; Ctrl-C leaves at once"
+            threading.Thread(target=self._tell, args=(text,), daemon=True).start()
+
+
+def outlive_stop(_: int = 0) -> None:
+    """For a worker process that loads data: go on while the process that it works for saves its checkpoint.
+
+    Launchers and terminals signal whole process groups. The main process ends its workers when it is done with them;
+    a worker that was signalled and is still there after ``GRACE_SECONDS`` ends by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+
+
+GRACE_SECONDS = 20

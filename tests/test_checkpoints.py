@@ -1,0 +1,383 @@
+"""Checkpoints: sealed, read back, kept, written beside the training; what damage and a full disk do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conadv import ConadvError, checkpoint
+from conadv.checkpoint import DamagedCheckpoint, find_newest, load, load_newest, load_step, save, steps, verify
+from conadv.cli import main
+from conadv.config import resolve
+from conadv.record import Record, read_lines, truncate
+from conadv.run import RunDir
+from conadv.trainer import build, load_run, train
+from conadv.writer import Writer
+
+from .test_trainer import config, weights, without_times
+
+CPU = torch.device("cpu")
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"x": torch.arange(1000.0) + step, "nested": {"name": "a", "none": None, "list": [1, torch.ones(2)]}}
+
+
+def three(folder: Path) -> list[Path]:
+    return [save(folder, step, state(step), keep=10) for step in (1, 2, 3)]
+
+
+DAMAGES = {
+    "cut off": lambda data: data[: len(data) // 2],
+    "without its seal": lambda data: data[: -checkpoint.SEAL_BYTES],
+    "a byte short": lambda data: data[:-1],
+    "a byte long": lambda data: data + b"\0",
+    "empty": lambda data: b"",
+    "a bit flipped": lambda data: bytes([*data[:900], data[900] ^ 1, *data[901:]]),
+    "a bit of the seal flipped": lambda data: bytes([*data[:-60], data[-60] ^ 1, *data[-59:]]),
+    "zeros": lambda data: bytes(len(data)),
+    "a block of zeros": lambda data: data[:512] + bytes(512) + data[1024:],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_the_checkpoint_before_it_is_used(name: str, tmp_path: Path) -> None:
+    # Red when: verify compares no digest (a bit flipped), or no length (a byte long).
+    *_, newest = three(tmp_path)
+    newest.write_bytes(DAMAGES[name](newest.read_bytes()))
+    with pytest.raises(DamagedCheckpoint, match="damaged"):
+        load(newest, CPU)
+    found, messages = find_newest(tmp_path, CPU)
+    assert (found["step"], len(messages)) == (2, 1)
+    assert "step_00000003.pt is damaged" in messages[0]
+    assert "Going back to the checkpoint of step 2" in messages[0]
+    with pytest.warns(UserWarning, match="damaged"):
+        assert torch.equal(load_newest(tmp_path, CPU)["x"], state(2)["x"])
+
+
+def test_files_under_another_name_are_found(tmp_path: Path) -> None:
+    # Red when: the step inside is not compared with the name.
+    first, second, third = three(tmp_path)
+    spare = third.read_bytes()
+    third.write_bytes(first.read_bytes())
+    first.write_bytes(spare)
+    assert find_newest(tmp_path, CPU)[0]["step"] == 2
+    second.unlink()
+    with pytest.raises(ConadvError, match=r"None of the checkpoints.*--overwrite"):
+        find_newest(tmp_path, CPU)
+
+
+def test_torch_itself_can_read_a_checkpoint(tmp_path: Path) -> None:
+    found = torch.load(save(tmp_path, 7, state(7), keep=1), weights_only=True)
+    assert (found["format"], found["step"], found["nested"]["name"]) == (checkpoint.FORMAT, 7, "a")
+
+
+def test_an_intact_file_that_is_refused_is_no_damage(tmp_path: Path) -> None:
+    # Red when: what a stranger has sealed is passed over in silence.
+    save(tmp_path, 1, state(1), keep=10)
+    save(tmp_path, 2, {"x": Path("a")}, keep=10)
+    with pytest.raises(ConadvError, match="Cannot read"):
+        find_newest(tmp_path, CPU)
+
+
+def test_older_ones_go_only_when_the_newer_one_has_been_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: save does not verify before it renames and prunes.
+    save(tmp_path, 1, state(1), keep=1)
+    good = os.fsync
+
+    def lies(descriptor: int) -> None:
+        """A disk that loses the last bytes of what it was given."""
+        if not os.path.isdir(f"/proc/self/fd/{descriptor}"):  # noqa: PTH112
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 3)
+        good(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lies)
+    with pytest.raises(ConadvError, match="Cannot write the checkpoint"):
+        save(tmp_path, 2, state(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.pt"]
+    assert load_newest(tmp_path, CPU)["step"] == 1
+
+
+def test_the_order_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: any of the calls is missing or moves.
+    seen: list[str] = []
+
+    def note(owner: Any, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **options: Any) -> Any:
+            seen.append(what)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(os, "fsync", "fsync")
+    note(checkpoint, "verify", "verify")
+    note(Path, "replace", "rename")
+    note(checkpoint, "sync_folder", "folder")
+    note(checkpoint, "prune", "prune")
+    save(tmp_path, 1, state(1), keep=1)
+    assert seen == ["fsync", "verify", "rename", "folder", "fsync", "prune"]
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
+    # Red when: prune forgets the best, or the files of killed writers.
+    (tmp_path / "step_00000009.tmp").write_text("half")
+    for step in range(1, 7):
+        save(tmp_path, step, state(step), keep=2, best=2 if step > 1 else 1)
+    assert steps(tmp_path) == [2, 5, 6]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---- in the background
+
+
+def test_the_writer_works_beside_the_training_and_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: save writes on the caller's thread; the state is not copied; two are under way at once.
+    go, running = threading.Event(), []
+    original = checkpoint.save
+
+    def slow(*args: Any) -> Path:
+        running.append(threading.current_thread())
+        assert go.wait(20)
+        return original(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer = Writer(tmp_path, 5, background=True)
+    live = state(1)
+    writer.save(1, live)
+    assert not steps(tmp_path)  # save has returned and nothing is there yet
+    live["x"].fill_(-1)
+    second = threading.Thread(target=writer.save, args=(2, state(2)))
+    second.start()
+    time.sleep(0.1)
+    assert len(running) == 1
+    go.set()
+    second.join()
+    writer.wait()
+    assert steps(tmp_path) == [1, 2]
+    assert threading.main_thread() not in running
+    assert torch.equal(load_step(tmp_path, 1, CPU)["x"], state(1)["x"])
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the thread's error is dropped.
+    (tmp_path / "file").write_text("")
+    for background in (False, True):
+        writer = Writer(tmp_path / "file" / "checkpoints", 1, background=background)
+        with pytest.raises(ConadvError, match="Cannot write the checkpoint"):
+            (writer.save(1, state(1)), writer.wait())
+        writer.wait()  # it is raised once
+    writer = Writer(tmp_path, 1, background=True)
+    monkeypatch.setattr(checkpoint, "save", lambda *_: 1 / 0)
+    writer.save(1, state(1))
+    while not writer.failed:
+        time.sleep(0.01)
+    with pytest.raises(ConadvError, match="ZeroDivisionError"):
+        writer.save(2, state(2))
+
+
+def test_a_run_with_background_writing_is_the_same_run(tmp_path: Path) -> None:
+    # Red when: the copy is taken after the next step has begun, or the end does not wait for the last checkpoint.
+    settings = config(method="conadv", staleness=2)
+    train(settings, tmp_path / "a")
+    train(config(method="conadv", staleness=2, checkpoint__background=True), tmp_path / "b")
+    for step in range(1, 7):
+        a, b = (load_step(tmp_path / run / "checkpoints", step, CPU) for run in "ab")
+        assert same(a, b), step
+
+
+def same(a: Any, b: Any) -> bool:
+    """Same structure, same bits."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def test_a_failed_background_write_ends_the_run_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: `failed` does not reach stop_request (the run then goes on to its next checkpoint, step 6).
+    original = checkpoint.save
+
+    def full(folder: Path, step: int, *rest: Any) -> Path:
+        if step == 5:
+            raise ConadvError("Cannot write the checkpoint: No space left on device.")
+        return original(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    settings = config(checkpoint__background=True, checkpoint__every_epochs=2 / 3, global_batch_size=128, epochs=2)
+    with pytest.raises(ConadvError, match="No space left"):
+        train(settings, tmp_path)
+    lines = read_lines(tmp_path / "record.jsonl")
+    assert lines[-1]["type"] == "error"
+    assert lines[-1]["step"] < 10  # when the next checkpoint is due
+
+
+# ---- the best
+
+
+def test_the_best_checkpoint_is_chosen_by_held_out_images(tmp_path: Path) -> None:
+    # Red when: the test set's accuracy is taken, the best is pruned, or eval takes the newest.
+    settings = config(
+        data__validation_images=98,
+        global_batch_size=200,
+        micro_batch_size=100,
+        epochs=None,
+        steps=8,
+        eval__every_epochs=0.25,
+        checkpoint__every_epochs=0.25,
+        checkpoint__keep=1,
+        checkpoint__keep_best=True,
+        optim__lr=6.0,
+        schedule__warmup_epochs=0,
+        schedule__decay="constant",
+    )
+    train(settings, tmp_path)
+    lines = [line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation"]
+    assert [line["step"] for line in lines] == [*range(1, 8), 8]
+    top = max(line["accuracy"] for line in lines)
+    best = next(line["step"] for line in lines if line["accuracy"] == top)  # the first of equals
+    assert load_newest(tmp_path / "checkpoints", CPU)["best"] == {"step": best, "accuracy": top}
+    assert steps(tmp_path / "checkpoints") == sorted({best, 8})
+    assert load_run(tmp_path, CPU, best=True).engine.version == best
+    assert main(["export", str(tmp_path), "--best"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint__keep_best": True}, "held out"),
+        (
+            {"checkpoint__keep_best": True, "data__validation_images": 10, "eval__every_epochs": None},
+            "nothing to choose",
+        ),
+        ({"nonfinite_limit": 3}, "no effect"),
+    ],
+)
+def test_settings_that_cannot_be_meant(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConadvError, match=message):
+        resolve(config(**changes))
+
+
+def test_there_may_be_no_best(tmp_path: Path) -> None:
+    train(config(steps=4, epochs=None), tmp_path)
+    with pytest.raises(ConadvError, match="keep-best"):
+        load_run(tmp_path, CPU, best=True)
+
+
+# ---- runs
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Red when: the damaged file stays under its name; the record does not say so.
+    settings = config(method="conadv")
+    train(settings, tmp_path / "whole")
+    train(settings, tmp_path / "cut")
+    folder = tmp_path / "cut" / "checkpoints"
+    for step in (5, 6):
+        path = folder / f"step_{step:08d}.pt"
+        path.write_bytes(path.read_bytes()[:-500])
+    train(settings, tmp_path / "cut", resume=True)
+    lines = read_lines(tmp_path / "cut" / "record.jsonl")
+    (resumed,) = (line for line in lines if line["type"] == "resume")
+    assert resumed["step"] == 4
+    assert [f"step_0000000{step}.pt is damaged" in text for step, text in zip((6, 5), resumed["damaged"], strict=True)]
+    assert len(list(folder.glob("*.damaged"))) == 2
+    assert without_times(lines) == without_times(read_lines(tmp_path / "whole" / "record.jsonl"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_auto_resume_is_one_call_for_every_start(tmp_path: Path) -> None:
+    # Red when: it starts again what has begun, or takes another config's run for its own.
+    settings = config(steps=4, epochs=None)
+    (tmp_path / ".config.yaml.tmp").write_text("a run that was killed before it had a config")
+    for _ in range(2):
+        train(settings, tmp_path, auto_resume=True)
+    resumed = [line["step"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "resume"]
+    assert resumed == [4]
+    with pytest.raises(ConadvError, match="already holds a run"):
+        train(config(steps=3, epochs=None), tmp_path, auto_resume=True)
+
+
+def test_a_stop_line_stays_where_the_run_goes_on_from_it(tmp_path: Path) -> None:
+    log = Record(tmp_path / "record.jsonl")
+    log.write("header", steps=9)
+    for step in (3, 5):
+        log.write("stop", step=step)
+    log.sync()
+    log.close()
+    truncate(tmp_path / "record.jsonl", 3)
+    assert [line["step"] for line in read_lines(tmp_path / "record.jsonl")[1:]] == [3]
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_ends_with_an_error_and_the_last_good_checkpoint(small_disk: Path, background: bool) -> None:
+    # Red when: save keeps its temporary file; the error is not a ConadvError; the record ends in half a line.
+    out = small_disk / "run"
+    settings = config(checkpoint__keep=10, checkpoint__background=background, model__width=8)
+    with pytest.raises(ConadvError, match=r"Cannot write the (checkpoint|record).*No space left"):
+        train(settings, out)
+    saved = steps(RunDir(out).checkpoints)
+    assert saved
+    assert find_newest(RunDir(out).checkpoints, CPU)[1] == []
+    assert not list(RunDir(out).checkpoints.glob("*.tmp"))
+    lines = read_lines(out / "record.jsonl")
+    assert [line["step"] for line in lines if line["type"] == "step"][: saved[-1]] == list(range(saved[-1]))
+    assert (out / "record.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_a_full_disk_keeps_the_record_readable(small_disk: Path) -> None:
+    # Red when: write leaves half a line behind.
+    log = Record(small_disk / "record.jsonl")
+    written = []
+
+    def fill() -> None:
+        for n in range(10_000):
+            log.write("step", step=n, text="x" * 300)
+            written.append(n)
+
+    with pytest.raises(ConadvError, match="Cannot write the record"):
+        fill()
+    assert written
+    assert [line["step"] for line in read_lines(small_disk / "record.jsonl")] == written
+    log.close()
+
+
+def test_verify_of_what_was_saved(tmp_path: Path) -> None:
+    verify(save(tmp_path, 1, state(1), keep=1))
+    assert build(resolve(config()), CPU).best == {}
