@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
 from conadv.engine.comm import Handle
 from conadv.evaluation import evaluate
+from conadv.execution import Execution
 from conadv.norm import check_sync, frozen_stats, route
+from conadv.signals import Stopped
 from conadv.trainer import train
 
 from ..helpers import images, no_norm_net, parameters, state, tiny_resnet
@@ -312,3 +314,32 @@ def no_wait(comm: Comm) -> None:
 
 def other_settings(comm: Comm, out: Path) -> None:
     train(config(seed=comm.rank), out, comm=comm)
+
+
+def stopped_run(comm: Comm, out: Path, settings: dict[str, Any], rank: int, step: int, number: int, attack: int) -> Any:
+    """Train; ``rank`` alone gets a signal, a learner in ``step`` and an attack rank in its ``step``-th attack."""
+    original = {"update": TrainStep.update, "craft": TrainStep.craft}
+    counts = {"update": 0, "craft": 0}
+
+    def counted(name: str) -> Any:
+        def method(engine: TrainStep, *args: Any) -> Any:
+            counts[name] += 1
+            if comm.rank == rank and counts[name] == step + 1:
+                os.kill(os.getpid(), number)
+            return original[name](engine, *args)
+
+        return method
+
+    attacking = comm.rank >= comm.ranks - attack
+    name = "craft" if attacking else "update"
+    with mock.patch.object(TrainStep, name, counted(name)):
+        try:
+            train(config(**settings), out, comm=comm, execution=Execution(attack_ranks=attack))
+        except Stopped as stopped:
+            return stopped.code, str(stopped)
+    return None
+
+
+def train_again(comm: Comm, out: Path, settings: dict[str, Any], attack: int) -> None:
+    """Start the run, or go on with it."""
+    train(config(**settings), out, auto_resume=True, comm=comm, execution=Execution(attack_ranks=attack))

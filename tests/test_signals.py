@@ -1,0 +1,179 @@
+"""SIGTERM and SIGINT: a checkpoint at the next step boundary, an exit code, and a second Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conadv.checkpoint import steps
+from conadv.config import dump_yaml
+from conadv.progress import Silent
+from conadv.record import read_lines
+from conadv.signals import INTERRUPT, TERMINATE, Signals, Stopped
+from conadv.trainer import train
+
+from .ranks.launch import started, until
+from .test_nonfinite import same
+from .test_trainer import config, weights, without_times
+
+
+class Sends(Silent):
+    """Sends a signal to this process after step ``at``, or during the evaluation after it."""
+
+    def __init__(self, number: int, at: int) -> None:
+        self.number, self.at = number, at
+        self.heard: list[str] = []
+
+    def step(self, record: Any) -> None:
+        if record.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+    def message(self, text: str) -> None:
+        self.heard.append(text)
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)])
+def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
+    number: int, name: str, code: int, tmp_path: Path
+) -> None:
+    # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before do not come back.
+    settings = config(method="conadv", staleness=2, checkpoint__every_epochs=None, eval__every_epochs=None)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    seen = Sends(number, 2)
+    with pytest.raises(Stopped, match=f"by {name} after 4 steps; --resume goes on from step 4") as caught:
+        train(settings, tmp_path / "cut", observer=seen)
+    assert caught.value.code == code
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert steps(tmp_path / "cut" / "checkpoints") == [4]
+    last = read_lines(tmp_path / "cut" / "record.jsonl")[-1]
+    assert (last["type"], last["step"], last["signal"]) == ("stop", 4, name)
+    until(lambda: any("stopping after this step" in text for text in seen.heard), 5, "the message")
+    train(settings, tmp_path / "cut", auto_resume=True)
+    train(settings, tmp_path / "whole")
+    lines = [read_lines(tmp_path / run / "record.jsonl") for run in ("cut", "whole")]
+    assert without_times(lines[0]) == without_times(lines[1])
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_signal_during_an_evaluation_counts_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: what came during the evaluation is seen after one more step.
+    import conadv.trainer
+
+    original = conadv.trainer.evaluate
+
+    def evaluate(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    monkeypatch.setattr(conadv.trainer, "evaluate", evaluate)
+    with pytest.raises(Stopped, match="after 3 steps"):
+        train(config(checkpoint__every_epochs=None), tmp_path)
+    assert steps(tmp_path / "checkpoints") == [3]
+
+
+def test_the_last_step_is_no_exception(tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="after 6 steps"):
+        train(config(), tmp_path, observer=Sends(signal.SIGTERM, 4))
+    assert not (tmp_path / "summary.json").exists()
+    assert train(config(), tmp_path, resume=True)["steps"] == 6
+
+
+def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_action() -> None:
+    # Red when: SIGINT keeps its handler after the first signal.
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.request == INTERRUPT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.request == TERMINATE
+
+
+def test_off_the_main_thread_handlers_stay_as_they_are() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[Any] = []
+
+    def enter() -> None:
+        with Signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+def test_a_forked_child_is_not_the_run() -> None:
+    # Red when: the handler does not look at the process (a child would then outlive SIGTERM).
+    with Signals() as signals:
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert signals.request == 0
+
+
+def program(out: Path, *options: str, **changes: Any) -> list[object]:
+    (out.parent / "config.yaml").write_text(dump_yaml(config(**changes)))
+    command = [sys.executable, "-m", "conadv", "train", "--config", out.parent / "config.yaml", "--out", out]
+    return [*command, "--device", "cpu", *options]
+
+
+LONG: dict[str, Any] = {"epochs": 3000, "eval__every_epochs": None, "checkpoint__every_epochs": 1000}
+
+
+def recorded(out: Path) -> int:
+    path = out / "record.jsonl"
+    return path.read_bytes().count(b'{"type": "step"') if path.exists() else 0
+
+
+def exit_of(process: subprocess.Popen[bytes], send: Callable[[], None]) -> int:
+    send()
+    return process.wait(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
+def test_the_program_and_its_loader_workers_under_a_signal_to_their_group(tmp_path: Path) -> None:
+    # Red when: workers die of SIGTERM and take the run with them; the exit code is another.
+    out, log = tmp_path / "run", tmp_path / "log"
+    with started(program(out, data__num_workers=2, **LONG), log) as process:
+        until(lambda: recorded(out) > 3, 120, "the first steps")
+        assert exit_of(process, lambda: os.killpg(process.pid, signal.SIGTERM)) == 143, log.read_text()
+    (saved,) = steps(out / "checkpoints")
+    assert f"stopped by SIGTERM after {saved} steps; --resume goes on from step {saved}" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert recorded(out) == saved
+
+
+SLEEPS = """
+import sys, time
+import conadv.trainer
+from conadv.cli import main
+conadv.trainer.evaluate = lambda *_, **__: time.sleep(60)
+sys.exit(main())
+"""
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    # Red when: SIGINT keeps its handler after the first one (the process then sleeps on).
+    out, log = tmp_path / "run", tmp_path / "log"
+    command = program(out, **{**LONG, "eval__every_epochs": 1})
+    with started([sys.executable, "-c", SLEEPS, *command[3:]], log) as process:
+        until(lambda: recorded(out) == 3, 120, "the evaluation, which sleeps")
+        process.send_signal(signal.SIGINT)
+        until(lambda: b"Ctrl-C leaves at once" in log.read_bytes(), 30, "the message")
+        time.sleep(0.5)
+        assert process.poll() is None  # the first one waits for the evaluation
+        begin = time.monotonic()
+        assert exit_of(process, lambda: process.send_signal(signal.SIGINT)) == -signal.SIGINT
+        assert time.monotonic() - begin < 5
