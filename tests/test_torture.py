@@ -1,0 +1,44 @@
+"""The campaigns of benchmarks/torture.py in their short forms."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import torture
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaigns need Linux")
+
+
+def test_kill(tmp_path: Path) -> None:
+    # Red when: pending batches are not saved; truncate keeps steps after the checkpoint; save writes to the final name.
+    found = torture.run("kill", True, tmp_path)
+    assert found["kills"] >= 6
+    assert found == json.loads((tmp_path / "kill.json").read_text())
+
+
+def test_corrupt(tmp_path: Path) -> None:
+    # Red when: verify does not compare the digest.
+    found = torture.run("corrupt", True, tmp_path)
+    assert (found["mutations"], found["resumed_to_the_same_bits"]) == (40, 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["corrupt.json"]
+
+
+def test_a_campaign_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    # Red when: a line that was cut off stays, or is counted.
+    progress = torture.Progress(tmp_path)
+    progress.add({"n": 1})
+    (tmp_path / "trials.jsonl").open("a").write('{"n": 2, "ha')
+    progress = torture.Progress(tmp_path)
+    progress.add({"n": 3})
+    assert torture.Progress(tmp_path).done == [{"n": 1}, {"n": 3}]
+
+
+def test_every_campaign_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert torture.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == set(torture.campaigns()) >= {"kill", "corrupt"}
+    assert all(len(line.split()) > 3 for line in lines)
