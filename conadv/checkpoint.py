@@ -104,11 +104,16 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
     """Remove all checkpoints but the newest ``keep`` and that of step ``best``, and what killed writers have left."""
-    for old in steps(folder)[:-keep]:
-        if old != best:
-            (folder / _NAME.format(old)).unlink(missing_ok=True)
-    for left in folder.glob("step_*.tmp"):
-        left.unlink(missing_ok=True)
+    try:
+        for old in steps(folder)[:-keep]:
+            if old != best:
+                (folder / _NAME.format(old)).unlink(missing_ok=True)
+        for left in folder.glob("step_*.tmp"):
+            left.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConadvError(
+            f"Cannot remove an older checkpoint: {error}. Without that the disk would fill up."
+        ) from error
 
 
 def steps(folder: Path) -> list[int]:

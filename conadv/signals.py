@@ -73,6 +73,8 @@ def outlive_stop(_: int = 0) -> None:
     a worker that was signalled and is still there after ``GRACE_SECONDS`` ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "SIGALRM"):  # Windows, where nobody signals groups
+        return
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 

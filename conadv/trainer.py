@@ -185,7 +185,7 @@ def _attack(parts: Parts, first: int) -> None:
     """What an attack rank does until the learners have finished."""
     spans: Timelines = []
     batches = parts.data.train_batches(first + parts.engine.ahead, parts.num_steps, ("clean",))
-    with _closing(parts, spans), Signals() as signals:
+    with Signals() as signals, _closing(parts, spans):
         parts.engine.stop_request = lambda: signals.request
         parts.engine.serve(batches, lambda step, seen: _note(parts, spans, step, seen))
     if parts.engine.stop:
@@ -541,7 +541,8 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
     spans: Timelines = []
     keep, background = parts.config.checkpoint.keep, parts.config.checkpoint.background
     writer = Writer(run.checkpoints, keep, background=background, before=log.sync)
-    with _closing(parts, spans, log), Signals(observer.message) as signals, _written(parts, writer):
+    # signals outermost: one that reaches this rank when the others already leave must not end it in between
+    with Signals(observer.message) as signals, _closing(parts, spans, log), _written(parts, writer):
         # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
         parts.engine.stop_request = lambda: max(signals.request, INTERRUPT * writer.failed)
         for batch, future in _timed(parts, first):

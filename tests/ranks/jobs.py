@@ -343,3 +343,18 @@ def stopped_run(comm: Comm, out: Path, settings: dict[str, Any], rank: int, step
 def train_again(comm: Comm, out: Path, settings: dict[str, Any], attack: int) -> None:
     """Start the run, or go on with it."""
     train(config(**settings), out, auto_resume=True, comm=comm, execution=Execution(attack_ranks=attack))
+
+
+def skipped(comm: Comm, policy: str) -> Any:
+    """Four steps of batch norm, rank 1's images spoilt in the third; this rank's state before and after that step."""
+    engine = make(comm, "conadv", tiny_resnet("adv", dtype=torch.float64), on_nonfinite=policy)
+    stream = [share(as_batch(t, count=2, dtype=torch.float64), comm) for t in range(4)]
+    found, states = [], []
+    for t, (batch, future) in enumerate(windows(stream, engine.ahead)):
+        if t == 2 and comm.rank == 1:
+            views = batch.micro[0].views
+            micro = replace(batch.micro[0], views={**views, "clean": views["clean"] * float("nan")})
+            batch = replace(batch, micro=(micro, *batch.micro[1:]))
+        found.append(engine(batch, future).skipped)
+        states.append(state(engine.model))
+    return found, states[1], states[2], states[3]

@@ -235,3 +235,19 @@ def test_ranks_with_other_settings_than_rank_0_say_so(two: Ranks, tmp_path: Path
         assert (kind, name) == ("error", "ConadvError")
         assert "other settings than rank 0: seed: 0 -> 1. (rank 1)" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_leave_a_step_out_together(two: Ranks) -> None:
+    # Red when: ranks judge by their own loss, or rank 0 does not give its running statistics back.
+    answers = two.run(jobs.skipped, "skip")
+    for found, before, after, later in answers:
+        assert found == [None, None, "the loss of the clean view is nan", None]
+        assert same(before, after)
+        assert not same(after, later)
+    weights = [{name: value for name, value in answer[3].items() if "running" not in name} for answer in answers]
+    assert same(*weights)
+    kinds = {(kind, what[0], what[1]) for kind, what in two.answers(jobs.skipped, "stop")}
+    assert len(kinds) == 1, [k[2] for k in kinds]
+    (told,) = kinds
+    assert told[:2] == ("error", "NonFiniteError")
+    assert "The images of the clean view hold infinite or NaN values" in told[2]
