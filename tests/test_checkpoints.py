@@ -39,6 +39,7 @@ DAMAGES = {
     "cut off": lambda data: data[: len(data) // 2],
     "without its seal": lambda data: data[: -checkpoint.SEAL_BYTES],
     "a byte short": lambda data: data[:-1],
+    "bytes before its seal": lambda data: data[: -checkpoint.SEAL_BYTES] + b"more" + data[-checkpoint.SEAL_BYTES :],
     "a byte long": lambda data: data + b"\0",
     "empty": lambda data: b"",
     "a bit flipped": lambda data: bytes([*data[:900], data[900] ^ 1, *data[901:]]),
@@ -50,7 +51,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_found_and_the_checkpoint_before_it_is_used(name: str, tmp_path: Path) -> None:
-    # Red when: verify compares no digest (a bit flipped), or no length (a byte long).
+    # Red when: verify compares no digest (a bit flipped), or no length (bytes before its seal).
     *_, newest = three(tmp_path)
     newest.write_bytes(DAMAGES[name](newest.read_bytes()))
     with pytest.raises(DamagedCheckpoint, match="damaged"):
@@ -374,6 +375,7 @@ def test_a_full_disk_keeps_the_record_readable(small_disk: Path) -> None:
     with pytest.raises(ConadvError, match="Cannot write the record"):
         fill()
     assert written
+    assert (small_disk / "record.jsonl").read_bytes().endswith(b"\n")
     assert [line["step"] for line in read_lines(small_disk / "record.jsonl")] == written
     log.close()
 

@@ -139,7 +139,7 @@ def test_a_gradient_alone_may_be_the_one(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("method", ["concurrent", "lookahead", "recycle"])
 def test_methods_go_on_after_a_step_that_was_left_out(method: str) -> None:
     # Red when: recycle's images of the bad step still wait (step 3 would then be left out, too).
-    attack = FGSM(0.1, space=SPACE)
+    attack = FGSM(0.1, "l2", space=SPACE)  # the sign of NaN would be 0
     made = {"concurrent": Concurrent(attack), "lookahead": Concurrent(attack, 1, True), "recycle": Recycle(attack)}
     model = _BadNet()
     engine = make(made[method], model)
