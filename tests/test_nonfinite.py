@@ -308,7 +308,7 @@ def test_fp16_attacks_move_images_that_are_classified_with_confidence() -> None:
             nn.init.constant_(self.fc.bias, 0.0)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x.flatten(1) * 1e-3) + torch.tensor([9.0, 0.0])
+            return self.fc(x.flatten(1)) + torch.tensor([19.0, 0.0])
 
     model = Sure()
     engine = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), space=SPACE, precision="fp16")
