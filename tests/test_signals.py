@@ -113,11 +113,14 @@ def test_off_the_main_thread_handlers_stay_as_they_are() -> None:
 
 def test_a_forked_child_is_not_the_run() -> None:
     # Red when: the handler does not look at the process (a child would then outlive SIGTERM).
+    here, there = os.pipe()
     with Signals() as signals:
         child = os.fork()
         if not child:
+            os.write(there, b"!")  # Python forgets signals that come before it is ready in the child
             time.sleep(20)
             os._exit(0)
+        os.read(here, 1)
         os.kill(child, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
         assert signals.request == 0
