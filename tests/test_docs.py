@@ -29,7 +29,6 @@ from conadv.models import SmallResNet
 from conadv.plan.command import PlanArgs
 from conadv.staleness import StalenessArgs
 from conadv.sweep.command import SweepArgs
-from conadv.sweep.command import SweepArgs
 from conadv.timeline import TimelineArgs
 
 ROOT = Path(__file__).parent.parent
