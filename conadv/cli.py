@@ -151,6 +151,8 @@ def _train(args: Sequence[str]) -> None:
         description=recipes.RECIPES[base.recipe].__doc__ if base.recipe in recipes.RECIPES else None,
     )
     config = resolve(override(base, _absolute(parsed.config), given_settings(rest)))
+    if "model.name" in given_settings(rest):
+        _trust(config.model.name)
     options = parsed.run
     out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
     _set_threads(options.threads)
@@ -228,6 +230,14 @@ def _base_config(args: list[str], get: Callable[[str], Config]) -> tuple[Config,
     return get(args[0]), f"conadv train {args[0]}", args[1:]
 
 
+def _trust(model: str | None) -> None:
+    """A model module:function that was typed in this command may run its code; one in a config alone may not."""
+    if model is not None:
+        from .models import trust
+
+        trust(model)
+
+
 def _slug(config: Config) -> str:
     """The run directory's default name."""
     method = config.method
@@ -278,6 +288,8 @@ class EvalArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses."""
+    model: str | None = None
+    """Only for a run whose model is code of yours: repeat its module:function, to say that it may run."""
 
 
 def _eval(args: Sequence[str]) -> None:
@@ -286,6 +298,7 @@ def _eval(args: Sequence[str]) -> None:
     from .run import RunDir
 
     RunDir(options.run).open()
+    _trust(options.model)
     from .engine.comm import pick_device
     from .trainer import load_run, measure
 
@@ -302,10 +315,13 @@ class ExportArgs:
     """Run directory."""
     best: bool = False
     """The checkpoint with the best validation accuracy instead (checkpoint.keep_best)."""
+    model: str | None = None
+    """Only for a run whose model is code of yours: repeat its module:function, to say that it may run."""
 
 
 def _export(args: Sequence[str]) -> None:
     options = tyro.cli(ExportArgs, args=args, prog="conadv export")
+    _trust(options.model)
     from .export import export
 
     _say(str(export(options.run, best=options.best)))

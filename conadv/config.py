@@ -89,9 +89,12 @@ class ModelConfig(Section):
     """The network."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "resnet8"
-    """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), or any torchvision classifier."""
+    """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), any torchvision classifier,
+    timm:NAME, or module:function, your own code (docs/models.md)."""
     width: int | None = Field(None, ge=1)
     """Channels of the first stage of the small-image networks (16 in the paper)."""
+    args: tuple[str, ...] = ()
+    """More arguments of the network's constructor as NAME=VALUE, such as drop_rate=0.1 img_size=64."""
 
 
 class OptimConfig(Section):
@@ -472,7 +475,8 @@ def override(base: Config, edited: Config, given: Collection[str]) -> Config:
 
     ``edited`` is base with the options, ``given`` the dotted names of the settings that the user gave. Those stand as
     they are, and a given setting without effect is a ConadvError. Settings of the base that belong to a choice which
-    the user replaced (another method or optimizer, steps for epochs, eps for step_size) fall back to their defaults.
+    the user replaced (another method, optimizer or model, steps for epochs, eps for step_size) fall back to their
+    defaults.
     """
     if "steps" in given and "epochs" not in given:
         edited = replace(edited, epochs=None)
@@ -490,6 +494,8 @@ def override(base: Config, edited: Config, given: Collection[str]) -> Config:
                 f"Give --lr for --optimizer {edited.optim.name}."
             )
         edited = _back_to_default(edited, [f"optim.{name}" for name in _OPTIM_FIELDS], given)
+    if edited.model.name != base.model.name:
+        edited = _back_to_default(edited, ["model.width", "model.args"], given)
     if base.micro_batch_size == base.global_batch_size:  # it was the global batch, not a choice of its own
         edited = _back_to_default(edited, ["micro_batch_size"], given)
     if {"attack.eps", "attack.num_steps"} & set(given):

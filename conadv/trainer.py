@@ -28,9 +28,10 @@ from .evaluation import Result, evaluate
 from .execution import Choice, Execution, choose
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
-from .models import build_model
-from .norm import split_batchnorm
-from .optim import build_optimizer, describe, parameter_groups
+from .models import build_model, check_model
+from .models.trial import NO_BATCH_NORM
+from .norm import has_batchnorm, split_batchnorm
+from .optim import MODEL_RULES, build_optimizer, describe, parameter_groups
 from .probe import Probe, check_duration
 from .progress import Observer, Silent
 from .run import RunDir
@@ -249,13 +250,16 @@ def build(
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
         data = build_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, progress=observer.loading)
         space = space_from_config(config)
-        model = make_model(config, data.channels, data.num_classes).to(device)
+        model = make_model(config, data.channels, data.num_classes)
+        with rng.scope(torch.device("cpu"), config.seed, "trial"):
+            check_model(model, data.channels, data.image_size, data.num_classes)
+        model = model.to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         num_steps = _num_steps(config, data)
         schedule = _schedule(config, num_steps, data.order.steps_per_epoch)
         method = method.for_run(_plan(config, num_steps, schedule))
-        groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
+        groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
         optimizer = build_optimizer(config.optim, groups, schedule(0))
     engine = TrainStep(
         model,
@@ -475,11 +479,15 @@ def _overview(parts: Parts) -> Iterator[str]:
     count = accumulation(config, ranks)
     attackers = len(parts.teams.attackers)
     more = f" (and {attackers} attack rank(s))" if attackers else ""
+    normed = has_batchnorm(parts.model)
+    sees = f"batch norm sees {micro} images per route; " if normed else ""
+    lr = scaled_lr(config.optim, config.global_batch_size)
     yield (
         f"global batch {config.global_batch_size} = micro-batch {micro} x accumulation {count} x ranks {ranks}{more}; "
-        f"batch norm sees {micro} images per route; {parts.num_steps} steps of {parts.data.order.steps_per_epoch} "
-        f"per epoch; {config.optim.name} lr {scaled_lr(config.optim, config.global_batch_size):g}"
+        f"{sees}{parts.num_steps} steps of {parts.data.order.steps_per_epoch} per epoch; {config.optim.name} lr {lr:g}"
     )
+    if not normed:
+        yield NO_BATCH_NORM
     if ranks > 1 or parts.choice.name != "inline":
         yield f"executor {parts.choice.name}: {parts.choice.why}"
     yield f"{'group':<10}{'tensors':>9}{'parameters':>14}{'decay':>10}  trust ratio"

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from ..config import OptimConfig
-from .groups import DEFAULT_RULES, Rule, describe, parameter_groups
+from .groups import DEFAULT_RULES, MODEL_RULES, Rule, describe, parameter_groups
 from .lamb import LAMB
 from .lars import LARS
 from .trust_ratio import flat_alike
 
-__all__ = ["DEFAULT_RULES", "LAMB", "LARS", "Rule", "build_optimizer", "describe", "parameter_groups"]
+__all__ = ["DEFAULT_RULES", "LAMB", "LARS", "MODEL_RULES", "Rule", "build_optimizer", "describe", "parameter_groups"]
 
 
 def build_optimizer(optim: OptimConfig, groups: Sequence[dict[str, Any]], lr: float) -> Optimizer:

@@ -49,6 +49,15 @@ DEFAULT_RULES = (
 """The first rule that matches decides."""
 
 
+def _is_vector(module: nn.Module, name: str, p: Tensor) -> bool:
+    return p.dim() < 2 or (name != "weight" and p.numel() == max(p.shape))
+
+
+MODEL_RULES = (*DEFAULT_RULES[:2], Rule("scale", _is_vector, decay=False, adapt=False), DEFAULT_RULES[2])
+"""What networks by name train with: vectors and scalars of any kind (LayerScale gammas, PReLU slopes, class tokens)
+get neither decay nor trust ratio, as in timm and in the large-batch literature for norm and bias."""
+
+
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, rules: Sequence[Rule] = DEFAULT_RULES
 ) -> list[dict[str, Any]]:

@@ -168,9 +168,11 @@ def _measure(args: PlanArgs) -> None:
 
     from ..allocator import keep_freed_memory
     from ..engine import Comm
+    from ..models import trust
     from .link import measure_link
     from .measure import measure_phases
 
+    trust(args.workload.model)
     if args.workload.threads is not None:
         torch.set_num_threads(args.workload.threads)
     keep_freed_memory()

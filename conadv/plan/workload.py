@@ -12,7 +12,7 @@ from ..config import Config, DataConfig, ModelConfig, OptimConfig, resolve
 from ..engine import Comm, TrainStep
 from ..methods import build_method
 from ..methods.base import space_from_config
-from ..optim import build_optimizer, parameter_groups
+from ..optim import MODEL_RULES, build_optimizer, parameter_groups
 from ..trainer import make_model
 from ..types import Batch, MicroBatch
 from .model import kind_of
@@ -47,7 +47,7 @@ def build_step(workload: Workload, method: str, comm: Comm, executor: Executor |
     model: nn.Module = make_model(config, workload.channels, workload.num_classes).to(comm.device)
     if workload.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0)
+    groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
     return TrainStep(
         model,
         build_optimizer(config.optim, groups, LEARNING_RATE),

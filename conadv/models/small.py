@@ -1,16 +1,9 @@
-"""Networks by name: residual networks for small images, and every torchvision classifier."""
+"""Residual networks for small images."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .config import ModelConfig
-from .errors import ConadvError, unknown
 
 SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
 
@@ -63,29 +56,6 @@ class SmallResNet(nn.Module):
         return self.fc(self.blocks(out).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def build_model(config: ModelConfig, in_channels: int, num_classes: int) -> nn.Module:
-    """The named network, freshly initialised from the global generator. Raises ConadvError for an unknown name."""
-    if config.name in SMALL:
-        depth = int(re.sub(r"\D", "", config.name))
-        return SmallResNet(depth, config.width or 16, in_channels, num_classes)
-    if config.width is not None:
-        raise ConadvError(f"model.width has no effect on {config.name!r}; it belongs to {', '.join(SMALL)}.")
-    return _torchvision(config.name, in_channels, num_classes)
-
-
-def _torchvision(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    import torchvision.models as zoo
-
-    names = zoo.list_models(module=zoo)
-    if name not in names:
-        raise unknown("model", name, [*SMALL, *names])
-    if in_channels != 3:
-        raise ConadvError(f"torchvision's {name} takes 3 channels, the data has {in_channels}. Use {', '.join(SMALL)}.")
-    # inception and googlenet return auxiliary logits in train mode, which have no place in a view's loss
-    accepts = inspect.signature(zoo.get_model_builder(name)).parameters
-    options: dict[str, Any] = {"num_classes": num_classes}
-    if name in ("inception_v3", "googlenet"):
-        options |= {"aux_logits": False, "init_weights": True}
-    assert "weights" in accepts
-    model: nn.Module = zoo.get_model(name, weights=None, **options)
-    return model
+def build_small(name: str, width: int | None, in_channels: int, num_classes: int) -> nn.Module:
+    """The network of SMALL with this name; ``width`` channels in its first stage (16 where None)."""
+    return SmallResNet(int(name.removeprefix("resnet")), width or 16, in_channels, num_classes)

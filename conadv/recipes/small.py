@@ -1,13 +1,8 @@
-"""Recipes: plain functions that return a Config. The docstring is the command, the time and the expected result.
-
-Every recipe trains with every method; its learning rate was chosen for its optimizer and batch.
-"""
+"""Recipes for small images, which one machine trains in seconds to minutes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from .config import (
+from ..config import (
     AttackConfig,
     CheckpointConfig,
     Config,
@@ -17,7 +12,6 @@ from .config import (
     OptimConfig,
     ScheduleConfig,
 )
-from .errors import unknown
 
 
 def digits() -> Config:
@@ -80,56 +74,3 @@ def fashion_mnist() -> Config:
         eval=EvalConfig(every_epochs=5),
         checkpoint=CheckpointConfig(every_epochs=1),
     )
-
-
-def imagefolder() -> Config:
-    """Any image folder DIR/{train,test or val}/<class>/*, any torchvision model, LARS.
-
-    Images are decoded on the fly.
-
-    conadv train imagefolder --data DIR --model resnet50 --data.num-workers 8 --global-batch-size 4096
-        --micro-batch-size 64 --lr 10 --method conadv
-
-    Defaults are MLPerf's 4K point for ResNet-50 with LARS (docs/numerics.md), its lr divided by 4 for batch 256. Not
-    run to convergence by us.
-    """
-    return Config(
-        recipe="imagefolder",
-        global_batch_size=256,
-        epochs=90,
-        label_smoothing=0.1,
-        data=DataConfig(
-            source="folder",
-            augment="basic",
-            image_size=224,
-            num_workers=2,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
-        ),
-        model=ModelConfig(name="resnet50"),
-        optim=OptimConfig(name="lars", lr=2.5, weight_decay=2e-4),
-        schedule=ScheduleConfig(warmup_epochs=5, end_lr=1e-4),
-        attack=AttackConfig(eps=4 / 255, step_size=4 / 255),
-        eval=EvalConfig(every_epochs=5, batch_size=100),
-        checkpoint=CheckpointConfig(every_epochs=1),
-    )
-
-
-RECIPES: dict[str, Callable[[], Config]] = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "fashion-mnist": fashion_mnist,
-    "imagefolder": imagefolder,
-}
-
-
-def get(name: str) -> Config:
-    """The recipe's config, or ConadvError with the nearest name."""
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
-    return RECIPES[name]()
-
-
-def summary(name: str) -> str:
-    """The first line of a recipe's docstring."""
-    return (RECIPES[name].__doc__ or "").strip().partition("\n")[0]

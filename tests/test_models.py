@@ -1,0 +1,308 @@
+"""Networks by name: where they come from, what they are called with, and what a config may not do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import get_model
+
+from conadv import ConadvError, recipes, route, split_batchnorm, strip
+from conadv.cli import main
+from conadv.config import Config, ModelConfig, OptimConfig, override, replace, resolve
+from conadv.models import build_model, check_model, own, trust
+from conadv.models.trial import NO_BATCH_NORM
+from conadv.norm import routes_of
+from conadv.optim import MODEL_RULES, parameter_groups
+from conadv.trainer import _overview, build
+
+from .helpers import same, state, tiny_resnet
+
+
+def make(name: str, *args: str, channels: int = 3, classes: int = 5) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(name=name, args=args), channels, classes)
+
+
+def test_a_prefix_and_none_give_the_same_torchvision_network() -> None:
+    # Red when: the prefix is not removed, or weights differ because something else was drawn.
+    torch.manual_seed(0)
+    plain = get_model("resnet18", num_classes=5)
+    assert same(state(make("torchvision:resnet18")), state(plain))
+    assert same(state(make("resnet18")), state(plain))
+
+
+def test_timm_networks_take_the_channels_of_the_data_and_arguments() -> None:
+    # Red when: in_chans or args are not handed on.
+    pytest.importorskip("timm", reason="timm is not installed")
+    assert make("timm:test_resnet", channels=1)(torch.zeros(2, 1, 32, 32)).shape == (2, 5)
+    vit = make("timm:test_vit", "img_size=32", "drop_rate=0.25")
+    assert vit(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    assert vit.head_drop.p == 0.25
+
+
+def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ConadvError, match=r"Unknown timm model 'efficientnet_b0x'\. Did you mean 'efficientnet_b0'"):
+        make("timm:efficientnet_b0x")
+    with pytest.raises(ConadvError, match="Did you mean 'resnet50'"):
+        make("timm:resnet50.a1_in1k")  # a tag of weights, which are never loaded
+    with pytest.raises(ConadvError, match="Did you mean 'timm:resnet50d'"):
+        make("resnet50d")
+    with pytest.raises(ConadvError, match="Unknown timm model"):
+        make("timm:hf-hub:someone/model")  # timm itself would download it
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConadvError, match=r"pip install 'conadv\[timm\]'"):
+        make("timm:resnet50")
+    with pytest.raises(ConadvError, match="Did you mean 'resnet50'"):
+        make("resnet50d")  # no hint at what is not there
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("drop_rate",), "not NAME=VALUE"),
+        (("weights=DEFAULT",), "loads no weights"),
+        (("pretrained=true",), "loads no weights"),
+        (("checkpoint_path=x.pth",), "loads no weights"),
+        (("width_per_group=32", "width_per_group=64"), "given twice"),
+        (("frobnicate=1",), "cannot be built with.*frobnicate"),
+    ],
+)
+def test_arguments_that_make_no_sense(args: tuple[str, ...], message: str) -> None:
+    # Red when: _TAKEN loses a name (a config could then load a pickle through checkpoint_path).
+    with pytest.raises(ConadvError, match=message):
+        make("resnet18", *args)
+
+
+def test_arguments_belong_to_networks_that_have_some() -> None:
+    assert make("resnet18", "zero_init_residual=true").layer1[0].bn2.weight.abs().sum() == 0
+    with pytest.raises(ConadvError, match=r"model\.args has no effect on 'resnet8'"):
+        make("resnet8", "drop_rate=0.1")
+
+
+def test_another_model_drops_the_width_of_the_recipe() -> None:
+    # Red when: override keeps model.width, which no torchvision network takes.
+    base = recipes.get("cifar10")
+    assert base.model.width == 16
+    edited = replace(base, model__name="resnet18")
+    assert override(base, edited, {"model.name"}).model.width is None
+    assert override(base, replace(edited, model__width=8), {"model.name", "model.width"}).model.width == 8
+
+
+# ---- module:function
+
+FACTORY = """
+from pathlib import Path
+from torch import nn
+Path("ran").touch()
+def make(num_classes, in_channels, width=4):
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(width, num_classes))
+def timm_style(*, num_classes=10, in_chans=3): return make(num_classes, in_chans)
+def any_way(**kwargs): return make(kwargs["num_classes"], 1)
+def no_classes(): return make(10, 1)
+def nothing(num_classes): return None
+def pair(num_classes): return Pair()
+class Pair(nn.Module):
+    def forward(self, x): return x, x
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(64, num_classes)
+    def forward(self, x): return self.fc(x.flatten(1))
+value = 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a module that leaves a file behind when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(own, "_trusted", {})
+    monkeypatch.delitem(sys.modules, "mynets", raising=False)
+    (tmp_path / "mynets.py").write_text(FACTORY)
+    return tmp_path
+
+
+def test_a_name_alone_runs_nothing(folder: Path) -> None:
+    # Red when: build_own imports the module itself.
+    with pytest.raises(ConadvError, match=r"a config alone may not do.*--model mynets:make"):
+        make("mynets:make")
+    assert not (folder / "ran").exists()
+    trust("mynets:make")
+    assert (folder / "ran").exists()
+    with pytest.raises(ConadvError, match="a config alone may not do"):
+        make("mynets:timm_style")  # trust is for one function
+
+
+def test_a_function_gets_what_it_takes(folder: Path) -> None:
+    # Red when: in_chans is not looked for, or args are dropped.
+    for name in ("make", "timm_style", "any_way", "Net"):
+        trust(f"mynets:{name}")
+        assert make(f"mynets:{name}", channels=1)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+    assert make("mynets:make", "width=6")[0].out_channels == 6
+    with pytest.raises(ConadvError, match="takes no argument 'depth'"):
+        make("mynets:make", "depth=6")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mynets:no_classes", "must take num_classes"),
+        ("mynets:missing", "no function 'missing'"),
+        ("mynets:value", "no function 'value'"),
+        ("nowhere.nets:make", "no module 'nowhere'"),
+        ("mynets:make()", "neither timm:NAME"),
+        ("../mynets:make", "neither timm:NAME"),
+    ],
+)
+def test_what_cannot_be_trusted(folder: Path, name: str, message: str) -> None:
+    with pytest.raises(ConadvError, match=message):
+        trust(name)
+
+
+def test_a_module_that_fails_shows_its_own_error(folder: Path) -> None:
+    (folder / "mynets.py").write_text("import a_package_that_is_not_there")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+        trust("mynets:make")
+
+
+def test_a_local_file_does_not_take_the_place_of_an_installed_module(folder: Path) -> None:
+    # Red when: trust puts the current folder first in sys.path.
+    (folder / "colorsys.py").write_text("def make(num_classes): 1 / 0")
+    sys.modules.pop("colorsys", None)
+    with pytest.raises(ConadvError, match="no function 'make'"):
+        trust("colorsys:make")
+
+
+def test_what_a_function_returns_is_checked(folder: Path) -> None:
+    trust("mynets:nothing")
+    with pytest.raises(ConadvError, match="returned a NoneType"):
+        make("mynets:nothing")
+    trust("mynets:pair")
+    with pytest.raises(ConadvError, match="returns a tuple in train mode"):
+        check_model(make("mynets:pair"), 1, 8, 5)
+
+
+TRAIN = "--steps 2 --schedule.warmup-epochs 0 --quiet --eval.robust-images 0 --method conadv".split()
+
+
+def test_the_command_line_trusts_what_was_typed_in_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: _train trusts the config's name, or eval and export do without --model.
+    run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
+    assert main([*run, "--model", "mynets:make"]) == 0
+    again = ["train", "--config", "run/config.yaml", "--out", "again", "--quiet"]
+    for command in (again, ["eval", "run"], ["export", "run"]):
+        (folder / "ran").unlink(missing_ok=True)
+        sys.modules.pop("mynets", None)
+        own._trusted.clear()
+        assert main(command) == 2
+        assert "a config alone may not do" in capsys.readouterr().err
+        assert not (folder / "ran").exists()
+        assert main([*command, "--model", "mynets:make"]) == 0
+    plain = build_model(ModelConfig(name="mynets:make"), 1, 10)
+    plain.load_state_dict(load_file(folder / "run" / "model.safetensors"), strict=True)
+
+
+# ---- before the first step
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    # Red when: frozen_stats or the restoring of the modes is left out.
+    model = tiny_resnet("adv").train()
+    model.bn1.eval()
+    before = state(model)
+    check_model(model, 3, 8, 5)
+    assert same(state(model), before)
+    assert model.training
+    assert not model.bn1.training
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size", "message"),
+    [
+        ("vit_b_32", (), 32, "cannot take 3 x 32 x 32 images.*image_size"),
+        ("inception_v3", (), 32, "cannot take 3 x 32 x 32"),
+    ],
+)
+def test_images_of_the_wrong_size_are_found_before_training(
+    name: str, args: tuple[str, ...], size: int, message: str
+) -> None:
+    with pytest.raises(ConadvError, match=message):
+        check_model(make(name, *args), 3, size, 5)
+
+
+def test_the_number_of_classes_is_checked() -> None:
+    with pytest.raises(ConadvError, match=r"shape \(2, 5\) for 2 images, where 2 x 7"):
+        check_model(make("resnet18"), 3, 32, 7)
+
+
+def config(**changes: object) -> Config:
+    base = replace(
+        recipes.get("digits"),
+        epochs=None,
+        steps=2,
+        global_batch_size=32,
+        method="conadv",
+        schedule__warmup_epochs=0,
+        model=ModelConfig(name="timm:test_vit", args=("img_size=16",)),
+        data__image_size=16,
+        optim=OptimConfig(name="lamb", lr=1e-3),
+    )
+    return resolve(replace(base, **changes))
+
+
+def test_a_network_without_batch_norm_trains_and_says_what_routes_share() -> None:
+    # Red when: the overview speaks of batch norm, or the groups leave LayerScale and class tokens without a rule.
+    pytest.importorskip("timm", reason="timm is not installed")
+    parts = build(config(), torch.device("cpu"))
+    overview = list(_overview(parts))
+    assert NO_BATCH_NORM in overview
+    assert "batch norm sees" not in overview[0]
+    assert routes_of(parts.model) == ()
+    with route(parts.model, "adv"):  # any route is accepted, all are the same
+        parts.model(torch.zeros(2, 1, 16, 16))
+    overview = list(_overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu"))))
+    assert NO_BATCH_NORM not in overview
+    assert "batch norm sees 32 images per route" in overview[0]
+
+
+def test_vectors_of_any_kind_get_neither_decay_nor_trust_ratio() -> None:
+    # Red when: MODEL_RULES loses the rule for vectors, or takes a one-output Linear for one.
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(4))
+            self.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.temperature = nn.Parameter(torch.zeros(()))
+            self.gate = nn.Linear(4, 1)
+            self.table = nn.Parameter(torch.zeros(5, 4))
+
+    model = Scaled()
+    groups = {group["name"]: group for group in parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)}
+    assert [id(p) for p in groups["scale"]["params"]] == [
+        id(p) for p in (model.gamma, model.layer_scale, model.cls_token, model.temperature)
+    ]
+    assert (groups["scale"]["weight_decay"], groups["scale"]["adapt"]) == (0.0, False)
+    assert {id(p) for p in groups["weights"]["params"]} == {id(model.gate.weight), id(model.table)}
+
+
+def test_sync_batchnorm_of_timms_layers_keeps_routes_and_activation() -> None:
+    # Red when: a route of SyncBatchNormAct is made from num_features alone.
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed")
+    model = layers.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4))).eval()
+    assert type(model[1]).__name__ == "SyncBatchNormAct"
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    split_batchnorm(model, "adv")
+    with route(model, "adv"), torch.no_grad():
+        assert torch.equal(model(x), expected)
+        assert (model(x) >= 0).all()
+    assert type(strip(model)[1]).__name__ == "SyncBatchNormAct"

@@ -1,0 +1,222 @@
+"""The ImageNet recipes against tables and formulas written down here once more, step by step.
+
+Sources: mlcommons/logging, training_2.0.0/rcps_resnet.json; mlcommons/training, image_classification/tensorflow2/
+lars_util.py; the ConAdv authors' TF1 code; fastalgo/imagenet_resnet50_lamb; README_revenge.md of facebookresearch/deit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+from PIL import Image
+
+from conadv import recipes
+from conadv.cli import RunOptions, TrainArgs, _base_config, given_settings
+from conadv.config import Config, ModelConfig, accumulation, override, replace, resolve, scaled_lr
+from conadv.data.order import Order
+from conadv.schedules import WarmupDecay
+from conadv.trainer import _schedule, train
+
+from .test_two_hosts import load
+
+SLURM = Path(__file__).parent.parent / "examples" / "slurm_imagenet.sh"
+
+TRAIN_IMAGES = 1_281_167
+IMAGENET = [name for name in recipes.RECIPES if name.startswith("imagenet_")]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of FACTS: LARS, polynomial decay. ``decay_steps``: opt_learning_rate_decay_steps."""
+
+    batch: int
+    lr: float
+    warmup_epochs: int
+    momentum: float
+    weight_decay: float
+    decay_steps: int
+    bn_images: int
+    power: float = 2.0
+    accumulation_8: int = 0
+    accumulation_64: int = 0
+
+
+POINTS = {
+    "imagenet_resnet50_8k": Point(8192, 17, 5, 0.9, 2e-4, 6095, 64, 2.0, 16, 2),
+    "imagenet_resnet50_32k": Point(32768, 21.2, 16, 0.94, 2.5e-5, 2267, 128, 2.0, 32, 4),
+    "imagenet_resnet50_64k": Point(65536, 24.699, 31, 0.951807, 1e-4, 1133, 128, 2.0, 64, 8),
+    # the authors' code: 1,301 steps in all, of which 41 x 13 warm up
+    "imagenet_resnet50_96k": Point(98304, 43, 41, 0.92, 5e-5, 1301 - 533, 96, 1.6, 128, 16),
+}
+
+
+def schedule_of(name: str) -> tuple[Config, WarmupDecay]:
+    """The schedule as the trainer builds it for ImageNet's number of images."""
+    config = resolve(recipes.get(name))
+    per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
+    steps = config.steps or round((config.epochs or 0) * per_epoch)
+    return config, _schedule(config, steps, per_epoch)
+
+
+def mlperf_lr(point: Point, warmup_steps: int, step: int) -> float:
+    """PolynomialDecayWithWarmup of the reference, step counted from 0, its power free: lr 0 at step 0, the peak at step
+    warmup_steps, end lr after decay_steps more."""
+    if step <= warmup_steps:
+        return point.lr * step / warmup_steps
+    left = 1 - min(step - warmup_steps, point.decay_steps) / point.decay_steps
+    return 1e-4 + (point.lr - 1e-4) * left**point.power
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_lars_points_step_by_step(name: str) -> None:
+    # Red when: steps_per_epoch is rounded up, power is 2 for all, end_lr is 0, or steps leaves out the warm-up.
+    point = POINTS[name]
+    config, lr = schedule_of(name)
+    warmup = point.warmup_epochs * (TRAIN_IMAGES // point.batch)
+    assert config.steps == warmup + point.decay_steps
+    for step in range(warmup):  # ours does not lose its first update at lr 0: one step ahead of the reference
+        assert lr(step) == pytest.approx(mlperf_lr(point, warmup, step + 1), rel=1e-12), step
+    for step in range(warmup, config.steps):
+        assert lr(step) == pytest.approx(mlperf_lr(point, warmup, step), rel=1e-12), step
+    assert lr(warmup - 1) == lr(warmup) == point.lr
+    assert lr(config.steps) == 1e-4
+    assert min(lr(step) for step in range(config.steps)) > 1e-4
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_lars_points_and_the_batch_that_batch_norm_sees(name: str) -> None:
+    # Red when: a number of the table differs, or the micro-batch is left at the default.
+    point = POINTS[name]
+    config = resolve(recipes.get(name))
+    optim = config.optim
+    assert (optim.name, optim.variant, optim.trust_coefficient, optim.eps) == ("lars", "tf", 0.001, 0.0)
+    assert (scaled_lr(optim, point.batch), optim.momentum, optim.weight_decay) == (
+        point.lr,
+        point.momentum,
+        point.weight_decay,
+    )
+    assert (config.global_batch_size, config.micro_batch_size) == (point.batch, point.bn_images)
+    assert config.label_smoothing == 0.1
+    assert config.model.name == "resnet50"
+    for ranks, count in ((8, point.accumulation_8), (64, point.accumulation_64)):
+        assert accumulation(config, ranks) == count
+        assert count * ranks * point.bn_images == point.batch
+
+
+def test_the_96k_point_covers_the_authors_epochs() -> None:
+    # 1,301 steps of 98,304 images are 99.8 epochs of ImageNet.
+    config = recipes.get("imagenet_resnet50_96k")
+    assert config.steps == 1301
+    assert round(1301 * 98_304 / TRAIN_IMAGES, 1) == 99.8
+
+
+def lamb_lr(peak: float, warmup: int, total: int, step: int) -> float:
+    """optimization.py of the authors' LAMB: linear up, linear down to 0."""
+    return peak * (step + 1) / warmup if step < warmup else peak * (total - step) / (total - warmup)
+
+
+def cosine_lr(peak: float, warmup: int, total: int, step: int) -> float:
+    return (
+        peak * (step + 1) / warmup
+        if step < warmup
+        else peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "peak", "warmup_epochs", "epochs", "weight_decay", "formula"),
+    [
+        ("imagenet_efficientnet_b0_4k", 4096, 4 / (2**1.5 * 100), 2.5, 350, 0.02, lamb_lr),
+        ("imagenet_efficientnet_b0_32k", 32768, 0.04, 20, 350, 0.02, lamb_lr),
+        ("imagenet_vit_s_4k", 4096, 4e-3 * 2**0.5, 10, 300, 0.05, cosine_lr),
+        ("imagenet_vit_s_32k", 32768, 0.016, 80, 300, 0.05, cosine_lr),
+    ],
+)
+def test_lamb_points_step_by_step(
+    name: str,
+    batch: int,
+    peak: float,
+    warmup_epochs: float,
+    epochs: int,
+    weight_decay: float,
+    formula: Callable[[float, int, int, int], float],
+) -> None:
+    # Red when: the square root is left out, the decay has power 2, or warm-up counts steps as epochs.
+    config, lr = schedule_of(name)
+    per_epoch = TRAIN_IMAGES // batch
+    warmup, total = round(warmup_epochs * per_epoch), epochs * per_epoch
+    for step in range(0, total, 7):
+        assert lr(step) == pytest.approx(formula(peak, warmup, total, step), rel=1e-9), step
+    assert lr(warmup - 1) == lr(warmup) == pytest.approx(peak, rel=1e-12)
+    assert lr(total) == 0
+    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("lamb", weight_decay, (0.9, 0.999))
+    assert accumulation(config, 8) * 8 * 128 == accumulation(config, 32) * 32 * 128 == batch
+
+
+def test_lamb_for_resnet50_as_its_docstring_says() -> None:
+    # Red when: the docstring's numbers are not run.sh's (warm-up 782 steps there, with 39.1 steps per epoch).
+    doc = recipes.RECIPES["imagenet_resnet50_32k"].__doc__ or ""
+    for said in ("--lr 0.04", "--optim.weight-decay 1.5", "--steps 3519", "warmup-epochs 20", "schedule.power 1"):
+        assert said in doc
+    assert abs(20 * (TRAIN_IMAGES // 32768) - 782) <= 2
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
+    # Red when: a docstring loses its command, a recipe names another in its config, or a rank count does not divide.
+    doc = recipes.RECIPES[name].__doc__ or ""
+    assert "Not run by us" in doc
+    assert f"torchrun --nproc-per-node 8 -m conadv train {name} --data DIR" in doc
+    config = resolve(recipes.get(name))
+    assert config.recipe == name
+    assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
+    for method in ("vanilla", "multiview", "noise", "disadv", "conadv", "recycle"):
+        resolve(replace(recipes.get(name), method=method))
+
+
+def test_slurm_script_names_a_recipe_and_options_that_exist(tmp_path: Path) -> None:
+    # Red when: the script's recipe is renamed, an option is misspelt, or the shell cannot read it.
+    text = SLURM.read_text()
+    subprocess.run(["bash", "-n", str(SLURM)], check=True)
+    recipe = re.search(r"^RECIPE=(\w+)", text, re.M)
+    options = re.search(r'^OPTIONS="(.*?)"', text, re.M)
+    assert recipe
+    assert options
+    args = [recipe[1], "--data", str(tmp_path), "--out", str(tmp_path), *options[1].split(), "--resume"]
+    base, _, rest = _base_config(args, recipes.get)
+    parsed = tyro.cli(TrainArgs, default=TrainArgs(base, RunOptions()), args=rest)
+    config = resolve(override(base, parsed.config, given_settings(rest)))
+    nodes = re.search(r"#SBATCH --nodes=(\d+)", text)
+    assert nodes
+    assert accumulation(config, 8 * int(nodes[1])) == 4
+
+
+def test_repeated_photographs_make_a_large_batch(tmp_path: Path) -> None:
+    # Red when: repeat() links fewer copies than asked for, or the scan does not follow links.
+    for name in ("a", "b", "c"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), name.encode()[0]).save(tmp_path / "photos" / name / "x.jpg")
+    assert load("repeat_folder").repeat(tmp_path / "photos", tmp_path / "repeated", 64) == 66
+    config = replace(
+        recipes.get("imagenet_resnet50_96k"),
+        global_batch_size=64,
+        micro_batch_size=8,
+        precision="fp32",
+        method="disadv",
+        steps=1,
+        schedule__warmup_epochs=0,
+        data__dir=tmp_path / "repeated",
+        data__image_size=32,
+        data__num_workers=0,
+        model=ModelConfig(name="torchvision:mobilenet_v3_small"),
+        eval__robust_images=0,
+    )
+    summary = train(config, tmp_path / "run")
+    assert summary["steps"] == 1
