@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from conadv.config import ModelConfig
 from conadv.models import build_model, check_model
-from conadv.norm import CLEAN, check_routes, route, split_batchnorm, strip
+from conadv.norm import CLEAN, SplitBatchNorm, check_routes, route, split_batchnorm, strip
 from conadv.optim import MODEL_RULES, parameter_groups
 
 CLASSES, IMAGES = 5, 3
@@ -183,6 +183,7 @@ def check(case: Case, forward: bool = True) -> Row:
     else:
         split_batchnorm(model, "adv")
     check_routes(model, ["adv"])
+    _check_own_tensors(model)
     parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)
     extra = set(model.state_dict()) - set(names)
     assert all(".routes.adv." in name for name in extra)
@@ -227,13 +228,28 @@ def _check_forward(model: nn.Module, size: int) -> None:
         return
     clean, adv = _logits(model.eval(), x), _logits(model, x, "adv")
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".routes.adv." in name:
+        for layer in _split_layers(model):
+            for p in layer.routes["adv"].parameters(recurse=False):
                 p.mul_(0.5).add_(0.1)
     assert torch.equal(_logits(model, x), clean), "the adversarial route must not reach the clean one"
     assert not torch.equal(_logits(model, x, "adv"), adv), "the adversarial route must be in use"
     with torch.no_grad(), route(model, {CLEAN: IMAGES, "adv": IMAGES}):
         assert model(torch.cat([x, z])).shape == (2 * IMAGES, CLASSES)
+
+
+def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
+    return [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
+
+
+def _check_own_tensors(model: nn.Module) -> None:
+    """A route's parameters and statistics are its own (a child such as a PReLU is shared, by design)."""
+    for layer in _split_layers(model):
+        tensors = layer.routes["adv"].parameters(recurse=False), layer.routes["adv"].buffers(recurse=False)
+        clean = layer.parameters(recurse=False), layer.buffers(recurse=False)
+        own = {t.data_ptr() for group in tensors for t in group}
+        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), (
+            "routes share a tensor"
+        )
 
 
 def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:

@@ -28,6 +28,7 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up the module that they are defined in
     spec.loader.exec_module(module)
     sys.path.remove(str(BENCHMARKS))
     return module
