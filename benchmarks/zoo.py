@@ -218,6 +218,7 @@ def _check_forward(model: nn.Module, size: int) -> None:
     plain = _logits(model.eval(), x)
     split_batchnorm(model, "adv")
     assert torch.equal(_logits(model, x), plain), "the clean route is the plain model"
+    assert torch.equal(_logits(model, x, "adv"), plain), "a new route is a copy of the clean one, activation and all"
     has_routes = any(".routes." in name for name, _ in model.named_parameters())
     before = {name: value.clone() for name, value in model.named_buffers()}
     _backward(model.train(), x, z)
@@ -247,9 +248,7 @@ def _check_own_tensors(model: nn.Module) -> None:
         tensors = layer.routes["adv"].parameters(recurse=False), layer.routes["adv"].buffers(recurse=False)
         clean = layer.parameters(recurse=False), layer.buffers(recurse=False)
         own = {t.data_ptr() for group in tensors for t in group}
-        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), (
-            "routes share a tensor"
-        )
+        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), "routes share a tensor"
 
 
 def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:

@@ -43,6 +43,8 @@ class AnalyzeArgs:
     """CPU threads that torch uses."""
     overwrite: bool = False
     """Compute again, and replace an analysis with other options."""
+    model: str | None = None
+    """Only for runs whose model is code of yours: repeat its module:function, to say that it may run."""
 
 
 def command(args: AnalyzeArgs) -> None:

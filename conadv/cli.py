@@ -361,6 +361,7 @@ def _analyze(args: Sequence[str]) -> None:
     from .analyze import AnalyzeArgs, command
 
     options = tyro.cli(AnalyzeArgs, args=args, prog="conadv analyze")
+    _trust(options.model)
     _set_threads(options.threads)
     command(options)
 

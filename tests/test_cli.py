@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conadv import cli
+from conadv import cli, recipes
 from conadv.cli import given_settings, main
 from conadv.progress import Live, Plain, for_terminal
 from conadv.types import StepRecord
@@ -48,7 +48,8 @@ def test_module_and_help() -> None:
 def test_recipes_lists_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["digits", "cifar10", "fashion-mnist", "imagefolder"]
+    assert [line.split()[0] for line in lines[:4]] == ["digits", "cifar10", "fashion-mnist", "imagefolder"]
+    assert len(lines) == len(recipes.RECIPES)
 
 
 def test_train_eval_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,7 +198,10 @@ def test_the_command_line_trusts_what_was_typed_in_it(folder: Path, capsys: pyte
     run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
     assert main([*run, "--model", "mynets:make"]) == 0
     again = ["train", "--config", "run/config.yaml", "--out", "again", "--quiet"]
-    for command in (again, ["eval", "run"], ["export", "run"]):
+    analyze = (
+        "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --landscape none --robust-images 0".split()
+    )
+    for command in (again, ["eval", "run"], ["export", "run"], analyze):
         (folder / "ran").unlink(missing_ok=True)
         sys.modules.pop("mynets", None)
         own._trusted.clear()
