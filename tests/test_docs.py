@@ -45,7 +45,6 @@ PARSED = {
     "plan": PlanArgs,
     "demo": DemoArgs,
     "sweep": SweepArgs,
-    "sweep": SweepArgs,
 }
 OPTIONS_ALONE = ("--help", "--version")
 
