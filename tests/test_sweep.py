@@ -304,33 +304,32 @@ def test_estimate() -> None:
 # ---- whole sweeps
 
 
-def test_a_sweep_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: tidy is not called, the lines lose their count, or a finished run is run again.
-    spec, out = write(tmp_path), tmp_path / "out"
+    spec, out = ROOT / "studies" / "example.yaml", tmp_path / "out"
     assert run(spec, out, "--dry-run") == 0
-    assert "16 runs in all, 0 of them done" in capsys.readouterr().out
+    assert "24 runs in all, 0 of them done" in capsys.readouterr().out
     assert not out.exists()
     assert run(spec, out, "--max-minutes", "0") == 0
-    assert "16 run(s) are left" in capsys.readouterr().out
+    assert "24 run(s) are left" in capsys.readouterr().out
     assert main(["sweep", str(spec), "--out", str(out), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("]")[0] for line in lines[:16]] == [f"[{number}/16" for number in range(1, 17)]
+    assert [line.split("]")[0] for line in lines[:24]] == [f"[{number}/24" for number in range(1, 25)]
     assert "left" in lines[0]
     done = read(out)
-    assert len(done["cells"]) == 4
+    assert len(done["cells"]) == 6
     assert done["failed"] == []
     for cell in done["cells"]:
         summaries = [json.loads((out / path / "summary.json").read_text()) for path in cell["runs"]]
         assert [summary["seed"] for summary in summaries] == cell["seeds"] == [0, 1]
         assert {summary["lr"] for summary in summaries} == {cell["chosen"]["optim.lr"]}
-        validation = [trial["validation"][0] for trial in cell["trials"]]
         assert cell["chosen"] == cell["trials"][choice(cell)]["settings"]
-        assert [trial["mean"] for trial in cell["trials"]] == validation
+        assert [trial["mean"] for trial in cell["trials"]] == [trial["validation"][0] for trial in cell["trials"]]
     assert (out / "report.html").is_file()
-    kept = {path.name for path in (out / "runs" / "lars-batch-20-lr-1-seed100").iterdir()}
+    kept = {path.name for path in (out / "runs" / "lars-batch-50-lr-2-seed100").iterdir()}
     assert kept == {"config.yaml", "record.jsonl", "summary.json"}
     before = times(out)
-    assert run(spec, out, "--jobs", "1") == 0
+    assert run(spec, out) == 0
     assert times(out) == before
 
 

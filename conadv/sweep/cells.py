@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config import Config, dump_yaml, override, parse, replace, resolve
+from ..config import Config, override, parse, replace, resolve
 from ..errors import ConadvError
 from .spec import BATCH, Settings, Spec
 
@@ -124,7 +124,7 @@ class _Expansion:
             raise ConadvError(f"{label}: {error}") from error
         if tuning and config.data.validation_images is None:
             raise ConadvError(f"{label}: tuning needs images to choose by. Give data.validation_images in base.")
-        key, name = dump_yaml(config), f"{_slug(label)}-seed{seed}"
+        key, name = config.model_dump_json(), f"{_slug(label)}-seed{seed}"
         if key not in self._names and name in self.runs:
             raise ConadvError(
                 f"{label!r} and {self.runs[name].label!r} would both be in runs/{name}. Rename one of the arms."
