@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 
 from .errors import ConadvError
 from .record import sync_folder
+from .untrusted import check_archive
 
 _NAME = "step_{:08d}.pt"
 _SEAL = re.compile(rb"\nconadv checkpoint 2 sha256 ([0-9a-f]{64}) bytes ([0-9]{16})\n")
@@ -189,10 +189,11 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """
     try:
         verify(path)
+        check_archive(path)
         state: Any = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, ConadvError):
-            raise
+    except ConadvError:
+        raise
+    except Exception as error:  # whatever a hostile file makes of its reader
         raise ConadvError(
             f"Cannot read the checkpoint {path}: {error}. Delete it to resume from an older one."
         ) from error

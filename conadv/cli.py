@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +19,7 @@ from pydantic import ValidationError
 from ._version import __version__
 from .allocator import keep_freed_memory
 from .config import Config, explain, flatten, load_yaml, override, replace, resolve
-from .errors import ConadvError, unknown
+from .errors import ConadvError, printable, unknown
 from .signals import EXIT_INTERRUPTED, Stopped
 
 if TYPE_CHECKING:
@@ -40,11 +43,19 @@ Large-batch training with concurrent adversarial learning.
   sweep SPEC               a grid of runs: tuned on validation images, confirmed on other seeds, reported
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
   bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
+  check DIR                read every image of an image folder and list those that training would stumble over
 
   --version, --help        `conadv COMMAND --help` has the details
+  --debug                  show tracebacks (also with CONADV_DEBUG=1 in the environment)
+
+exit codes: 0 done, 1 check found something, 2 an error that you can act on, 70 a bug of conadv,
+            130 interrupted and 143 terminated (saved, if training), 141 nobody reads the output any more
 """
 
+EXIT_FOUND = 1
 EXIT_USER_ERROR = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that SIGPIPE ends
 
 
 @dataclass
@@ -89,36 +100,81 @@ class TrainArgs:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns its exit code (0, 2 for a user's error, 130 after SIGINT, 143 after SIGTERM)."""
+    """Run the program; returns its exit code, see HELP.
+
+    Errors are one message. With --debug, or CONADV_DEBUG in the environment, the traceback comes before it.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help", "help"):
-        _say(HELP)
-        return 0
-    if args[0] == "--version":
-        _say(__version__)
-        return 0
+    debug = os.environ.get("CONADV_DEBUG", "0") not in ("", "0") or "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII locale must not end a run
     try:
-        if args[0] not in COMMANDS:
-            raise unknown("command", args[0], COMMANDS)
-        COMMANDS[args[0]](args[1:])
-    except ConadvError as error:
-        if not error.agreed or os.environ.get("RANK", "0") == "0":  # what all ranks raise is said once
-            sys.stderr.write(f"conadv: {error}\n")
-        return EXIT_USER_ERROR
-    except ValidationError as error:  # tyro explains those of nested settings, not those of the top level
-        sys.stderr.write(f"conadv: {explain(error, 'options')}\n")
-        return EXIT_USER_ERROR
-    except KeyboardInterrupt as interrupt:
-        if isinstance(interrupt, Stopped):
-            if os.environ.get("RANK", "0") == "0":  # all ranks stop together
-                sys.stderr.write(f"conadv: stopped{interrupt}\n")
-            return interrupt.code
-        sys.stderr.write(f"conadv: interrupted{''.join(map(str, interrupt.args))}\n")
-        return EXIT_INTERRUPTED
+        code = _dispatch(args)
+        sys.stdout.flush()  # here, or a pipe that was closed is found after the last line of the program
+    except BrokenPipeError:
+        if debug:
+            traceback.print_exc()
+        _drop_output()
+        return EXIT_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        code, message = _explained(error)
+        if message:
+            sys.stderr.write(f"conadv: {_one_message(message)}\n")
+    return code
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        _say(HELP)
+    elif args[0] == "--version":
+        _say(__version__)
+    elif args[0] not in COMMANDS:
+        raise unknown("command", args[0], COMMANDS)
+    else:
+        return COMMANDS[args[0]](args[1:]) or 0
     return 0
+
+
+def _explained(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and what to say of it."""
+    if isinstance(error, ConadvError):
+        said = error.agreed and os.environ.get("RANK", "0") != "0"  # what all ranks raise is said once
+        return EXIT_USER_ERROR, "" if said else str(error)
+    if isinstance(error, ValidationError):  # tyro explains those of nested settings, not those of the top level
+        return EXIT_USER_ERROR, str(explain(error, "options"))
+    if isinstance(error, Stopped):
+        said = os.environ.get("RANK", "0") != "0"  # all ranks stop together
+        return error.code, "" if said else f"stopped{error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, f"interrupted{''.join(map(str, error.args))}"
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return EXIT_USER_ERROR, f"{error.strerror or error}{where}. Check the path, its permissions and free space."
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return EXIT_USER_ERROR, f"Out of memory: {error}. Choose a smaller micro_batch_size, image_size or model."
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(__file__).parent in Path(frame.filename).parents]
+    frame = (ours or list(frames))[-1]
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return EXIT_BUG, (
+        f"Unexpected {type(error).__name__} in {where}: {error}. This is a bug of conadv: please report it with what "
+        "--debug shows (the traceback)."
+    )
+
+
+def _one_message(text: str) -> str:
+    """Without control characters, which a file name may hold; lines stay."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _drop_output() -> None:
+    """Let nothing else be written to a pipe that nobody reads, so that Python does not complain when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:
@@ -154,7 +210,7 @@ def _train(args: Sequence[str]) -> None:
     if "model.name" in given_settings(rest):
         _trust(config.model.name)
     options = parsed.run
-    out = options.out or Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
+    out = options.out or _default_out(config)
     _set_threads(options.threads)
     keep_freed_memory()
     from .engine import Comm
@@ -186,6 +242,7 @@ def _train(args: Sequence[str]) -> None:
 _ALIASES = {
     "data": "data.dir",
     "download": "data.download",
+    "on_bad_image": "data.on_bad_image",
     "augment": "data.augment",
     "aug_view": "data.aug_view",
     "model": "model.name",
@@ -222,7 +279,9 @@ def _base_config(args: list[str], get: Callable[[str], Config]) -> tuple[Config,
             if not path:
                 raise ConadvError("--config needs a file, such as RUN/config.yaml.")
             rest = args[:i] + args[i + (1 if value else 2) :]
-            return load_yaml(Path(path)), f"conadv train --config {path}", rest
+            # what a file from somebody else says must not make this machine write somewhere: --download is given anew
+            base = replace(load_yaml(Path(path)), data__download=False)
+            return base, f"conadv train --config {path}", rest
     if args and args[0] in ("-h", "--help"):
         return Config(), "conadv train RECIPE", args
     if not args or args[0].startswith("-"):
@@ -236,6 +295,13 @@ def _trust(model: str | None) -> None:
         from .models import trust
 
         trust(model)
+
+
+def _default_out(config: Config) -> Path:
+    """runs/RECIPE/METHOD...; the recipe's name may come from somebody's file, and must not lead out of runs."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", config.recipe):
+        raise ConadvError(f"The recipe's name {printable(config.recipe)[:100]!r} is no folder name. Give --out.")
+    return Path("runs") / config.recipe / f"{_slug(config)}-seed{config.seed}"
 
 
 def _slug(config: Config) -> str:
@@ -302,9 +368,12 @@ def _eval(args: Sequence[str]) -> None:
     from .engine.comm import pick_device
     from .trainer import load_run, measure
 
-    for name, result in measure(load_run(options.run, pick_device(options.device), best=options.best)).items():
+    parts = load_run(options.run, pick_device(options.device), best=options.best)
+    for name, result in measure(parts).items():
         if result is not None:
             _say(f"{name:<6}  accuracy {100 * result.accuracy:6.2f} %  loss {result.loss:.4f}  images {result.images}")
+    for bad in parts.data.bad.take(parts.engine.version - 1):
+        _say(f"left out, as it cannot be read: {bad['path']} ({bad['reason']})")
 
 
 @dataclass
@@ -405,7 +474,13 @@ def _bench(args: Sequence[str]) -> None:
         bench.run(args)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+def _check(args: Sequence[str]) -> int:
+    from .data.check import CheckArgs, command
+
+    return 0 if command(tyro.cli(CheckArgs, args=args, prog="conadv check")) else EXIT_FOUND
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "recipes": _recipes,
     "train": _train,
     "eval": _eval,
@@ -418,4 +493,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sweep": _sweep,
     "demo": _demo,
     "bench": _bench,
+    "check": _check,
 }

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from fractions import Fraction
 from pathlib import Path
@@ -17,8 +18,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
-from .errors import ConadvError, unknown
+from .errors import ConadvError, printable, unknown
 from .methods import METHODS
+from .untrusted import read_yaml
 
 if TYPE_CHECKING:
     MethodName = str
@@ -35,12 +37,17 @@ SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
 
 def parse_fraction(value: object) -> object:
     """``"4/255"`` -> 0.0157; anything else is left to the field's own check."""
-    if isinstance(value, str):
-        try:
-            return float(Fraction(value.replace(" ", "")))
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{value!r} is not a number or a fraction such as 4/255") from error
-    return value
+    return read_fraction(value) if isinstance(value, str) else value
+
+
+def read_fraction(text: str) -> float:
+    """The value of a number or a fraction in text. Raises ValueError."""
+    try:
+        if len(text) > 60 or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):  # 1e999999999 would be written out first
+            raise ValueError
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError, OverflowError) as error:
+        raise ValueError(f"{text[:60]!r} is not a number or a fraction such as 4/255") from error
 
 
 _FRACTION = PrimitiveConstructorSpec(
@@ -77,6 +84,8 @@ class DataConfig(Section):
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
     """Augmentation of a third view with its own route; None has no third view."""
+    on_bad_image: Annotated[Literal["error", "skip"], tyro.conf.arg(aliases=["--on-bad-image"])] = "error"
+    """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
     num_workers: int = Field(0, ge=0, le=256)
     """Loader processes; 0 loads in the training process (best for images held in memory)."""
     mean: tuple[float, ...] = (0.5,)
@@ -527,10 +536,7 @@ def dump_yaml(config: Config) -> str:
 
 def load_yaml(path: Path) -> Config:
     """Read a saved config; an unknown key or a bad value is a ConadvError that names it."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConadvError(f"Cannot read the config {path}: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConadvError(f"The config {path} is not a mapping of settings.")
     return parse(values, str(path))
@@ -551,7 +557,9 @@ def explain(error: ValidationError, where: str) -> ConadvError:
     if first["type"] == "extra_forbidden":
         names = list(flatten(Config().model_dump()))
         return ConadvError(f"{where}: {unknown('setting', path, names)}")
-    return ConadvError(f"{where}: {path} = {first.get('input')!r}: {first['msg']}.")
+    given = repr(first.get("input"))
+    given = given if len(given) <= 80 else f"{given[:80]}..."
+    return ConadvError(f"{where}: {printable(path)[:200]} = {given}: {first['msg'][:500]}.")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

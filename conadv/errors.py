@@ -16,10 +16,34 @@ class ConadvError(ValueError):
 
     agreed = False
 
+    def __init__(self, *args: object) -> None:
+        """A message can be written anywhere: bytes of a path that are not UTF-8 are shown as escapes."""
+        super().__init__(*(_encodable(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _encodable(text: str) -> str:
+    return text if text.isascii() else "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:
     """An error for a name that is not in ``known``, with the nearest known one."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-    return ConadvError(f"Unknown {kind} {name!r}. {hint}")
+    shown = name if len(name) <= 80 else f"{name[:80]}..."
+    return ConadvError(f"Unknown {kind} {shown!r}. {hint}")
+
+
+def printable(text: object) -> str:
+    """``text`` on one line: control characters, line ends and bytes of no encoding are written as escapes.
+
+    For names that somebody else chose: a path may hold a line end, a terminal's escape codes, or bytes that no output
+    can encode.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # how Python keeps a byte of a file name that is not UTF-8
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c.encode("unicode_escape").decode("ascii")

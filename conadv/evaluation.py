@@ -72,6 +72,8 @@ def evaluate(
 
     with _eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
         for number, (x, y) in enumerate(batches):
+            if not len(y):  # none of its images could be read
+                continue
             x, y = x.to(device), y.to(device)
             x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
             if attack is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ._version import __version__
 from .config import resolve
+from .errors import ConadvError
 from .norm import strip
 from .run import RunDir
 from .trainer import load_state, make_model
@@ -23,8 +24,14 @@ def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
-    model = make_model(config, state["channels"], len(state["class_names"]))
-    model.load_state_dict(state["model"])
+    try:
+        model = make_model(config, state["channels"], len(state["class_names"]))
+        model.load_state_dict(state["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConadvError(
+            f"The checkpoint in {path} does not fit its config.yaml: {str(error)[:500]}. It was changed, or belongs to "
+            "another run."
+        ) from error
     return strip(model).eval()
 
 
@@ -34,7 +41,7 @@ def export(path: Path, *, best: bool = False) -> Path:
     config = run.open()
     tensors = {name: value.contiguous() for name, value in load_plain_model(path, best=best).state_dict().items()}
     about = {"format": "pt", "conadv": __version__, "model": config.model.name, "method": config.method}
-    temporary = run.weights.with_suffix(".tmp")
+    temporary = run.weights.with_suffix(".tmp")  # open() has made sure that it is no link
     save_file(tensors, temporary, metadata=about)
     temporary.replace(run.weights)
     return run.weights

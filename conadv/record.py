@@ -11,8 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from . import untrusted
 from ._version import __version__
-from .errors import ConadvError
+from .errors import ConadvError, printable
 
 BESIDE = ("network", "transfer")
 """Spans of the network, which run beside a process's own phases."""
@@ -62,38 +63,60 @@ class Record:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a record; a last line that a killed run left unfinished is dropped."""
+    """All complete lines of a record; a last line that a killed run left unfinished is dropped.
+
+    Raises ConadvError, naming the line, for what is not JSON with a ``type`` and with the fields that it needs.
+    """
     lines = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConadvError(f"Cannot read the record {path}: {error}") from error
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
-            if line.endswith("\n"):
-                raise ConadvError(f"{path}, line {number} is not JSON: {error}") from error
+        for number, raw in untrusted.read_lines(path):
+            try:
+                lines.append(_checked(untrusted.parse_json(raw.decode("utf-8"))))
+            except ValueError as error:  # UnicodeDecodeError is one
+                if raw.endswith(b"\n"):
+                    problem = printable(error)[:300]
+                    raise ConadvError(f"{printable(path)}, line {number} is not JSON of a record: {problem}") from error
+    except OSError as error:
+        raise ConadvError(f"Cannot read the record {printable(path)}: {error}") from error
     return lines
+
+
+_COUNTED = ("step", "eval", "resume", "timeline", "bad_image", "error")
+
+
+def _checked(line: Any) -> dict[str, Any]:
+    """ValueError for a line that no reader could use."""
+    if not isinstance(line, dict) or not isinstance(line.get("type"), str):
+        raise ValueError("no object with a type")
+    if line["type"] in _COUNTED and not isinstance(line.get("step"), int):
+        raise ValueError(f"{line['type']} without a whole number as step")
+    if line["type"] == "header" and not isinstance(line.get("steps", 0), int):
+        raise ValueError("header without a whole number as steps")
+    return line
 
 
 def truncate(path: Path, step: int) -> None:
     """Drop what a resumed run will write again: steps from ``step`` on, later evaluations, the final one. Atomic."""
-    last = max((line["steps"] for line in read_lines(path) if line["type"] == "header"), default=0)
+    lines = read_lines(path)
+    last = max((line.get("steps", 0) for line in lines if line["type"] == "header"), default=0)
 
     def stays(line: dict[str, Any]) -> bool:
-        limit = dict.fromkeys(("step", "probe", "resume", "timeline"), step - 1)
+        limit = dict.fromkeys(("step", "probe", "resume", "timeline", "bad_image"), step - 1)
         limit |= {"eval": min(step, last - 1), "stop": step, "error": -1}
         return line["type"] not in limit or line["step"] <= limit[line["type"]]
 
-    kept = [json.dumps(line) + "\n" for line in read_lines(path) if stays(line)]
+    kept = [json.dumps(line) + "\n" for line in lines if stays(line)]
     write_atomic(path, "".join(kept))
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader or a crash sees the old or the new content, never half of it."""
+    """Replace a file as a whole: a reader or a crash sees the old or the new content, never half of it.
+
+    What UTF-8 cannot hold (bytes of an odd file name) is written as escapes.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)  # of a run that was killed, or a link that would lead elsewhere
+    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from typing import Any
 from .config import Config, differences, dump_yaml, load_yaml, replace
 from .errors import ConadvError
 from .record import write_atomic
+from .untrusted import refuse_links
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class RunDir:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
             raise ConadvError(f"{self.path} is not a run directory: it has no config.yaml.")
+        refuse_links(self.path)
         return load_yaml(self.config)
 
     def check(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Raise ConadvError if a run of ``config`` may not go here. Changes nothing."""
         if resume and overwrite:
             raise ConadvError("--resume continues a run, --overwrite deletes it: give one of them.")
+        refuse_links(self.path)
         if resume:
             self._check_same(config)
         elif not (existing := self._nearest_parent()).is_dir():
@@ -124,7 +127,8 @@ class RunDir:
 
     def changes(self, config: Config) -> list[str]:
         """The settings in which the run here differs from ``config``, but for where the data lies."""
-        moved = replace(self.open(), data__dir=config.data.dir)  # the same data may lie elsewhere now
+        # the same data may lie elsewhere now, and be there already
+        moved = replace(self.open(), data__dir=config.data.dir, data__download=config.data.download)
         return differences(moved, config)
 
     def _delete(self) -> None:

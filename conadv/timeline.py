@@ -18,6 +18,7 @@ from .errors import ConadvError
 from .methods import METHODS
 from .record import BESIDE, read_lines, write_atomic
 from .run import RunDir
+from .untrusted import refuse_links
 
 TRACE, PICTURE = "trace.json", "timeline.png"
 EXECUTORS = ("inline", "stream", "ranks")
@@ -43,6 +44,7 @@ def command(args: TimelineArgs) -> None:
     record = RunDir(args.run).record
     if not record.is_file():
         raise ConadvError(f"{args.run} is not a run: it holds no {record.name}.")
+    refuse_links(args.run)
     found = timeline(read_lines(record), str(record))
     out = args.out or RunDir(args.run).timeline
     _write(found, steps, out)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -351,14 +352,20 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
 
     Ranks: ``state`` is the same on all, each takes its own share of the images that wait, however many ranks wrote it.
     """
-    engine = state["engine"]
-    pending = shard(engine["pending"], parts.comm.rank, parts.comm.ranks)
-    parts.model.load_state_dict(state["model"])
-    parts.optimizer.load_state_dict(state["optimizer"])
-    parts.engine.load_state_dict({**engine, "pending": pending})
-    if parts.probe is not None:
-        parts.probe.load_state_dict(state["probe"])
-    parts.best.update(state["best"] or {})
+    try:
+        engine = state["engine"]
+        pending = shard(engine["pending"], parts.comm.rank, parts.comm.ranks)
+        parts.model.load_state_dict(state["model"])
+        parts.optimizer.load_state_dict(state["optimizer"])
+        parts.engine.load_state_dict({**engine, "pending": pending})
+        if parts.probe is not None:
+            parts.probe.load_state_dict(state["probe"])
+        parts.best.update(state["best"] or {})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConadvError(
+            f"The checkpoint does not fit the run's config: {str(error)[:500]}. It was changed, or belongs to another "
+            "run."
+        ) from error
     return parts.engine.version
 
 
@@ -387,7 +394,8 @@ def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple
 def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
     """The parts of a run with its newest checkpoint loaded, or the best one (checkpoint.keep_best)."""
     run = RunDir(path)
-    parts = build(resolve(run.open()), device)
+    config = replace(run.open(), data__download=False)  # evaluating a stranger's run writes nothing
+    parts = build(resolve(config), device)
     restore(parts, load_state(run, device, best=best))
     return parts
 
@@ -443,6 +451,7 @@ def _evaluate(parts: Parts, split: str, limit: int | None, attack: PGD | None = 
 def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer: Observer) -> dict[str, Any]:
     """Evaluate into the record and summary.json, which rank 0 writes; returns the summary."""
     results = measure(parts)
+    _log_bad_images(parts, log, observer, everyones=True)
     steps, epoch = parts.engine.version, parts.engine.version / parts.data.order.steps_per_epoch
     for split, result in results.items():
         if result is not None:
@@ -502,6 +511,8 @@ def _open_record(run: RunDir, parts: Parts, first: int, damaged: list[str]) -> r
         return record.Record(None)
     if first:
         record.truncate(run.record, first)
+        earlier = [line["path"] for line in record.read_lines(run.record) if line["type"] == "bad_image"]
+        parts.data.bad.logged.update(earlier)
     log = record.Record(run.record)
     if first:
         log.write("resume", step=first, **_placement(parts), damaged=damaged, time=record.now())
@@ -561,9 +572,11 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
             if done.step - first >= parts.execution.timeline_steps:
                 done.spans = []
             _log_step(log, done, begin)
+            _log_bad_images(parts, log, observer)
             observer.step(done)
             better = _evaluate_if_due(parts, log, begin, observer)
             if better or parts.engine.stop or _checkpoint_is_due(parts):
+                _log_bad_images(parts, log, observer, everyones=True)
                 save(parts, writer)
             if parts.engine.stop:
                 return
@@ -632,6 +645,24 @@ def _agree_to_stop(parts: Parts) -> None:
     mine = max(engine.stop, engine.stop_request() if engine.stop_request else 0)
     flags = parts.comm.any(torch.tensor([mine >= INTERRUPT, mine == TERMINATE]))
     engine.stop = int(flags.sum())
+
+
+def _log_bad_images(parts: Parts, log: record.Record, observer: Observer, *, everyones: bool = False) -> None:
+    """Files that could not be read, into the record, each once.
+
+    Ranks: rank 0 writes its own at once; with ``everyones`` those of the others too (collective).
+    """
+    data, comm = parts.data, parts.comm
+    if not data.skip_bad or not (comm.first or everyones):
+        return
+    found = [data.bad.take(parts.engine.version - 1)]
+    if everyones:
+        found = comm.gather(found[0])
+    for line in sorted(chain(*found), key=lambda line: int(line["step"])):
+        if line["path"] not in data.bad.logged:
+            data.bad.logged.add(line["path"])
+            log.write("bad_image", **line)
+            observer.message(f"left out, as it cannot be read: {line['path']} ({line['reason']})")
 
 
 def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -17,12 +17,34 @@ from ..errors import ConadvError, unknown
 from ..signals import outlive_stop
 from ..types import Batch, MicroBatch
 from .augment import sample_keys
-from .files import Progress
+from .files import BadFile, Progress
 from .order import Order
 from .sources import Source, build_source
 from .splits import Draw, Split
 
 T = TypeVar("T")
+
+
+@dataclass
+class BadImages:
+    """The image files that could not be read so far, each once, as this process came across them."""
+
+    known: set[str] = field(default_factory=set)
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+    """What the record holds already: on rank 0, from all ranks and from before a resume."""
+
+    def note(self, found: Iterable[BadFile], step: int | None) -> None:
+        """``step``: the one that the images belong to; None for an evaluation."""
+        for path, reason in found:
+            if path not in self.known:
+                self.known.add(path)
+                self.waiting.append({"step": step, "path": path, "reason": reason})
+
+    def take(self, last_step: int) -> list[dict[str, Any]]:
+        """What was found since the last call, for the record; ``last_step``: the one that an evaluation follows."""
+        found, self.waiting = self.waiting, []
+        return [{**line, "step": last_step if line["step"] is None else line["step"]} for line in found]
 
 
 @dataclass(frozen=True)
@@ -42,6 +64,8 @@ class Data:
     rank: int = 0
     num_workers: int = 0
     ranks: int = 1
+    skip_bad: bool = False
+    bad: BadImages = field(default_factory=BadImages)
 
     @property
     def num_classes(self) -> int:
@@ -75,7 +99,8 @@ class Data:
         data.aug_view. Step t is the same wherever one starts, for any number of workers, and whichever other views are
         drawn. Pinned memory where CUDA is present. Worker processes live as long as the iterator. In flight: at most
         two micro-batches per worker. Raises ConadvError for a view that the configuration has not and, while
-        iterating, for an image that cannot be read.
+        iterating, for an image that cannot be read; with data.on_bad_image skip it is noted in ``bad``, and another
+        image of its class stands in for it in all views and epochs.
         """
         for view in views:
             if view not in self.augments:
@@ -83,13 +108,20 @@ class Data:
                 raise ConadvError(f"{unknown('view', view, self.augments)}{hint}")
         keys = ((step, index) for step in range(start_step, stop_step) for index in self.mine)
         load = _LoadMicroBatch(
-            self.source.train, self.order, {view: self.augments[view] for view in views}, self.micro_batch_size
+            self.source.train,
+            self.order,
+            {view: self.augments[view] for view in views},
+            self.micro_batch_size,
+            self.skip_bad,
         )
         return self._assemble(_stream(load, keys, self.num_workers), range(start_step, stop_step))
 
     def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
         for step in steps:
-            micro = tuple(MicroBatch(**part) for part in islice(parts, len(self.mine)))
+            loaded = list(islice(parts, len(self.mine)))
+            for part in loaded:
+                self.bad.note(part.pop("bad"), step)
+            micro = tuple(MicroBatch(**part) for part in loaded)
             yield Batch(step, micro, self.order.epoch_of(step))
 
     def eval_batches(self, split: str, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,7 +131,8 @@ class Data:
 
         With ``limit`` at most that many images: the first of a fixed permutation, which does not depend on the run's
         seed. The last batch may be smaller than ``batch_size``. Of all these batches rank r gets those with the numbers
-        r, r + ranks, r + 2 ranks, ...: with more ranks than batches some get none.
+        r, r + ranks, r + 2 ranks, ...: with more ranks than batches some get none. With data.on_bad_image skip, images
+        that cannot be read are left out (a batch may be empty) and noted in ``bad``.
         """
         splits = {"train": self.source.train, "test": self.source.test}
         if self.source.validation is not None:
@@ -112,7 +145,12 @@ class Data:
         if limit is not None:
             indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
         mine = torch.split(indices, batch_size)[self.rank :: self.ranks]
-        return _stream(_LoadPlain(splits[split]), mine, self.num_workers)
+        return self._evaluated(_stream(_LoadPlain(splits[split], self.skip_bad), mine, self.num_workers))
+
+    def _evaluated(self, parts: Iterator[tuple[Tensor, Tensor, list[BadFile]]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels, bad in parts:
+            self.bad.note(bad, None)
+            yield images, labels
 
 
 def build_data(
@@ -134,7 +172,8 @@ def build_data(
         augments["aug"] = config.data.aug_view
     micro = config.micro_batch_size or config.global_batch_size
     mine = range(rank * count, (rank + 1) * count) if mine is None else mine
-    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks)
+    skip_bad = config.data.on_bad_image == "skip"
+    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks, skip_bad)
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
@@ -163,29 +202,37 @@ def _windows(items: Iterator[T], ahead: int) -> Iterator[tuple[T, T | None]]:
 
 @dataclass(frozen=True)
 class _LoadMicroBatch:
-    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch."""
+    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch, and "bad" files."""
 
     split: Split
     order: Order
     augments: dict[str, AugmentName]
     micro_batch_size: int
+    skip_bad: bool
 
     def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
         step, index = key
         indices_N = self.order.micro_batch(step, index, self.micro_batch_size)
         seed, epoch = self.order.seed, self.order.epoch_of(step)
         draws = {v: Draw(name, sample_keys(seed, epoch, v, indices_N)) for v, name in self.augments.items()}
-        return {"index": index, "y_N": self.split.labels[indices_N], "views": self.split.views(indices_N, draws)}
+        bad: list[BadFile] = []
+        views = self.split.views(indices_N, draws, bad if self.skip_bad else None)
+        return {"index": index, "y_N": self.split.labels[indices_N], "views": views, "bad": bad}
 
 
 @dataclass(frozen=True)
 class _LoadPlain:
-    """indices_N -> (images, labels) without augmentation."""
+    """indices_N -> (images, labels) without augmentation, and "bad" files, which are left out."""
 
     split: Split
+    skip_bad: bool
 
-    def __call__(self, indices_N: Tensor) -> tuple[Tensor, Tensor]:
-        return self.split.plain(indices_N), self.split.labels[indices_N]
+    def __call__(self, indices_N: Tensor) -> tuple[Tensor, Tensor, list[BadFile]]:
+        bad: list[BadFile] = []
+        if not self.skip_bad:
+            return self.split.plain(indices_N), self.split.labels[indices_N], bad
+        images, kept_N = self.split.readable(indices_N, bad)
+        return images, self.split.labels[kept_N], bad
 
 
 @dataclass(frozen=True)

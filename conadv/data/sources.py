@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..config import DataConfig
 from ..errors import ConadvError, unknown
-from .files import Progress, decode, scan_folder
+from .files import BadFile, Progress, decode, scan_folder
 from .splits import MemorySplit, PhotoSplit, Split, choose, hold_out
 
 
@@ -41,6 +41,8 @@ def build_source(config: DataConfig, progress: Progress | None = None) -> Source
     """
     if config.source not in SOURCES:
         raise unknown("data source", config.source, SOURCES)
+    if config.on_bad_image == "skip" and (config.download or config.source not in ("cifar10", "folder")):
+        raise ConadvError("data.on_bad_image has no effect without a folder of image files. Leave it out.")
     source = SOURCES[config.source](config, progress)
     _check_normalisation(config, source.channels)
     if config.validation_images is None:
@@ -69,13 +71,18 @@ def cifar10(config: DataConfig, progress: Progress | None = None) -> Source:
         return _torchvision(datasets.CIFAR10, config)
     train, test = scan_folder(_directory(config))
     train = train.subset(choose(train.labels, config.train_images, train.class_names))
-    images = [decode(listing, config.image_size, progress) for listing in (train, test)]
+    bad: list[dict[int, BadFile]] = [{}, {}]
+    skip = config.on_bad_image == "skip"
+    images = [
+        decode(listing, config.image_size, progress, unread if skip else None)
+        for listing, unread in zip((train, test), bad, strict=True)
+    ]
     if images[0].shape[1:] != images[1].shape[1:]:
         raise ConadvError(
             f"The images in {train.root} are {images[0].shape[-1]} pixels wide and those in {test.root} "
             f"{images[1].shape[-1]}. Give data.image_size to bring all images to one size."
         )
-    splits = (MemorySplit(images[0], train.labels), MemorySplit(images[1], test.labels))
+    splits = (MemorySplit(images[0], train.labels, bad=bad[0]), MemorySplit(images[1], test.labels, bad=bad[1]))
     return Source(*splits, train.class_names, channels=3, image_size=images[0].shape[-1])
 
 

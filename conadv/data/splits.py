@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..config import AugmentName
 from ..errors import ConadvError
 from .augment import build_augment, build_photo_augment, sample_keys
-from .files import Listing, read_rgb
+from .files import BadFile, BadImage, Listing, no_stand_in, read_rgb, stand_ins
 
 
 class Draw(NamedTuple):
@@ -28,12 +29,22 @@ class Split(Protocol):
     @property
     def labels(self) -> Tensor: ...
 
-    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
-        """uint8 N,C,H,W for every view in ``draws``: a pure function of its arguments."""
+    def views(
+        self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
+    ) -> dict[str, Tensor]:
+        """uint8 N,C,H,W for every view in ``draws``: a pure function of its arguments.
+
+        An image that cannot be read is a ConadvError; with ``bad`` it is noted there, and another of its class stands
+        in for it (:func:`conadv.data.files.stand_ins`).
+        """
         ...
 
     def plain(self, indices_N: Tensor) -> Tensor:
         """uint8 N,C,H,W without augmentation, as evaluation sees the images."""
+        ...
+
+    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+        """(``plain`` images, their numbers) of those that can be read; the others are noted in ``bad``."""
         ...
 
     def subset(self, indices_N: Tensor) -> Split:
@@ -43,21 +54,45 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class MemorySplit:
-    """Images held as one uint8 tensor N,C,H,W with H = W. ``flip``: mirroring an image keeps its class."""
+    """Images held as one uint8 tensor N,C,H,W with H = W. ``flip``: mirroring an image keeps its class.
+
+    ``bad``: numbers of images whose files could not be read.
+    """
 
     images: Tensor
     labels: Tensor
     flip: bool = True
+    bad: Mapping[int, BadFile] = field(default_factory=dict)
 
-    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
+    def views(
+        self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
+    ) -> dict[str, Tensor]:
+        if self.bad:
+            indices_N = torch.tensor([self._usable(i, bad) for i in indices_N.tolist()])
         images, size = self.images[indices_N], self.images.shape[-1]
         return {v: build_augment(d.augment, size, flip=self.flip)(images, d.keys_N) for v, d in draws.items()}
+
+    def _usable(self, index: int, bad: list[BadFile] | None) -> int:
+        if index not in self.bad:
+            return index
+        if bad is not None:
+            bad.append(self.bad[index])
+        for other in stand_ins(self.labels, index):
+            if other not in self.bad:
+                return other
+        raise no_stand_in(f"number {int(self.labels[index])}")
 
     def plain(self, indices_N: Tensor) -> Tensor:
         return self.images[indices_N]
 
+    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+        bad += [self.bad[i] for i in indices_N.tolist() if i in self.bad]
+        kept_N = indices_N[torch.tensor([i not in self.bad for i in indices_N.tolist()], dtype=torch.bool)]
+        return self.plain(kept_N), kept_N
+
     def subset(self, indices_N: Tensor) -> MemorySplit:
-        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip)
+        bad = {new: self.bad[old] for new, old in enumerate(indices_N.tolist()) if old in self.bad}
+        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip, bad)
 
 
 @dataclass(frozen=True)
@@ -71,19 +106,45 @@ class PhotoSplit:
     def labels(self) -> Tensor:
         return self.listing.labels
 
-    def views(self, indices_N: Tensor, draws: Mapping[str, Draw]) -> dict[str, Tensor]:
+    def views(
+        self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
+    ) -> dict[str, Tensor]:
         shape = (len(indices_N), 3, self.image_size, self.image_size)
         out = {view: torch.empty(shape, dtype=torch.uint8) for view in draws}
         for row, index in enumerate(indices_N.tolist()):
-            image = read_rgb(self.listing.path(index))
+            image = read_rgb(self.listing.path(index)) if bad is None else self._image(index, bad)
             for view, draw in draws.items():
                 augment = build_photo_augment(draw.augment, self.image_size)
                 out[view][row] = augment(image, int(draw.keys_N[row]))
         return out
 
+    def _image(self, index: int, bad: list[BadFile]) -> Image.Image:
+        """The image, or the first that can stand in for it."""
+        image = self._try(index, bad)
+        others = stand_ins(self.labels, index)
+        while image is None:
+            other = next(others, None)
+            if other is None:
+                raise no_stand_in(self.listing.class_names[int(self.labels[index])])
+            image = self._try(other, bad)
+        return image
+
+    def _try(self, index: int, bad: list[BadFile]) -> Image.Image | None:
+        try:
+            return read_rgb(self.listing.path(index))
+        except BadImage as error:
+            bad.append(self.listing.bad(index, error))
+            return None
+
     def plain(self, indices_N: Tensor) -> Tensor:
         keys_N = sample_keys(0, 0, "plain", indices_N)  # "none" draws nothing from them
         return self.views(indices_N, {"plain": Draw("none", keys_N)})["plain"]
+
+    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+        resize = build_photo_augment("none", self.image_size)
+        found = [(i, resize(image, 0)) for i in indices_N.tolist() if (image := self._try(i, bad)) is not None]
+        images = [image for _, image in found] or [torch.empty(0, dtype=torch.uint8)]
+        return torch.stack(images), torch.tensor([i for i, _ in found], dtype=torch.int64)
 
     def subset(self, indices_N: Tensor) -> PhotoSplit:
         return PhotoSplit(self.listing.subset(indices_N), self.image_size)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ..errors import ConadvError, unknown
 from ..record import write_atomic
+from ..untrusted import JSON_BYTES, read_text
 
 FORMAT = 1
 Seconds = Annotated[float, Field(gt=0)]
@@ -147,7 +148,7 @@ class Profile(Part):
 def load(path: Path) -> Profile:
     """Read a profile. Raises ConadvError that names the file, the key and what is wrong with it."""
     try:
-        return Profile.model_validate_json(path.read_text(encoding="utf-8"))
+        return Profile.model_validate_json(read_text(path, JSON_BYTES))
     except (OSError, UnicodeDecodeError) as error:
         raise ConadvError(
             f"Cannot read the profile {path}: {error}. Measure one: conadv plan {path} --measure all."

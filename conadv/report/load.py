@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from ..config import flatten
 from ..errors import ConadvError
 from ..record import read_lines
+from ..untrusted import JSON_BYTES, parse_json, read_text, read_yaml, refuse_links
 
 RECORD, CONFIG, SUMMARY = "record.jsonl", "config.yaml", "summary.json"
 
@@ -105,6 +104,7 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / RECORD).is_file():
         raise ConadvError(f"{path} is not a run: it holds no {RECORD}. See docs/record.md for what a run holds.")
+    refuse_links(path)
     problems: list[str] = []
     lines = _read_lines(path)
     header = next((line for line in lines if line["type"] == "header"), {})
@@ -142,8 +142,8 @@ def _last_error(lines: list[Line]) -> str | None:
 def _read_config(path: Path, header: Line, problems: list[str]) -> Line:
     """config.yaml, or the header's copy of it. Not checked against this version: old runs stay readable."""
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = read_yaml(path / CONFIG)
+    except ConadvError:
         config = None
         problems.append(f"{CONFIG} is missing or unreadable")
     for candidate in (config, header.get("config")):
@@ -163,7 +163,7 @@ def _read_summary(path: Path, problems: list[str]) -> Line | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError):
         value = None
     if not isinstance(value, dict):

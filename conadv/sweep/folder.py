@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import ConadvError
 from ..record import write_atomic
 from ..run import RunDir
+from ..untrusted import JSON_BYTES, parse_json, read_text
 from .cells import Run
 from .choose import Result
 
@@ -117,7 +118,7 @@ def tidy(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ConadvError(f"Cannot read {path}: {error}. Delete {path.parent} to run it again.") from error
     if not isinstance(values, dict):

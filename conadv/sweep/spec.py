@@ -8,15 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from ..config import Config, Section, flatten
+from ..config import Config, Section, flatten, read_fraction
 from ..errors import ConadvError, unknown
+from ..untrusted import read_yaml
 
 BATCH = "global_batch_size"
 Settings = dict[str, Any]
@@ -130,17 +129,14 @@ def number(value: object) -> float | None:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     try:
-        return float(Fraction(value))
-    except (ValueError, ZeroDivisionError):
+        return read_fraction(value) if isinstance(value, str) else float(value)
+    except (ValueError, OverflowError):
         return None
 
 
 def load_spec(path: Path) -> Spec:
     """Read and check a spec; a ConadvError names the file and what is wrong in it."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ConadvError(f"Cannot read the spec {path}: {error}") from error
+    values = read_yaml(path, "spec")
     if not isinstance(values, dict):
         raise ConadvError(f"The spec {path} is not a mapping. See docs/sweep.md for an example.")
     return parse_spec(values, str(path))
@@ -160,21 +156,6 @@ def parse_spec(values: dict[str, Any], where: str = "spec") -> Spec:
     except ConadvError as error:
         raise ConadvError(f"{where}: {error}") from error
     return spec
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and a key that stands twice is an error: the second arm of a name would silently replace the first."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-    if twice:
-        raise yaml.MarkedYAMLError(problem=f"the key {twice[0]!r} stands twice", problem_mark=node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 def _explain(error: ValidationError, where: str) -> ConadvError:

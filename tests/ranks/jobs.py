@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
+from conadv.config import Config
 from conadv.engine.comm import Handle
 from conadv.evaluation import evaluate
 from conadv.execution import Execution
@@ -268,6 +269,10 @@ def disagree(comm: Comm) -> None:
 
 def train_run(comm: Comm, out: Path, changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
     return train(config(**changes), out, resume=resume, comm=comm)
+
+
+def train_config(comm: Comm, out: Path, settings: Config) -> dict[str, Any]:
+    return train(settings, out, comm=comm)
 
 
 def clipped(comm: Comm) -> tuple[float, float, float]:

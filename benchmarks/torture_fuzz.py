@@ -1,0 +1,422 @@
+"""Fuzzing: mutated configs, records, checkpoints, command lines, profiles and specs end in a result or a ConadvError.
+
+With atheris (pip install 'conadv[fuzz]') each target runs guided by coverage, in a process of its own; without it the
+same targets get mutations of the same seeds. ``TARGETS`` says how many inputs each gets; all go through the functions
+that the program itself calls. A crash is any other exception, a death of the process, or an input that takes longer
+than SLOW seconds; its input is kept beside the result.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conadv import checkpoint, cli, config, record, untrusted
+from conadv.errors import ConadvError
+
+ROOT = Path(__file__).resolve().parent.parent
+SLOW = 10.0
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """``check`` gets one input; ``full`` and ``short`` inputs make a campaign."""
+
+    check: Callable[[bytes], None]
+    seeds: Callable[[], list[bytes]]
+    full: int
+    short: int
+
+
+def fuzz_config(data: bytes) -> None:
+    """A config file, through every rule, back to text and again."""
+    file = _scratch() / "config.yaml"
+    file.write_bytes(data)
+    found = config.resolve(config.load_yaml(file))
+    file.write_text(config.dump_yaml(found))
+    assert config.load_yaml(file) == found
+
+
+def fuzz_spec(data: bytes) -> None:
+    """A spec of `conadv sweep`."""
+    from conadv.sweep.spec import load_spec
+
+    file = _scratch() / "spec.yaml"
+    file.write_bytes(data)
+    load_spec(file)
+
+
+def fuzz_yaml(data: bytes) -> None:
+    """Any text as YAML."""
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError):
+        untrusted.parse_yaml(data.decode("utf-8", "replace"))
+
+
+def fuzz_record(data: bytes) -> None:
+    """A record: read, its timeline, cut for a resume."""
+    from conadv.analysis.timeline import timeline
+
+    file = _scratch() / "record.jsonl"
+    file.write_bytes(data)
+    lines = record.read_lines(file)
+    json.dumps(lines, allow_nan=False)
+    with contextlib.suppress(ConadvError):
+        timeline(lines, "record.jsonl")
+    record.truncate(file, 2)
+    assert record.read_lines(file) == [line for line in lines if line in record.read_lines(file)]
+
+
+def fuzz_report(data: bytes) -> None:
+    """A run whose record and summary are ``data``, through the report's reader and both templates."""
+    from conadv.report.html import write_report
+
+    run = _scratch() / "run"
+    run.mkdir(exist_ok=True)
+    (run / "config.yaml").write_text(_CONFIG)
+    first, _, second = data.partition(b"\0\0")
+    (run / "record.jsonl").write_bytes(first)
+    (run / "summary.json").write_bytes(second or b"{}")
+    write_report([run], _scratch() / "out" / "report.html")
+
+
+def fuzz_checkpoint(data: bytes) -> None:
+    """A checkpoint file with a valid seal, through both gates."""
+    import torch
+
+    file = _scratch() / "step_00000001.pt"
+    seal = b"\nconadv checkpoint 2 sha256 %s bytes %016d\n" % (hashlib.sha256(data).hexdigest().encode(), len(data))
+    file.write_bytes(data + seal)
+    checkpoint.load(file, torch.device("cpu"))
+
+
+def fuzz_archive(data: bytes) -> None:
+    """The first gate alone."""
+    file = _scratch() / "archive.pt"
+    file.write_bytes(data)
+    untrusted.check_archive(file)
+
+
+def fuzz_options(data: bytes) -> None:
+    """Options, by the parts of the command line that are our own."""
+    args = data.decode("utf-8", "surrogateescape").split("\0")
+    given = cli.given_settings(args)
+    assert given <= config.flatten(config.Config().model_dump()).keys()
+    cli._base_config(args, lambda name: config.Config(steps=1))
+    config.override(config.Config(steps=1), config.Config(steps=1), given)
+
+
+def fuzz_command(data: bytes) -> None:
+    """A whole command line of a command that computes nothing."""
+    args = [part for part in data.decode("utf-8", "surrogateescape").split("\0") if part]
+    command = ("recipes", "check", "export", "eval", "report", "timeline", "trian")[len(data) % 7]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = cli.main([command, *args])
+        except SystemExit as stop:  # how tyro ends
+            code = int(stop.code or 0)
+    assert code in (0, cli.EXIT_FOUND, cli.EXIT_USER_ERROR), code
+
+
+def fuzz_profile(data: bytes) -> None:
+    """A profile of `conadv plan`."""
+    from conadv.plan.profile import load
+
+    file = _scratch() / "profile.json"
+    file.write_bytes(data)
+    load(file)
+
+
+def fuzz_image(data: bytes) -> None:
+    """An image file."""
+    from conadv.data.files import read_rgb
+
+    file = _scratch() / "image.png"
+    file.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about damaged tags
+        read_rgb(file)
+
+
+_FOLDER: list[Path] = []
+
+
+def _scratch() -> Path:
+    """A folder of this process, which is removed when it ends."""
+    if not _FOLDER:
+        _FOLDER.append(Path(tempfile.mkdtemp(dir=_memory())))
+        atexit.register(shutil.rmtree, _FOLDER[0], ignore_errors=True)
+    return _FOLDER[0]
+
+
+def _memory() -> str | None:
+    """A file system in memory, where there is one; TMPDIR goes before."""
+    return "/dev/shm" if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) else None
+
+
+_CONFIG = "method: vanilla\nseed: 0\nsteps: 2\n"
+
+
+def _config_seeds() -> list[bytes]:
+    whole = config.dump_yaml(config.resolve(config.Config(method="conadv", steps=3)))
+    small = ["steps: 1\n", "epochs: 0.5\nattack: {eps: 4/255}\n", "data:\n  mean: [0.1, 0.2]\n", "a: &a [*a]\n"]
+    return [whole.encode(), *(text.encode() for text in small)]
+
+
+def _spec_seeds() -> list[bytes]:
+    return [file.read_bytes() for file in sorted((ROOT / "studies").glob("*.yaml"))]
+
+
+def _record_seeds() -> list[bytes]:
+    phases = {"data": 0.1, "gradient": 0.2}
+    spans = [["data", 0.0, 0.1], ["gradient", 0.1, 0.3]]
+    step = {"epoch": 0.1, "lr": 1.0, "loss": 2.0, "losses": {"clean": 2.0}, "grad_norm": 1.0, "phases": phases}
+    lines: list[dict[str, Any]] = [
+        {"type": "header", "steps": 3, "config": {"method": "vanilla", "seed": 0}, "ranks": 1}
+    ]
+    lines += [{"type": "step", "step": i, **step, "seconds": 0.3, "spans": spans, "time": float(i)} for i in range(3)]
+    lines += [{"type": "eval", "step": 3, "epoch": 1.0, "split": "test", "loss": 1.0, "accuracy": 0.5, "images": 9}]
+    lines += [{"type": "timeline", "rank": 1, "role": "attack", "step": 0, "spans": spans}]
+    lines += [{"type": "error", "step": 3, "message": "x"}, {"type": "resume", "step": 1, "ranks": 1}]
+    lines += [{"type": "bad_image", "step": 1, "path": "train/a/b.png", "reason": "x"}]
+    return ["".join(json.dumps(line) + "\n" for line in part).encode() for part in (lines, lines[:2], lines[3:])]
+
+
+def _report_seeds() -> list[bytes]:
+    summary = {"test_accuracy": 0.5, "train_accuracy": 0.6, "robust_accuracy": None, "ranks": 1, "seconds": 1.0}
+    return [seed + b"\0\0" + json.dumps(summary).encode() for seed in _record_seeds()]
+
+
+def _checkpoint_seeds() -> list[bytes]:
+    import torch
+
+    folder = _scratch() / "seeds"
+    state = {"model": {"weight": torch.arange(3.0)}, "optimizer": {"state": {}}, "class_names": ["a"]}
+    path = checkpoint.save(folder, 1, {**state, "engine": {"version": 1}}, 1)
+    archive = path.read_bytes()[: -checkpoint.SEAL_BYTES]
+    return [archive, archive[:300]]
+
+
+def _command_seeds() -> list[bytes]:
+    lines = [
+        "digits\0--lr\0" + "1",
+        "--config\0x.yaml\0--steps=3",
+        "--data.dir\0/nowhere\0--no-lookahead",
+        "-h",
+        "--debug",
+    ]
+    return [line.encode() for line in lines]
+
+
+def _profile_seeds() -> list[bytes]:
+    file = ROOT / "tests" / "golden" / "plan_profile.json"
+    return [file.read_bytes()[:4000], file.read_bytes(), b"{}"]
+
+
+def _image_seeds() -> list[bytes]:
+    from PIL import Image
+
+    made = []
+    for mode, kind in (("RGB", "PNG"), ("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP"), ("RGB", "TIFF")):
+        file = io.BytesIO()
+        Image.radial_gradient("L").resize((12, 9)).convert(mode).save(file, kind)
+        made.append(file.getvalue())
+    return [*made, b"P6 3 2 255 " + bytes(18), b"BM" + bytes(60)]
+
+
+TARGETS = {
+    "config": Target(fuzz_config, _config_seeds, 120_000, 800),
+    "spec": Target(fuzz_spec, _spec_seeds, 60_000, 500),
+    "yaml": Target(fuzz_yaml, _config_seeds, 150_000, 2_000),
+    "record": Target(fuzz_record, _record_seeds, 250_000, 2_000),
+    "report": Target(fuzz_report, _report_seeds, 1_500, 12),
+    "checkpoint": Target(fuzz_checkpoint, _checkpoint_seeds, 150_000, 2_000),
+    "archive": Target(fuzz_archive, _checkpoint_seeds, 150_000, 2_000),
+    "options": Target(fuzz_options, _command_seeds, 30_000, 200),
+    "command": Target(fuzz_command, _command_seeds, 6_000, 60),
+    "profile": Target(fuzz_profile, _profile_seeds, 100_000, 1_000),
+    "image": Target(fuzz_image, _image_seeds, 150_000, 2_000),
+}
+
+
+def accepted(check: Callable[[bytes], None], data: bytes) -> bool:
+    """Whether ``data`` was accepted; False for a ConadvError. Anything else, or taking too long, is an error."""
+    begin = time.monotonic()
+    try:
+        check(data)
+    except ConadvError as error:
+        message = str(error)
+        message.encode("utf-8", "strict")  # or it could not be written into a record
+        return False
+    finally:
+        assert time.monotonic() - begin < SLOW, f"an input took more than {SLOW} s"
+    return True
+
+
+def mutate(data: bytes, seeds: list[bytes], draw: random.Random) -> bytes:
+    """A few changes: bytes, pieces cut, repeated or taken from another seed, words that mean something."""
+    out = bytearray(data)
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randint(0, len(out))
+        width = min(draw.choice((1, 1, 2, 4, 8, 64)), len(out) - at)
+        what = draw.randrange(6)
+        if what == 0:
+            out[at : at + width] = draw.randbytes(width)
+        elif what == 1:
+            del out[at : at + width]
+        elif what == 2:
+            out[at:at] = out[at : at + width] * draw.choice((1, 2, 50))
+        elif what == 3:
+            other = draw.choice(seeds)
+            begin = draw.randint(0, len(other))
+            out[at : at + width] = other[begin : begin + draw.randint(0, 64)]
+        elif what == 4:
+            out[at : at + width] = draw.choice(WORDS)
+        elif at < len(out):
+            out[at] ^= 1 << draw.randrange(8)
+    return bytes(out)
+
+
+WORDS = [
+    *(b"NaN", b"1e999", b"-1", b"0", b"null", b"true", b"[]", b"{}", b'""', b"9" * 400, b"\xff\xfe", b"\0", b"\n"),
+    *(
+        b"[" * 300,
+        b"!!python/name:os.system",
+        b"&a",
+        b"*a",
+        b"<<: ",
+        b"../",
+        b"--config",
+        b"=",
+        b"4/0",
+        b"\xed\xb2\x80",
+    ),
+    *(
+        b"cos\nsystem\n",
+        b"\x93",
+        b"R.",
+        b"PK\x01\x02",
+        b"PK\x05\x06",
+        b"\xff\xff\xff\xff",
+        b'"type": []',
+        b"\xe2\x80\xa8",
+    ),
+]
+
+
+def worker(name: str, count: int, seed: int, result: Path, guided: bool) -> None:
+    """One target in this process: ``count`` inputs, counts into ``result`` now and then, a crash as well."""
+    target = TARGETS[name]
+    seeds = target.seeds()
+    tally = {"inputs": 0, "accepted": 0}
+
+    def one(data: bytes) -> None:
+        try:
+            tally["accepted"] += accepted(target.check, data)
+        except BaseException as error:
+            crash = {"error": f"{type(error).__name__}: {error}", "input": base64.b64encode(data).decode()}
+            result.write_text(json.dumps({**tally, **crash}))
+            raise
+        tally["inputs"] += 1
+        if tally["inputs"] % 500 == 0 or tally["inputs"] >= count:
+            result.write_text(json.dumps(tally))
+
+    for data in seeds:
+        one(data)
+    if guided:
+        _guided(one, seeds, count, seed)
+    else:
+        draw = random.Random(seed)
+        while tally["inputs"] < count:
+            one(mutate(draw.choice(seeds), seeds, draw))
+
+
+def _guided(one: Callable[[bytes], None], seeds: list[bytes], count: int, seed: int) -> None:
+    """By atheris: libFuzzer's mutations, kept where they reach new code. Ends the process."""
+    import atheris
+
+    corpus = _scratch() / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for number, data in enumerate(seeds):
+        (corpus / str(number)).write_bytes(data)
+    for function in (untrusted, config, record, checkpoint):
+        for member in vars(function).values():
+            if (
+                callable(member)
+                and getattr(member, "__module__", "") == function.__name__
+                and hasattr(member, "__code__")
+            ):
+                atheris.instrument_func(member)
+    options = [
+        f"-runs={count}",
+        f"-seed={seed}",
+        "-max_len=8192",
+        "-rss_limit_mb=4096",
+        "-print_final_stats=0",
+        "-verbosity=0",
+    ]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], one)
+    atheris.Fuzz()
+
+
+def guided_possible() -> bool:
+    try:
+        import atheris  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def run(short: bool, out: Path) -> dict[str, Any]:
+    """All targets, in full each in a process of its own; a finished one is not repeated after a cut."""
+    out.mkdir(parents=True, exist_ok=True)
+    guided = guided_possible() and not short
+    found: dict[str, Any] = {}
+    for name, target in TARGETS.items():
+        file = out / f"{name}.json"
+        count = target.short if short else target.full
+        if not file.exists() or json.loads(file.read_text())["inputs"] < count:
+            worker(name, count, SEED, file, False) if short else _start(name, count, file, guided)
+        found[name] = json.loads(file.read_text())
+        assert "error" not in found[name], f"{name}: {found[name]}"
+        assert found[name]["inputs"] >= count, f"{name}: only {found[name]['inputs']} inputs of {count}"
+        assert found[name]["accepted"], f"{name}: nothing was accepted, so nothing past the first check was reached"
+    total = sum(part["inputs"] for part in found.values())
+    return {"seed": SEED, "guided_by_coverage": guided, "inputs": total, "crashes": 0, "targets": found}
+
+
+def _start(name: str, count: int, file: Path, guided: bool) -> None:
+    """A process, so that a death of it is seen and what libFuzzer does to a process stays there."""
+    command = [sys.executable, "-m", "benchmarks.torture_fuzz", name, str(count), str(file), str(int(guided))]
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:  # libFuzzer ends a process without Python's way out
+        environment = {**os.environ, "TMPDIR": folder}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=4 * 3600
+        )
+    tally = json.loads(file.read_text()) if file.exists() else {"inputs": 0, "accepted": 0}
+    if done.returncode and "error" not in tally:
+        tally["error"] = f"exit code {done.returncode}: {done.stderr[-2000:]}"
+    file.write_text(json.dumps({**tally, "seconds": round(time.monotonic() - begin, 1)}))
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], int(sys.argv[2]), SEED, Path(sys.argv[3]), sys.argv[4] == "1")

@@ -1,0 +1,180 @@
+"""Reading what somebody else may have written: runs, checkpoints, configs, profiles.
+
+Nothing here runs code of a file, follows a link out of a run, or takes memory out of proportion to the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickletools
+import re
+import zipfile
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .errors import ConadvError, printable
+
+YAML_BYTES = 2**20
+YAML_DEPTH = 20
+JSON_BYTES = 2**26
+LINE_BYTES = 2**24
+
+_ENTRY = re.compile(r"[^/\\]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|data/\d+|\.data/\w+)")
+_GLOBAL = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage|torch Size")
+_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no anchors (a few lines can stand for a billion), no duplicate keys, no deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: anchors and aliases are not supported")
+        if self.depth >= YAML_DEPTH:
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: nested too deeply")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        found: dict[Hashable, Any] = super().construct_mapping(node, deep=True)
+        if len(found) != len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [repr(key)[:60] for number, key in enumerate(keys) if key in keys[:number]]
+            problem = f"the key {twice[0]} stands twice" if twice else "keys are merged"
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {problem}")
+        return found
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text. Raises yaml.YAMLError for all that is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except (ValueError, OverflowError, RecursionError, AttributeError) as error:  # impossible dates, huge numbers
+        raise yaml.YAMLError(str(error)) from error
+
+
+def read_yaml(path: Path, what: str = "config") -> Any:
+    """Plain values of a YAML file. Raises ConadvError that names ``what`` and the file."""
+    try:
+        return parse_yaml(read_text(path, YAML_BYTES))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problem = " ".join(line.strip() for line in str(error).splitlines())
+        raise ConadvError(f"Cannot read the {what} {printable(path)}: {printable(problem)[:500]}") from error
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A text file of at most ``limit`` bytes. Raises OSError and UnicodeDecodeError."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(f"it is larger than {limit:,} bytes")
+    return content.decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Values of a JSON text. ValueError for NaN, infinities, numbers beyond a float, and for what is no JSON."""
+    try:
+        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file of lines. Raises OSError, for a line of more than LINE_BYTES too."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) > LINE_BYTES:
+                raise OSError(f"line {number} is longer than {LINE_BYTES:,} bytes")
+            yield number, line
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConadvError for a link among the files of a run, or in its folders.
+
+    A run from somebody else could have its record written into, or read from, anywhere. ``folder`` itself may be a
+    link: its user has chosen that.
+    """
+    try:
+        entries = list(os.scandir(folder)) if folder.is_dir() else []
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                entries += os.scandir(entry.path)
+    except OSError as error:
+        raise ConadvError(f"Cannot read the run directory {printable(folder)}: {error.strerror}.") from error
+    for entry in entries:
+        if entry.is_symlink():
+            raise ConadvError(
+                f"{printable(entry.path)} is a link: the files of a run must lie in its folder. "
+                "Put the file or folder itself in its place (the run directory as a whole may be a link)."
+            )
+
+
+def check_archive(path: Path) -> None:
+    """Raise ConadvError unless a file is an archive of tensors and plain values as ``torch.save`` writes it.
+
+    The first of two gates, the second is ``torch.load(weights_only=True)``: older formats of torch, scripts,
+    compressed entries (a small file could fill the memory) and every global but those of tensors are refused
+    before anything is unpickled.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            problem = _problem(archive, path.stat().st_size)
+    except Exception as error:  # whatever a damaged or hostile archive makes of its reader
+        problem = str(error) or type(error).__name__
+    if problem:
+        raise ConadvError(f"Cannot read the checkpoint {printable(path)}: {printable(problem)[:300]}.")
+
+
+def _problem(archive: zipfile.ZipFile, size: int) -> str | None:
+    entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    for entry in entries:
+        if not _ENTRY.fullmatch(entry.filename):
+            return f"it holds {entry.filename!r}, which is no part of a checkpoint"
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:
+            return f"its entry {entry.filename!r} is compressed or encrypted"
+    if len(set(names)) != len(names) or len({name.partition("/")[0] for name in names}) != 1:
+        return "its entries do not form one archive"
+    if sum(entry.file_size for entry in entries) > size:
+        return "its entries overlap"
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    return _pickle_problem(archive.read(pickles[0])) if pickles else "it holds no data.pkl"
+
+
+def _pickle_problem(content: bytes) -> str | None:
+    """What is wrong with a pickle, told from its instructions without following one."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in _OPCODES:
+            return f"it holds the instruction {opcode.name}, which tensors and plain values do not need"
+        if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
+            return f"it asks for {argument!r}; only tensors and plain values are read"
+    return None

@@ -1,0 +1,112 @@
+"""Every way to end the program: its exit code, one message, and a traceback only where it was asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conadv import cli, signals
+from conadv.cli import main
+from conadv.errors import ConadvError
+
+
+def failing(error: BaseException) -> Any:
+    def command(_: Sequence[str]) -> None:
+        raise error
+
+    return command
+
+
+FAULTS: dict[str, tuple[BaseException, int, str]] = {
+    "user": (ConadvError("the reason"), 2, "conadv: the reason\n"),
+    "escape codes": (ConadvError("a\x1b[2Jb\nc\udcff"), 2, "conadv: a\\x1b[2Jb\nc\\xff\n"),
+    "bug": (KeyError("x"), 70, "Unexpected KeyError in cli.py, line"),
+    "assertion": (AssertionError("x"), 70, "please report it with what --debug shows"),
+    "disk": (OSError(28, "No space left on device", "run"), 2, "No space left on device (run). Check"),
+    "memory": (MemoryError(), 2, "Out of memory"),
+    "device memory": (RuntimeError("CUDA out of memory. Tried"), 2, "Choose a smaller micro_batch_size"),
+    "interrupt": (KeyboardInterrupt(), 130, "conadv: interrupted\n"),
+}
+
+
+@pytest.mark.parametrize("debug", ["", "option", "option first", "environment"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_errors_have_a_code_and_one_message(
+    name: str, debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Red when: an error gets through main; a traceback is shown unasked, or not when asked for.
+    error, code, message = FAULTS[name]
+    monkeypatch.setitem(cli.COMMANDS, "recipes", failing(error))
+    monkeypatch.setenv("CONADV_DEBUG", "1" if debug == "environment" else "0")
+    args = {"option": ["recipes", "--debug"], "option first": ["--debug", "recipes"]}.get(debug, ["recipes"])
+    assert main(args) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert ("Traceback" in shown.err) == bool(debug)
+    assert shown.out == ""
+
+
+def test_the_codes_are_documented() -> None:
+    # Red when: a code is added without a line in --help and in docs/reliability.md.
+    page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    codes = {name: code for name, code in (vars(cli) | vars(signals)).items() if name.startswith("EXIT_")}
+    assert codes.keys() > {"EXIT_BUG", "EXIT_TERMINATED"}
+    for name, code in codes.items():
+        assert f"{code} " in cli.HELP.partition("exit codes")[2], name
+        assert f"| {code} |" in page, name
+
+
+def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "conadv", *args], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
+    # Red when: BrokenPipeError is not caught, or stdout is flushed only when Python ends.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        for args in (["recipes"], ["--help"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "conadv", *args],
+                stdout=writing,
+                stderr=subprocess.PIPE,
+                env=environment,
+                timeout=120,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (141, b"")
+    finally:
+        os.close(writing)
+
+
+def test_a_name_that_no_locale_knows_is_printed(tmp_path: Path) -> None:
+    # Red when: an error cannot be written and another one takes its place.
+    name = os.fsdecode(b"no\xff\nsuch\x1b[1m")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for args in (["eval", name], ["check", name]):
+        done = program(*args, cwd=tmp_path, env=environment)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["[1", "{}", "method: [x]\n", "method: &a [*a]\n"])
+def test_a_broken_config_of_a_run_is_an_error_for_every_command(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    (tmp_path / "record.jsonl").write_text(json.dumps({"type": "header", "steps": 1}) + "\n")
+    for command in ("eval", "export", "report"):
+        extra = ["--out", str(tmp_path / "out" / "report.html")] if command == "report" else []
+        assert main([command, str(tmp_path), *extra]) == 2, command
+        assert "Traceback" not in capsys.readouterr().err
