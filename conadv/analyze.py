@@ -17,6 +17,7 @@ from .analysis.watch import Watch
 from .errors import ConadvError
 from .record import write_atomic
 from .run import RunDir
+from .untrusted import JSON_BYTES, parse_json, read_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,8 +113,8 @@ def read(path: Path) -> dict[str, Any]:
     """RUN/analysis.json. Raises ConadvError where it cannot be read."""
     file = RunDir(path).analysis_file
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(read_text(file, JSON_BYTES))
+    except (OSError, ValueError) as error:
         raise ConadvError(f"Cannot read {file}: {error}. Compute it with: conadv analyze RUN --overwrite") from error
     if not isinstance(found, dict) or not found.keys() >= _SHOWN or not isinstance(found["options"], dict):
         raise ConadvError(f"{file} is not an analysis. Replace it with: conadv analyze RUN --overwrite")

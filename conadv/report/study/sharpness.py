@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from ...untrusted import JSON_BYTES, parse_json, read_text
 from ..figures import INK, STYLE, WIDTH
 from ..load import Line, Run
 from ..stats import Stat, stat
@@ -44,7 +44,7 @@ _DRAWN = (1, 2, 3)
 def analysis(run: Run) -> Line | None:
     """The run's analysis.json; None where there is none that can be read."""
     try:
-        found = json.loads((run.path / ANALYSIS).read_text(encoding="utf-8"))
+        found = parse_json(read_text(run.path / ANALYSIS, JSON_BYTES))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

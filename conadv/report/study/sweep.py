@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from ...config import flatten
 from ...errors import ConadvError, unknown
 from ...methods import METHODS
+from ...untrusted import JSON_BYTES, parse_json, read_text
 from ..load import RECORD, Line, Run, load_run
 from ..settings import part
 from ..stats import Stat, stat
@@ -166,7 +166,7 @@ def load_sweep(path: str | Path, baseline: str | None = None) -> Study:
 
 def _read(path: Path) -> Line:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError) as error:
         raise ConadvError(f"{path} is not a readable sweep: {error}. Run `conadv sweep` again to go on.") from error
     if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
