@@ -41,11 +41,12 @@ def parse_fraction(value: object) -> object:
 
 
 def read_fraction(text: str) -> float:
-    """The value of a number or a fraction in text. Raises ValueError."""
+    """The value of a number or of a fraction of two, such as "0.5/255". Raises ValueError."""
     try:
         if len(text) > 60 or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):  # 1e999999999 would be written out first
             raise ValueError
-        return float(Fraction(text.replace(" ", "")))
+        above, slash, below = text.replace(" ", "").partition("/")
+        return float(Fraction(above) / Fraction(below) if slash else Fraction(above))
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{text[:60]!r} is not a number or a fraction such as 4/255") from error
 

@@ -33,6 +33,7 @@ def test_fractions() -> None:
     assert parse_fraction("4/255") == 4 / 255
     assert parse_fraction(" 8 / 255") == 8 / 255
     assert parse_fraction("0.5") == 0.5
+    assert parse_fraction("0.5/255") == 0.5 / 255
     for bad in ("4/0", "x", "4//2"):
         with pytest.raises(ValueError, match=r"4/255"):
             parse_fraction(bad)
