@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from .. import table
 from ..settings import part, show
 from ..stats import Difference
 from .contrast import Contrast, differences
-from .cost import EqualCost, cost, equal_cost
+from .cost import EQUAL, EqualCost, cost, equal_cost
 from .figures import axis_value
 from .sweep import Cell, Study
 
@@ -59,9 +60,15 @@ def lead(study: Study) -> str:
 
 
 def _best_small(study: Study) -> Cell | None:
-    """Without an attack and no control: what somebody would run who has no need for a large batch."""
+    """Without an attack, no control, no longer training: what one would run who has no need for a large batch."""
+    base = baseline_cell(study)
+    limit = (cost(base).total if base else None) or math.inf
     plain = [cell for cell in study.cells if not cell.attacks and cell.arm not in study.controls]
-    small = [(found.mean, cell) for cell in plain if cell.x < study.largest and (found := cell.stat())]
+    small = [
+        (found.mean, cell)
+        for cell in plain
+        if cell.x < study.largest and (cost(cell).total or 0.0) <= EQUAL * limit and (found := cell.stat())
+    ]
     return max(small, key=lambda pair: pair[0])[1] if small else None
 
 

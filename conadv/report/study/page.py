@@ -110,11 +110,26 @@ class StudySummary:
                 "at_equal_cost": answers.at_equal_cost(study),
                 "cells": [_cell(cell) for cell in study.cells],
                 "differences": _differences(study),
+                "tables": {name: _cells(made) for name, made in {"answers": _answers(study), **_made(study)}.items()},
+                "machines": words.machines(self.comparison),
+                "software": words.distinct(self.comparison, "versions"),
+                "git": words.distinct(self.comparison, "git"),
                 "notes": self.notes,
                 "failed": [{"run": run, "error": error} for run, error in study.failed],
             }
         )
         return document
+
+
+def _answers(study: Study) -> tables.Table:
+    """The referee's table: adversarial arms at the largest x."""
+    rows = [[answers.Mark(line), *marks] for line, marks in answers.rows(study)]
+    return tables.Table(answers.head(study), rows, texts=1)
+
+
+def _cells(made: tables.Table) -> dict[str, Any]:
+    """A table as the page shows it, for pages that are drawn from summary.json."""
+    return {"head": list(made.head), "texts": made.texts, "rows": [[mark.text for mark in row] for row in made.rows]}
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -262,7 +277,7 @@ def _content(summary: StudySummary) -> dict[str, Any]:
         "head": answers.head(study),
         "rows": answers.rows(study),
         "glossary": words.glossary(comparison),
-        "tables": {name: make(study) for name, make in _TABLES.items()},
+        "tables": _made(study),
         "tests": len(differences(study)),
         "tuning_runs": sum(len(trial.validation) for cell in study.cells for trial in cell.trials),
         "notes": summary.notes,
@@ -288,6 +303,10 @@ _TABLES: dict[str, Callable[[Study], tables.Table]] = {
     "tuning": tables.tuning,
     "sharpness": tables.sharp,
 }
+
+
+def _made(study: Study) -> dict[str, tables.Table]:
+    return {name: make(study) for name, make in _TABLES.items()}
 
 
 def _runs(summary: StudySummary) -> list[dict[str, Any]]:
