@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import attack_ranks as splitting
+import study_tables
 import two_hosts as link
 
 from conadv.bench.options import CONCURRENT
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "concurrency.md", ROOT / "docs" / "plan.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "concurrency.md", DOCS / "plan.md", DOCS / "results.md")
 RESULTS = ROOT / "results"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+table = study_tables.table
 
 
 def demo(summary: dict[str, Any]) -> str:
@@ -185,17 +183,26 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-MARK = re.compile(r"(<!-- begin (?P<name>[\w-]+) -->\n).*?(<!-- end (?P=name) -->)", re.S)
+MARK = re.compile(r"(<!-- begin (?P<name>[\w: -]+) -->\n).*?(<!-- end (?P=name) -->)", re.S)
+STUDY = "study "
+
+
+def section(name: str) -> str:
+    """What stands between the marks of ``name``; "study NAME TABLE" comes from results/studies/NAME."""
+    if name.startswith(STUDY):
+        return study_tables.section(RESULTS / "studies", *name.removeprefix(STUDY).split(" ", 1))
+    return SECTIONS[name]()
 
 
 def drawn(text: str) -> str:
     """``text`` with every section drawn anew."""
-    return MARK.sub(lambda found: f"{found[1]}{SECTIONS[found['name']]()}\n{found[3]}", text)
+    return MARK.sub(lambda found: f"{found[1]}{section(found['name'])}\n{found[3]}", text)
 
 
 def main() -> None:
-    pages = {page: page.read_text() for page in PAGES}
-    found = sorted(mark["name"] for text in pages.values() for mark in MARK.finditer(text))
+    pages = {page: page.read_text() for page in (*PAGES, *sorted((DOCS / "results").glob("*.md")))}
+    names = [mark["name"] for text in pages.values() for mark in MARK.finditer(text)]
+    found = sorted(name for name in names if not name.startswith(STUDY))
     if found != sorted(SECTIONS):
         raise SystemExit(f"The pages have the sections {found}, wanted {sorted(SECTIONS)}, each once.")
     for page, before in pages.items():

@@ -97,7 +97,8 @@ def _mean(axes: Any, x: float, mean: float, spread: float, style: Look) -> None:
 
 @mpl.rc_context(STYLE)
 def _cost(study: Study) -> Figure | None:
-    points = [x for x in study.points if any(_placed(cell) for cell in study.at(x))]
+    counts = {x: sum(_placed(cell) is not None for cell in study.at(x)) for x in study.points}
+    points = [x for x in study.points if counts[x] > 1] or [x for x in study.points if counts[x]]
     if not points:
         return None
     columns = min(len(points), 3)
@@ -109,7 +110,8 @@ def _cost(study: Study) -> Figure | None:
     for axes, x in zip(grid, points, strict=False):
         _cost_panel(axes, study, [place for cell in study.at(x) if (place := _placed(cell))])
         axes.set_title(part(study.axis, axis_value(study, x)))
-    legend(figure, study, study.lines)
+    drawn = {cell.line for x in points for cell in study.at(x)}
+    legend(figure, study, [line for line in study.lines if line in drawn])
     return figure
 
 
@@ -122,17 +124,23 @@ def _placed(cell: Cell) -> tuple[Cell, float, float, float] | None:
 def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, float, float]]) -> None:
     size, word = unit(study)
     places = [(cell, total / size, mean, spread) for cell, total, mean, spread in places]
-    for cell, total, mean, spread in places:
-        _mean(axes, total, mean, spread, line_look(study, cell.line))
     totals = sorted({total for _, total, _, _ in places})
     best = [max(mean for _, total, mean, _ in places if total <= limit) for limit in totals]
-    right = totals[-1] * 1.08
+    right = totals[-1] * 1.16
+    for (cell, total, mean, spread), shift in zip(places, _side_by_side([p[1] for p in places]), strict=True):
+        _mean(axes, total + shift * right, mean, spread, line_look(study, cell.line))
     axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
     axes.set_xlim(0, right)
     axes.set_xlabel(f"gradient images, {word}")
     axes.set_ylabel("test accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid()
+
+
+def _side_by_side(totals: Sequence[float]) -> list[float]:
+    """A shift for each cost, in widths of the panel: those that are nearly the same would hide one another."""
+    near = [[other for other, there in enumerate(totals) if abs(there - here) <= 0.03 * here] for here in totals]
+    return [0.05 * (group.index(number) - (len(group) - 1) / 2) for number, group in enumerate(near)]
 
 
 def axis_name(study: Study) -> str:

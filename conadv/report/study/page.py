@@ -237,8 +237,8 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[StudySummary], Figure | None]], 
         "cost",
         "Test accuracy at equal cost",
         "One panel per batch. A gradient image is one forward-backward pass on one image, whatever its view, or one "
-        "input gradient of the attack, which is somewhat cheaper. The dashed line is the best accuracy for that cost "
-        "or less.",
+        "input gradient of the attack, which is somewhat cheaper. Arms of the same cost stand side by side. The dashed "
+        "line is the best accuracy for that cost or less.",
         lambda summary: cost_figure(summary.study),
     ),
     (

@@ -1,0 +1,58 @@
+"""Put the record of finished sweeps into the repository: numbers to results/studies/, figures to docs/img/studies/.
+
+    python benchmarks/publish_study.py SWEEP...
+
+SWEEP is the folder that `conadv sweep` wrote. Its report is made anew; `results/studies/NAME/` gets `sweep.json` (the
+spec, every trial and choice), `summary.json` (the report's numbers and tables) and `runs.jsonl` (one line per run).
+`benchmarks/readme.py` draws the pages from these.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from conadv.report.study import write_sweep_report
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = (
+    *("seed", "lr", "eps", "steps", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *("test_loss", "test_accuracy", "robust_accuracy", "seconds", "step_seconds_median"),
+    "gradient_images_per_clean_image",
+)
+
+
+def publish(sweep: Path) -> Path:
+    """Copy what the pages need of one sweep, and return the folder of its numbers."""
+    document = json.loads((sweep / "sweep.json").read_text())
+    name = str(document["name"]).replace("_", "-")
+    write_sweep_report(sweep, command=f"conadv sweep studies/{document['spec_path']}")
+    numbers, pictures = ROOT / "results" / "studies" / name, ROOT / "docs" / "img" / "studies" / name
+    for folder in (numbers, pictures):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for file in ("sweep.json", "summary.json"):
+        shutil.copy(sweep / file, numbers / file)
+    lines = [
+        json.dumps(run_line(run)) for run in sorted((sweep / "runs").iterdir()) if (run / "summary.json").is_file()
+    ]
+    (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    for picture in sorted((sweep / "figures").glob("*.png")):
+        shutil.copy(picture, pictures / picture.name)
+    return numbers
+
+
+def run_line(run: Path) -> dict[str, Any]:
+    """The results of one run, without what its configuration says anyway."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {"run": run.name, **{name: summary[name] for name in FIELDS if summary.get(name) is not None}}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    for folder in sys.argv[1:]:
+        print(publish(Path(folder)))

@@ -1,0 +1,60 @@
+"""Tables and sentences of the pages about studies, from the summary.json that `conadv report` wrote for each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+QUESTIONS = {
+    "tuned": "Was the baseline tuned?",
+    "attack_or_images": "Is it the attack, or just the extra images?",
+    "at_equal_cost": "At equal cost?",
+}
+
+
+def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> str:
+    """Markdown; the columns after the first ``texts`` are numbers, to the right."""
+    rule = ["---" if texts is None or number < texts else "---:" for number in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
+
+
+def section(studies: Path, name: str, what: str) -> str:
+    """``what``: questions, made, runs, or one of the report's tables; "accuracy 500" is that table at x = 500 alone."""
+    summary = json.loads((studies / name / "summary.json").read_text())
+    if what == "questions":
+        return questions(summary)
+    if what == "made":
+        return made(summary)
+    kind, _, where = what.partition(" ")
+    return report_table(summary["tables"][kind], where)
+
+
+def questions(summary: dict[str, Any]) -> str:
+    said = [summary["lead"], *(f"**{asked}** {' '.join(summary[name])}" for name, asked in QUESTIONS.items())]
+    return "\n\n".join(map(escape, said))
+
+
+def made(summary: dict[str, Any]) -> str:
+    """Seeds, command, machine and versions in one sentence."""
+    seeds = sorted({len(cell["seeds"]) for cell in summary["cells"]})
+    commits = ", ".join(found.partition("commit ")[2][:7] for found in summary["git"])
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    facts = "; ".join([*summary["machines"], *summary["software"]])
+    return f"{count} seeds, mean ± standard deviation; `{summary['command']}` at commit {commits}; {escape(facts)}."
+
+
+def report_table(content: dict[str, Any], where: str = "") -> str:
+    """A table of the report, or its rows at one x, without the columns that then say the same in every row."""
+    head, rows = content["head"], content["rows"]
+    texts = content["texts"]
+    if where:
+        rows = [row[1:] for row in rows if row[0].replace(",", "") == where]
+        head, texts = head[1:], texts - 1
+    if not rows:
+        raise SystemExit(f"No rows at {where!r} in the table with the columns {', '.join(head)}.")
+    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], texts)
+
+
+def escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
