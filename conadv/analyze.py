@@ -213,7 +213,7 @@ def _cells(found: dict[str, Any]) -> tuple[str, ...]:
     largest = hessian.get("eigenvalues") or [None]
     error = hessian.get("trace_stderr")
     return (
-        _number(found["loss"], ".4f"),
+        _number(found["loss"], ".3g"),
         _number(found["accuracy"], ".2f", 100),
         _number(largest[0]),
         _number(hessian.get("trace")) + (f" ± {error:.2g}" if error is not None else ""),

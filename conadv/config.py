@@ -32,7 +32,7 @@ PredictorName = Literal[
     "momentum", "momentum-constant-lr", "last-update", "momentum-gradient", "momentum-gradient-constant-lr"
 ]
 """How look-ahead predicts weights, see conadv.engine.lookahead."""
-SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder"]
+SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder", "huggingface"]
 
 
 def parse_fraction(value: object) -> object:
@@ -72,7 +72,7 @@ class DataConfig(Section):
 
     source: SourceName = "digits"
     dir: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
-    """Image folder DIR/{train,test}/<class>/*; for a download, where it is kept."""
+    """Image folder DIR/{train,test}/<class>/*; parquet files of huggingface; for a download, where it is kept."""
     download: Annotated[bool, tyro.conf.arg(aliases=["--download"])] = False
     """Let torchvision download the data set into dir."""
     image_size: int | None = Field(None, ge=4, le=1024)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,10 @@ class Listing:
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self.names[index])
+
+    def read(self, index: int) -> Image.Image:
+        """As :func:`read_rgb`."""
+        return read_rgb(self.path(index))
 
     def bad(self, index: int, error: BadImage) -> BadFile:
         return BadFile(f"{self.root.name}/{printable(os.fsdecode(self.names[index]))}", error.reason)
@@ -177,13 +181,19 @@ def read_rgb(path: Path) -> Image.Image:
     PIL.Image.MAX_IMAGE_PIXELS.
     """
     try:
-        with _opened(path) as file, Image.open(file, formats=FORMATS) as image:
-            check_pixels(image)
-            # a palette with transparency reaches RGB over RGBA, or Pillow warns
-            rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
-            return rgb
+        with _opened(path) as file:
+            return decode_rgb(file)
     except Exception as error:  # decoders raise nearly anything on damaged files
         raise BadImage(path, why(error)) from error
+
+
+def decode_rgb(file: IO[bytes]) -> Image.Image:
+    """The image in ``file`` as :func:`read_rgb` describes it. Raises whatever its decoder does."""
+    with Image.open(file, formats=FORMATS) as image:
+        check_pixels(image)
+        # a palette with transparency reaches RGB over RGBA, or Pillow warns
+        rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        return rgb
 
 
 def _opened(path: Path) -> BinaryIO:

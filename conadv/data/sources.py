@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional as F
 from ..config import DataConfig
 from ..errors import ConadvError, unknown
 from .files import BadFile, Progress, decode, scan_folder
-from .splits import MemorySplit, PhotoSplit, Split, choose, hold_out
+from .parquet import scan_parquet
+from .splits import MemorySplit, Photos, PhotoSplit, Split, choose, hold_out
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def build_source(config: DataConfig, progress: Progress | None = None) -> Source
     """
     if config.source not in SOURCES:
         raise unknown("data source", config.source, SOURCES)
-    if config.on_bad_image == "skip" and (config.download or config.source not in ("cifar10", "folder")):
-        raise ConadvError("data.on_bad_image has no effect without a folder of image files. Leave it out.")
+    if config.on_bad_image == "skip" and (config.download or config.source not in _ENCODED):
+        raise ConadvError("data.on_bad_image has no effect without files of images. Leave it out.")
     source = SOURCES[config.source](config, progress)
     _check_normalisation(config, source.channels)
     if config.validation_images is None:
@@ -93,9 +94,22 @@ def fashion_mnist(config: DataConfig, progress: Progress | None = None) -> Sourc
 
 def folder(config: DataConfig, progress: Progress | None = None) -> Source:
     """Any image folder, photographs of any size, decoded when they are needed. image_size is 224 unless given."""
+    _refuse_download(config)
+    return _photos(*scan_folder(_directory(config)), config)
+
+
+def huggingface(config: DataConfig, progress: Progress | None = None) -> Source:
+    """Parquet files in the layout of Hugging Face, decoded when they are needed. image_size is 224 unless given."""
+    _refuse_download(config)
+    return _photos(*scan_parquet(_directory(config)), config)
+
+
+def _refuse_download(config: DataConfig) -> None:
     if config.download:
-        raise ConadvError("data.download has no effect with data.source folder. Leave it out.")
-    train, test = scan_folder(_directory(config))
+        raise ConadvError(f"data.download has no effect with data.source {config.source}. Leave it out.")
+
+
+def _photos(train: Photos, test: Photos, config: DataConfig) -> Source:
     train = train.subset(choose(train.labels, config.train_images, train.class_names))
     size = config.image_size or 224
     return Source(PhotoSplit(train, size), PhotoSplit(test, size), train.class_names, channels=3, image_size=size)
@@ -106,7 +120,9 @@ SOURCES: dict[str, Callable[[DataConfig, Progress | None], Source]] = {
     "cifar10": cifar10,
     "fashion-mnist": fashion_mnist,
     "folder": folder,
+    "huggingface": huggingface,
 }
+_ENCODED = ("cifar10", "folder", "huggingface")
 
 
 def _directory(config: DataConfig) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import AugmentName
 from ..errors import ConadvError
 from .augment import build_augment, build_photo_augment, sample_keys
-from .files import BadFile, BadImage, Listing, no_stand_in, read_rgb, stand_ins
+from .files import BadFile, BadImage, no_stand_in, stand_ins
 
 
 class Draw(NamedTuple):
@@ -95,11 +95,29 @@ class MemorySplit:
         return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip, bad)
 
 
+class Photos(Protocol):
+    """Encoded images with labels, N int64: files of a folder, or rows of a table. It must pickle."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def read(self, index: int) -> Image.Image:
+        """RGB. Raises BadImage where it cannot be decoded."""
+        ...
+
+    def bad(self, index: int, error: BadImage) -> BadFile: ...
+
+    def subset(self, indices: Tensor) -> Photos: ...
+
+
 @dataclass(frozen=True)
 class PhotoSplit:
-    """Image files, each decoded when it is needed, once for all its views. Memory: one decoded photograph at a time."""
+    """Encoded images, each decoded when needed, once for all its views. Memory: one decoded photograph at a time."""
 
-    listing: Listing
+    listing: Photos
     image_size: int
 
     @property
@@ -112,7 +130,7 @@ class PhotoSplit:
         shape = (len(indices_N), 3, self.image_size, self.image_size)
         out = {view: torch.empty(shape, dtype=torch.uint8) for view in draws}
         for row, index in enumerate(indices_N.tolist()):
-            image = read_rgb(self.listing.path(index)) if bad is None else self._image(index, bad)
+            image = self.listing.read(index) if bad is None else self._image(index, bad)
             for view, draw in draws.items():
                 augment = build_photo_augment(draw.augment, self.image_size)
                 out[view][row] = augment(image, int(draw.keys_N[row]))
@@ -131,7 +149,7 @@ class PhotoSplit:
 
     def _try(self, index: int, bad: list[BadFile]) -> Image.Image | None:
         try:
-            return read_rgb(self.listing.path(index))
+            return self.listing.read(index)
         except BadImage as error:
             bad.append(self.listing.bad(index, error))
             return None
