@@ -42,7 +42,8 @@ def cost(cell: Cell) -> Cost:
 class EqualCost:
     """The best cell without an attack that costs no more than ``cell``; None for both where nothing qualifies.
 
-    ``share``: its total gradient images over those of ``cell``: far below 1 means that nobody spent as much.
+    ``share``: the total gradient images of the dearest such cell over those of ``cell``: far below 1 means that
+    nobody spent as much.
     """
 
     cell: Cell
@@ -67,8 +68,9 @@ def equal_cost(study: Study, cell: Cell) -> EqualCost:
     ]
     if not rivals:
         return EqualCost(cell, None, None, None)
-    _, best, total = max(rivals, key=lambda rival: rival[0])
-    return EqualCost(cell, best, paired_difference(cell.values(), best.values()), total / own)
+    best = max(rivals, key=lambda rival: rival[0])[1]
+    dearest = max(total for *_, total in rivals)
+    return EqualCost(cell, best, paired_difference(cell.values(), best.values()), dearest / own)
 
 
 def unit(study: Study) -> tuple[float, str]:
