@@ -46,6 +46,8 @@ def read_fraction(text: str) -> float:
         if len(text) > 60 or re.search(r"e[+-]?\d{4}", text, re.IGNORECASE):  # 1e999999999 would be written out first
             raise ValueError
         above, slash, below = text.replace(" ", "").partition("/")
+        if slash and "e" in text.lower():
+            raise ValueError
         return float(Fraction(above) / Fraction(below) if slash else Fraction(above))
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{text[:60]!r} is not a number or a fraction such as 4/255") from error
