@@ -171,7 +171,12 @@ def ends(out: Path, before: set[str], number: int, code: int) -> None:
     out.mkdir()
     mark = f"sleep {time.time_ns() % 10**6 + 10**6}"  # a number of seconds that no other sleep has
     environment = {**ENVIRONMENT, "CONADV_TWO_HOSTS_COMMAND": f"touch {out}/$HOST; {mark}; true"}
-    script = subprocess.Popen([str(SCRIPT), "--out", str(out), "500"], env=environment, stdout=subprocess.DEVNULL)
+    # Whoever starts the tests in the background may ignore SIGINT, and a script of bash cannot undo that.
+    script = subprocess.Popen(
+        ["env", "--default-signal=INT", str(SCRIPT), "--out", str(out), "500"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     try:
         wait_until(lambda: (out / "0").exists() and (out / "1").exists() and len(running(mark)) >= 2)
         assert len(names() - before) == 2
