@@ -183,7 +183,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-MARK = re.compile(r"(<!-- begin (?P<name>[\w: -]+) -->\n).*?(<!-- end (?P=name) -->)", re.S)
+MARK = re.compile(r"(<!-- begin (?P<name>[\w -]+) -->\n).*?(<!-- end (?P=name) -->)", re.S)
 STUDY = "study "
 
 

@@ -20,7 +20,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, runs, or one of the report's tables; "accuracy 500" is that table at x = 500 alone."""
+    """``what``: questions, made, or one of the report's tables; "accuracy 500" is that table at x = 500 alone."""
     summary = json.loads((studies / name / "summary.json").read_text())
     if what == "questions":
         return questions(summary)

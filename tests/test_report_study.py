@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from conadv.report.study import (
     tables,
     write_sweep_report,
 )
+from conadv.report.study.figures import _side_by_side
 from conadv.report.study.gallery import magnify
 from conadv.report.study.page import Picture
 
@@ -163,6 +165,21 @@ def test_the_equal_cost_rival_is_the_best_that_costs_no_more(study: Any) -> None
     assert found.share == pytest.approx(2 / 3)
     assert found.difference == paired_difference(attack.values(), found.best.values())
     assert equal_cost(study, cell(study, "LARS")).best is None
+
+
+def test_what_others_spent_is_that_of_the_dearest(study: Any) -> None:
+    """Red when: share is that of the best, which here is the cheapest."""
+    base = cell(study, "LARS")
+    runs = tuple(changed(run, summary={**run.summary, "test_accuracy": 0.999}) for run in base.runs)
+    better = changed(study, cells=tuple(changed(c, runs=runs) if c is base else c for c in study.cells))
+    found = equal_cost(better, cell(better, "+ ConAdv, look-ahead"))
+    assert found.best.arm == "LARS"
+    assert found.share == pytest.approx(2 / 3)
+
+
+def test_arms_of_the_same_cost_do_not_hide_one_another() -> None:
+    """Red when: all costs are one group, or a group is not centred."""
+    assert _side_by_side([100.0, 300.0, 301.0, 302.0]) == pytest.approx([0.0, -0.05, 0.0, 0.05])
 
 
 # The three questions
