@@ -3,8 +3,8 @@
     python benchmarks/publish_study.py SWEEP...
 
 SWEEP is the folder that `conadv sweep` wrote. Its report is made anew; `results/studies/NAME/` gets `sweep.json` (the
-spec, every trial and choice), `summary.json` (the report's numbers and tables) and `runs.jsonl` (one line per run).
-`benchmarks/readme.py` draws the pages from these.
+spec, every trial and choice), `summary.json` (the report's numbers and tables) and `runs.jsonl` (one line per run). Of
+the figures those are taken that a page shows. `benchmarks/readme.py` draws the pages from these.
 """
 
 from __future__ import annotations
@@ -41,9 +41,15 @@ def publish(sweep: Path) -> Path:
     ]
     (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
     for picture in sorted((sweep / "figures").glob("*.png")):
-        if picture.stem != "gallery":  # it shows images of the data set, which are not ours to pass on
+        if wanted(f"{name}/{picture.name}"):
             shutil.copy(picture, pictures / picture.name)
     return numbers
+
+
+def wanted(picture: str) -> bool:
+    """Whether a page shows it. Never the gallery: its images belong to the data set and are not ours to pass on."""
+    pages = (ROOT / "docs").rglob("*.md")
+    return "gallery" not in picture and any(f"img/studies/{picture}" in page.read_text() for page in pages)
 
 
 def run_line(run: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, or one of the report's tables; "accuracy 500" is that table at x = 500 alone."""
+    """``what``: questions, made, or a table of the report; "accuracy 500": that table where its first column is 500."""
     summary = json.loads((studies / name / "summary.json").read_text())
     if what == "questions":
         return questions(summary)
@@ -38,7 +39,7 @@ def questions(summary: dict[str, Any]) -> str:
 def made(summary: dict[str, Any]) -> str:
     """Seeds, command, machine and versions in one sentence."""
     seeds = sorted({len(cell["seeds"]) for cell in summary["cells"]})
-    commits = ", ".join(found.partition("commit ")[2][:7] for found in summary["git"])
+    commits = ", ".join(dict.fromkeys(found.partition("commit ")[2][:7] for found in summary["git"]))
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     facts = "; ".join([*summary["machines"], *summary["software"]])
     return f"{count} seeds, mean ± standard deviation; `{summary['command']}` at commit {commits}; {escape(facts)}."
@@ -49,11 +50,16 @@ def report_table(content: dict[str, Any], where: str = "") -> str:
     head, rows = content["head"], content["rows"]
     texts = content["texts"]
     if where:
-        rows = [row[1:] for row in rows if row[0].replace(",", "") == where]
+        rows = [row[1:] for row in rows if slug(row[0]) == where]
         head, texts = head[1:], texts - 1
     if not rows:
         raise SystemExit(f"No rows at {where!r} in the table with the columns {', '.join(head)}.")
     return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], texts)
+
+
+def slug(text: str) -> str:
+    """What of a cell can stand in a mark: 1,000 as 1000, "+ ConAdv, tau = 1" as ConAdv-tau-1."""
+    return "-".join(re.findall(r"\w+", text.replace(",", "" if text[:1].isdigit() else " ")))
 
 
 def escape(text: str) -> str:

@@ -273,6 +273,34 @@ def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
     assert len(sharpness_figure(study).subfigs[0].axes) == 3  # type: ignore[union-attr]
 
 
+def test_arms_at_one_batch_are_rows(study: Any) -> None:
+    """Red when: names and means are in different orders, or the dotted line is not the baseline's mean."""
+    at_100 = changed(study, cells=tuple(study.at(100)))
+    (axes,) = accuracy_figure(at_100).axes  # type: ignore[union-attr]
+    assert [tick.get_text().replace("\n", " ") for tick in axes.get_yticklabels()] == list(at_100.lines)
+    assert axes.yaxis_inverted()
+    for row, line in enumerate(at_100.lines):
+        mean = 100 * cell(study, line, 100).stat().mean
+        assert any(
+            list(one.get_xdata()) == pytest.approx([mean]) for one in axes.lines if list(one.get_ydata()) == [row]
+        )
+    dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
+    assert dotted.get_xdata()[0] == pytest.approx(100 * cell(study, "LARS", 100).stat().mean)
+
+
+def test_the_staleness_table_by_hand(study: Any) -> None:
+    """Red when: phases are mixed, or the share is not of the current weights' increase."""
+    made = tables.staleness(study)
+    assert made.head[3:6] == ["loss increase, warm-up", "loss increase, peak", "loss increase, decay"]
+    rows = [[mark.text for mark in row] for row in made.rows]
+    row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "8", "momentum"])
+    assert row[5] == "60\u00a0%"
+    row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "4", "momentum"])
+    assert row[7] == "20\u00a0%"
+    assert not any(row[2] == "current" for row in rows)
+    assert [row[1] for row in rows] == sorted(row[1] for row in rows)
+
+
 def test_staleness_figures_have_a_panel_per_measure(study: Any) -> None:
     by_tau, course = staleness_figure(study), staleness_course_figure(study)
     assert by_tau is not None

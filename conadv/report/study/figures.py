@@ -56,6 +56,8 @@ def save_if(figure: Figure | None, path: str | Path | None) -> Figure | None:
 def _accuracy(study: Study) -> Figure | None:
     if not any(cell.values() for cell in study.cells):
         return None
+    if all(sum(cell.line == line for cell in study.cells) == 1 for line in study.lines):
+        return _rows(study)
     figure = Figure(figsize=(WIDTH, 4.0 + 0.1 * len(study.lines)), layout="constrained")
     axes = figure.add_subplot()
     for number, line in enumerate(study.lines):
@@ -74,6 +76,32 @@ def _accuracy(study: Study) -> Figure | None:
     return figure
 
 
+def _rows(study: Study) -> Figure:
+    """Arms at one point each: a row per arm with its name beside it, and a line where the baseline's mean is."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.32 * len(study.lines)), layout="constrained")
+    axes = figure.add_subplot()
+    names = []
+    for row, line in enumerate(study.lines):
+        (cell,) = (cell for cell in study.cells if cell.line == line)
+        style, value = line_look(study, line), cell.stat()
+        names.append(wrap(line, 40) + (f" · {axis_value(study, cell.x)}" if len(study.points) > 1 else ""))
+        if value is None:
+            continue
+        seeds = [100 * v for v in value.values.values()]
+        axes.plot(seeds, [row] * len(seeds), style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
+        _mean(axes, row, 100 * value.mean, 100 * (value.std or 0.0), style, across=True)
+        if cell.arm == study.baseline:
+            axes.axvline(100 * value.mean, color=INK, lw=0.9, ls=":", alpha=0.8, zorder=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if len(study.points) == 1:
+        axes.set_title(part(study.axis, axis_value(study, study.points[0])))
+    axes.set_xlabel("test accuracy, %")
+    axes.grid(axis="x")
+    return figure
+
+
 def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> None:
     style = line_look(study, cells[0].line)
     means: list[tuple[float, float]] = []
@@ -89,10 +117,11 @@ def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> 
         axes.plot(*zip(*means, strict=True), ls=style.line, color=style.colour, lw=1.0, alpha=0.7)
 
 
-def _mean(axes: Any, x: float, mean: float, spread: float, style: Look) -> None:
-    axes.errorbar(
-        x, mean, yerr=spread or None, fmt=style.marker, color=style.colour, ms=8, mec=INK, mew=0.8, elinewidth=1.6
-    )
+def _mean(axes: Any, x: float, mean: float, spread: float, style: Look, across: bool = False) -> None:
+    """A mean with its spread, upwards or ``across``."""
+    place, bar = ((mean, x), "xerr") if across else ((x, mean), "yerr")
+    look_of_it = {"fmt": style.marker, "color": style.colour, "ms": 8, "mec": INK, "mew": 0.8, "elinewidth": 1.6}
+    axes.errorbar(*place, **{bar: spread or None}, **look_of_it)
 
 
 @mpl.rc_context(STYLE)

@@ -110,7 +110,14 @@ class StudySummary:
                 "at_equal_cost": answers.at_equal_cost(study),
                 "cells": [_cell(cell) for cell in study.cells],
                 "differences": _differences(study),
-                "tables": {name: _cells(made) for name, made in {"answers": _answers(study), **_made(study)}.items()},
+                "tables": {
+                    name: _cells(made)
+                    for name, made in {
+                        "answers": _answers(study),
+                        "staleness": tables.staleness(study),
+                        **_made(study),
+                    }.items()
+                },
                 "machines": words.machines(self.comparison),
                 "software": words.distinct(self.comparison, "versions"),
                 "git": words.distinct(self.comparison, "git"),

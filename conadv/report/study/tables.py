@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .. import table
 from ..stats import Stat
-from . import answers, sharpness
+from . import answers, probes, sharpness
 from .answers import Mark
 from .contrast import differences
 from .cost import cost, equal_cost, unit
@@ -157,3 +157,33 @@ def sharp(study: Study) -> Table:
         for cell in cells
     ]
     return Table(head, rows)
+
+
+def staleness(study: Study) -> Table:
+    """What the probe found on every arm's way: a row per tau and predictor, over the phases; means over the runs."""
+    phases = list(dict.fromkeys(phase for cell in probes.probed(study.cells) for phase in probes.phases(cell)))
+    _, increase, error = probes.MEASURES
+    head = ["arm", "tau", "predictor"]
+    for measure in (increase, error):
+        head += [f"{measure.title.partition(chr(10))[0].split(',')[0]}, {phase}" for phase in phases]
+    rows = [
+        _row(
+            cell.line,
+            str(tau),
+            predictor,
+            *(
+                _share(probes.average(cell, measure, predictor, tau, p))
+                for measure in (increase, error)
+                for p in phases
+            ),
+        )
+        for cell in probes.probed(_ordered(study))
+        for predictor in probes.predictors(cell)
+        for tau in probes.taus(cell, predictor)
+        if predictor != probes.CURRENT
+    ]
+    return Table(head, sorted(rows, key=lambda row: (study.lines.index(row[0].text), int(row[1].text))), texts=3)
+
+
+def _share(found: probes.Point | None) -> str:
+    return table.NONE if found is None else f"{100 * found.mean:.0f}\u00a0%"

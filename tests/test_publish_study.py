@@ -1,0 +1,50 @@
+"""What of a sweep gets into the repository, and how the pages find it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_marks_name_rows() -> None:
+    # Red when: the comma of a thousand becomes a dash, or a word's sign stays.
+    slug = load("study_tables").slug
+    assert [slug(text) for text in ("1,000", "+ ConAdv, tau = 1", "0.5")] == ["1000", "ConAdv-tau-1", "0-5"]
+
+
+def test_a_table_may_be_one_row_group() -> None:
+    # Red when: the first column is not compared, or is left in.
+    content = {"head": ["arm", "tau", "kept"], "rows": [["+ A, 1", "1", "9"], ["B", "1", "8"]], "texts": 2}
+    made = load("study_tables").report_table(content, "A-1")
+    assert made.splitlines()[0] == "| tau | kept |"
+    assert made.splitlines()[2:] == ["| 1 | 9 |"]
+    with pytest.raises(SystemExit, match="No rows at 'C'"):
+        load("study_tables").report_table(content, "C")
+
+
+def test_only_figures_that_a_page_shows_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Red when: either half of the condition is dropped.
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    publish = load("publish_study")
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    page = "![a](../img/studies/x/accuracy.png) ![g](../img/studies/x/gallery.png)"
+    (tmp_path / "docs" / "results" / "x.md").write_text(page)
+    assert publish.wanted("x/accuracy.png")
+    assert not publish.wanted("x/gallery.png")
+    assert not publish.wanted("x/curves.png")
+    assert not publish.wanted("y/accuracy.png")
