@@ -293,8 +293,8 @@ def test_the_staleness_table_by_hand(study: Any) -> None:
     made = tables.staleness(study)
     assert made.head[3:6] == ["loss increase, warm-up", "loss increase, peak", "loss increase, decay"]
     rows = [[mark.text for mark in row] for row in made.rows]
-    row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "8", "momentum"])
-    assert row[5] == "60\u00a0%"
+    row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "2", "stale"])
+    assert row[4:6] == ["80\u00a0%", "90\u00a0%"]
     row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "4", "momentum"])
     assert row[7] == "20\u00a0%"
     assert not any(row[2] == "current" for row in rows)
