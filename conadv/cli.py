@@ -87,6 +87,9 @@ class RunOptions:
     """How many of torchrun's processes do nothing but attack (conadv only)."""
     late: Literal["wait", "skip"] = "wait"
     """If attack ranks are late: wait (same bits as without them), or skip the adversarial images of that step."""
+    on_attack_loss: Literal["stop", "continue"] = "stop"
+    """When an attack rank dies or cannot be reached: end the run, or let the learners attack in its place (same bits;
+    attack ranks then need a torchrun of their own)."""
     timeline_steps: int = 200
     """For so many steps the record says when each phase ran on each rank (conadv timeline)."""
 
@@ -217,7 +220,9 @@ def _train(args: Sequence[str]) -> None:
     from .execution import Execution
     from .trainer import train
 
-    execution = Execution(options.executor, options.attack_ranks, options.late, options.timeline_steps)
+    execution = Execution(
+        options.executor, options.attack_ranks, options.late, options.on_attack_loss, options.timeline_steps
+    )
     observer = _observer(options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:

@@ -20,13 +20,15 @@ class Execution:
     """None of this changes what is computed, with one exception: ``late`` = "skip".
 
     executor: "auto" picks, see :func:`choose`. attack_ranks: how many of the ranks only attack. late: what happens to
-    adversarial images that attack ranks do not deliver in time (see conadv.engine.Ranks). timeline_steps: for so many
-    steps the record says when each phase ran, on every rank.
+    adversarial images that attack ranks do not deliver in time (see conadv.engine.Ranks). on_attack_loss: whether an
+    attack rank that is lost ends the run, or learners attack in its place. timeline_steps: for so many steps the record
+    says when each phase ran, on every rank.
     """
 
     executor: ExecutorName = "auto"
     attack_ranks: int = 0
     late: Literal["wait", "skip"] = "wait"
+    on_attack_loss: Literal["stop", "continue"] = "stop"
     timeline_steps: int = 200
 
     def __post_init__(self) -> None:
@@ -41,6 +43,13 @@ class Execution:
             )
         if self.late == "skip" and not self.attack_ranks:
             raise ConadvError("--late skip has no effect without --attack-ranks: nothing can be late on one process.")
+        if self.may_lose and not self.attack_ranks:
+            raise ConadvError("--on-attack-loss continue has no effect without --attack-ranks: there are none to lose.")
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether learners go on without attack ranks that are lost."""
+        return self.on_attack_loss == "continue"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-_COUNTED = ("step", "eval", "resume", "timeline", "bad_image", "error")
+_COUNTED = ("step", "eval", "resume", "timeline", "bad_image", "attack_loss", "error")
 
 
 def _checked(line: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def truncate(path: Path, step: int) -> None:
 
     def stays(line: dict[str, Any]) -> bool:
         limit = dict.fromkeys(("step", "probe", "resume", "timeline", "bad_image"), step - 1)
-        limit |= {"eval": min(step, last - 1), "stop": step, "error": -1}
+        limit |= {"eval": min(step, last - 1), "stop": step, "attack_loss": step, "error": -1}
         return line["type"] not in limit or line["step"] <= limit[line["type"]]
 
     kept = [json.dumps(line) + "\n" for line in lines if stays(line)]

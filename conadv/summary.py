@@ -30,6 +30,7 @@ def summarize(parts: Parts, results: dict[str, Result | None], lines: list[dict[
         "robust_accuracy": None if robust is None else robust.accuracy,
         "robust_eps": None if robust is None else parts.config.eval.robust_eps,
         **_costs(steps, parts),
+        "attack_ranks_lost": len({line.get("attack_rank") for line in lines if line["type"] == "attack_loss"}),
         "bad_images": sum(line["type"] == "bad_image" for line in lines),
         "version": __version__,
     }

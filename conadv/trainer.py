@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -187,8 +187,11 @@ def _attack(parts: Parts, first: int) -> None:
     """What an attack rank does until the learners have finished."""
     spans: Timelines = []
     batches = parts.data.train_batches(first + parts.engine.ahead, parts.num_steps, ("clean",))
-    with Signals() as signals, _closing(parts, spans):
-        parts.engine.stop_request = lambda: signals.request
+    # an attack rank that may be lost is: a signal ends it alone, and learners have signals of their own
+    listening = nullcontext(None) if parts.teams.may_lose else Signals()
+    with listening as signals, _closing(parts, spans):
+        if signals is not None:
+            parts.engine.stop_request = lambda: signals.request
         parts.engine.serve(batches, lambda step, seen: _note(parts, spans, step, seen))
     if parts.engine.stop:
         raise Stopped(parts.engine.stop, parts.engine.version)
@@ -204,7 +207,10 @@ def _note(parts: Parts, spans: Timelines, step: int, seen: list[Span]) -> None:
 
 @contextmanager
 def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -> Iterator[None]:
-    """End the exchange between learners and attack ranks; if all went well, all ranks' spans go into the record."""
+    """End the exchange between learners and attack ranks; if all went well, all ranks' spans go into the record.
+
+    Those of learners alone where attack ranks may be lost.
+    """
     executor, world = parts.engine.executor, parts.teams.world
     try:
         yield
@@ -215,6 +221,10 @@ def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -
         raise
     if not executor.close():
         raise ConadvError("Training has ended with an error on the learners: see their message.")
+    if parts.teams.may_lose:  # who is there still? attack ranks have heard of a stop, and keep their spans
+        if parts.teams.attacking:
+            return
+        world = parts.comm
     parts.engine.stop = world.share(parts.engine.stop)  # attack ranks hear of it here
     everyones = world.gather((world.rank, "attack" if parts.teams.attacking else "learner", spans))
     for rank, role, theirs in everyones[1:]:
@@ -245,7 +255,7 @@ def build(
     with world.agreed():
         method = build_method(config)
         choice = choose(execution, method, device)
-    teams = world.split(execution.attack_ranks)
+    teams = world.split(execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
     with world.agreed():
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
@@ -542,6 +552,7 @@ def _placement(parts: Parts) -> dict[str, Any]:
         "learners": len(parts.teams.learners),
         "attack_ranks": len(parts.teams.attackers),
         "late": parts.execution.late,
+        "on_attack_loss": parts.execution.on_attack_loss,
     }
     return {"ranks": parts.teams.world.ranks, "execution": execution}
 
@@ -573,10 +584,12 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
                 done.spans = []
             _log_step(log, done, begin)
             _log_bad_images(parts, log, observer)
+            _log_attack_losses(parts, log, observer)
             observer.step(done)
             better = _evaluate_if_due(parts, log, begin, observer)
             if better or parts.engine.stop or _checkpoint_is_due(parts):
                 _log_bad_images(parts, log, observer, everyones=True)
+                _log_attack_losses(parts, log, observer, everyones=True)
                 save(parts, writer)
             if parts.engine.stop:
                 return
@@ -663,6 +676,23 @@ def _log_bad_images(parts: Parts, log: record.Record, observer: Observer, *, eve
             data.bad.logged.add(line["path"])
             log.write("bad_image", **line)
             observer.message(f"left out, as it cannot be read: {line['path']} ({line['reason']})")
+
+
+def _log_attack_losses(parts: Parts, log: record.Record, observer: Observer, *, everyones: bool = False) -> None:
+    """Attack ranks that learners have lost, into the record.
+
+    Ranks: rank 0 writes its own at once; with ``everyones`` those of the other learners too (collective).
+    """
+    comm = parts.comm
+    if not parts.teams.may_lose or not (comm.first or everyones):
+        return
+    found = [parts.engine.executor.losses()]
+    if everyones:
+        parts.engine.executor.settle()  # finds the last ones, before the checkpoint instead of in it
+        found = comm.gather([*found[0], *parts.engine.executor.losses()])
+    for loss in chain(*found):
+        log.write("attack_loss", **asdict(loss))
+        observer.message(f"attack rank {loss.attack_rank} is lost at step {loss.step} ({loss.reason}): attacking here")
 
 
 def _timed(parts: Parts, first: int) -> Iterator[tuple[Batch, Batch | None]]:

@@ -68,7 +68,7 @@ class Attacker:
         weights = self._buffers[0]
         kind, version, _, _ = weights.tags
         if kind != WORK:
-            self._ended = kind
+            self._ended, self._engine.stop = kind, version
             return None
         self._engine.version = version
         return weights

@@ -158,11 +158,14 @@ class Comm:
         comm.timeout, comm._world_ranks, comm._roll = self.timeout, self.ranks, self._roll
         return comm
 
-    def split(self, attack_ranks: int) -> Teams:
-        """Learners and ``attack_ranks`` ranks that only attack, see conadv.engine.teams. Collective."""
+    def split(self, attack_ranks: int, *, may_lose: bool = False) -> Teams:
+        """Learners and ``attack_ranks`` ranks that only attack, see conadv.engine.teams. Collective.
+
+        ``may_lose``: learners will go on without attack ranks that are lost.
+        """
         from .teams import make_teams
 
-        return make_teams(self, attack_ranks)
+        return make_teams(self, attack_ranks, may_lose)
 
     def at(self, phase: str, step: int) -> None:
         """Say where the run is, for the message of a collective that fails."""
@@ -184,7 +187,7 @@ class Comm:
             at_the_other_end = "" if peer is None else f" Rank {peer} was at the other end."
             raise ConadvError(
                 f"Rank {self.members[self.rank]} of {self._world_ranks}: communication failed in phase "
-                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {_first_line(error)}"
+                f"{self._phase!r} of step {self._step} (timeout {self.timeout:g} s): {first_line(error)}"
                 f"{at_the_other_end} {found} "
                 "The newest checkpoint is intact: start all ranks again with --resume."
             ) from error
@@ -259,13 +262,11 @@ class Comm:
         Messages on one line between two ranks arrive in their order. The tensor belongs to the network until
         :meth:`Transfer.wait` has returned.
         """
-        with self.guard(peer):
-            return Transfer(self, dist.isend(tensor, peer, self._lines[line], line), peer)
+        return Transfer(self, lambda: dist.isend(tensor, peer, self._lines[line], line), peer)
 
     def receive(self, tensor: Tensor, peer: int, line: int) -> Transfer:
         """Start to overwrite ``tensor`` by what rank ``peer`` sends."""
-        with self.guard(peer):
-            return Transfer(self, dist.irecv(tensor, peer, self._lines[line], line), peer)
+        return Transfer(self, lambda: dist.irecv(tensor, peer, self._lines[line], line), peer)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
@@ -352,7 +353,8 @@ def _variable(name: str, default: int) -> int:
         raise ConadvError(f"The environment variable {name} is {text!r}, not a number. torchrun sets it.") from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What torch.distributed said, as one short sentence."""
     text = str(error).strip().splitlines()
     line = text[0].rstrip(".") if text else type(error).__name__
     return line[:200] + "."

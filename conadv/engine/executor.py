@@ -16,6 +16,7 @@ from ..errors import ConadvError
 from ..types import Batch, Span, StepRecord
 
 if TYPE_CHECKING:
+    from .lost import Loss
     from .step import TrainStep
 
 
@@ -43,6 +44,10 @@ class Executor(ABC):
     def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
         """On an attack rank: attack batches for the learners."""
         raise ConadvError("serve() is for attack ranks: give TrainStep the Ranks executor.")
+
+    def losses(self) -> list[Loss]:
+        """The attack ranks that this learner has lost since the last call and goes on without."""
+        return []
 
     def close(self, *, failed: bool = False) -> bool:
         """End the exchange with other processes. Returns whether training went well on all of them."""

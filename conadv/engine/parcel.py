@@ -12,7 +12,8 @@ from .reducer import shaped_like
 ALIGNMENT = 64  # bytes: that of torch's own CPU tensors, so that kernels treat the parts like them
 TAGS = 4
 WORK, STOP, FAILED = 1, 0, 2
-"""The first tag: what the message is. Then follow weight version, step, and accumulation.
+"""The first tag: what the message is. Then follow weight version, step, and accumulation; after STOP and FAILED the
+request to stop that has ended the run, or 0 (see conadv.signals).
 
 With images it is WORK plus REQUESTED times a request to stop that has reached the attack rank (see conadv.signals).
 """

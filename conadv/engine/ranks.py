@@ -11,6 +11,10 @@ of the next step, wait for weights, attack, send the images. Both read the same 
 
 Every message begins with what it is, the weight version and the step that it is for. Buffers do not travel: the attack
 normalises by batch statistics, and other buffers of an attack rank stay as they were at the start.
+
+Where attack ranks may be lost (``Teams.may_lose``), learners keep what they need to make the images themselves: the
+weights of every request until its images are there. What a lost attack rank owes is made on the critical path, what it
+would have had to make later beside the sums, all of it at the same weights and with the same draws: the same bits.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from .teams import Lines, Teams
 if TYPE_CHECKING:
     from .attacker import Attacker
     from .learner import Learner
+    from .lost import Loss
     from .step import TrainStep
 
 
@@ -38,6 +43,7 @@ class Ranks(Executor):
     Raises ConadvError without attack ranks, or for a method that attacks no future batch.
     Ranks: ``step(batch, future)`` on learners, ``step.serve(batches)`` on attack ranks, ``close`` on all.
     In flight: on a learner one copy of the weights and tau batches of images; on an attack rank two copies of weights.
+    With ``teams.may_lose`` tau more copies of the weights on every learner.
     """
 
     def __init__(self, teams: Teams, late: str = "wait") -> None:
@@ -86,6 +92,7 @@ class Ranks(Executor):
             raise ConadvError("An attack rank has no steps of its own: call step.serve(batches).")
         late = self._learner.begin(batch, future)
         engine.gradient(batch)
+        self._learner.prepare()
         engine.wait()
         record = engine.update()
         record.late = late
@@ -94,6 +101,9 @@ class Ranks(Executor):
     def settle(self) -> None:
         if self._learner is not None:
             self._learner.settle()
+
+    def losses(self) -> list[Loss]:
+        return [] if self._learner is None else self._learner.lost.take()
 
     def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
         if self._attacker is None:

@@ -29,6 +29,8 @@ class Teams:
     comm: Comm
     learners: tuple[int, ...]
     attackers: tuple[int, ...]
+    may_lose: bool = False
+    """Whether learners go on without attack ranks that are lost: nothing collective then involves ``world``."""
 
     @property
     def attacking(self) -> bool:
@@ -82,15 +84,41 @@ def roles(ranks: int, attack_ranks: int, ranks_per_host: int) -> tuple[tuple[int
     return tuple(rank for rank in range(ranks) if rank not in attackers), attackers
 
 
-def make_teams(world: Comm, attack_ranks: int) -> Teams:
-    """Divide ``world``; collective. Every rank must ask for the same number of attack ranks."""
+def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
+    """Divide ``world``; collective. Every rank must ask for the same.
+
+    ``may_lose``: the world's last ranks attack, so that they can have launchers of their own, and must have them: a
+    torchrun agent that loses one process ends all of its own.
+    """
     # one answer for all, also where hosts have different numbers of ranks
     per_host = world.share(int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks)))
     with world.agreed():
-        learners, attackers = roles(world.ranks, attack_ranks, per_host)
+        if may_lose and world.device.type == "cuda":
+            raise ConadvError(
+                "--on-attack-loss continue is for the CPU: NCCL ends every process whose peer is lost. "
+                "Use --on-attack-loss stop, and start all ranks again with --resume."
+            )
+        learners, attackers = roles(world.ranks, attack_ranks, world.ranks if may_lose else per_host)
+    if may_lose:
+        _check_launchers(world, learners)
     if not attackers:
         return Teams(world, world, learners, attackers)
     # every rank of the world takes part in making a group, its members or not
     group = world.new_group(learners) if len(learners) > 1 else None
     learns = world.rank in learners
-    return Teams(world, world.team(learners, group) if learns else world.team([world.rank]), learners, attackers)
+    comm = world.team(learners, group) if learns else world.team([world.rank])
+    return Teams(world, comm, learners, attackers, may_lose)
+
+
+def _check_launchers(world: Comm, learners: tuple[int, ...]) -> None:
+    """Raise ConadvError if a torchrun agent has both learners and attack ranks. Collective."""
+    agent = os.environ.get("GROUP_RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    found = world.gather((world.rank in learners, agent))
+    with world.agreed():
+        mixed = {agent for learns, agent in found if learns} & {agent for learns, agent in found if not learns}
+        if mixed - {None}:
+            raise ConadvError(
+                "--on-attack-loss continue has no effect where one torchrun starts learners and attack ranks: when one "
+                "of its processes dies, it ends all others. Start the attack ranks by a torchrun of their own, with "
+                "the higher --node-rank (docs/concurrency.md)."
+            )

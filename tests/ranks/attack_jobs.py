@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -153,6 +154,62 @@ def someone_dies(world: Comm, who: int) -> None:
     else:
         for batch, future in windows(batches, 1):
             engine(batch, future)
+
+
+def losing(
+    world: Comm, attack_ranks: int, model: str, tau: int, lookahead: bool | str, options: dict[str, Any], how: str
+) -> Any:
+    """Eight steps of two micro-batches; the last rank, an attack rank, is lost in its third attack.
+
+    ``how``: "killed", "stopped" (hangs for good) or "kept" (it is not lost). A learner returns records, final state,
+    what it has lost, and what a checkpoint after five steps would hold; an attack rank the steps that it served.
+    """
+    teams = world.split(attack_ranks, may_lose=True)
+    engine = engine_for(teams, model, tau, lookahead, **options)
+    if teams.attacking:
+        served: list[int] = []
+
+        def until_lost(batches: Iterator[Batch]) -> Iterator[Batch]:
+            for number, batch in enumerate(batches):
+                if world.rank == world.ranks - 1 and number == 2:
+                    _be_lost(how)
+                yield batch
+
+        batches = until_lost(stream(teams, model, 2, range(tau, 8)))
+        engine.serve(batches, lambda step, _: served.append(step))
+        engine.executor.close()
+        return served
+    pairs = windows(stream(teams, model, 2, range(8)), tau)
+    records = [asdict(engine(*next(pairs))) for _ in range(5)]
+    saved = deepcopy((engine.state_dict(), state(engine.model), engine.optimizer.state_dict()))
+    for batch, future in pairs:
+        time.sleep(1.5 if how == "stopped" and options.get("late") == "skip" else 0.0)  # with "skip" nothing else takes time
+        records.append(asdict(engine(batch, future)))
+    losses = engine.executor.losses()
+    engine.executor.close()
+    return records, state(engine.model), losses, saved
+
+
+def _be_lost(how: str) -> None:
+    if how == "killed":
+        os._exit(7)
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def lose_of_a_run(world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool) -> Any:
+    """A whole run whose last attack rank dies in its third attack, if ``lost``."""
+    craft, calls = TrainStep.craft, [0]
+
+    def counted(engine: TrainStep, *args: Any) -> Any:
+        calls[0] += 1
+        if lost and world.rank == world.ranks - 1 and calls[0] == 3:
+            os._exit(7)
+        return craft(engine, *args)
+
+    execution = Execution(attack_ranks=attack_ranks, on_attack_loss="continue")
+    with mock.patch.object(TrainStep, "craft", counted):
+        return train(config(**settings), out, auto_resume=True, comm=world, execution=execution)
 
 
 def learner_fails(world: Comm) -> bool:
