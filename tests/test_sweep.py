@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,41 @@ def test_wrong_specs_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConadvError) as caught:
         plan(**changes)
     assert says in str(caught.value)
+
+
+MANY = [number / 1000 for number in range(1, 1000)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tune": {"seeds": [100], "settings": {"optim.lr": MANY, "optim.momentum": MANY, "optim.weight_decay": MANY}}},
+        {"grid": {"global_batch_size": [20], **dict.fromkeys(("optim.lr", "optim.eps", "adv_weight"), MANY)}, "tune": None},
+        {"confirm": {"seeds": list(range(20_000))}, "tune": None},
+        {"arms": {f"arm {number}": {} for number in range(6_000)}, "baseline": None, "controls": [], "tune": None},
+    ],
+)
+def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memory(changes: dict[str, Any]) -> None:
+    # Red when: the size is checked after the trials (the first two take all memory), or by cells alone.
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConadvError, match="More than 10,000 runs"):
+            parse_spec(values(**changes))
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_size_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: seeds to tune on, or one of the factors, are not counted; the limit itself is refused.
+    spec = parse_spec(values())
+    runs = [name for cell in expand(spec).cells for trial in cell.trials for name in trial.tuning + trial.confirming]
+    assert sum(map(spec.num_runs, spec.arms)) == len(runs)
+    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", len(runs))
+    parse_spec(values())
+    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", len(runs) - 1)
+    with pytest.raises(ConadvError, match="More than"):
+        parse_spec(values())
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import torture
+from benchmarks import torture, torture_soak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaigns need Linux")
 
@@ -25,6 +25,28 @@ def test_corrupt(tmp_path: Path) -> None:
     found = torture.run("corrupt", True, tmp_path)
     assert (found["mutations"], found["resumed_to_the_same_bits"]) == (40, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["corrupt.json"]
+
+
+def test_soak(tmp_path: Path) -> None:
+    # Red when: the leak on purpose is left out; a line of the record is written in two halves a moment apart.
+    found = torture.run("soak", True, tmp_path)
+    assert found["reads_that_met_half_a_line"] == 0
+    assert found["record_reads"] > 50
+    assert all(found["control_growth"][name] > 2 * limit for name, limit in found["limits_of_growth"].items())
+
+
+def test_growth_is_that_of_the_second_half() -> None:
+    # Red when: the first half, where a process warms up, counts; a single spike decides; a slope per step is returned.
+    limits = torture_soak.LIMITS
+    level = [(step, 1e8 + (1e8 if step == 70 else 0.0) - 1e6 * max(0, 40 - step), 20.0, 5.0) for step in range(100)]
+    assert torture_soak.not_flat(torture_soak.growth(level)) == []
+    for place, name in enumerate(limits, start=1):
+        steps = [list(each) for each in level]
+        for each in steps:
+            each[place] += 1.5 * limits[name] * each[0] / 50
+        grown = torture_soak.growth([tuple(each) for each in steps])
+        assert torture_soak.not_flat(grown) == [name]
+        assert grown[name] == pytest.approx(1.5 * limits[name], rel=0.05)
 
 
 def test_a_campaign_that_was_cut_off_goes_on(tmp_path: Path) -> None:

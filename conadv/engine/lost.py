@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -39,9 +40,14 @@ class Lost:
         error = transfer.failure(0.0 if now or attacker in self.ranks else self._limit)
         if error is not None and attacker not in self.ranks:
             self.ranks.add(attacker)
-            reason = f"no word within {self._limit:g} s" if isinstance(error, TimeoutError) else first_line(error)
-            self._news.append(Loss(step, self._world.rank, attacker, reason))
+            self._news.append(Loss(step, self._world.rank, attacker, self._words(error)))
         return error is None
+
+    def _words(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no word within {self._limit:g} s"
+        said = re.sub(r"^\[\S+:\d+\] ", "", first_line(error))  # the line of gloo's own source
+        return said.split(". ")[0].rstrip(".")
 
     def overdue(self, transfer: Transfer) -> bool:
         """Whether a message has been under way for longer than one would wait for it."""

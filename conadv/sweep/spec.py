@@ -23,6 +23,8 @@ Settings = dict[str, Any]
 Values = Annotated[list[Any], Field(min_length=1)]
 Lists = dict[str, Values | dict[Any, Values]]
 """What to try: a list, or a list for each value of the axis."""
+MAX_RUNS = 10_000
+"""Runs of one sweep: all are planned, named and checked before the first, and a few lines can ask for billions."""
 
 
 def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -99,12 +101,25 @@ class Spec(Section):
 
     def trials(self, arm: str, point: Settings) -> list[Settings]:
         """The settings to choose from for ``arm`` at ``point``; one empty choice where nothing is tuned."""
+        return product(self._tried(arm, point))
+
+    def num_runs(self, arm: str) -> int:
+        """How many runs the arm may need, without making a list of them; above MAX_RUNS at least as many."""
+        points = math.prod(map(len, self.arm_grid(arm).values()))
+        if points > MAX_RUNS:
+            return points
+        seeds = len(self.confirm.seeds) + (len(self.tune.seeds) if self.tune and self.tunes(arm) else 0)
+        trials = (math.prod(map(len, self._tried(arm, point).values())) for point in self.points(arm))
+        return seeds * sum(trials)
+
+    def _tried(self, arm: str, point: Settings) -> dict[str, list[Any]]:
+        """What to try of each tuned setting."""
         if self.tune is None:
-            return [{}]
+            return {}
         source = arm if self.tunes(arm) else str(self.tune.tune_on)
         own = self.arms[source].tune
         lists = self.tune.settings if own is None else own
-        return product({name: self._at(values, name, source, point) for name, values in lists.items()})
+        return {name: self._at(values, name, source, point) for name, values in lists.items()}
 
     def _at(self, values: Any, name: str, arm: str, point: Settings) -> list[Any]:
         if not isinstance(values, dict):
@@ -152,6 +167,7 @@ def parse_spec(values: dict[str, Any], where: str = "spec") -> Spec:
         _check_arms(spec)
         _check_names(spec)
         _check_seeds(spec)
+        _check_size(spec)
         _check_trials(spec)
     except ConadvError as error:
         raise ConadvError(f"{where}: {error}") from error
@@ -210,6 +226,18 @@ def _check_seeds(spec: Spec) -> None:
             f"Seed {min(shared)} is in tune.seeds and in confirm.seeds: a result on the seeds that chose the settings "
             "would be too good. Use other seeds to confirm."
         )
+
+
+def _check_size(spec: Spec) -> None:
+    """Before any combination is made."""
+    total = 0
+    for arm in spec.arms:
+        total += spec.num_runs(arm)
+        if total > MAX_RUNS:
+            raise ConadvError(
+                f"More than {MAX_RUNS:,} runs, up to arm {arm[:80]!r} {total:,}: cells x trials x seeds. "
+                "Divide the sweep into several, or try fewer values."
+            )
 
 
 def _check_trials(spec: Spec) -> None:
