@@ -24,8 +24,11 @@ Fault = tuple[str, float]
 LIMIT = 180.0
 
 
+END = [signal.SIGKILL]  # what a fault sends to its process
+
+
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), END[0])
 
 
 def _at(owner: Any, name: str, count: float, before: Callable[..., None] | None = None, *, after: bool = False) -> None:
@@ -81,6 +84,7 @@ def arm(fault: Fault) -> None:
             "in accumulation": (step.TrainStep, "_micro_gradient", True),
             "a batch has begun to wait": (pending.Pending, "put", True),
             "before the update": (step.TrainStep, "update", False),
+            "in an attack": (step.TrainStep, "craft", False),
         }[site]
         _at(owner, name, count, after=after)
 
@@ -109,7 +113,7 @@ SITES = {  # how often a process may come there in a run of about 12 steps
 }
 
 
-def _live(arguments: list[str], environment: dict[str, str], fault: Fault | None, log: str) -> None:
+def _live(arguments: list[str], environment: dict[str, str], fault: Fault | None, log: str, end: int) -> None:
     """What a process does: become the program."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -121,6 +125,7 @@ def _live(arguments: list[str], environment: dict[str, str], fault: Fault | None
     from conadv.cli import main
 
     torch.set_num_threads(1)
+    END[0] = signal.Signals(end)
     if fault is not None:
         arm(fault)
     os._exit(main(arguments))
@@ -137,19 +142,59 @@ def live(arguments: list[str], ranks: int, log: Path, fault: Fault | None = None
 
     As a launcher does, the others are killed when one has died. AssertionError if a process outlives LIMIT seconds.
     """
+    return _end(_begin(arguments, ranks, log, fault, victim, signal.SIGKILL), log, alone=None)
+
+
+def live_alone(
+    arguments: list[str], ranks: int, log: Path, fault: Fault, victim: int, end: signal.Signals
+) -> tuple[list[int], float]:
+    """As :func:`live`, but no launcher ends the others; the fault kills its process or, with SIGSTOP, silences it.
+
+    Returns exit codes, the victim's being -9, and the seconds from the victim's end to that of the last other one.
+    """
+    processes = _begin(arguments, ranks, log, fault, victim, end)
+    lost = [0.0]
+    watcher = threading.Thread(target=_await_loss, args=(processes[victim].pid, lost), daemon=True)
+    watcher.start()
+    codes = _end(processes, log, alone=victim)
+    return codes, time.monotonic() - lost[0] if lost[0] else 0.0
+
+
+def _await_loss(pid: int, lost: list[float]) -> None:
+    """Note when a process is stopped, a zombie, or gone (Linux)."""
+    while True:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            state = "gone"
+        if state in ("T", "Z", "X", "gone"):
+            lost[0] = time.monotonic()
+            return
+        time.sleep(0.05)
+
+
+def _begin(
+    arguments: list[str], ranks: int, log: Path, fault: Fault | None, victim: int, end: signal.Signals
+) -> list[Any]:
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     common |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         mine = fault if rank == victim else None
-        processes.append(CONTEXT.Process(target=_live, args=(arguments, environment, mine, str(log))))
+        processes.append(CONTEXT.Process(target=_live, args=(arguments, environment, mine, str(log), int(end))))
         processes[-1].start()
+    return processes
+
+
+def _end(processes: list[Any], log: Path, alone: int | None) -> list[int]:
+    """Wait for all processes, or until one has failed; with ``alone``, for all but that one, whatever they do."""
     end = time.monotonic() + LIMIT
+    others = [process for rank, process in enumerate(processes) if rank != alone]
     try:
-        while any(process.is_alive() for process in processes) and not any(p.exitcode for p in processes):
+        while any(p.is_alive() for p in others) and (alone is not None or not any(p.exitcode for p in processes)):
             assert time.monotonic() < end, f"alive after {LIMIT:g} s: {log.read_text()[-2000:]}"
-            multiprocessing.connection.wait([p.sentinel for p in processes if p.is_alive()], timeout=1)
+            multiprocessing.connection.wait([p.sentinel for p in others if p.is_alive()], timeout=1)
     finally:
         for process in processes:
             if process.is_alive():

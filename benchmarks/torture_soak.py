@@ -191,7 +191,7 @@ def sample(pid: int, step: int) -> Sample:
     folder = Path(f"/proc/{pid}")
     resident = int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     threads = int((folder / "stat").read_text().rpartition(")")[2].split()[17])
-    return step, resident, len(os.listdir(folder / "fd")), threads
+    return step, resident, sum(1 for _ in (folder / "fd").iterdir()), threads
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, float]:

@@ -153,13 +153,14 @@ def test_wrong_specs_are_refused(changes: dict[str, Any], says: str) -> None:
 
 
 MANY = [number / 1000 for number in range(1, 1000)]
+GRID = {"global_batch_size": [20], **dict.fromkeys(("optim.lr", "optim.eps", "adv_weight"), MANY)}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"tune": {"seeds": [100], "settings": {"optim.lr": MANY, "optim.momentum": MANY, "optim.weight_decay": MANY}}},
-        {"grid": {"global_batch_size": [20], **dict.fromkeys(("optim.lr", "optim.eps", "adv_weight"), MANY)}, "tune": None},
+        {"grid": GRID, "tune": None},
         {"confirm": {"seeds": list(range(20_000))}, "tune": None},
         {"arms": {f"arm {number}": {} for number in range(6_000)}, "baseline": None, "controls": [], "tune": None},
     ],

@@ -183,7 +183,7 @@ def losing(
     records = [asdict(engine(*next(pairs))) for _ in range(5)]
     saved = deepcopy((engine.state_dict(), state(engine.model), engine.optimizer.state_dict()))
     for batch, future in pairs:
-        time.sleep(1.5 if how == "stopped" and options.get("late") == "skip" else 0.0)  # with "skip" nothing else takes time
+        time.sleep(1.5 if how == "stopped" and options.get("late") == "skip" else 0.0)  # nobody waits otherwise
         records.append(asdict(engine(batch, future)))
     losses = engine.executor.losses()
     engine.executor.close()

@@ -64,7 +64,7 @@ def one_process(model: str, tau: int, lookahead: bool | str, options: dict[str, 
     ("tau", "lookahead", "options"),
     [(1, False, {}), (3, True, {"pending_dtype": "uint8"}), (2, "momentum-gradient", {})],
 )
-def test_the_bits_are_those_of_a_run_that_lost_nothing(tau: int, lookahead: bool | str, options: dict[str, Any]) -> None:
+def test_the_bits_of_a_run_that_lost_nothing(tau: int, lookahead: bool | str, options: dict[str, Any]) -> None:
     # Red when: what was under way is attacked at the present weights; the version tag is that of the step; the kept
     # weights are not a copy; images made here are not stored as those that travel; settle() forgets them.
     case = ("batchnorm", tau, lookahead, options)
