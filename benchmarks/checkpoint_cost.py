@@ -2,12 +2,12 @@
 
 python benchmarks/checkpoint_cost.py [--every 50] [--rounds 12] [--batch 64] [--threads 1] [--out FILE.json]
 
-ResNet-18 on random 32x32 images with LARS and conadv: a state of about 90 MB. The arms take turns of ``--every`` steps,
-in an order drawn anew each round, with one checkpoint at the beginning of a turn. A turn ends when its last step does;
-a checkpoint that is then still being written has not paid for all of itself: such turns are counted, and with any of
-them there is no verdict (give more steps per checkpoint). ``seconds_of_a_checkpoint`` is what one adds to all steps of its
-turn; ``added_to_a_step`` is the same as a share, so it holds for one checkpoint every ``--every`` steps. With every
-core in use by the steps, a background write takes their time: leave it one (``--threads``).
+ResNet-18 on random 32x32 images with LARS and conadv: a state of about 90 MB. The arms take turns of ``--every``
+steps, in an order drawn anew each round, with one checkpoint at the beginning of a turn. A turn ends when its last
+step does; a checkpoint that is then still being written has not paid for all of itself: such turns are counted, and
+with any of them there is no verdict (give more steps per checkpoint). ``seconds_of_a_checkpoint`` is what one adds to
+all steps of its turn; ``added_to_a_step`` is the same as a share, so it holds for one checkpoint every ``--every``
+steps. With every core in use by the steps, a background write takes their time: leave it one (``--threads``).
 """
 
 from __future__ import annotations

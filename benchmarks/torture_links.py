@@ -41,7 +41,7 @@ def ip(*args: object) -> None:
 @contextmanager
 def hosts() -> Iterator[list[str]]:
     """Two namespaces with an address each, joined by a pair of devices called "wire"."""
-    names = [f"soak{os.getpid()}{letter}" for letter in "ab"]
+    names = [f"torture{os.getpid()}{letter}" for letter in "ab"]
     try:
         for name in names:
             ip("netns", "add", name)
