@@ -142,12 +142,14 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         "--quiet",
     ]
     args += ["--executor", "ranks", "--attack-ranks", "2", "--late", "skip", "--timeline-steps", "5"]
+    args += ["--on-attack-loss", "continue"]
     assert main(["train", "digits", *args]) == 0
     del seen["observer"], seen["comm"]
     assert asdict(seen.pop("execution")) == {
         "executor": "ranks",
         "attack_ranks": 2,
         "late": "skip",
+        "on_attack_loss": "continue",
         "timeline_steps": 5,
     }
     flags = {"overwrite": True, "resume": True, "auto_resume": True, "restarted": True}
