@@ -23,6 +23,7 @@ from .errors import ConadvError, printable, unknown
 from .signals import EXIT_INTERRUPTED, Stopped
 
 if TYPE_CHECKING:
+    from .execution import Execution
     from .progress import Observer
 
 HELP = """\
@@ -73,8 +74,17 @@ class RunOptions:
     """Delete the run that is in --out first."""
     quiet: bool = False
     """Show nothing but errors."""
+    dry_run: bool = False
+    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time, and end before
+    the first step. Writes nothing."""
+    profile: Path | None = None
+    """With --dry-run: take the time from this profile of `conadv plan`, instead of a few synthetic steps."""
+    figure: Path | None = None
+    """With --dry-run: also write the schedule as this PNG."""
     tensorboard: bool = False
     """Also write TensorBoard scalars into OUT/tensorboard."""
+    wandb: bool = False
+    """Also log to Weights & Biases, into OUT/wandb; offline, unless WANDB_MODE says otherwise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses (bitwise repeatability needs the same number)."""
@@ -223,6 +233,10 @@ def _train(args: Sequence[str]) -> None:
     execution = Execution(
         options.executor, options.attack_ranks, options.late, options.on_attack_loss, options.timeline_steps
     )
+    if options.dry_run:
+        _dry_run(config, out, options, execution)
+        return
+    _only_with_dry_run(options)
     observer = _observer(options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:
@@ -242,6 +256,43 @@ def _train(args: Sequence[str]) -> None:
     if comm.first and not options.quiet:
         _say(_result_line(summary))
         _say(f"run directory: {out}")
+
+
+def _only_with_dry_run(options: RunOptions) -> None:
+    for name in ("profile", "figure"):
+        if getattr(options, name) is not None:
+            raise ConadvError(f"--{name} has no effect without --dry-run. Give it as well, or leave --{name} out.")
+
+
+def _dry_run(config: Config, out: Path, options: RunOptions, execution: Execution) -> None:
+    """Everything up to the first step. Ranks: rank 0 speaks."""
+    from .engine import Comm
+    from .preflight.dryrun import draw, preview
+    from .preflight.show import show
+    from .progress import for_terminal
+
+    observer = for_terminal(options.quiet)
+    comm = Comm.from_environment(options.device, options.comm_timeout)
+    try:
+        found = preview(
+            config,
+            out,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            auto_resume=options.auto_resume,
+            comm=comm,
+            execution=execution,
+            observer=observer,
+            profile=options.profile,
+        )
+        with comm.agreed():
+            if comm.first and options.figure is not None:
+                draw(found, options.figure)
+    finally:
+        observer.finish()
+        comm.close()
+    if comm.first and not options.quiet:
+        show(found)
 
 
 _ALIASES = {

@@ -242,8 +242,9 @@ class Config(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     global_batch_size: int = Field(128, ge=1)
     """Clean images per update, over all micro-batches and ranks."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Clean images per forward pass: what batch norm sees in each route. None is the global batch."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Clean images per forward pass: what batch norm sees in each route. None is the global batch; auto the largest
+    that fits on this device, by trial, which config.yaml then names."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training set (give epochs or steps)."""
     steps: int | None = Field(None, ge=1)
@@ -306,13 +307,23 @@ def resolve(config: Config) -> Config:
     config = _attack_defaults(config)
     if config.micro_batch_size is None:
         config = replace(config, micro_batch_size=config.global_batch_size)
-    accumulation(config)
+    if config.micro_batch_size != "auto":
+        accumulation(config)
     return config
+
+
+def micro_batch(config: Config) -> int:
+    """Clean images per forward pass. ConadvError where "auto" has not been settled yet: that needs the device."""
+    if config.micro_batch_size == "auto":
+        raise ConadvError(
+            "micro_batch_size auto is found out by `conadv train` on the device itself. Give a number here."
+        )
+    return config.micro_batch_size or config.global_batch_size
 
 
 def accumulation(config: Config, ranks: int = 1) -> int:
     """Micro-batches per rank and step: global batch = micro batch x accumulation x ranks, or ConadvError."""
-    micro = config.micro_batch_size or config.global_batch_size
+    micro = micro_batch(config)
     if config.global_batch_size % ranks:
         raise ConadvError(f"global_batch_size {config.global_batch_size} does not divide into {ranks} rank(s).")
     count, rest = divmod(config.global_batch_size, micro * ranks)
@@ -402,7 +413,7 @@ def _check_attack_plan(config: Config) -> None:
             raise _without_effect(f"attack.{name}", "method", config.method)
     if attack.route == "clean" and config.adv_route == "clean":
         raise ConadvError("attack.route clean has no effect with adv_route clean: the attack goes there anyway.")
-    micro = config.micro_batch_size or config.global_batch_size
+    micro = config.global_batch_size if config.micro_batch_size == "auto" else micro_batch(config)
     if not round(attack.share * micro):
         raise ConadvError(
             f"attack.share {attack.share:g} of a micro-batch of {micro} is no image: choose a larger one."

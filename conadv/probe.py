@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import norm
 from .attacks.targets import ascent_loss
-from .config import Config, ProbeConfig
+from .config import Config, ProbeConfig, micro_batch
 from .data import Data
 from .engine import TrainStep
 from .engine.lookahead import LookAhead
@@ -231,7 +231,7 @@ def _on_host(weights: Weights, *, copy: bool = False) -> Weights:
 def _images(data: Data, config: Config) -> Iterator[MicroBatch]:
     """The same images whatever the ranks: as many whole micro-batches as fit, or one smaller pass."""
     wanted = min(config.probe.images, data.train_size)
-    size = min(config.micro_batch_size or wanted, wanted)
+    size = min(micro_batch(config), wanted)
     batches = replace(data, rank=0, ranks=1).eval_batches("train", wanted // size * size, size)
     for index, (x, y) in enumerate(batches):
         yield MicroBatch(index, y, {"clean": x})

@@ -6,7 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .config import accumulation, scaled_lr
+from .config import accumulation, micro_batch, scaled_lr
 from .evaluation import Result
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ def _costs(steps: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
     totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)
-    batch, micro = parts.config.global_batch_size, parts.config.micro_batch_size
-    assert micro is not None
+    batch, micro = parts.config.global_batch_size, micro_batch(parts.config)
     gradients = sum(parts.method.gradient_images(line["step"], line["losses"], micro) for line in steps)
     return {
         "seconds": seconds,

@@ -20,8 +20,8 @@ from . import checkpoint, record, rng
 from ._version import __version__
 from .attacks import PGD, AttackPlan, PixelSpace
 from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
-from .data import Data, build_data, windows
-from .engine import Comm, Teams, TrainStep
+from .data import Data, build_data, build_source, windows
+from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
 from .errors import ConadvError
@@ -98,16 +98,17 @@ def train(
     observer = observer if observer and comm.first else Silent()
     run = RunDir(out)
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
-    with comm.agreed():
-        config = resolve(config)
-    _check_same_settings(comm, config, execution or Execution())
-    with comm.agreed():
-        if comm.first:
-            again = auto_resume or (restarted and run.is_of_this_launcher())
-            if again and not resume and run.holds(config):
-                resume, overwrite = _after_restart(run, observer)
-            run.check(config, resume=resume, overwrite=overwrite)
-    resume = comm.share(resume)
+    config, resume = admit(
+        config,
+        run,
+        comm,
+        observer,
+        execution,
+        resume=resume,
+        overwrite=overwrite,
+        auto_resume=auto_resume,
+        restarted=restarted,
+    )
     parts = build(config, comm.device, observer, comm, execution)
     parts = _with_probe(parts)
     first, damaged = _start(run, parts, resume, observer)
@@ -118,6 +119,43 @@ def train(
     with parts.comm.agreed():
         log = _open_record(run, parts, first, damaged)
     return _learn(run, parts, log, first, begin, observer)
+
+
+def admit(
+    config: Config,
+    run: RunDir,
+    comm: Comm,
+    observer: Observer,
+    execution: Execution | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    auto_resume: bool = False,
+    restarted: bool = False,
+) -> tuple[Config, bool]:
+    """The resolved config, and whether to resume; arguments as those of :func:`train`. Changes nothing.
+
+    Raises ConadvError for settings that do not fit together, differ between ranks, or may not go into ``run``.
+    Ranks: collective.
+    """
+    with comm.agreed():
+        config = resolve(config)
+    _check_same_settings(comm, config, execution or Execution())
+    with comm.agreed():
+        if comm.first:
+            if config.micro_batch_size == "auto" and (resume or auto_resume or restarted):
+                config = _as_it_was_settled(config, run)
+            again = auto_resume or (restarted and run.is_of_this_launcher())
+            if again and not resume and run.holds(config):
+                resume, overwrite = _after_restart(run, observer)
+            run.check(config, resume=resume, overwrite=overwrite)
+    return replace(config, micro_batch_size=comm.share(config.micro_batch_size)), comm.share(resume)
+
+
+def _as_it_was_settled(config: Config, run: RunDir) -> Config:
+    """With the micro-batch that "auto" came to when the run began: another one would not be the same run."""
+    found: Config = replace(config, micro_batch_size=run.open().micro_batch_size) if run.config.is_file() else config
+    return found
 
 
 def _with_probe(parts: Parts) -> Parts:
@@ -133,7 +171,7 @@ def _learn(
     run: RunDir, parts: Parts, log: record.Record, first: int, begin: float, observer: Observer
 ) -> dict[str, Any]:
     """What a learner does: the steps, the evaluation, the summary; errors go into the record."""
-    for line in _overview(parts):
+    for line in chain(overview(parts), group_lines(parts)):
         observer.message(line)
     observer.start(_title(parts.config), first, parts.num_steps)
     try:
@@ -258,8 +296,14 @@ def build(
     teams = world.split(execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
     with world.agreed():
+        source = build_source(config.data, observer.loading)
+    if config.micro_batch_size == "auto":
+        from .preflight.microbatch import settle  # tries engines that this module builds
+
+        config = settle(config, teams, source, observer.message)
+    with world.agreed():
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
-        data = build_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, progress=observer.loading)
+        data = build_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)
         space = space_from_config(config)
         model = make_model(config, data.channels, data.num_classes)
         with rng.scope(torch.device("cpu"), config.seed, "trial"):
@@ -272,25 +316,7 @@ def build(
         method = method.for_run(_plan(config, num_steps, schedule))
         groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
         optimizer = build_optimizer(config.optim, groups, schedule(0))
-    engine = TrainStep(
-        model,
-        optimizer,
-        method,
-        loss=_loss(config.label_smoothing),
-        adv_route="clean" if config.adv_route == "clean" else "adv",
-        view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
-        space=space,
-        precision=config.precision,
-        clip_norm=config.optim.clip_norm,
-        on_nonfinite=config.on_nonfinite,
-        nonfinite_limit=config.nonfinite_limit,
-        channels_last=config.channels_last,
-        pending_dtype=config.pending_dtype,
-        lr_at=schedule,
-        seed=config.seed,
-        comm=comm,
-        executor=choice.make(teams, execution.late),
-    )
+    engine = make_engine(config, model, optimizer, method, schedule, comm, choice.make(teams, execution.late))
     return Parts(
         config,
         data,
@@ -306,6 +332,37 @@ def build(
         teams,
         execution,
         choice,
+    )
+
+
+def make_engine(
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    method: Method,
+    schedule: Schedule | None,
+    comm: Comm,
+    executor: Executor | None = None,
+) -> TrainStep:
+    """The engine of a resolved config. Ranks: collective over ``comm``."""
+    return TrainStep(
+        model,
+        optimizer,
+        method,
+        loss=_loss(config.label_smoothing),
+        adv_route="clean" if config.adv_route == "clean" else "adv",
+        view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
+        space=space_from_config(config),
+        precision=config.precision,
+        clip_norm=config.optim.clip_norm,
+        on_nonfinite=config.on_nonfinite,
+        nonfinite_limit=config.nonfinite_limit,
+        channels_last=config.channels_last,
+        pending_dtype=config.pending_dtype,
+        lr_at=schedule,
+        seed=config.seed,
+        comm=comm,
+        executor=executor,
     )
 
 
@@ -491,8 +548,8 @@ def _title(config: Config) -> str:
     return f"{config.recipe} {method}"
 
 
-def _overview(parts: Parts) -> Iterator[str]:
-    """What is about to be trained: the sizes that decide the mathematics, and who gets decay and trust ratio."""
+def overview(parts: Parts) -> Iterator[str]:
+    """What is about to be trained: the sizes that decide the mathematics."""
     config = parts.config
     micro, ranks = config.micro_batch_size, parts.comm.ranks
     count = accumulation(config, ranks)
@@ -509,6 +566,10 @@ def _overview(parts: Parts) -> Iterator[str]:
         yield NO_BATCH_NORM
     if ranks > 1 or parts.choice.name != "inline":
         yield f"executor {parts.choice.name}: {parts.choice.why}"
+
+
+def group_lines(parts: Parts) -> Iterator[str]:
+    """Who gets weight decay and trust ratio."""
     yield f"{'group':<10}{'tensors':>9}{'parameters':>14}{'decay':>10}  trust ratio"
     for row in describe(parts.groups):
         adapt = "yes" if row["adapt"] else "no"

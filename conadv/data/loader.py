@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import AugmentName, Config, accumulation
+from ..config import AugmentName, Config, accumulation, micro_batch
 from ..errors import ConadvError, unknown
 from ..signals import outlive_stop
 from ..types import Batch, MicroBatch
@@ -154,23 +154,29 @@ class Data:
 
 
 def build_data(
-    config: Config, *, rank: int = 0, ranks: int = 1, mine: range | None = None, progress: Progress | None = None
+    config: Config,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    mine: range | None = None,
+    progress: Progress | None = None,
+    source: Source | None = None,
 ) -> Data:
     """Everything that a run reads, checked before any training. ``progress`` hears of images decoded into memory.
 
     ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
-    ``ranks``.
+    ``ranks``. ``source``: what :func:`build_source` has made of ``config.data``, where the caller has it already.
 
     Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on, for
     settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).
     """
     count = accumulation(config, ranks)
-    source = build_source(config.data, progress)
+    source = source or build_source(config.data, progress)
     order = Order(len(source.train.labels), config.global_batch_size, config.seed)
     augments: dict[str, AugmentName] = {"clean": config.data.augment, "second": config.data.augment}
     if config.data.aug_view is not None:
         augments["aug"] = config.data.aug_view
-    micro = config.micro_batch_size or config.global_batch_size
+    micro = micro_batch(config)
     mine = range(rank * count, (rank + 1) * count) if mine is None else mine
     skip_bad = config.data.on_bad_image == "skip"
     return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks, skip_bad)

@@ -153,6 +153,11 @@ class TrainStep:
         ahead = None if future is None else self._as_batch(future, self.version + self.ahead)
         return self.executor(self, self._as_batch(batch, self.version), ahead)
 
+    @property
+    def views_fused(self) -> bool:
+        """Whether all views of a micro-batch are in one forward pass."""
+        return self._fuse_views
+
     # ---- phases
 
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]:

@@ -198,13 +198,13 @@ def _sizes(engine: TrainStep, workload: Workload, micro_batch: int) -> Sizes:
         weights=sum(p.nbytes for p in model.parameters()),
         optimizer_state=sum(value.nbytes for value in states if isinstance(value, Tensor)),
         image=x[0].nbytes,
-        activations_per_image=_activations(engine, x) // micro_batch,
+        activations_per_image=activations(engine, x) // micro_batch,
         memory=_memory(engine.device),
     )
 
 
-def _activations(engine: TrainStep, x: Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass, without the parameters and buffers themselves."""
+def activations(engine: TrainStep, x: Tensor) -> int:
+    """Bytes that autograd keeps of a forward pass of ``x``, without the parameters and buffers themselves."""
     own = {t.untyped_storage().data_ptr() for t in (*engine.model.parameters(), *engine.model.buffers())}
     kept: dict[int, int] = {}
 

@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from .model import Layout, Planner, kind_of
+from .profile import Sizes
+
+
+def step_bytes(
+    sizes: Sizes, *, copies: int, local_batch: int, held: float, micro_batch: int, views_per_pass: int
+) -> int:
+    """Bytes that a learner's step needs at least.
+
+    copies: of the weights (themselves, gradients, buckets, ...); held: images kept at a time per clean image of the
+    local batch, its views and those that wait, as float32; views_per_pass: of a micro-batch in one forward pass.
+    """
+    images = int(local_batch * held * sizes.image)
+    in_pass = micro_batch * views_per_pass
+    return sizes.weights * copies + sizes.optimizer_state + images + in_pass * sizes.activations_per_image
 
 
 def learner_bytes(planner: Planner, method: str, layout: Layout) -> int:
@@ -15,9 +29,14 @@ def learner_bytes(planner: Planner, method: str, layout: Layout) -> int:
     views = 1 if method == "vanilla" else 2
     copies = 2 + (layout.learners > 1) + kind.lookahead + (layout.attack_ranks > 0)
     waiting = planner.staleness if kind.stale else int(method == "recycle")
-    images = layout.local_batch * (views + waiting) * sizes.image
-    in_pass = layout.micro_batch * (views // measured.passes or 1)
-    return sizes.weights * copies + sizes.optimizer_state + images + in_pass * sizes.activations_per_image
+    return step_bytes(
+        sizes,
+        copies=copies,
+        local_batch=layout.local_batch,
+        held=views + waiting,
+        micro_batch=layout.micro_batch,
+        views_per_pass=views // measured.passes or 1,
+    )
 
 
 def attacker_bytes(planner: Planner, layout: Layout) -> int:

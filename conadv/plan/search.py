@@ -76,7 +76,7 @@ def _teams(method: str, devices: int, global_batch: int, rules: Rules) -> Iterat
     if not stale and (rules.executor == "ranks" or rules.attack_ranks):
         raise ConadvError(f"Attack ranks have nothing to do with {method}: only conadv attacks ahead of its step.")
     fewest = rules.attack_ranks or 1
-    for learners in (count for count in _divisors(global_batch) if count <= devices):
+    for learners in (count for count in divisors(global_batch) if count <= devices):
         if rules.executor != "ranks" and not rules.attack_ranks and (rules.executor == "auto" or learners == devices):
             yield learners, False
         if rules.executor != "inline" and stale and rules.attack_ranks != 0 and learners + fewest <= devices:
@@ -115,7 +115,7 @@ def _micro_batch(planner: Planner, method: str, learners: int, global_batch: int
             )
         return rules.micro_batch, False
     largest = planner.measured(method).points[-1].micro_batch
-    sizes = [size for size in _divisors(local) if size <= largest]
+    sizes = [size for size in divisors(local) if size <= largest]
     fits = [size for size in sizes if _fits(planner, method, Layout(learners, 0, size, local // size), rules.memory)]
     if not fits:
         raise ConadvError(f"memory: even a micro-batch of one image needs more than {rules.memory} bytes per device.")
@@ -126,7 +126,8 @@ def _fits(planner: Planner, method: str, layout: Layout, memory: int | None) -> 
     return memory is None or device_bytes(planner, method, layout) <= memory
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

@@ -122,6 +122,11 @@ class _Expansion:
             config = _config(self._base, self._spec, arm, point, trial, seed)
         except ConadvError as error:
             raise ConadvError(f"{label}: {error}") from error
+        if config.micro_batch_size == "auto":
+            raise ConadvError(
+                f"{label}: micro_batch_size auto depends on the machine and changes what batch norm sees, so that runs "
+                "could not be compared. Give a number."
+            )
         if tuning and config.data.validation_images is None:
             raise ConadvError(f"{label}: tuning needs images to choose by. Give data.validation_images in base.")
         key, name = config.model_dump_json(), f"{_slug(label)}-seed{seed}"
