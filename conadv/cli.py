@@ -42,6 +42,8 @@ Large-batch training with concurrent adversarial learning.
   staleness RUN...         what the probe measured: attacks at stale and at predicted weights, table and picture
   plan PROFILE             predict step time, cost and the best split for machines that you do not have
   sweep SPEC               a grid of runs: tuned on validation images, confirmed on other seeds, reported
+  watch RUN                a live view of a run, a sweep or a folder of runs in the terminal
+  doctor                   what is installed, what devices and links are seen, and what would be slow or wrong
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
   bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
   check DIR                read every image of an image folder and list those that training would stumble over
@@ -237,7 +239,7 @@ def _train(args: Sequence[str]) -> None:
         _dry_run(config, out, options, execution)
         return
     _only_with_dry_run(options)
-    observer = _observer(options, out)
+    observer = _observer(config, options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:
         summary = train(
@@ -379,12 +381,17 @@ def _set_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def _observer(options: RunOptions, out: Path) -> Observer:
-    from .progress import TensorBoard, Together, for_terminal
+def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
+    from .progress import TensorBoard, Together, WandB, for_terminal
     from .run import RunDir
 
-    shown = for_terminal(options.quiet)
-    return Together([shown, TensorBoard(RunDir(out).tensorboard)]) if options.tensorboard else shown
+    run = RunDir(out)
+    shown: list[Observer] = [for_terminal(options.quiet)]
+    if options.tensorboard:
+        shown.append(TensorBoard(run.tensorboard))
+    if options.wandb:
+        shown.append(WandB(run.wandb, config.model_dump(mode="json")))
+    return Together(shown) if len(shown) > 1 else shown[0]
 
 
 def _result_line(summary: dict[str, object]) -> str:
@@ -515,6 +522,18 @@ def _sweep(args: Sequence[str]) -> None:
     sweep(tyro.cli(SweepArgs, args=args, prog="conadv sweep"))
 
 
+def _watch(args: Sequence[str]) -> None:
+    from .watch.command import WatchArgs, command
+
+    command(tyro.cli(WatchArgs, args=args, prog="conadv watch"))
+
+
+def _doctor(args: Sequence[str]) -> int:
+    from .doctor.command import DoctorArgs, command
+
+    return 0 if command(tyro.cli(DoctorArgs, args=args, prog="conadv doctor")) else EXIT_FOUND
+
+
 def _demo(args: Sequence[str]) -> None:
     from .demo import DemoArgs, demo
 
@@ -547,6 +566,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "staleness": _staleness,
     "plan": _plan,
     "sweep": _sweep,
+    "watch": _watch,
+    "doctor": _doctor,
     "demo": _demo,
     "bench": _bench,
     "check": _check,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -135,19 +136,67 @@ class TensorBoard(Silent):
         self._writer = self._open()  # not before the run has its folder
 
     def step(self, record: StepRecord) -> None:
-        values = {"train/loss": record.loss, "train/lr": record.lr, "train/grad_norm": record.grad_norm}
-        values |= {f"train/losses/{name}": value for name, value in record.losses.items()}
-        values |= {f"seconds/{name}": value for name, value in record.phases.items()}
-        for name, value in values.items():
+        for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
 
     def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        self._writer.add_scalar("test/loss", loss, step)
-        self._writer.add_scalar("test/accuracy", accuracy, step)
+        for name, value in evaluation_scalars(loss, accuracy).items():
+            self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class WandB(Silent):
+    """Scalars in Weights & Biases, under the same names as in TensorBoard; a step is a step of the record.
+
+    Offline: everything lies in ``folder``, and ``wandb sync`` sends it when its user wants that. Only the environment
+    variable WANDB_MODE changes this. A resumed run begins a new file, from the step that it goes on with.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConadvError("--wandb needs the extra: pip install 'conadv[wandb]'.") from error
+        self._wandb, self._folder, self._config = wandb, folder, config
+        self._run: Any = None
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        """Not before the run has its folder."""
+        wandb = self._wandb
+        self._folder.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("WANDB_MODE", "offline")
+        # no links: those of a run directory are refused; no source, no console: the record has what is needed
+        settings = wandb.Settings(symlink=False, console="off", silent=True, save_code=False, disable_git=True)
+        self._run = wandb.init(
+            project="conadv", name=title, dir=str(self._folder), config=self._config, mode=mode, settings=settings
+        )
+
+    def step(self, record: StepRecord) -> None:
+        self._run.log(scalars(record), step=record.step)
+
+    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+        self._run.log(evaluation_scalars(loss, accuracy), step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def scalars(record: StepRecord) -> dict[str, float]:
+    """A step's numbers by the record's names, below "train/" and "seconds/": for loggers of other makers."""
+    values = {"train/loss": record.loss, "train/lr": record.lr, "train/grad_norm": record.grad_norm}
+    values |= {f"train/losses/{name}": value for name, value in record.losses.items()}
+    values |= {f"seconds/{name}": value for name, value in record.phases.items()}
+    if record.staleness is not None:
+        values["train/staleness"] = record.staleness
+    return values
+
+
+def evaluation_scalars(loss: float, accuracy: float) -> dict[str, float]:
+    return {"test/loss": loss, "test/accuracy": accuracy}
 
 
 class Together(Silent):

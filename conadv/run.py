@@ -46,6 +46,10 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
     def launcher(self) -> Path:
         return self.path / ".launcher"
 
@@ -133,7 +137,7 @@ class RunDir:
 
     def _delete(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        for folder in (self.checkpoints, self.tensorboard, self.timeline, self.analysis):
+        for folder in (self.checkpoints, self.tensorboard, self.wandb, self.timeline, self.analysis):
             shutil.rmtree(folder, ignore_errors=True)
         results = (self.analysis_file, self.staleness)
         for file in (self.record, self.summary, self.weights, *results, self.launcher, self.config):

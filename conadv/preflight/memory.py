@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,10 +62,8 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_reserved(device)
-    try:
+    with suppress(OSError):  # without it, it is the peak of the process so far: never too small
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    except OSError:
-        pass  # then it is the peak of the process so far: never too small
     work()
     peak = _line("/proc/self/status", "VmHWM:")
     if peak is None:

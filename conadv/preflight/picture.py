@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from ..errors import ConadvError, printable
@@ -36,7 +37,7 @@ def plot(
     columns = max(1, min(width - margin, steps))
     stretch = max(1, (width - margin) // columns)
     edges = [steps * column // columns for column in range(columns + 1)]
-    values = [max(map(curve, _some(first, last))) for first, last in zip(edges, edges[1:], strict=False)]
+    values = [max(map(curve, _some(first, last))) for first, last in pairwise(edges)]
     lines = bars([value for value in values for _ in range(stretch)], height, ascii_only=ascii_only)
     axis, corner, line = ("|", "+", "-") if ascii_only else ("┤", "└", "─")
     top = f"{max(values):.4g}"
