@@ -76,10 +76,8 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
         sizes = f"{gib(device.free)} of {gib(device.memory)} free"
         yield f"cuda:{index}", f"{device.name}, capability {major}.{minor}, {sizes}; peers {peers}"
     if not facts.cuda:
-        yield (
-            "cuda",
-            f"no device; torch is built {f'for CUDA {facts.cuda_built}' if facts.cuda_built else 'without it'}",
-        )
+        built = f"for CUDA {facts.cuda_built}" if facts.cuda_built else "without CUDA"
+        yield "cuda", f"no device; torch is built {built}"
     yield "backends", ", ".join(facts.backends) or "none"
     yield "network", ", ".join(_interfaces(facts)) or "no interface"
     shm = "none" if facts.shm is None else f"{gib(facts.shm[1])} of {gib(facts.shm[0])} free"

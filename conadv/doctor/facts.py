@@ -132,7 +132,7 @@ def _cpu_flags() -> list[str]:
 
 
 def allocator() -> str:
-    """The memory allocator of this process: "jemalloc", "tcmalloc" or "mimalloc" where one is loaded, "glibc", "other"."""
+    """Whose malloc this process has: "jemalloc", "tcmalloc" or "mimalloc" where one is loaded, "glibc", "other"."""
     try:
         loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:

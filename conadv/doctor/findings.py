@@ -1,4 +1,4 @@
-"""What of the facts would be slow or wrong, each with what to do. A rule is a function of the facts and one line below."""
+"""What of the facts would be slow or wrong, each with what to do. RULES has the rules, functions of the facts."""
 
 from __future__ import annotations
 

@@ -27,15 +27,16 @@ class Follower:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begin_anew(None)
-        self.restarts = 0
+        self._inode: int | None = None
+        self._offset, self._rest = 0, b""
+        self.broken = self.restarts = 0
 
     def lines(self) -> Iterator[Line]:
         """The new lines. Raises ConadvError if the record cannot be read; none where there is no record yet."""
         try:
             about = self._path.stat()
             if self._inode not in (None, about.st_ino) or about.st_size < self._offset:
-                self._begin_anew(None)
+                self._offset, self._rest, self.broken = 0, b"", 0
                 self.restarts += 1
             self._inode = about.st_ino
             if not self._path.is_file():
@@ -62,9 +63,6 @@ class Follower:
                     yield line
             if len(self._rest) > LINE_BYTES:
                 raise OSError(f"a line is longer than {LINE_BYTES:,} bytes")
-
-    def _begin_anew(self, inode: int | None) -> None:
-        self._inode, self._offset, self._rest, self.broken = inode, 0, b"", 0
 
 
 def parse(raw: bytes) -> Line | None:
