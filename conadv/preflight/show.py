@@ -93,5 +93,6 @@ def _data(data: DataFound) -> str:
 def _notes(shown: Preview) -> list[str]:
     notes = ["time: training steps only, evaluation and checkpoints come on top; " + "; ".join(shown.time.notes)]
     if shown.data.bad:
-        notes.append(f"left out, as it cannot be read: {shown.data.bad[0]} (and {len(shown.data.bad) - 1} more)")
+        more = f" (and {len(shown.data.bad) - 1} more)" if len(shown.data.bad) > 1 else ""
+        notes.append(f"left out, as it cannot be read: {shown.data.bad[0]}{more}")
     return notes
