@@ -102,7 +102,7 @@ def _cuda_devices(facts: Facts) -> Found:
             f"no peer access for cuda:{', cuda:'.join(map(str, lonely))}: what ranks exchange goes through the host",
             "look at nvidia-smi topo -m; in a virtual machine or container, allow peer-to-peer",
         )
-    if len(facts.cuda) > 1 and "nccl" not in facts.backends:
+    if len(facts.cuda) > 1 and facts.backends == ("gloo",):
         yield Finding("wrong", "several CUDA devices and no NCCL in this torch", "install a build of torch with NCCL")
 
 
