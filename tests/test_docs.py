@@ -23,6 +23,7 @@ from conadv import bench, cli, recipes
 from conadv.analyze import AnalyzeArgs
 from conadv.config import Config, dump_yaml, override, resolve
 from conadv.demo import DemoArgs
+from conadv.doctor.command import DoctorArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models import SmallResNet
@@ -30,6 +31,7 @@ from conadv.plan.command import PlanArgs
 from conadv.staleness import StalenessArgs
 from conadv.sweep.command import SweepArgs
 from conadv.timeline import TimelineArgs
+from conadv.watch.command import WatchArgs
 
 ROOT = Path(__file__).parent.parent
 TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]
@@ -45,6 +47,8 @@ PARSED = {
     "plan": PlanArgs,
     "demo": DemoArgs,
     "sweep": SweepArgs,
+    "watch": WatchArgs,
+    "doctor": DoctorArgs,
 }
 OPTIONS_ALONE = ("--help", "--version")
 

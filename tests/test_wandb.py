@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_run_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = tmp_path / "run"
     args = "--model.width 4 --steps 2 --schedule.warmup-epochs 0 --method conadv --eval.robust-images 0 --quiet".split()
     assert main(["train", "digits", *args, "--out", str(out), "--wandb"]) == 0
-    written = b"".join(path.read_bytes() for path in out.glob("wandb/**/*.wandb"))
+    written = _written(out)
     for line in read_lines(out / "record.jsonl"):
         for name in (*line.get("losses", {}), *line.get("phases", {})):
             assert name.encode() in written
@@ -70,3 +71,13 @@ def test_a_run_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert name.encode() in written
     assert RunDir(out).open().method == "conadv"
     assert main(["train", "digits", *args, "--out", str(out), "--resume", "--wandb"]) == 0
+
+
+def _written(out: Path) -> bytes:
+    """What wandb's own process has written, once the last evaluation is there (or after 30 seconds)."""
+    end = time.monotonic() + 30
+    while True:
+        found = b"".join(path.read_bytes() for path in out.glob("wandb/**/*.wandb"))
+        if b"test/accuracy" in found or time.monotonic() > end:
+            return found
+        time.sleep(0.2)
