@@ -142,7 +142,7 @@ def _table(runs: list[Seen], width: int) -> Table:
     for column in names:
         table.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
     for run in runs:
-        table.add_row(Text(_shortened(run.name, max(16, width - 50)), no_wrap=True), *_cells(run))
+        table.add_row(Text(_shortened(run.name, max(16, width - 57)), no_wrap=True), *_cells(run))
     return table
 
 
