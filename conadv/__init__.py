@@ -43,6 +43,7 @@ _WHERE = {
     "route": "norm",
     "split_batchnorm": "norm",
     "strip": "norm",
+    "WindowedLoader": "data",
     "windows": "data",
 }
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .attacks import AttackPlan as AttackPlan
     from .attacks import PixelSpace as PixelSpace
     from .attacks import RandomSigns as RandomSigns
+    from .data import WindowedLoader as WindowedLoader
     from .data import windows as windows
     from .engine import Comm as Comm
     from .engine import Inline as Inline

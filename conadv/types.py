@@ -46,6 +46,7 @@ class MicroBatch:
     floating-point images are taken as model space.
     ``index`` is this micro-batch's place in the global batch, rank * accumulation + m: it keys the randomness, so
     that N ranks draw what one rank with N-fold accumulation draws.
+    ``y_N``: classes (int64), or probabilities (N, K; float) where images are mixed.
     """
 
     index: int

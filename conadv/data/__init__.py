@@ -5,6 +5,7 @@ from .loader import Data, build_data, windows
 from .order import Order
 from .sources import SOURCES, Source, build_source
 from .splits import MemorySplit, PhotoSplit, Split
+from .windowed import WindowedLoader
 
 __all__ = [
     "SOURCES",
@@ -14,6 +15,7 @@ __all__ = [
     "PhotoSplit",
     "Source",
     "Split",
+    "WindowedLoader",
     "build_augment",
     "build_data",
     "build_photo_augment",

@@ -142,6 +142,17 @@ class Comm:
             comm._roll = RollCall(store, rank, ranks)
         return comm
 
+    @classmethod
+    def from_process_group(cls, device: torch.device | str) -> Comm:
+        """This process in the process group that somebody else has made, such as Accelerate; alone without one.
+
+        The group's own timeout holds, and an error cannot say who is missing (:meth:`from_environment` can).
+        """
+        place = torch.device(device)
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(device=place)
+        return cls(dist.get_rank(), dist.get_world_size(), place, "nccl" if place.type == "cuda" else "gloo")
+
     @property
     def first(self) -> bool:
         """Whether this rank, the world's rank 0, writes files and shows progress."""
