@@ -38,8 +38,10 @@ _WHERE = {
     "LARS": "optim",
     "parameter_groups": "optim",
     "WarmupDecay": "schedules",
+    "EMA": "ema",
     "evaluate": "evaluation",
     "frozen_stats": "norm",
+    "recalibrate": "precise_bn",
     "route": "norm",
     "split_batchnorm": "norm",
     "strip": "norm",
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from .attacks import RandomSigns as RandomSigns
     from .data import WindowedLoader as WindowedLoader
     from .data import windows as windows
+    from .ema import EMA as EMA
     from .engine import Comm as Comm
     from .engine import Inline as Inline
     from .engine import NonFiniteError as NonFiniteError
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from .optim import LAMB as LAMB
     from .optim import LARS as LARS
     from .optim import parameter_groups as parameter_groups
+    from .precise_bn import recalibrate as recalibrate
     from .schedules import WarmupDecay as WarmupDecay
     from .types import Batch as Batch
     from .types import MicroBatch as MicroBatch

@@ -36,7 +36,7 @@ Large-batch training with concurrent adversarial learning.
   train --config FILE      train again by a saved config.yaml
   eval RUN                 evaluate a trained run, clean and under attack
   analyze RUN...           Hessian, sharpness, loss landscape and robust accuracy of trained models
-  export RUN               write the clean route's weights as model.safetensors
+  export RUN               write the clean route as model.safetensors, torch.export program or ONNX
   report RUN...            an HTML and Markdown report about runs, folders of runs, or a sweep
   timeline RUN             what ran beside what: a trace, a picture, the hidden shares
   staleness RUN...         what the probe measured: attacks at stale and at predicted weights, table and picture
@@ -301,6 +301,9 @@ _ALIASES = {
     "data": "data.dir",
     "download": "data.download",
     "on_bad_image": "data.on_bad_image",
+    "mixup": "data.mixup",
+    "cutmix": "data.cutmix",
+    "precise_bn": "eval.precise_bn_images",
     "augment": "data.augment",
     "aug_view": "data.aug_view",
     "model": "model.name",
@@ -441,10 +444,12 @@ def _eval(args: Sequence[str]) -> None:
 
 @dataclass
 class ExportArgs:
-    """Write the clean route's weights of a run as model.safetensors under the plain model's own names."""
+    """Write the clean route of a run for other programs: weights, or a program that needs no Python code of a model."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
+    format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
+    """model.safetensors, weights under the plain model's own names; model.pt2 (torch.export); or model.onnx."""
     best: bool = False
     """The checkpoint with the best validation accuracy instead (checkpoint.keep_best)."""
     model: str | None = None
@@ -456,7 +461,7 @@ def _export(args: Sequence[str]) -> None:
     _trust(options.model)
     from .export import export
 
-    _say(str(export(options.run, best=options.best)))
+    _say(str(export(options.run, best=options.best, kind=options.format)))
 
 
 @dataclass

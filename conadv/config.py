@@ -87,6 +87,10 @@ class DataConfig(Section):
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
     """Augmentation of a third view with its own route; None has no third view."""
+    mixup: Annotated[float, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0)
+    """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
+    cutmix: Annotated[float, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0)
+    """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
     on_bad_image: Annotated[Literal["error", "skip"], tyro.conf.arg(aliases=["--on-bad-image"])] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
     num_workers: int = Field(0, ge=0, le=256)
@@ -187,6 +191,15 @@ class EvalConfig(Section):
     """How many test images robust_accuracy uses; 0 leaves it out."""
     train_images: int = Field(5000, ge=1)
     """How many training images train_loss and train_accuracy use at most."""
+    precise_bn_images: Annotated[int | None, tyro.conf.arg(aliases=["--precise-bn"])] = Field(None, ge=2)
+    """After the last step compute batch norm's running statistics anew over so many training images."""
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the weights, which is then what is evaluated and exported."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Share of the old average in the new one, such as 0.999; smaller in the first steps. None keeps no average."""
 
 
 class CheckpointConfig(Section):
@@ -258,12 +271,15 @@ class Config(Section):
     """With skip: so many steps in a row without an update end the run."""
     channels_last: bool = False
     """Memory format of images and convolutions."""
+    compile: bool = False
+    """Compile the network by torch.compile, one graph per route; evaluation runs without."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     attack: AttackConfig = AttackConfig()
     eval: EvalConfig = EvalConfig()
+    ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
 
@@ -307,6 +323,8 @@ def resolve(config: Config) -> Config:
     config = _attack_defaults(config)
     if config.micro_batch_size is None:
         config = replace(config, micro_batch_size=config.global_batch_size)
+    if config.micro_batch_size == 1 and (config.data.mixup or config.data.cutmix):
+        raise ConadvError("data.mixup and data.cutmix mix images of one micro-batch: micro_batch_size 1 has no other.")
     if config.micro_batch_size != "auto":
         accumulation(config)
     return config

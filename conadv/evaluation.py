@@ -28,7 +28,7 @@ class Result:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; every module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -70,7 +70,7 @@ def evaluate(
             logits: Tensor = model(x)
         return amplify(logits.float(), low)
 
-    with _eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
+    with eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
         for number, (x, y) in enumerate(batches):
             if not len(y):  # none of its images could be read
                 continue

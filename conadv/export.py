@@ -1,47 +1,148 @@
-"""Exporting a run: the clean route as plain weights that the model's own constructor loads."""
+"""Exporting a run: the clean route for other programs, as plain weights or as a traced program."""
 
 from __future__ import annotations
 
+import io
+import json
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from ._version import __version__
-from .config import resolve
-from .errors import ConadvError
+from .config import Config, resolve
+from .ema import evaluated_state
+from .errors import ConadvError, unknown
 from .norm import strip
+from .record import sync_folder
 from .run import RunDir
 from .trainer import load_state, make_model
+
+TOLERANCE = 1e-3  # of the largest logit: another order of sums, not another network
 
 
 def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
     """The trained network of a run on the CPU in eval mode, without routes. Needs no data.
 
-    ``best``: of its best checkpoint (checkpoint.keep_best), not of its newest.
+    The average of the weights where the run has one (ema.decay). ``best``: of its best checkpoint
+    (checkpoint.keep_best), not of its newest.
     """
+    return _load(path, best)[0]
+
+
+def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
     try:
         model = make_model(config, state["channels"], len(state["class_names"]))
-        model.load_state_dict(state["model"])
+        model.load_state_dict(evaluated_state(state))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConadvError(
             f"The checkpoint in {path} does not fit its config.yaml: {str(error)[:500]}. It was changed, or belongs to "
             "another run."
         ) from error
-    return strip(model).eval()
+    return strip(model).eval(), config, state
 
 
-def export(path: Path, *, best: bool = False) -> Path:
-    """Write ``model.safetensors`` into the run: it loads with ``strict=True`` into the plain model."""
+def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path:
+    """Write the clean route into the run and return the file.
+
+    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model), "torch-export"
+    (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take normalised images
+    (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and compared with the network before they
+    are written; mean, std and class names are in their metadata.
+    Raises ConadvError where the network cannot be traced, where the traced one computes something else, and for
+    "onnx" without the packages of the extra ``onnx``.
+    """
+    if kind not in _WRITERS:
+        raise unknown("format", kind, _WRITERS)
     run = RunDir(path)
-    config = run.open()
-    tensors = {name: value.contiguous() for name, value in load_plain_model(path, best=best).state_dict().items()}
-    about = {"format": "pt", "conadv": __version__, "model": config.model.name, "method": config.method}
-    temporary = run.weights.with_suffix(".tmp")  # open() has made sure that it is no link
-    save_file(tensors, temporary, metadata=about)
-    temporary.replace(run.weights)
-    return run.weights
+    model, config, state = _load(path, best)
+    about = {"conadv": __version__, "model": config.model.name, "method": config.method}
+    if kind != "safetensors":
+        about |= {
+            "mean": json.dumps(config.data.mean),
+            "std": json.dumps(config.data.std),
+            "class_names": json.dumps(state["class_names"]),
+        }
+    target = {"safetensors": run.weights, "torch-export": run.program, "onnx": run.onnx}[kind]
+    content = _WRITERS[kind](model, about, _image_shape(config, state) if kind != "safetensors" else ())
+    temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link
+    temporary.write_bytes(content)
+    temporary.replace(target)
+    sync_folder(path)
+    return target
+
+
+def _image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
+    size = state.get("image_size", config.data.image_size)
+    if size is None:
+        raise ConadvError("The checkpoint is of an older version and does not say how large its images are.")
+    return (int(state["channels"]), int(size), int(size))
+
+
+def _safetensors(model: nn.Module, about: dict[str, str], _: tuple[int, ...]) -> bytes:
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    content: bytes = save(tensors, metadata={"format": "pt", **about})
+    return content
+
+
+def _torch_export(model: nn.Module, about: dict[str, str], shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(_traced(model, shape), file, extra_files={"conadv.json": json.dumps(about)})
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    _compare(model, lambda x: loaded(x), shape)
+    return file.getvalue()
+
+
+def _onnx(model: nn.Module, about: dict[str, str], shape: tuple[int, ...]) -> bytes:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise ConadvError(f"ONNX needs more packages ({error}): pip install 'conadv[onnx]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own notes on its version of opsets
+        program = torch.onnx.export(
+            _traced(model, shape), input_names=["x_NCHW"], output_names=["logits_NK"], dynamo=True, verbose=False
+        )
+    assert program is not None
+    program.model.metadata_props.update(about)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    _compare(model, lambda x: torch.from_numpy(session.run(None, {"x_NCHW": x.numpy()})[0]), shape)
+    return bytes(content)
+
+
+def _traced(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The network as a program for any number of images."""
+    try:
+        return torch.export.export(model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("N")},))
+    except Exception as error:  # tracing runs the network's own code, which raises anything
+        raise ConadvError(
+            f"The {type(model).__name__} cannot be traced for any number of images: {str(error)[:500]}. "
+            "Export its weights (safetensors) and trace them where they are used."
+        ) from error
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, traced: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    """ConadvError unless both give the same logits for another number of images than the trace had."""
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    want, found = model(x), traced(x)
+    off = float((found - want).abs().max() / want.abs().max().clamp_min(1e-12))
+    if not off <= TOLERANCE:
+        raise ConadvError(f"The exported network computes something else: logits differ by {off:.2g} of the largest.")
+
+
+_WRITERS: dict[str, Callable[[nn.Module, dict[str, str], tuple[int, ...]], bytes]] = {
+    "safetensors": _safetensors,
+    "torch-export": _torch_export,
+    "onnx": _onnx,
+}

@@ -228,6 +228,15 @@ def routes_of(model: nn.Module) -> tuple[str, ...]:
     return routing.names if routing else ()
 
 
+def layers_on(model: nn.Module, name: str) -> Iterator[_BatchNorm]:
+    """The layers that normalise on a route; none where the model does not have it."""
+    for layer in _layers(model):
+        if name == CLEAN:
+            yield layer
+        elif isinstance(layer, SplitBatchNorm) and name in layer.routes:
+            yield layer.get_submodule(f"routes.{name}")  # type: ignore[misc]
+
+
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether any layer computes batch statistics."""
     return any(isinstance(m, _BatchNorm) for m in model.modules())

@@ -42,6 +42,14 @@ class RunDir:
         return self.path / "model.safetensors"
 
     @property
+    def program(self) -> Path:
+        return self.path / "model.pt2"
+
+    @property
+    def onnx(self) -> Path:
+        return self.path / "model.onnx"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -139,8 +147,8 @@ class RunDir:
         """Remove what a run wrote, and nothing else."""
         for folder in (self.checkpoints, self.tensorboard, self.wandb, self.timeline, self.analysis):
             shutil.rmtree(folder, ignore_errors=True)
-        results = (self.analysis_file, self.staleness)
-        for file in (self.record, self.summary, self.weights, *results, self.launcher, self.config):
+        results = (self.analysis_file, self.staleness, self.weights, self.program, self.onnx)
+        for file in (self.record, self.summary, *results, self.launcher, self.config):
             file.unlink(missing_ok=True)
 
 

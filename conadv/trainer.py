@@ -21,6 +21,7 @@ from ._version import __version__
 from .attacks import PGD, AttackPlan, PixelSpace
 from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
 from .data import Data, build_data, build_source, windows
+from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
@@ -31,15 +32,16 @@ from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model, check_model
 from .models.trial import NO_BATCH_NORM
-from .norm import has_batchnorm, split_batchnorm
+from .norm import CLEAN, has_batchnorm, routes_of, split_batchnorm
 from .optim import MODEL_RULES, build_optimizer, describe, parameter_groups
+from .precise_bn import recalibrate
 from .probe import Probe, check_duration
 from .progress import Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
 from .signals import INTERRUPT, TERMINATE, Signals, Stopped
 from .summary import summarize
-from .types import Batch, Schedule, Span, StepRecord
+from .types import Attack, Batch, Schedule, Span, StepRecord
 from .writer import Writer
 
 
@@ -63,6 +65,12 @@ class Parts:
     choice: Choice
     probe: Probe | None = None
     best: dict[str, Any] = field(default_factory=dict)  # step and accuracy of the best checkpoint, empty without one
+    ema: EMA | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated: the average of the weights where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
 
 def train(
@@ -316,6 +324,8 @@ def build(
         method = method.for_run(_plan(config, num_steps, schedule))
         groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
         optimizer = build_optimizer(config.optim, groups, schedule(0))
+        _check_precise_bn(config, model)
+        ema = None if config.ema.decay is None or teams.attacking else EMA(model, config.ema.decay)
     engine = make_engine(config, model, optimizer, method, schedule, comm, choice.make(teams, execution.late))
     return Parts(
         config,
@@ -332,6 +342,7 @@ def build(
         teams,
         execution,
         choice,
+        ema=ema,
     )
 
 
@@ -363,7 +374,13 @@ def make_engine(
         seed=config.seed,
         comm=comm,
         executor=executor,
+        compile=config.compile,
     )
+
+
+def _check_precise_bn(config: Config, model: nn.Module) -> None:
+    if config.eval.precise_bn_images is not None and not has_batchnorm(model):
+        raise ConadvError("eval.precise_bn_images has no effect: this model has no batch norm. Leave it out.")
 
 
 def _plan(config: Config, num_steps: int, schedule: WarmupDecay) -> AttackPlan:
@@ -428,6 +445,8 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
         if parts.probe is not None:
             parts.probe.load_state_dict(state["probe"])
         parts.best.update(state["best"] or {})
+        if parts.ema is not None:
+            parts.ema.load_state_dict(state["ema"])
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConadvError(
             f"The checkpoint does not fit the run's config: {str(error)[:500]}. It was changed, or belongs to another "
@@ -459,12 +478,17 @@ def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple
 
 
 def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
-    """The parts of a run with its newest checkpoint loaded, or the best one (checkpoint.keep_best)."""
+    """The parts of a run with its newest checkpoint loaded, or the best one (checkpoint.keep_best).
+
+    Where a run has an average of its weights, that is the model.
+    """
     run = RunDir(path)
     config = replace(run.open(), data__download=False)  # evaluating a stranger's run writes nothing
     parts = build(resolve(config), device)
-    restore(parts, load_state(run, device, best=best))
-    return parts
+    state = load_state(run, device, best=best)
+    restore(parts, state)
+    parts.model.load_state_dict(evaluated_state(state))
+    return dataclasses.replace(parts, ema=None)
 
 
 def load_state(run: RunDir, device: torch.device, *, best: bool = False) -> dict[str, Any]:
@@ -503,8 +527,10 @@ def _evaluate(parts: Parts, split: str, limit: int | None, attack: PGD | None = 
     config, comm = parts.config, parts.comm
     comm.at("evaluation", parts.engine.version)
     comm.broadcast(parts.model.buffers())  # each rank has tracked the statistics of its own images
+    if parts.ema is not None:
+        comm.broadcast(parts.ema.module.buffers())
     return evaluate(
-        parts.model,
+        parts.evaluated,
         parts.data.eval_batches(split, limit, config.eval.batch_size),
         parts.space,
         attack=attack,
@@ -513,6 +539,36 @@ def _evaluate(parts: Parts, split: str, limit: int | None, attack: PGD | None = 
         channels_last=config.channels_last,
         comm=comm,
     )
+
+
+def _recalibrate(parts: Parts) -> None:
+    """Precise statistics for the model that is evaluated, on its clean route and on that of the extra images.
+
+    The images are training images as evaluation sees its own, without augmentation: always the same whole
+    micro-batches for any number of ranks. The extra images of a method are made of them at the final weights.
+    Ranks: collective.
+    """
+    config, comm = parts.config, parts.comm
+    assert config.eval.precise_bn_images is not None
+    assert config.micro_batch_size is not None
+    count = min(config.eval.precise_bn_images, parts.data.train_size)
+    size = min(config.micro_batch_size, count)
+    routes: dict[str, Attack | None] = {CLEAN: None}
+    if "adv" in routes_of(parts.evaluated):
+        routes["adv"] = getattr(parts.method, "attack", getattr(parts.method, "noise", None))
+    for name, attack in routes.items():
+        comm.at(f"recalibration of the {name} route", parts.engine.version)
+        recalibrate(
+            parts.evaluated,
+            parts.data.eval_batches("train", count // size * size, size),
+            parts.space,
+            route=name,
+            attack=attack,
+            seed=config.seed,
+            precision=config.precision,
+            channels_last=config.channels_last,
+            comm=comm,
+        )
 
 
 def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer: Observer) -> dict[str, Any]:
@@ -640,6 +696,7 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
             for line in parts.probe.before_step() if parts.probe is not None else ():
                 log.write("probe", **line)
             done = parts.engine(batch, future)
+            _follow(parts, done)
             _note(parts, spans, done.step, done.spans)
             if done.step - first >= parts.execution.timeline_steps:
                 done.spans = []
@@ -654,6 +711,14 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
                 save(parts, writer)
             if parts.engine.stop:
                 return
+
+
+def _follow(parts: Parts, done: StepRecord) -> None:
+    """What comes after an update and before anything is evaluated or saved."""
+    if parts.ema is not None and done.skipped is None:
+        parts.ema.update_parameters(parts.model)
+    if parts.engine.version == parts.num_steps and parts.config.eval.precise_bn_images is not None:
+        _recalibrate(parts)
 
 
 @contextmanager
@@ -798,7 +863,9 @@ def save(parts: Parts, writer: Writer) -> None:
                 "model": parts.model.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),
                 "engine": {**engine, "pending": merge(waiting)},
+                "ema": None if parts.ema is None else parts.ema.state_dict(),
                 "channels": parts.data.channels,
+                "image_size": parts.data.image_size,
                 "class_names": list(parts.data.class_names),
                 "probe": None if parts.probe is None else parts.probe.state_dict(),
                 "best": dict(parts.best) or None,

@@ -35,14 +35,14 @@ class Digits(torch.utils.data.Dataset):  # 8x8 digits as photographs; create_loa
 
 def main(epochs: int = 2, limit: int = 1000) -> float:
     torch.manual_seed(0)
-    common = dict(input_size=(3, 32, 32), batch_size=50, mean=MEAN, std=STD, use_prefetcher=False, num_workers=0)
-    train = create_loader(Digits(0, limit), is_training=True, hflip=0.0, scale=(0.8, 1.0), **common)
-    test = create_loader(Digits(1000, 1797), is_training=False, **common)
+    common = {"input_size": (3, 32, 32), "batch_size": 50, "mean": MEAN, "std": STD, "use_prefetcher": False}
+    train = create_loader(Digits(0, limit), is_training=True, num_workers=0, hflip=0.0, scale=(0.8, 1.0), **common)
+    test = create_loader(Digits(1000, 1797), is_training=False, num_workers=0, **common)
     mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=0.5, label_smoothing=0.1, num_classes=10)
 
     model = split_batchnorm(timm.create_model("test_efficientnet", num_classes=10), "adv")  # before the optimizer
     optimizer = create_optimizer_v2(model, opt="lamb", lr=0.02, weight_decay=0.02)
-    counted = dict(step_on_epochs=False, updates_per_epoch=len(train))
+    counted = {"step_on_epochs": False, "updates_per_epoch": len(train)}
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, **counted)
     attack = FGSM(eps=8 / 255, space=PixelSpace(MEAN, STD))
     step = TrainStep(model, optimizer, Concurrent(attack, staleness=1), loss=SoftTargetCrossEntropy(), clip_norm=1.0)

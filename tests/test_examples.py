@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def load(name: str) -> Any:
 class Watched(TrainStep):
     """A TrainStep that holds what the example makes of it against the plain arithmetic, step by step."""
 
-    engines: list[Watched] = []
+    engines: ClassVar[list[Watched]] = []
 
     def __init__(self, *args: Any, **kind: Any) -> None:
         super().__init__(*args, **kind)

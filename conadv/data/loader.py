@@ -18,6 +18,7 @@ from ..signals import outlive_stop
 from ..types import Batch, MicroBatch
 from .augment import sample_keys
 from .files import BadFile, Progress
+from .mix import Mix
 from .order import Order
 from .sources import Source, build_source
 from .splits import Draw, Split
@@ -66,6 +67,7 @@ class Data:
     ranks: int = 1
     skip_bad: bool = False
     bad: BadImages = field(default_factory=BadImages)
+    mix: Mix | None = None
 
     @property
     def num_classes(self) -> int:
@@ -97,10 +99,11 @@ class Data:
 
         "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
         data.aug_view. Step t is the same wherever one starts, for any number of workers, and whichever other views are
-        drawn. Pinned memory where CUDA is present. Worker processes live as long as the iterator. In flight: at most
-        two micro-batches per worker. Raises ConadvError for a view that the configuration has not and, while
-        iterating, for an image that cannot be read; with data.on_bad_image skip it is noted in ``bad``, and another
-        image of its class stands in for it in all views and epochs.
+        drawn. With data.mixup or data.cutmix labels are probabilities N,K. Pinned memory where CUDA is present.
+        Worker processes live as long as the iterator. In flight: at most two micro-batches per worker. Raises
+        ConadvError for a view that the configuration has not and, while iterating, for an image that cannot be read;
+        with data.on_bad_image skip it is noted in ``bad``, and another image of its class stands in for it in all
+        views and epochs.
         """
         for view in views:
             if view not in self.augments:
@@ -113,6 +116,7 @@ class Data:
             {view: self.augments[view] for view in views},
             self.micro_batch_size,
             self.skip_bad,
+            self.mix,
         )
         return self._assemble(_stream(load, keys, self.num_workers), range(start_step, stop_step))
 
@@ -179,7 +183,10 @@ def build_data(
     micro = micro_batch(config)
     mine = range(rank * count, (rank + 1) * count) if mine is None else mine
     skip_bad = config.data.on_bad_image == "skip"
-    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks, skip_bad)
+    mix = None
+    if config.data.mixup or config.data.cutmix:
+        mix = Mix(config.data.mixup, config.data.cutmix, len(source.class_names), config.seed)
+    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks, skip_bad, mix=mix)
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
@@ -215,6 +222,7 @@ class _LoadMicroBatch:
     augments: dict[str, AugmentName]
     micro_batch_size: int
     skip_bad: bool
+    mix: Mix | None = None
 
     def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
         step, index = key
@@ -223,7 +231,10 @@ class _LoadMicroBatch:
         draws = {v: Draw(name, sample_keys(seed, epoch, v, indices_N)) for v, name in self.augments.items()}
         bad: list[BadFile] = []
         views = self.split.views(indices_N, draws, bad if self.skip_bad else None)
-        return {"index": index, "y_N": self.split.labels[indices_N], "views": views, "bad": bad}
+        y_N = self.split.labels[indices_N]
+        if self.mix is not None:
+            views, y_N = self.mix(views, y_N, step, index)
+        return {"index": index, "y_N": y_N, "views": views, "bad": bad}
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class WindowedLoader(Generic[T]):
     no batch is left to be attacked late. ``epochs``: how many there will be; the last ``ahead`` batches of all have no
     future then. None: there is always another one. A loop that broke off goes on where it stopped.
 
-    Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is called with its number,
-    since a framework would call it too late. Raises ConadvError for a loader without a batch.
+    Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is called with its
+    number, since a framework would call it too late. Raises ConadvError for a loader without a batch.
     Ranks: each has a loader of its own. In flight: ``ahead`` batches beside the present one.
     """
 
@@ -73,7 +73,8 @@ class WindowedLoader(Generic[T]):
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     batch_sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)):
+    owners: list[Any] = [loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)]
+    for owner in owners:
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
             return

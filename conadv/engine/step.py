@@ -66,6 +66,9 @@ class TrainStep:
         seed: keys every random draw, in the model (dropout) as in attacks; global generators are left as they were.
         executor: the order of the phases; default :class:`Inline`.
         comm: this process among several ranks; default: alone.
+        compile: run the network through torch.compile, without graph breaks (an error otherwise): one graph for each
+            route and for the attack, none after that. Gradients are then there all at once, so their sums over ranks
+            overlap the attack but no longer backward.
         bucket_mib: size of the buckets in which gradients are summed over ranks, in MiB.
 
     Raises ConadvError where the model has batch norm without the routes that the views need.
@@ -96,8 +99,11 @@ class TrainStep:
         executor: Executor | None = None,
         comm: Comm | None = None,
         bucket_mib: float = 25.0,
+        compile: bool = False,
     ) -> None:
         self.model = model
+        self._compiled = compile
+        self._network: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
         self.optimizer = optimizer
         self.method = method or Vanilla()
         self.loss = loss
@@ -436,11 +442,23 @@ class TrainStep:
         """The loss of each view, from one forward pass."""
         images = [x for x, _ in views.values()]
         with self._autocast():
-            logits = self.model(torch.cat(images) if len(images) > 1 else images[0])
+            logits = self._call(torch.cat(images) if len(images) > 1 else images[0])
         if self._low is not None:
             logits = logits.float()
         parts = logits.split([len(y) for _, y in views.values()]) if len(views) > 1 else [logits]
         return {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
+
+    def _call(self, x_NCHW: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self._network(x_NCHW)
+        except Exception as error:
+            if not (self._compiled and type(error).__module__.startswith("torch._dynamo")):
+                raise
+            raise ConadvError(
+                f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or change the "
+                "network where torch names the break."
+            ) from error
+        return logits
 
     def _views(
         self, m: int, micro: MicroBatch, extra: ExtraBatch | None
@@ -462,12 +480,18 @@ class TrainStep:
     def _forward(self, weights: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
         def forward(x_NCHW: Tensor) -> Tensor:
             with self._autocast():
-                if weights is None:
-                    logits: Tensor = self.model(x_NCHW)
+                if self._compiled:
+                    logits: Tensor = torch.func.functional_call(self._network, fixed, (x_NCHW,))
+                elif weights is None:
+                    logits = self.model(x_NCHW)
                 else:
                     logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
             return amplify(logits, self._low)
 
+        # A compiled backward pass computes all gradients that its graph has, asked for or not: the attack's graph gets
+        # weights that need none, the same graph for present and other weights.
+        now = self.trainable() if self._compiled and weights is None else weights
+        fixed = {f"_orig_mod.{name}": w.detach() for name, w in (now or {}).items()}
         return forward
 
     def _route_of(self, view: str) -> str:

@@ -24,6 +24,7 @@ from conadv.engine.comm import Handle
 from conadv.evaluation import evaluate
 from conadv.execution import Execution
 from conadv.norm import check_sync, frozen_stats, route
+from conadv.precise_bn import recalibrate
 from conadv.signals import Stopped
 from conadv.trainer import train
 
@@ -71,6 +72,21 @@ def evaluation(comm: Comm, model: nn.Module, batch: int = 5, attack: Any = None)
     x, y = images(23, 5, torch.float64)
     all_batches = list(zip(x.split(batch), y.split(batch), strict=True))
     return evaluate(model, all_batches[comm.rank :: comm.ranks], SPACE, attack=attack, seed=SEED, comm=comm)
+
+
+def recalibration(comm: Comm, batch: int) -> dict[str, Tensor]:
+    model = tiny_resnet("adv", dtype=torch.float64)
+    x, y = images(4 * batch, 5, torch.float64)
+    all_batches = list(zip(x.split(batch), y.split(batch), strict=True))
+    for name, attack in (("clean", None), ("adv", FGSM(EPS, space=SPACE))):
+        recalibrate(model, all_batches[comm.rank :: comm.ranks], SPACE, route=name, attack=attack, comm=comm)
+    return state(model)
+
+
+def adopted(comm: Comm) -> tuple[int, int, float]:
+    """A Comm of the process group that is there."""
+    mine = Comm.from_process_group("cpu")
+    return mine.rank, mine.ranks, float(mine.sum(torch.tensor([comm.rank + 1.0])))
 
 
 def evaluate_only(comm: Comm, batch: int, attack: Any) -> Any:

@@ -1,0 +1,22 @@
+"""Precise batch-norm statistics over several ranks, and a process group that somebody else has made."""
+
+from __future__ import annotations
+
+import torch
+
+from ..helpers import same
+from . import jobs
+from .pool import Ranks
+
+
+def test_ranks_agree_with_one(two: Ranks) -> None:
+    # Red when: sums are not taken over the ranks; an attack's draws are keyed by a rank's own numbers.
+    alone = jobs.recalibration(jobs.Comm(), 5)
+    mine, theirs = two.run(jobs.recalibration, 5)
+    assert same(mine, theirs)
+    for name, value in alone.items():
+        assert torch.allclose(mine[name].double(), value.double(), rtol=1e-9, atol=1e-12), name
+
+
+def test_a_group_that_is_there_already_is_adopted(two: Ranks) -> None:
+    assert two.run(jobs.adopted) == [(0, 2, 3.0), (1, 2, 3.0)]
