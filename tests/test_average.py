@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from conadv import EMA, FGSM, ConadvError, evaluate, frozen_stats, recalibrate, route, split_batchnorm
 from conadv.checkpoint import load_newest, steps
-from conadv.config import Config
 from conadv.ema import evaluated_state
 from conadv.export import load_plain_model
 from conadv.norm import layers_on
@@ -181,6 +180,11 @@ def test_errors(tmp_path: Path) -> None:
         recalibrate(no_norm_net(), [(x.double(), y)], SPACE)
     with pytest.raises(ConadvError, match="no batch"):
         recalibrate(tiny_resnet(), [], SPACE)
-    vit: Config = config(model__name="timm:test_vit", model__args=("img_size=16",), model__width=None)
+    vit = {
+        "model__name": "timm:test_vit",
+        "model__args": ("img_size=16",),
+        "model__width": None,
+        "data__image_size": 16,
+    }
     with pytest.raises(ConadvError, match="no effect"):
-        train(vit.model_copy(update={"eval": vit.eval.model_copy(update={"precise_bn_images": 50})}), tmp_path / "x")
+        train(config(**vit, eval__precise_bn_images=50), tmp_path / "x")
