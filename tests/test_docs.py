@@ -1,15 +1,18 @@
 """The documentation is true: its Python runs, its commands parse, its links lead somewhere, its tables are complete.
 
-Each page's ```python blocks run in order in one namespace, in an empty folder. The pages may take two names for
-granted, as their readers have them: ``model`` (a small network for 8x8 grey images) and ``loader`` (batches for it).
-In ```sh and ```console blocks every `conadv` command goes through the program's own parser and `conadv train` through
-resolve(), without training; `make` targets and scripts must exist. Edits of existing files are ```diff blocks.
+Each page's ```python blocks and the commands of its ```sh and ```console blocks run in the order of the page, in one
+namespace and one folder, small (``docs_runs.py`` says how, and gives the reason for each command that is not run). The
+pages may take two names for granted, as their readers have them: ``model`` (a small network for 8x8 grey images) and
+``loader`` (batches for it). A page with the comment "tests: two ranks" has its Python run by two processes.
+Before that every command goes through its own parser as it stands, and `conadv train` through resolve(); `make` targets
+and scripts must exist. Lines that a ```diff block leaves alone stand in the code; ```yaml is a file of the repository.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from types import ModuleType
 import pytest
 import torch
 import tyro
+import yaml
 
 from conadv import bench, cli, recipes
 from conadv.analyze import AnalyzeArgs
@@ -32,6 +36,8 @@ from conadv.staleness import StalenessArgs
 from conadv.sweep.command import SweepArgs
 from conadv.timeline import TimelineArgs
 from conadv.watch.command import WatchArgs
+
+from . import docs_runs
 
 ROOT = Path(__file__).parent.parent
 TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]
@@ -50,6 +56,15 @@ PARSED = {
     "watch": WatchArgs,
     "doctor": DoctorArgs,
 }
+RUN = ("python", "sh", "console")
+TWO_RANKS = "<!-- tests: two ranks -->"
+READERS = """import torch
+from conadv.models import SmallResNet
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = SmallResNet(8, 4, 1, 10)
+loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(3)]
+"""
 OPTIONS_ALONE = ("--help", "--version")
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
@@ -69,15 +84,20 @@ def commands(text: str) -> Iterator[list[str]]:
     """The words of every command in the shell blocks: lines joined; prompts, comments and output left out."""
     for language in ("sh", "console"):
         for body in blocks(text, language):
-            for line in body.replace("\\\n", " ").splitlines():
-                if language == "console" and not line.startswith("$ "):
-                    continue  # what the command prints
-                for part in re.split(r"&&|;", line.removeprefix("$ ")):
-                    words = shlex.split(part, comments=True)
-                    while words and re.fullmatch(r"\w+=\S*", words[0]):
-                        words.pop(0)  # a variable set for this command
-                    if words:
-                        yield words
+            yield from commands_of(language, body)
+
+
+def commands_of(language: str, body: str) -> Iterator[list[str]]:
+    """The words of every command of one block."""
+    for line in body.replace("\\\n", " ").splitlines():
+        if language == "console" and not line.startswith("$ "):
+            continue  # what the command prints
+        for part in re.split(r"&&|;", line.removeprefix("$ ")):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"\w+=\S*", words[0]):
+                words.pop(0)  # a variable set for this command
+            if words:
+                yield words
 
 
 def prose(text: str) -> str:
@@ -111,21 +131,91 @@ def parse(words: list[str]) -> Config | None:
     return resolve(override(base, parsed.config, cli.given_settings(rest)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_python_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: a name in a block is misspelt (an assert in extending.md also fails when its look-ahead is wrong).
-    parts = blocks((ROOT / name).read_text(), "python")
-    if not parts:
-        pytest.skip("no Python on this page")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run that pages read; every page gets copies."""
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    docs_runs.short_run(folder)
+    return folder
+
+
+def in_order(text: str) -> Iterator[tuple[str, str]]:
+    """(language, body) of the fenced blocks from the top of a page to its end."""
+    for match in _FENCE.finditer(text):
+        yield match["language"], "\n" * text.count("\n", 0, match.start("body")) + match["body"]
+
+
+def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The namespace of a page, with what its reader has."""
     page = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)  # classes look up the module that they are defined in
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     page.model = SmallResNet(8, 4, 1, 10)  # type: ignore[attr-defined]
     page.loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(3)]  # type: ignore[attr-defined]
-    for part in parts:
-        exec(compile(part, name, "exec", dont_inherit=True), page.__dict__)
+    return page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    # Red when: a name in a block is misspelt (an assert in extending.md also fails when its look-ahead is wrong), or
+    # timeline.md shows steps that its run does not have.
+    text = (ROOT / name).read_text()
+    todo = [block for block in in_order(text) if block[0] in RUN]
+    if not todo:
+        pytest.skip("no code on this page")
+    docs_runs.furnish(tmp_path, kept)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    page = page_module(monkeypatch)
+    for language, body in todo:
+        if language != "python":
+            for words in commands_of(language, body):
+                if docs_runs.why_not(words) is None:
+                    docs_runs.run(words, kept)
+        elif TWO_RANKS not in text:
+            exec(compile(body, name, "exec", dont_inherit=True), page.__dict__)
+    if TWO_RANKS in text:
+        docs_runs.on_two_ranks(READERS + "".join(blocks(text, "python")), tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
+    # Red when: a block is ```py, or has no language at all: nothing would run it.
+    for match in re.finditer(r"^ *```(.*)$\n", _FENCE.sub("", text := (ROOT / name).read_text()), re.M):
+        pytest.fail(f"{name}: a fence that no test understands: {match[0]}")
+    for language, body in in_order(text):
+        assert language in (*RUN, "diff", "yaml"), (
+            f"{name}, line {body.count(chr(10), 0)}: ```{language} is not checked"
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diffs_and_files_are_those_of_the_repository(name: str) -> None:
+    # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec differs from the study's.
+    text = (ROOT / name).read_text()
+    code = [path.read_text() for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for body in blocks(text, "diff"):
+        for line in filter(None, body.splitlines()):
+            assert line[0] in " +-", f"{name}: {line}"
+            assert line[0] == "+" or any(line[1:] + "\n" in source for source in code), f"{name}: {line} is not there"
+    specs = [path.read_text() for path in (ROOT / "studies").glob("*.yaml")]
+    for body in blocks(text, "yaml"):
+        assert any(yaml.safe_load(body) == yaml.safe_load(spec) for spec in specs), f"{name}: no such study"
+
+
+def test_what_is_not_run_has_a_reason() -> None:
+    # Red when: a command goes from the pages and its reason stays, or the test that a reason names is renamed.
+    shown = [words for name in NAMES for words in commands((ROOT / name).read_text())]
+    for start, reason in docs_runs.NOT_RUN.items():
+        assert any(docs_runs.why_not(words) == reason for words in shown), f"no page has {start}"
+        for file, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", reason):
+            assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.sh")), ids=lambda path: path.name)
+def test_scripts_are_bash(path: Path) -> None:
+    # Red when: an `if` of a script loses its `fi`.
+    subprocess.run(["bash", "-n", str(path)], check=True)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,181 @@
+"""How the tests run the commands of the documentation, and which ones they do not run, and why.
+
+A page's blocks run in their order in one empty folder. What a page calls DIR, RUN or PHOTOGRAPHS lies there under that
+very name: small random images, a short run. A run or profile that a page names and has not made is a copy of one.
+Options in ``LAST`` are put behind the page's own, where the later one wins; those in ``UNLESS_GIVEN`` only if the page has none
+like it. torchrun's options go through torchrun's parser, and its program runs as one process here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+from torchvision.io import write_png
+
+from conadv import cli
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--schedule.warmup-epochs 0 --eval.robust-images 16 --eval.train-images 32 --model.width 4 --quiet"
+PHOTOS = "--global-batch-size 8 --micro-batch-size 4 --schedule.warmup-epochs 0 --eval.robust-images 4 --quiet"
+
+LAST: dict[str, str] = {
+    "conadv train digits": SHORT,
+    "conadv train cifar10": PHOTOS,
+    "conadv train imagefolder": PHOTOS,
+    "conadv train imagenet": PHOTOS,
+    "conadv analyze": "--images 16 --iterations 2 --eigenvalues 1",
+    "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
+    "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
+    "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2 --dropped 1",
+    "conadv bench data": "--images 16 --batch 8 --rounds 1 --photo-size 32 --image-size 32 --num-workers 0",
+    "python benchmarks/repeat_folder.py": "--images 16",
+}
+UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
+    "conadv train digits": ("--steps 5",),
+    "conadv train cifar10": ("--steps 2",),
+    "conadv train imagefolder": ("--steps 2", "--data.image-size 32"),
+    "conadv train imagenet": ("--steps 2", "--data.image-size 32"),
+}
+BENCHES = "run small by tests/test_bench.py::test_each_benchmark_writes_json_and_a_table"
+NOT_RUN: dict[str, str] = {
+    "make": "the gate's own steps, and the demo: tests/test_demo.py::test_demo_ends_in_a_report",
+    "pip install": "needs an index of packages; tests/test_package.py::test_the_wheel_runs_from_another_folder",
+    "conadv demo": "takes minutes; tests/test_demo.py::test_demo_ends_in_a_report",
+    "conadv bench engine": BENCHES,
+    "conadv bench norm": BENCHES,
+    "conadv bench optim": BENCHES,
+    "torchrun --nproc-per-node 2 -m conadv bench attack-cost --methods vanilla noise disadv conadv ddp": (
+        "needs two ranks; tests/test_bench.py::test_attack_cost_on_two_learners"
+    ),
+    "torchrun --nproc-per-node 2 -m conadv bench attack-cost --attack-ranks 1": (
+        "needs two ranks; tests/test_bench.py::test_attack_cost_with_an_attack_rank"
+    ),
+    "torchrun --nproc-per-node 4 -m conadv train digits --method conadv --lookahead --attack-ranks 1": (
+        "needs two ranks; tests/ranks/test_attack_ranks.py, and the page's Python with attack ranks runs on two"
+    ),
+    "benchmarks/two_hosts.sh": "needs root; tests/test_two_hosts.py::test_namespaces_and_processes_go_with_the_script",
+    "benchmarks/attack_ranks.sh": "takes many minutes; bash -n below",
+    "benchmarks/gpu.sh": "needs a GPU; bash -n below",
+    "python benchmarks/readme.py": "tests/test_results.py::test_readme_tables_are_drawn_from_the_records",
+    "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
+    "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
+}
+
+
+def why_not(words: list[str]) -> str | None:
+    """Why a command is not run, None if it is."""
+    return next((reason for start, reason in NOT_RUN.items() if _begins(words, start)), None)
+
+
+def _begins(words: list[str], start: str) -> bool:
+    """Whole words but for the last, so that "train imagenet" stands for all recipes with that name."""
+    first = start.split()
+    return (
+        words[: len(first) - 1] == first[:-1]
+        and len(words) >= len(first)
+        and words[len(first) - 1].startswith(first[-1])
+    )
+
+
+def tiny(words: list[str]) -> list[str]:
+    """The command with small settings."""
+    more: list[str] = []
+    for start, options in UNLESS_GIVEN.items():
+        if _begins(words, start):
+            given = {word.partition("=")[0] for word in words}
+            length = {"--epochs", "--steps"} & given
+            more += [w for o in options if not (o.split()[0] in given or (length and "steps" in o)) for w in o.split()]
+    for start, options in LAST.items():
+        if _begins(words, start):
+            more += options.split()
+    if _begins(words, "conadv plan") and "--measure" in words:
+        more += ["--workload.batches", "8,16", "--measure", "phases"]  # a link needs two ranks: tests/test_plan.py
+    elif _begins(words, "conadv plan"):
+        more = []
+    return [*words, *more]
+
+
+def run(words: list[str], kept: Path) -> None:
+    """Run a command in the present folder; the test fails unless it ends well. ``kept``: what ``short_run`` made."""
+    if words[0] == "torchrun":
+        parsed: argparse.Namespace = get_args_parser().parse_args(words[1:])
+        assert parsed.module, "torchrun is shown with -m conadv"
+        words = [parsed.training_script, *parsed.training_script_args]
+    elif words[:3] == ["python", "-m", "conadv"]:
+        words = words[2:]
+    words = tiny(words)
+    if words[0] == "conadv":
+        _provide(words, kept)
+        assert cli.main(words[1:]) == 0, " ".join(words)
+    else:
+        assert words[0] == "python", f"no way to run {words}: give one here, or the reason why not"
+        _run_python(words[1:])
+
+
+def _run_python(words: list[str]) -> None:
+    module = words[0] == "-m"
+    target, *args = words[1:] if module else words
+    start: Callable[..., object] = runpy.run_module if module else runpy.run_path
+    with mock.patch.object(sys, "argv", [target, *args]):
+        try:
+            start(target if module else str(ROOT / target), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                pytest.fail(f"{words}: {end.code}")
+
+
+def _provide(words: list[str], kept: Path) -> None:
+    """Put a run or a profile where a command reads one that the page has not made."""
+    for word in words[2:]:
+        place = Path(word)
+        if words[1] not in ("train", "plan", "bench", "sweep") and word.startswith("runs/") and not place.exists():
+            shutil.copytree(kept, place)
+    if words[1] == "plan" and "--measure" not in words and not Path(words[2]).exists():
+        shutil.copy(ROOT / "results" / "plan" / "profile-2.json", words[2])
+
+
+def furnish(folder: Path, kept: Path) -> None:
+    """What every page may take for granted: DIR, PHOTOGRAPHS, RUN and the repository's studies."""
+    for split, count in (("train", 8), ("val", 4)):
+        photographs(folder / "DIR" / split, count)
+    photographs(folder / "PHOTOGRAPHS", 4)
+    shutil.copytree(kept, folder / "RUN")
+    shutil.copytree(ROOT / "studies", folder / "studies")
+    (folder / "results" / "benchmarks").mkdir(parents=True)
+
+
+def photographs(folder: Path, count: int) -> None:
+    """Two classes of random images, 32x32."""
+    draws = torch.Generator().manual_seed(0)
+    for name in ("ash", "oak"):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=draws)
+            write_png(pixels, str(folder / name / f"{number}.png"))
+
+
+def short_run(folder: Path) -> None:
+    """A run whose record has something for every command that reads one."""
+    words = f"train digits --method conadv --probe.every-epochs 4 --out {folder} --steps 5 {SHORT}".split()
+    assert cli.main(words) == 0
+
+
+def on_two_ranks(program: str, folder: Path) -> None:
+    """Run a Python program under torchrun as two processes."""
+    (folder / "page.py").write_text(program)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
+    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    if done.returncode:
+        pytest.fail(done.stderr[-4000:])
