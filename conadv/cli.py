@@ -444,7 +444,7 @@ def _eval(args: Sequence[str]) -> None:
 
 @dataclass
 class ExportArgs:
-    """Write the clean route of a run for other programs: weights, or a program that needs no Python code of a model."""
+    """Write the clean route of a run for other programs: weights with a model card, or a program without Python code."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
@@ -460,8 +460,11 @@ def _export(args: Sequence[str]) -> None:
     options = tyro.cli(ExportArgs, args=args, prog="conadv export")
     _trust(options.model)
     from .export import export
+    from .run import RunDir
 
     _say(str(export(options.run, best=options.best, kind=options.format)))
+    if options.format == "safetensors":
+        _say(f"model card: {RunDir(options.run).card}")
 
 
 @dataclass

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._version import __version__
+from .card import write_card
 from .config import Config, resolve
 from .ema import evaluated_state
 from .errors import ConadvError, unknown
@@ -52,7 +53,8 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
 def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path:
     """Write the clean route into the run and return the file.
 
-    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model), "torch-export"
+    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model; beside it
+    goes ``model_card.md``, see :mod:`conadv.card`), "torch-export"
     (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take normalised images
     (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and compared with the network before they
     are written; mean, std and class names are in their metadata.
@@ -75,6 +77,8 @@ def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path
     temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link
     temporary.write_bytes(content)
     temporary.replace(target)
+    if kind == "safetensors":
+        write_card(run, state)
     sync_folder(path)
     return target
 

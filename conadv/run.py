@@ -50,6 +50,10 @@ class RunDir:
         return self.path / "model.onnx"
 
     @property
+    def card(self) -> Path:
+        return self.path / "model_card.md"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -147,7 +151,7 @@ class RunDir:
         """Remove what a run wrote, and nothing else."""
         for folder in (self.checkpoints, self.tensorboard, self.wandb, self.timeline, self.analysis):
             shutil.rmtree(folder, ignore_errors=True)
-        results = (self.analysis_file, self.staleness, self.weights, self.program, self.onnx)
+        results = (self.analysis_file, self.staleness, self.weights, self.card, self.program, self.onnx)
         for file in (self.record, self.summary, *results, self.launcher, self.config):
             file.unlink(missing_ok=True)
 

@@ -2,8 +2,8 @@
 
 A page's blocks run in their order in one empty folder. What a page calls DIR, RUN or PHOTOGRAPHS lies there under that
 very name: small random images, a short run. A run or profile that a page names and has not made is a copy of one.
-Options in ``LAST`` are put behind the page's own, where the later one wins; those in ``UNLESS_GIVEN`` only if the page has none
-like it. torchrun's options go through torchrun's parser, and its program runs as one process here.
+Options in ``LAST`` are put behind the page's own, where the later one wins; those in ``UNLESS_GIVEN`` only if the
+page has none like it. torchrun's options go through torchrun's parser, and its program runs as one process here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAST: dict[str, str] = {
     "python benchmarks/repeat_folder.py": "--images 16",
 }
 UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
-    "conadv train digits": ("--steps 5",),
+    "conadv train digits": ("--steps 9",),
     "conadv train cifar10": ("--steps 2",),
     "conadv train imagefolder": ("--steps 2", "--data.image-size 32"),
     "conadv train imagenet": ("--steps 2", "--data.image-size 32"),
@@ -167,8 +167,8 @@ def photographs(folder: Path, count: int) -> None:
 
 def short_run(folder: Path) -> None:
     """A run whose record has something for every command that reads one."""
-    words = f"train digits --method conadv --probe.every-epochs 4 --out {folder} --steps 5 {SHORT}".split()
-    assert cli.main(words) == 0
+    words = f"train digits --method conadv --probe.every-epochs 4 --out {folder} --steps 9 {SHORT}".split()
+    assert cli.main(words) == 0, "see stderr"
 
 
 def on_two_ranks(program: str, folder: Path) -> None:

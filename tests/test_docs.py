@@ -156,13 +156,14 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     # Red when: a name in a block is misspelt (an assert in extending.md also fails when its look-ahead is wrong), or
     # timeline.md shows steps that its run does not have.
     text = (ROOT / name).read_text()
     todo = [block for block in in_order(text) if block[0] in RUN]
     if not todo:
         pytest.skip("no code on this page")
+    kept = request.getfixturevalue("kept")
     docs_runs.furnish(tmp_path, kept)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)

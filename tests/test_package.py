@@ -1,0 +1,115 @@
+"""What `pip install` gives: wheel and source distribution have all they need, and run from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from conadv._version import __version__
+
+ROOT = Path(__file__).parent.parent
+BUILD = (
+    "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
+)
+TINY = "--steps 2 --schedule.warmup-epochs 0 --model.width 4 --eval.robust-images 16 --quiet --out run".split()
+
+
+def run(*words: str, cwd: Path, **environment: str) -> str:
+    """The output of a command; the test fails with its error output."""
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(source distribution, wheel), the wheel built from a copy of what is committed or would be."""
+    if int(_setuptools().split(".")[0]) < 77:
+        pytest.skip("needs setuptools 77 or newer (pip install 'conadv[test]')")
+    source = tmp_path_factory.mktemp("source") / "conadv"
+    ignored = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-c", BUILD, str(out), cwd=source)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def _setuptools() -> str:
+    try:
+        return version("setuptools")
+    except PackageNotFoundError:
+        return "0"
+
+
+def modules() -> set[str]:
+    """Every file of the package that is no by-product of running it."""
+    found = (path for path in (ROOT / "conadv").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(ROOT).as_posix() for path in found}
+
+
+def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
+    # Red when: package-data leaves out *.css or py.typed, or packages.find takes tests along.
+    with zipfile.ZipFile(built[1]) as wheel:
+        names, info = set(wheel.namelist()), f"conadv-{__version__}.dist-info"
+        metadata = wheel.read(f"{info}/METADATA").decode()
+        assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert {name for name in names if not name.startswith(info)} == modules()
+    assert {"conadv/py.typed", "conadv/report/report.html.j2"} <= names
+    assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
+    assert re.search(r"^Requires-Python: >=3.10$", metadata, re.M)
+
+
+def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
+    # Red when: MANIFEST.in prunes conadv/report, or a file that the build reads is not in the sdist.
+    sdist, wheel = built
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    top = {path.name for path in source.iterdir() if path.suffix != ".egg-info"}
+    want = {"conadv", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+    assert top == want
+    run(sys.executable, "-c", BUILD, str(tmp_path), cwd=source)
+    with zipfile.ZipFile(tmp_path / wheel.name) as again, zipfile.ZipFile(wheel) as first:
+        assert {name: again.read(name) for name in modules()} == {name: first.read(name) for name in modules()}
+
+
+def test_the_wheel_runs_from_another_folder(built: tuple[Path, Path], tmp_path: Path) -> None:
+    # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound).
+    target, here = tmp_path / "site", tmp_path / "elsewhere"
+    here.mkdir()
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index", "--quiet")
+    run(*pip, "--target", str(target), str(built[1]), cwd=here)
+
+    def conadv(*words: str) -> str:
+        return run(sys.executable, "-m", "conadv", *words, cwd=here, PYTHONPATH=str(target))
+
+    where = run(sys.executable, "-c", "import conadv; print(conadv.__file__)", cwd=here, PYTHONPATH=str(target))
+    assert Path(where.strip()).is_relative_to(target)
+    assert conadv("--version").strip() == __version__
+    conadv("train", "digits", "--method", "conadv", *TINY)
+    assert json.loads((here / "run" / "summary.json").read_text())["version"] == __version__
+    conadv("report", "run", "--out", "report.html")
+    assert "<svg" in (here / "report.html").read_text()
+
+
+def test_the_changes_say_what_changes_numbers() -> None:
+    # Red when: the newest version in CHANGELOG.md is not the package's, or has no part "Numerics".
+    text = (ROOT / "CHANGELOG.md").read_text()
+    parts = re.split(r"^## (\d+\.\d+\.\d+) ", text, flags=re.M)
+    versions, bodies = parts[1::2], parts[2::2]
+    assert versions[0] == __version__
+    for number, body in zip(versions, bodies, strict=True):
+        assert re.search(r"^### Numerics$", body, re.M), f"{number} has no Numerics"
