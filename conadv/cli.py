@@ -444,7 +444,7 @@ def _eval(args: Sequence[str]) -> None:
 
 @dataclass
 class ExportArgs:
-    """Write the clean route of a run for other programs: weights with a model card, or a program without Python code."""
+    """Write the clean route of a run for other programs: weights with a model card, or a program for any language."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""

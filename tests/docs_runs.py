@@ -20,8 +20,8 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch.distributed.run import get_args_parser
-from torchvision.io import write_png
 
 from conadv import cli
 
@@ -161,8 +161,8 @@ def photographs(folder: Path, count: int) -> None:
     for name in ("ash", "oak"):
         (folder / name).mkdir(parents=True)
         for number in range(count):
-            pixels = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=draws)
-            write_png(pixels, str(folder / name / f"{number}.png"))
+            pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=draws)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{number}.png")
 
 
 def short_run(folder: Path) -> None:

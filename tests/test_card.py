@@ -106,8 +106,9 @@ def test_names_from_somebody_else_stay_text(run: RunDir, tmp_path: Path) -> None
     other.start(replace(load_yaml(run.config), recipe=bad))
     text = model_card(other, {"step": 1, "channels": 1, "class_names": [bad, "b"]})
     body = re.sub(r"^(`{3,})\w+\n.*?^\1$", "", text.split("---\n", 2)[2], flags=re.M | re.S)
+    body = re.sub(r"`(model\.safetensors|--data|conadv eval RUN)`", "", body)
     assert "<script>" not in body
-    assert not re.search(r"(?<!\\)\[y|(?<!\\)`[^`m]|^# x|(?<!\\)\$a", body, re.M)
+    assert not re.search(r"(?<!\\)\[y|(?<!\\)`|^# x|(?<!\\)\$a", body, re.M)
     assert yaml.safe_load(re.search(r"^(`{4,})yaml\n(.*?)^\1$", text, re.M | re.S)[2])["recipe"] == bad  # type: ignore[index]
     assert front(text)["library_name"] == "pytorch"
 

@@ -92,8 +92,8 @@ def commands_of(language: str, body: str) -> Iterator[list[str]]:
     for line in body.replace("\\\n", " ").splitlines():
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
-        for part in re.split(r"&&|;", line.removeprefix("$ ")):
-            words = shlex.split(part, comments=True)
+        for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ")):
+            words = shlex.split(part)
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)  # a variable set for this command
             if words:
@@ -263,7 +263,7 @@ def test_every_method_has_its_row() -> None:
 def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parsers above find what they are for: an empty list would pass every page."""
     monkeypatch.chdir(tmp_path)
-    text = "# One  head\n\n```sh\nA=1 conadv train digits \\\n  --lr 3  # high\n```\n```console\n$ make test\nok\n```\n"
+    text = "# One  head\n\n```sh\nA=1 conadv train digits \\\n  --lr 3  # a; b\n```\n```console\n$ make test\nok\n```\n"
     text += "```python\n1 / 0\n```\nSee [a](b.md#c) and `[no](link)`.\n"
     assert list(commands(text)) == [["conadv", "train", "digits", "--lr", "3"], ["make", "test"]]
     assert blocks(text, "python")[0].strip() == "1 / 0"
