@@ -18,9 +18,13 @@ import pytest
 from conadv._version import __version__
 
 ROOT = Path(__file__).parent.parent
-BUILD = (
-    "import sys; from setuptools import build_meta as b; print(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
-)
+BUILD = """
+import sys
+from setuptools import build_meta
+out = sys.argv[1]  # the first build changes argv
+build_meta.build_sdist(out)
+build_meta.build_wheel(out)
+"""
 TINY = "--steps 2 --schedule.warmup-epochs 0 --model.width 4 --eval.robust-images 16 --quiet --out run".split()
 
 
