@@ -164,7 +164,7 @@ def _options(config: Config) -> str:
 
 
 def _training(config: Config, state: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
-    header = next((line for line in reversed(lines) if line["type"] == "header"), {})
+    header: dict[str, Any] = next((line for line in reversed(lines) if line["type"] == "header"), {})
     rows = [
         f"Recipe: {escape(config.recipe)}; data: {config.data.source}, augmentation {config.data.augment}"
         + (f", third view {config.data.aug_view}" if config.data.aug_view else ""),

@@ -550,7 +550,7 @@ def _recalibrate(parts: Parts) -> None:
     """
     config, comm = parts.config, parts.comm
     assert config.eval.precise_bn_images is not None
-    assert config.micro_batch_size is not None
+    assert isinstance(config.micro_batch_size, int)
     count = min(config.eval.precise_bn_images, parts.data.train_size)
     size = min(config.micro_batch_size, count)
     routes: dict[str, Attack | None] = {CLEAN: None}

@@ -13,7 +13,7 @@ import torch
 from .. import checkpoint
 from ..config import Config
 from ..data import PhotoSplit
-from ..data.check import examine
+from ..data.files import BadImage
 from ..engine import Comm
 from ..errors import ConadvError, printable
 from ..execution import Execution
@@ -130,10 +130,13 @@ def _data(parts: Parts) -> DataFound:
     splits = [split for split in (source.train, source.validation, source.test) if isinstance(split, PhotoSplit)]
     bad, sampled = [], 0
     for split in splits:
-        chosen = _spread(len(split.listing))
+        chosen = _spread(len(split.labels))
         sampled += len(chosen)
         for index in chosen:
-            bad += [f"{f.path}: {f.reason}" for f in examine(split.listing.path(index)) if f.bad]
+            try:
+                split.listing.read(index)
+            except BadImage as error:
+                bad.append(": ".join(split.listing.bad(index, error)))
     if bad and not parts.data.skip_bad:
         raise ConadvError(
             f"{len(bad)} of {sampled} image files that were tried cannot be read, the first: {printable(bad[0])}. "
