@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -47,6 +48,8 @@ UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
     "conadv train imagefolder": ("--steps 2", "--data.image-size 32"),
     "conadv train imagenet": ("--steps 2", "--data.image-size 32"),
 }
+HAS_ONNX = all(map(find_spec, ("onnx", "onnxruntime", "onnxscript")))
+HAS_WANDB = find_spec("wandb") is not None
 BENCHES = "run small by tests/test_bench.py::test_each_benchmark_writes_json_and_a_table"
 NOT_RUN: dict[str, str] = {
     "make": "the gate's own steps, and the demo: tests/test_demo.py::test_demo_ends_in_a_report",
@@ -69,6 +72,11 @@ NOT_RUN: dict[str, str] = {
     "benchmarks/gpu.sh": "needs a GPU; bash -n below",
     "python benchmarks/readme.py": "tests/test_results.py::test_readme_tables_are_drawn_from_the_records",
     "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
+    "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",
+    **(
+        {} if HAS_WANDB else {"conadv train digits --method conadv --tensorboard --wandb": "the extra wandb is missing"}
+    ),
+    **({} if HAS_ONNX else {"conadv export RUN --format onnx": "the extra onnx is missing; tests/test_export.py"}),
     "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
 }
 
@@ -99,6 +107,10 @@ def tiny(words: list[str]) -> list[str]:
     for start, options in LAST.items():
         if _begins(words, start):
             more += options.split()
+    if _begins(words, "conadv train") and not {"--resume", "--auto-resume"} & set(words):
+        more.append("--overwrite")  # a page may show two runs of one name
+    if _begins(words, "conadv timeline") and "--steps" in words:
+        more += ["--steps", "0:2"]
     if _begins(words, "conadv plan") and "--measure" in words:
         more += ["--workload.batches", "8,16", "--measure", "phases"]  # a link needs two ranks: tests/test_plan.py
     elif _begins(words, "conadv plan"):
@@ -141,8 +153,9 @@ def _provide(words: list[str], kept: Path) -> None:
         place = Path(word)
         if words[1] not in ("train", "plan", "bench", "sweep") and word.startswith("runs/") and not place.exists():
             shutil.copytree(kept, place)
-    if words[1] == "plan" and "--measure" not in words and not Path(words[2]).exists():
-        shutil.copy(ROOT / "results" / "plan" / "profile-2.json", words[2])
+    profile = words[words.index("--profile") + 1] if "--profile" in words else words[2]
+    if ("--profile" in words or (words[1] == "plan" and "--measure" not in words)) and not Path(profile).exists():
+        shutil.copy(ROOT / "results" / "plan" / "profile-2.json", profile)
 
 
 def furnish(folder: Path, kept: Path) -> None:

@@ -18,7 +18,7 @@ from conadv.models import build_model, check_model, own, trust
 from conadv.models.trial import NO_BATCH_NORM
 from conadv.norm import routes_of
 from conadv.optim import MODEL_RULES, parameter_groups
-from conadv.trainer import _overview, build
+from conadv.trainer import build, overview
 
 from .helpers import same, state, tiny_resnet
 
@@ -265,15 +265,15 @@ def test_a_network_without_batch_norm_trains_and_says_what_routes_share() -> Non
     # Red when: the overview speaks of batch norm, or the groups leave LayerScale and class tokens without a rule.
     pytest.importorskip("timm", reason="timm is not installed")
     parts = build(config(), torch.device("cpu"))
-    overview = list(_overview(parts))
-    assert NO_BATCH_NORM in overview
-    assert "batch norm sees" not in overview[0]
+    shown = list(overview(parts))
+    assert NO_BATCH_NORM in shown
+    assert "batch norm sees" not in shown[0]
     assert routes_of(parts.model) == ()
     with route(parts.model, "adv"):  # any route is accepted, all are the same
         parts.model(torch.zeros(2, 1, 16, 16))
-    overview = list(_overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu"))))
-    assert NO_BATCH_NORM not in overview
-    assert "batch norm sees 32 images per route" in overview[0]
+    shown = list(overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu"))))
+    assert NO_BATCH_NORM not in shown
+    assert "batch norm sees 32 images per route" in shown[0]
 
 
 def test_vectors_of_any_kind_get_neither_decay_nor_trust_ratio() -> None:

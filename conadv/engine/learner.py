@@ -74,11 +74,12 @@ class Learner:
                 self._send(future, len(batch.micro))
             engine.remember()
         self._world.at("receive", step)
-        if late:
-            self._drop(step)
-        elif step in self._incoming:
-            with engine.clock.phase("receive"):
-                arrived = self._await(self._incoming[step])
+        taken = None if late else self._incoming.get(step)
+        with engine.clock.phase("receive"):
+            if late:
+                self._drop(step)
+            arrived = self._await(taken) if taken else None
+        if arrived is not None:
             self._hand_over(step, arrived)
         return late
 
