@@ -153,9 +153,12 @@ def _provide(words: list[str], kept: Path) -> None:
         place = Path(word)
         if words[1] not in ("train", "plan", "bench", "sweep") and word.startswith("runs/") and not place.exists():
             shutil.copytree(kept, place)
-    profile = words[words.index("--profile") + 1] if "--profile" in words else words[2]
-    if ("--profile" in words or (words[1] == "plan" and "--measure" not in words)) and not Path(profile).exists():
-        shutil.copy(ROOT / "results" / "plan" / "profile-2.json", profile)
+    profiles = [after for word, after in zip(words, words[1:], strict=False) if word == "--profile"]
+    if words[1] == "plan" and "--measure" not in words:
+        profiles.append(words[2])
+    for profile in profiles:
+        if not Path(profile).exists():
+            shutil.copy(ROOT / "results" / "plan" / "profile-2.json", profile)
 
 
 def furnish(folder: Path, kept: Path) -> None:

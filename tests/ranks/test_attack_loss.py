@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -121,7 +122,7 @@ def test_a_silent_attack_rank_is_given_up_in_time(late: str) -> None:
         assert len(records) == STEPS
         (loss,) = losses
         assert isinstance(loss, Loss)
-        assert loss.reason == "no word within 2 s"
+        assert re.search("no word within 2 s|[Tt]imed out", loss.reason)  # gloo's limit, if a busy machine lets it pass
         assert records[-1]["weight_version"] == STEPS - 2
         assert late == "skip" or not any(record["late"] for record in records)
 
