@@ -9,6 +9,7 @@ page has none like it. torchrun's options go through torchrun's parser, and its 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import runpy
 import shutil
@@ -153,7 +154,7 @@ def _provide(words: list[str], kept: Path) -> None:
         place = Path(word)
         if words[1] not in ("train", "plan", "bench", "sweep") and word.startswith("runs/") and not place.exists():
             shutil.copytree(kept, place)
-    profiles = [after for word, after in zip(words, words[1:], strict=False) if word == "--profile"]
+    profiles = [after for word, after in itertools.pairwise(words) if word == "--profile"]
     if words[1] == "plan" and "--measure" not in words:
         profiles.append(words[2])
     for profile in profiles:
