@@ -409,7 +409,7 @@ def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert read(out) == read(whole)
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 60.0) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened in time"
