@@ -136,6 +136,13 @@ def fake(folder: Folder, name: str, config: Config, **summary: Any) -> None:
         ({"tune": {"seeds": [100], "settings": {"global_batch_size": [1, 2]}}}, "in the grid and tuned"),
         ({"arms": {"LARS": {"optim.lr": 3}, "+ noise": {}}}, "in its settings and tuned"),
         ({"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2]}}}}, "no list for global_batch_size 80"),
+        (
+            {
+                "grid": {"global_batch_size": [{20: 80}]},
+                "tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}},
+            },
+            "no list for global_batch_size {20: 80}",
+        ),
         ({"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}}}, "Unequal trials"),
         ({"arms": {"LARS": {"tune": {"optim.lr": [1, 2, 3]}}, "+ noise": {}}}, "Unequal trials"),
         ({"tune": {"seeds": [100], "settings": {"optim.lr": [1, 1]}}}, "same trial"),

@@ -124,7 +124,9 @@ class Spec(Section):
     def _at(self, values: Any, name: str, arm: str, point: Settings) -> list[Any]:
         if not isinstance(values, dict):
             return list(values)
-        if point.get(self.axis) not in values:
+        if point.get(self.axis) not in list(
+            values
+        ):  # a value that is no key at all, such as a list, is not there either
             raise ConadvError(
                 f"tune of arm {arm!r}: {name} has no list for {self.axis} {point.get(self.axis)}. "
                 f"It has lists for: {', '.join(map(str, values))}."
