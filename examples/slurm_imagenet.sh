@@ -19,16 +19,10 @@ OPTIONS="--method conadv --lookahead"    # any option of: conadv train RECIPE --
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 
-# A requeued job goes on from its newest checkpoint, and from the start if there is none yet.
-RESUME=
-if compgen -G "$OUT/checkpoints/*" > /dev/null; then
-    RESUME=--resume
-elif [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-    RESUME=--overwrite
-fi
-
-# shellcheck disable=SC2086  # OPTIONS and RESUME are words of the command
-srun --kill-on-bad-exit=1 torchrun \
+# --auto-resume: a requeued or repeated job goes on from its newest checkpoint, and starts if there is none yet.
+# srun does not take over the job's --cpus-per-task in every version of Slurm.
+# shellcheck disable=SC2086  # OPTIONS are words of the command
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$HOST:$PORT" \
-    -m conadv train "$RECIPE" --data "$DATA" --out "$OUT" $OPTIONS $RESUME
+    -m conadv train "$RECIPE" --data "$DATA" --out "$OUT" --auto-resume $OPTIONS

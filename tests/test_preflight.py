@@ -236,8 +236,8 @@ def look(settings: Config, out: Path, **options: Any) -> dryrun.Preview:
 
 
 def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
-    # Red when: a checkpoint's images or optimizer are left out; extra views or input gradients are not counted.
-    settings, out = config(staleness=2, micro_batch_size=16, attack__share=0.5), tmp_path / "run"
+    # Red when: a checkpoint's images, optimizer or average are left out; views or input gradients are not counted.
+    settings, out = config(staleness=2, micro_batch_size=16, attack__share=0.5, ema__decay=0.9), tmp_path / "run"
     seen = look(settings, out)
     assert not out.exists()
     summary = train(settings, out)

@@ -7,6 +7,7 @@ lars_util.py; the ConAdv authors' TF1 code; fastalgo/imagenet_resnet50_lamb; REA
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -181,15 +182,19 @@ def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
         resolve(replace(recipes.get(name), method=method))
 
 
-def test_slurm_script_names_a_recipe_and_options_that_exist(tmp_path: Path) -> None:
-    # Red when: the script's recipe is renamed, an option is misspelt, or the shell cannot read it.
+def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> None:
+    # Red when: the script's recipe is renamed, an option is misspelt, a requeued job would not go on, or the task gets
+    # one core.
+    for name, line in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node1; echo node2")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
+    around = {**job, "SLURM_CPUS_PER_TASK": "96", "DATA": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", str(SLURM)], env=around, cwd=tmp_path, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    assert {"--cpus-per-task=96", "node1:20007", "--auto-resume"} <= set(words)
+    args = words[words.index("train") + 1 :]
     text = SLURM.read_text()
-    subprocess.run(["bash", "-n", str(SLURM)], check=True)
-    recipe = re.search(r"^RECIPE=(\w+)", text, re.M)
-    options = re.search(r'^OPTIONS="(.*?)"', text, re.M)
-    assert recipe
-    assert options
-    args = [recipe[1], "--data", str(tmp_path), "--out", str(tmp_path), *options[1].split(), "--resume"]
     base, _, rest = _base_config(args, recipes.get)
     parsed = tyro.cli(TrainArgs, default=TrainArgs(base, RunOptions()), args=rest)
     config = resolve(override(base, parsed.config, given_settings(rest)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats as scipy_stats
 
@@ -299,6 +300,15 @@ def test_the_staleness_table_by_hand(study: Any) -> None:
     assert row[7] == "20\u00a0%"
     assert not any(row[2] == "current" for row in rows)
     assert [row[1] for row in rows] == sorted(row[1] for row in rows)
+
+
+@pytest.mark.parametrize(("least", "scale"), [(1.0, "linear"), (0.01, "log"), (0.0, "linear")])
+def test_sharpness_of_different_sizes_is_drawn_on_a_log_axis(least: float, scale: str) -> None:
+    """Red when: 0 is put on a log axis, or what is tens of times larger makes one dot of the rest."""
+    axes = Figure().add_subplot()
+    axes.plot([least, 1.0, 2.0], [0, 1, 2])
+    sharpness._spread_out(axes)
+    assert axes.get_xscale() == scale
 
 
 def test_staleness_figures_have_a_panel_per_measure(study: Any) -> None:

@@ -20,7 +20,10 @@ from ..preflight.memory import host_available
 from ..record import machine
 
 CORE = ("torch", "torchvision", "numpy", "pillow", "tyro", "pydantic", "rich", "matplotlib", "safetensors")
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "timm": "timm"}
+EXTRAS = {
+    **{"tensorboard": "tensorboard", "wandb": "wandb", "timm": "timm", "huggingface": "datasets"},
+    **{"lightning": "lightning", "accelerate": "accelerate", "onnx": "onnx"},
+}
 """Extra of conadv -> the package that it brings."""
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "WORLD_SIZE"),

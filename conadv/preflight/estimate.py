@@ -114,7 +114,8 @@ def memory_needed(parts: Parts, found: Sizes) -> int:
     config, method = parts.config, parts.method
     views = 1 + (method.route is not None) + (config.data.aug_view is not None)
     lookahead, attackers = bool(getattr(method, "lookahead", False)), bool(parts.teams.attackers)
-    copies = 2 + (parts.comm.ranks > 1) + lookahead + attackers + (config.method == "sam")
+    averaged = config.ema.decay is not None
+    copies = 2 + (parts.comm.ranks > 1) + lookahead + attackers + (config.method == "sam") + averaged
     waiting = (method.ahead or int(method.needs_input_gradient)) * _pending_bytes(config) / 4
     return step_bytes(
         found,
@@ -131,13 +132,13 @@ def _pending_bytes(config: Config) -> int:
 
 
 def checkpoint_bytes(parts: Parts, found: Sizes) -> int:
-    """One checkpoint: weights, buffers, optimizer state, and all images that wait on all ranks."""
+    """One checkpoint: weights and buffers, their average, optimizer state, and all images that wait on all ranks."""
     config, method = parts.config, parts.method
     model = sum(value.nbytes for value in parts.model.state_dict().values() if isinstance(value, Tensor))
     waiting = method.ahead or int(method.needs_input_gradient)
     pixels = found.image // 4 * _pending_bytes(config)
     images = config.global_batch_size * waiting * (config.attack.share * (pixels + 8))
-    return int(model + found.optimizer_state + images)
+    return int(model * (1 + (config.ema.decay is not None)) + found.optimizer_state + images)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ class _Trials:
         return lambda size: max(0.0, high - start + slope * (size - larger)) + self.ballast(size) <= CPU_SHARE * free
 
     def ballast(self, size: int) -> int:
-        """Bytes that a run holds beside a step of one micro-batch: images that wait, and buckets of gradients."""
+        """Bytes that a run holds beside a step of one micro-batch: waiting images, gradient buckets, an average."""
         config, shape = self.rehearsal.config, self.rehearsal.shape
         method = build_method(config)
         pixels = shape.channels * shape.image_size**2
@@ -158,8 +158,8 @@ class _Trials:
         waiting = method.ahead or int(method.needs_input_gradient)
         per_image = made + waiting * _bytes_of(config.pending_dtype)
         rest = math.ceil(config.attack.share * (self.share - size)) * pixels * per_image
-        buckets = sum(p.nbytes for p in self.rehearsal.model().parameters()) if self.learners > 1 else 0
-        return rest + buckets
+        copies = (self.learners > 1) + (config.ema.decay is not None)
+        return rest + copies * sum(p.nbytes for p in self.rehearsal.model().parameters())
 
     def _kept_per_image(self) -> float:
         """Bytes of activations per clean image of a micro-batch."""

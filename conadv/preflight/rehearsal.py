@@ -77,6 +77,8 @@ class Rehearsal:
 
         ``ballast``: bytes on the device that are taken meanwhile, by what is not rehearsed.
         """
+        if self.config.compile:
+            torch.compiler.reset()  # graphs of other sizes count towards the limit of recompilations
         engine = self.engine()
         taken = torch.empty(ballast, dtype=torch.uint8, device=self.device)
         if self.device.type == "cpu":

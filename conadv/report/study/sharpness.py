@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ...untrusted import JSON_BYTES, parse_json, read_text
-from ..figures import INK, STYLE, WIDTH
+from ..figures import INK, STYLE, WIDTH, wrap
 from ..load import Line, Run
 from ..stats import Stat, stat
 from .figures import legend, line_look, rows_axes, save_if
@@ -110,8 +110,16 @@ def _dots(part: Any, study: Study, cells: list[Cell], shown: list[Measure]) -> N
             axes.plot(list(numbers.values.values()), [row] * numbers.n, style.marker, color=style.colour, alpha=0.7)
             axes.plot([numbers.mean] * 2, [row - 0.3, row + 0.3], color=INK, lw=2)
         rows_axes(axes, [cell.line for cell in cells])
-        axes.set_title(measure.title, fontsize=9)
+        _spread_out(axes)
+        axes.set_title(wrap(measure.title, 16), fontsize=9)
         axes.margins(x=0.12)
+
+
+def _spread_out(axes: Any) -> None:
+    """A logarithmic axis where all is positive and some is tens of times the rest, which would be one dot otherwise."""
+    drawn = np.concatenate([line.get_xdata() for line in axes.lines]) if axes.lines else np.ones(1)
+    if drawn.min() > 0 and drawn.max() > 30 * drawn.min():
+        axes.set_xscale("log")
 
 
 def _landscapes(part: Any, study: Study, cells: list[Cell]) -> None:
