@@ -21,8 +21,13 @@ from ..record import machine
 
 CORE = ("torch", "torchvision", "numpy", "pillow", "tyro", "pydantic", "rich", "matplotlib", "safetensors")
 EXTRAS = {
-    "tensorboard": "tensorboard", "wandb": "wandb", "timm": "timm", "huggingface": "datasets",
-    "lightning": "lightning", "accelerate": "accelerate", "onnx": "onnx",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "timm": "timm",
+    "huggingface": "datasets",
+    "lightning": "lightning",
+    "accelerate": "accelerate",
+    "onnx": "onnx",
 }
 """Extra of conadv -> the package that it brings."""
 VARIABLES = (
