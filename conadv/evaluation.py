@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,52 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def forward_pass(model: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
+    """images_NCHW -> float32 logits_NK in the run's precision, with gradients that do not vanish in fp16."""
+    device, low = next(model.parameters()).device, low_type(precision)
+
+    def forward(x: Tensor) -> Tensor:
+        with autocast(device, low):
+            logits: Tensor = model(x)
+        return amplify(logits.float(), low)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Draws:
+    """An attack's random draws: of the batches of this rank, by their numbers in the list of all ranks."""
+
+    seed: int
+    purpose: str
+    comm: Comm
+
+    def of_batch(self, number: int, device: torch.device) -> torch.Generator:
+        return rng.generator(device, self.seed, self.purpose, self.comm.rank + number * self.comm.ranks)
+
+
+def model_inputs(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    space: PixelSpace,
+    device: torch.device,
+    forward: Callable[[Tensor], Tensor],
+    attack: Attack | None,
+    draws: Draws,
+    *,
+    channels_last: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on the device in model space, attacked where there is an attack. Those without an image are left out."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for number, (x, y) in enumerate(batches):
+        if not len(y):  # none of its images could be read
+            continue
+        x, y = x.to(device), y.to(device)
+        x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
+        if attack is not None:
+            x = attack(forward, x, y, draws.of_batch(number, device))
+        yield x, y
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -61,23 +107,11 @@ def evaluate(
     """
     comm = comm or Comm()
     device = next(model.parameters()).device
-    low = low_type(precision)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     loss, correct, images = torch.zeros((), device=device), torch.zeros((), device=device), 0
-
-    def forward(x: Tensor) -> Tensor:
-        with autocast(device, low):
-            logits: Tensor = model(x)
-        return amplify(logits.float(), low)
-
+    forward = forward_pass(model, precision)
+    draws = Draws(seed, "robust", comm)
     with eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
-        for number, (x, y) in enumerate(batches):
-            if not len(y):  # none of its images could be read
-                continue
-            x, y = x.to(device), y.to(device)
-            x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
-            if attack is not None:
-                x = attack(forward, x, y, rng.generator(device, seed, "robust", comm.rank + number * comm.ranks))
+        for x, y in model_inputs(batches, space, device, forward, attack, draws, channels_last=channels_last):
             logits = forward(x)
             loss += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()

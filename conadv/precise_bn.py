@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import norm, rng
+from . import norm
 from .attacks import PixelSpace
 from .engine.comm import Comm
 from .errors import ConadvError
-from .evaluation import eval_mode
-from .precision import amplify, autocast, low_type
+from .evaluation import Draws, eval_mode, forward_pass, model_inputs
 from .types import Attack
 
 
@@ -52,23 +51,11 @@ def recalibrate(
     layers = [layer for layer in norm.layers_on(model, route) if layer.running_mean is not None]
     if not layers:
         raise ConadvError(f"recalibrate: no batch norm of the model keeps statistics on the route {route!r}.")
-    device, low = next(model.parameters()).device, low_type(precision)
+    device, forward = next(model.parameters()).device, forward_pass(model, precision)
     sums = [torch.zeros(2, layer.num_features + 1, dtype=torch.float64, device=device) for layer in layers]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def forward(x: Tensor) -> Tensor:
-        with autocast(device, low):
-            logits: Tensor = model(x)
-        return amplify(logits.float(), low)
-
+    draws = Draws(seed, "recalibrate", comm)
     with _normalising_by_batch(model), norm.route(model, route), torch.no_grad():
-        for number, (x, y) in enumerate(batches):
-            if not len(y):  # none of its images could be read
-                continue
-            x, y = x.to(device), y.to(device)
-            x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
-            if attack is not None:
-                x = attack(forward, x, y, rng.generator(device, seed, "recalibrate", comm.rank + number * comm.ranks))
+        for x, _ in model_inputs(batches, space, device, forward, attack, draws, channels_last=channels_last):
             with _observing(layers, sums):
                 forward(x)
     _write(layers, sums, comm)

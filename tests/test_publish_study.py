@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from .test_two_hosts import load
 
 
 def test_marks_name_rows() -> None:
@@ -38,7 +27,6 @@ def test_a_table_may_be_one_row_group() -> None:
 
 def test_only_figures_that_a_page_shows_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Red when: either half of the condition is dropped.
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     publish = load("publish_study")
     monkeypatch.setattr(publish, "ROOT", tmp_path)
     (tmp_path / "docs" / "results").mkdir(parents=True)

@@ -12,23 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.torture_links import HOSTS, hosts, silence
 from conadv.checkpoint import load_newest, steps
 from conadv.config import dump_yaml
 
 from ..test_trainer import config
 from .launch import TORCHRUN, started, until
 
-HOSTS = ("10.177.0.1", "10.177.0.2")
 TIMEOUT = 8
-
-
-def ip(*args: object) -> None:
-    subprocess.run(["ip", *map(str, args)], check=True, capture_output=True, timeout=20)
-
-
-def remove(names: list[str]) -> None:
-    for name in names:
-        subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
 
 
 @pytest.fixture
@@ -36,26 +27,12 @@ def two_hosts() -> Iterator[list[str]]:
     """Two namespaces with an address each, joined by a pair of devices called "wire"; gone afterwards in any case."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2")
-    names = [f"conadv{os.getpid()}{letter}" for letter in "ab"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
-        for name, host in zip(names, HOSTS, strict=True):
-            ip("-n", name, "address", "add", f"{host}/24", "dev", "wire")
-            ip("-n", name, "link", "set", "wire", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-    except subprocess.CalledProcessError as error:
-        remove(names)
-        pytest.skip(f"cannot make network namespaces here: {error.stderr.decode().strip()}")
-    yield names
-    remove(names)
-
-
-def silence(names: list[str]) -> None:
-    """Packets leave for an address that no device has: nothing arrives, and nobody is told."""
-    for name, other in zip(names, reversed(HOSTS), strict=True):
-        ip("-n", name, "neighbour", "replace", other, "lladdr", "02:00:00:00:00:01", "dev", "wire", "nud", "permanent")
+    with ExitStack() as stack:
+        try:
+            names = stack.enter_context(hosts())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"cannot make network namespaces here: {error.stderr.decode().strip()}")
+        yield names
 
 
 def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(two_hosts: list[str], tmp_path: Path) -> None:
