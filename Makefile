@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_WORKERS ?= 2
 
-.PHONY: demo test torture lint types docs install clean
+.PHONY: demo test test-loops torture lint types docs install clean
 
 demo: $(VENV)/installed
 	$(BIN)/conadv demo
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+# Other people's loops and formats, in a virtual environment of their own over the first one's packages.
+LOOPS := $(VENV)-loops
+test-loops: $(VENV)/installed-test
+	@if $(MAKE) --quiet $(LOOPS)/installed; then \
+		OMP_NUM_THREADS=1 $(LOOPS)/bin/python -m pytest tests/test_examples.py tests/test_export.py tests/test_wandb.py; \
+	else \
+		echo "test-loops: skipped: Lightning, Accelerate, ONNX and Weights & Biases cannot be installed here"; \
+	fi
 
 torture: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture all
@@ -40,6 +49,13 @@ $(VENV)/installed-test: pyproject.toml $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
+$(LOOPS)/installed: pyproject.toml $(VENV)/installed-test
+	$(BIN)/python -m venv $(LOOPS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(LOOPS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(LOOPS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,accelerate,onnx,wandb]'
+	touch $@
+
 $(VENV)/installed-lint: pyproject.toml $(VENV)/installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lint]'
 	touch $@
@@ -49,4 +65,4 @@ $(VENV)/installed-docs: pyproject.toml $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-loops site .pytest_cache .mypy_cache .ruff_cache build *.egg-info

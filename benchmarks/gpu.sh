@@ -6,7 +6,8 @@
 # Every piece has a time limit and a file of its own in OUT; a piece whose file is there is left out, so that a run that
 # was cut off goes on where it was. First come the tests that need CUDA, then step times: ResNet-50 at 224 and ResNet-18
 # at 32, bf16, channels_last, local batches 4 to 256; vanilla against a plain loop, attacks inline and on a second stream;
-# what torch.compile and its CUDA graphs (reduce-overhead) change; optimizers; a timeline with each executor.
+# what torch.compile and its CUDA graphs (reduce-overhead) change; optimizers; a timeline with each executor; and one
+# run with an automatic micro-batch, compiled, with mixup, an average of the weights and precise batch norm.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
@@ -47,7 +48,14 @@ pictures() {
     done
     echo done >"$OUT/timelines.done"
 }
-export -f pictures
+
+features() { # what else has a part of its own on CUDA, in one run
+    "$PYTHON" -m conadv doctor --json >"$OUT/doctor.json" # exit code 1: findings
+    "$PYTHON" -m conadv train digits --method conadv --lookahead --steps 60 --device cuda --quiet --overwrite \
+        --micro-batch-size auto --compile --precision bf16 --channels-last --ema.decay 0.9 --mixup 0.2 \
+        --eval.precise-bn-images 500 --out "$OUT/runs/features" && cp "$OUT/runs/features/summary.json" "$OUT/features.json"
+}
+export -f pictures features
 export OUT PYTHON
 
 methods=(plain vanilla noise disadv conadv conadv-lookahead recycle)
@@ -55,12 +63,13 @@ common=(--precision bf16 --channels-last --rounds 6 --burst 6 --dropped 2)
 photos=(--model resnet50 --image-size 224 --classes 1000 "${common[@]}")
 small=(--model resnet18 --image-size 32 "${common[@]}")
 
-piece tests.xml 100 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$OUT/tests.xml" \
-    tests/test_cuda.py tests/test_optim.py tests/test_norm.py
-bench resnet18-32.json 90 attack-cost "${small[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
-bench resnet50-224.json 150 attack-cost "${photos[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
-bench resnet50-224-graphs.json 80 attack-cost "${photos[@]}" --batches 16 --methods plain vanilla noise conadv \
+piece tests.xml 110 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$OUT/tests.xml" \
+    tests/test_cuda.py tests/test_optim.py tests/test_norm.py tests/test_compile.py
+bench resnet18-32.json 80 attack-cost "${small[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
+bench resnet50-224.json 130 attack-cost "${photos[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
+bench resnet50-224-graphs.json 60 attack-cost "${photos[@]}" --batches 16 --methods plain vanilla noise conadv \
     --compile reduce-overhead
 bench resnet50-224-compile.json 60 attack-cost "${photos[@]}" --batches 64 --methods plain vanilla noise conadv --compile default
 bench optim.json 30 optim
 piece timelines.done 25 bash -c pictures
+piece features.json 45 bash -c features

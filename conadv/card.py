@@ -49,7 +49,7 @@ def model_card(run: RunDir, state: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_metadata(config, found), sort_keys=False, allow_unicode=True)}---\n",
         f"# {escape(config.model.name)}, trained with {escape(config.method)}\n",
-        _bullets(_what(config, state)),
+        _bullets(_what(config, state, _header(lines))),
         "## Accuracy\n\n" + _results(config, found),
         "## Use\n\n" + _use(config, state),
         "## Training\n\n" + _bullets(_training(config, state, lines)),
@@ -101,17 +101,31 @@ def _bullets(rows: list[str]) -> str:
     return "".join(f"* {row}\n" for row in rows)
 
 
-def _what(config: Config, state: dict[str, Any]) -> list[str]:
+def _what(config: Config, state: dict[str, Any], header: dict[str, Any]) -> list[str]:
     names = [escape(name) for name in state["class_names"]]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    size = config.data.image_size
+    ended = header.get("steps") == state["step"]
+    size = state.get("image_size", config.data.image_size)
     return [
         f"Network: {escape(config.model.name)} {escape(' '.join(config.model.args))}".rstrip(),
         f"Input: {state['channels']} channel(s), " + (f"{size} x {size} pixels" if size else "the data's own size"),
         f"Classes ({len(names)}): {shown}",
-        f"Weights: the clean batch-norm route after {state['step']} updates, in `model.safetensors`",
+        f"Weights: the clean batch-norm route after {state['step']} updates{_after(config, ended)}, "
+        "in `model.safetensors`",
         "Licence: none is stated, neither of these weights nor of the images. Add yours.",
     ]
+
+
+def _header(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    return next((line for line in reversed(lines) if line["type"] == "header"), {})
+
+
+def _after(config: Config, ended: bool) -> str:
+    """What has been done to the weights beside the updates; statistics are made anew after the last one only."""
+    done = "" if config.ema.decay is None else f", averaged with decay {config.ema.decay:g}"
+    if config.eval.precise_bn_images is not None and ended:
+        done += f", with batch-norm statistics of {config.eval.precise_bn_images} images"
+    return done
 
 
 def _results(config: Config, found: dict[str, dict[str, Any]]) -> str:
@@ -164,10 +178,10 @@ def _options(config: Config) -> str:
 
 
 def _training(config: Config, state: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
-    header: dict[str, Any] = next((line for line in reversed(lines) if line["type"] == "header"), {})
+    header = _header(lines)
     rows = [
         f"Recipe: {escape(config.recipe)}; data: {config.data.source}, augmentation {config.data.augment}"
-        + (f", third view {config.data.aug_view}" if config.data.aug_view else ""),
+        + _mixed(config),
         f"Method: {config.method} ({METHODS[config.method].summary})" + _method(config),
         f"Optimizer: {config.optim.name}, peak learning rate {scaled_lr(config.optim, config.global_batch_size):g}, "
         f"warm-up {config.schedule.warmup_epochs:g} epochs, {config.schedule.decay} decay",
@@ -181,6 +195,16 @@ def _training(config: Config, state: dict[str, Any], lines: list[dict[str, Any]]
     return rows
 
 
+def _mixed(config: Config) -> str:
+    """What else is done to images and labels."""
+    data, said = config.data, ""
+    if data.aug_view:
+        said += f", third view {data.aug_view}"
+    for name, value in (("mixup", data.mixup), ("cutmix", data.cutmix), ("label smoothing", config.label_smoothing)):
+        said += f", {name} {value:g}" if value else ""
+    return said
+
+
 def _length(config: Config) -> str:
     return f"{config.steps} updates" if config.steps is not None else f"{config.epochs:g} epochs"
 
@@ -189,6 +213,8 @@ def _method(config: Config) -> str:
     facts = [f"staleness {config.staleness}" if config.method == "conadv" else ""]
     facts.append(f"look-ahead by {config.predictor}" if config.lookahead else "")
     attacks = {"attack", "attack.eps"} & METHODS[config.method].settings
+    own = METHODS[config.method].settings & {"adv_route"}
+    facts.append(f"batch norm of adversarial images: {config.adv_route}" if own and config.adv_route != "own" else "")
     facts.append(f"eps {config.attack.eps:g} of [0, 1] pixels" if attacks else "")
     return "".join(f"; {fact}" for fact in facts if fact)
 

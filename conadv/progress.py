@@ -12,15 +12,20 @@ from typing import Any, Protocol
 from .errors import ConadvError
 from .types import StepRecord
 
+_GROUPS = {"train": "train_eval"}  # "train/loss" is the loss of a step
+
 
 class Observer(Protocol):
-    """Hears of everything that a run does, in order. Observers only show; they never change what is computed."""
+    """Hears of everything that a run does, in order. Observers only show; they never change what is computed.
+
+    ``evaluation``: ``split`` is one of the record's, "train", "test", "robust" or "validation".
+    """
 
     def message(self, text: str) -> None: ...
     def loading(self, what: str, done: int, total: int) -> None: ...
     def start(self, title: str, first_step: int, num_steps: int) -> None: ...
     def step(self, record: StepRecord) -> None: ...
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None: ...
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -35,7 +40,7 @@ class Silent:
 
     def step(self, record: StepRecord) -> None: ...
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None: ...
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -73,8 +78,8 @@ class Plain(Silent):
             f"left {left:.0f} s"
         )
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        self.message(f"step {step}/{self._total}  test loss {loss:.4f}  test accuracy {100 * accuracy:.2f} %")
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        self.message(f"step {step}/{self._total}  {split} loss {loss:.4f}  {split} accuracy {100 * accuracy:.2f} %")
 
 
 class Live(Silent):
@@ -114,8 +119,9 @@ class Live(Silent):
     def step(self, record: StepRecord) -> None:
         self._bar.update(self._task, advance=1, loss=f"{record.loss:.3f}")
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        self._bar.update(self._task, test=f"{100 * accuracy:.2f} %")
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        if split == "test":
+            self._bar.update(self._task, test=f"{100 * accuracy:.2f} %")
 
     def finish(self) -> None:
         self._bar.stop()
@@ -139,8 +145,8 @@ class TensorBoard(Silent):
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record.step)
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        for name, value in evaluation_scalars(loss, accuracy).items():
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        for name, value in evaluation_scalars(split, loss, accuracy).items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
@@ -177,8 +183,8 @@ class WandB(Silent):
     def step(self, record: StepRecord) -> None:
         self._run.log(scalars(record), step=record.step)
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-        self._run.log(evaluation_scalars(loss, accuracy), step=step)
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        self._run.log(evaluation_scalars(split, loss, accuracy), step=step)
 
     def finish(self) -> None:
         if self._run is not None:
@@ -195,8 +201,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
     return values
 
 
-def evaluation_scalars(loss: float, accuracy: float) -> dict[str, float]:
-    return {"test/loss": loss, "test/accuracy": accuracy}
+def evaluation_scalars(split: str, loss: float, accuracy: float) -> dict[str, float]:
+    return {f"{_GROUPS.get(split, split)}/loss": loss, f"{_GROUPS.get(split, split)}/accuracy": accuracy}
 
 
 class Together(Silent):
@@ -221,9 +227,9 @@ class Together(Silent):
         for observer in self._observers:
             observer.step(record)
 
-    def evaluation(self, step: int, loss: float, accuracy: float) -> None:
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
         for observer in self._observers:
-            observer.evaluation(step, loss, accuracy)
+            observer.evaluation(step, split, loss, accuracy)
 
     def finish(self) -> None:
         for observer in self._observers:

@@ -474,6 +474,9 @@ def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple
             run.start(parts.config)
     if resume and not parts.teams.attacking:
         restore(parts, checkpoint.to_device(comm.share(state), comm.device))
+    with world.agreed():
+        if world.first and resume:  # a kill may have come between a checkpoint and the end of older ones
+            checkpoint.prune(run.checkpoints, parts.config.checkpoint.keep, parts.best.get("step"))
     return world.share(parts.engine.version), damaged
 
 
@@ -579,8 +582,7 @@ def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer
     for split, result in results.items():
         if result is not None:
             log.write("eval", step=steps, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
-    assert results["test"] is not None
-    observer.evaluation(steps, results["test"].loss, results["test"].accuracy)
+            observer.evaluation(steps, split, result.loss, result.accuracy)
     summary: dict[str, Any] | None = None
     with parts.comm.agreed():
         if parts.comm.first:
@@ -763,9 +765,8 @@ def _evaluate_if_due(parts: Parts, log: record.Record, begin: float, observer: O
         return best and _is_best(parts, _evaluate(parts, "validation", None))
     if not _due(count, every, parts.data.order.steps_per_epoch):
         return False
-    result = _evaluate_now(parts, log, begin, "test")
-    observer.evaluation(count, result.loss, result.accuracy)
-    better = best and _is_best(parts, _evaluate_now(parts, log, begin, "validation"))
+    _evaluate_now(parts, log, begin, observer, "test")
+    better = best and _is_best(parts, _evaluate_now(parts, log, begin, observer, "validation"))
     _agree_to_stop(parts)
     return better
 
@@ -840,11 +841,12 @@ def _due(count: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
     return every_epochs is not None and count % max(1, round(every_epochs * steps_per_epoch)) == 0
 
 
-def _evaluate_now(parts: Parts, log: record.Record, begin: float, split: str) -> Result:
+def _evaluate_now(parts: Parts, log: record.Record, begin: float, observer: Observer, split: str) -> Result:
     result = _evaluate(parts, split, None)
     count = parts.engine.version
     epoch = count / parts.data.order.steps_per_epoch
     log.write("eval", step=count, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
+    observer.evaluation(count, split, result.loss, result.accuracy)
     return result
 
 

@@ -36,7 +36,7 @@ def main(epochs: int = 8, limit: int = 1000, folder: str | None = None) -> float
     loader = accelerator.prepare(DataLoader(TensorDataset(x[:limit], y[:limit]), 100, shuffle=True, drop_last=True))
     method = Concurrent(FGSM(eps=0.1, space=space), staleness=1)
     step = TrainStep(model, optimizer, method, comm=Comm.from_process_group(accelerator.device))  # 2
-    accelerator.register_for_checkpointing(model, optimizer, step)  # what waits between steps is part of the state
+    accelerator.register_for_checkpointing(model, optimizer)  # the same in all processes: the first one saves it
 
     pairs = WindowedLoader(loader, step.ahead, epochs)  # 3: see one batch ahead, also into the next epoch
     for _ in range(epochs):
@@ -45,6 +45,7 @@ def main(epochs: int = 8, limit: int = 1000, folder: str | None = None) -> float
         accelerator.print(f"loss {record.loss:.3f}, staleness {record.staleness}")
     if folder is not None:
         accelerator.save_state(folder)
+        torch.save(step.state_dict(), f"{folder}/conadv_{accelerator.process_index}.pt")  # the images that wait here
 
     accuracy = (model.eval()(x[1000:].to(accelerator.device)).argmax(1).cpu() == y[1000:]).float().mean().item()
     accelerator.print(f"test accuracy {100 * accuracy:.1f} %")

@@ -10,7 +10,7 @@
 #SBATCH --output=conadv-%j.log
 set -euo pipefail
 
-RECIPE=imagenet_resnet50_32k             # conadv recipes
+RECIPE=${RECIPE:-imagenet_resnet50_32k}  # conadv recipes
 DATA=${DATA:?folder with train/ and val/, on every node}
 OUT=${OUT:-$PWD/runs/$RECIPE-conadv}     # on a file system that all nodes share
 OPTIONS="--method conadv --lookahead"    # any option of: conadv train RECIPE --help

@@ -190,7 +190,8 @@ def short_run(folder: Path) -> None:
 
 def on_two_ranks(program: str, folder: Path) -> None:
     """Run a Python program under torchrun as two processes."""
-    (folder / "page.py").write_text(program)
+    # torch's threads now and then abort Python's way out ("terminate called without an active exception")
+    (folder / "page.py").write_text(f"{program}\nimport os\nos._exit(0)\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
     done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)

@@ -56,6 +56,17 @@ def test_it_says_what_the_run_did(run: RunDir) -> None:
     assert parse(yaml.safe_load(block(text, "yaml")), "card") == replace(load_yaml(run.config), data__dir=None)
 
 
+def test_it_says_what_was_done_to_the_weights_and_what_they_take(tmp_path: Path) -> None:
+    # Red when: the average, the recalibration or mixup is left out, or the size is the setting's, which may be none.
+    changes = {"schedule__warmup_epochs": 0.0, "ema__decay": 0.5, "eval__precise_bn_images": 20, "data__mixup": 0.2}
+    train(config(epochs=None, steps=2, **changes), tmp_path / "run")
+    export(tmp_path / "run")
+    text = RunDir(tmp_path / "run").card.read_text()
+    assert "after 2 updates, averaged with decay 0.5, with batch-norm statistics of 20 images, in" in text
+    assert ", mixup 0.2" in text
+    assert "Input: 1 channel(s), 8 x 8 pixels" in text
+
+
 def test_the_header_is_what_hubs_read(run: RunDir) -> None:
     # Red when: the accuracy is written in percent, or the header is not the first thing in the file.
     about, summary = front(run.card.read_text()), json.loads(run.summary.read_text())

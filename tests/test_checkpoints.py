@@ -306,6 +306,19 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_resumed_run_removes_what_a_killed_one_had_no_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: _start does not prune: a run that was killed after its last checkpoint keeps one too many for ever.
+    settings = config(steps=4, epochs=None, checkpoint__every_epochs=0.5, checkpoint__keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "prune", lambda *_: None)
+        train(settings, tmp_path)
+    assert len(steps(tmp_path / "checkpoints")) > 1
+    train(settings, tmp_path, resume=True)
+    assert steps(tmp_path / "checkpoints") == [4]
+
+
 def test_auto_resume_is_one_call_for_every_start(tmp_path: Path) -> None:
     # Red when: it starts again what has begun, or takes another config's run for its own.
     settings = config(steps=4, epochs=None)

@@ -97,7 +97,7 @@ def test_plain_progress_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str
     show.start("title", 0, 5)
     for t in range(5):
         show.step(StepRecord(t, 0, 0.25, 1.5, {}, 1.0))
-    show.evaluation(5, 0.5, 0.75)
+    show.evaluation(5, "test", 0.5, 0.75)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["title: steps 0 to 5", "step 1/5", "step 5/5", "step 5/5"]
     assert "loss 1.5000  lr 0.25" in lines[1]
@@ -115,7 +115,8 @@ def test_live_progress_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeyp
     show.message("[a message]")
     for t in range(2):
         show.step(StepRecord(t, 0, 0.25, 1.5, {}, 1.0))
-    show.evaluation(2, 0.5, 0.75)
+    show.evaluation(2, "test", 0.5, 0.75)
+    show.evaluation(2, "train", 0.1, 0.99)
     show.finish()
     out = capsys.readouterr().out
     for text in ("[a message]", "title", "2/2", "loss 1.500", "test 75.00 %"):

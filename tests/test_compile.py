@@ -107,6 +107,21 @@ def test_a_graph_break_is_an_error() -> None:
         train(Vanilla(), 1, network(Breaks()), compile=True)
 
 
+def test_too_many_graphs_are_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the limit's error is told as a break of the graph.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model = network()
+    engine = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), Vanilla(), compile=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (2, 4):
+            engine(images(size, 0), None)
+        with pytest.raises(ConadvError, match="one shape"):
+            engine(images(6, 0), None)
+        torch.compiler.reset()
+        engine.optimizer.zero_grad()
+        engine(images(6, 0), None)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ is not installed")
 def test_compiled_by_inductor_it_computes_the_same_up_to_rounding() -> None:
     # Red when: the compiled network normalises an adversarial view by the clean route.

@@ -6,12 +6,15 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from conadv.cli import main
+from conadv.doctor import facts as doctor_facts
 from conadv.doctor.command import show
 from conadv.doctor.facts import Cuda, Facts, Interface, look, usable_cores
 from conadv.doctor.findings import RULES, findings
@@ -50,6 +53,7 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"cuda": (), "variables": {"CUDA_VISIBLE_DEVICES": ""}}, "note", "hides all"),
     ({"cuda": (replace(GPU, capability=(7, 5)), GPU)}, "slow", "no bf16"),
     ({"cuda": (replace(GPU, free=GIB), GPU)}, "slow", "1.0 of 80.0 GiB"),
+    ({"cuda": (replace(GPU, free=0), GPU)}, "wrong", "cannot be used"),
     ({"cuda": (GPU, replace(GPU, name="T"))}, "slow", "devices differ"),
     ({"cuda": (replace(GPU, peers=()), GPU)}, "slow", "no peer access for cuda:0:"),
     ({"backends": ("gloo",)}, "wrong", "no NCCL"),
@@ -70,6 +74,24 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"variables": {"GLOO_SOCKET_IFNAME": "ib0"}}, "wrong", "no such interface"),
     ({"interfaces": (Interface("lo", True, None), Interface("eth0", True, 1000))}, "note", "1 Gbit/s"),
 ]
+
+
+def test_a_device_that_refuses_is_a_finding_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: an error of mem_get_info ends the command.
+    def refuse(index: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "mem_get_info": refuse,
+        "get_device_properties": lambda index: SimpleNamespace(total_memory=80 * GIB),
+        "get_device_capability": lambda index: (9, 0),
+        "get_device_name": lambda index: "H",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    (device,) = doctor_facts._cuda()
+    assert (device.memory, device.free) == (80 * GIB, 0)
 
 
 def test_a_good_machine_has_no_findings() -> None:

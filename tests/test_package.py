@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +27,6 @@ out = sys.argv[1]  # the first build changes argv
 build_meta.build_sdist(out)
 build_meta.build_wheel(out)
 """
-TINY = "--steps 2 --schedule.warmup-epochs 0 --model.width 4 --eval.robust-images 16 --quiet --out run".split()
 
 
 def run(*words: str, cwd: Path, **environment: str) -> str:
@@ -90,23 +91,37 @@ def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Pat
         assert {name: again.read(name) for name in modules()} == {name: first.read(name) for name in modules()}
 
 
-def test_the_wheel_runs_from_another_folder(built: tuple[Path, Path], tmp_path: Path) -> None:
-    # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound).
-    target, here = tmp_path / "site", tmp_path / "elsewhere"
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_it_runs_the_demo_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+    # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound), or the entry point is gone.
+    here, archive = tmp_path / "elsewhere", dict(zip(("sdist", "wheel"), built, strict=True))[kind]
     here.mkdir()
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-index", "--quiet")
-    run(*pip, "--target", str(target), str(built[1]), cwd=here)
+    python = environment(tmp_path / "environment")
+    pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")
+    # --force-reinstall: pip sees the checkout's installation among the packages that are shared
+    run(*pip, "--force-reinstall", "--no-build-isolation", str(archive), cwd=here)
 
-    def conadv(*words: str) -> str:
-        return run(sys.executable, "-m", "conadv", *words, cwd=here, PYTHONPATH=str(target))
+    where = run(str(python), "-c", "import conadv; print(conadv.__file__)", cwd=here)
+    assert Path(where.strip()).is_relative_to(tmp_path / "environment")
+    conadv = str(python.parent / "conadv")
+    assert run(conadv, "--version", cwd=here).strip() == __version__
+    run(conadv, "demo", "--seeds", "1", "--epochs", "4", "--jobs", "2", "--quiet", cwd=here)
+    out = here / "runs" / "demo"
+    assert "<svg" in (out / "report.html").read_text()
+    runs = [json.loads(path.read_text()) for path in out.glob("*/summary.json")]
+    assert len(runs) == 7
+    assert {summary["version"] for summary in runs} == {__version__}
 
-    where = run(sys.executable, "-c", "import conadv; print(conadv.__file__)", cwd=here, PYTHONPATH=str(target))
-    assert Path(where.strip()).is_relative_to(target)
-    assert conadv("--version").strip() == __version__
-    conadv("train", "digits", "--method", "conadv", *TINY)
-    assert json.loads((here / "run" / "summary.json").read_text())["version"] == __version__
-    conadv("report", "run", "--out", "report.html")
-    assert "<svg" in (here / "report.html").read_text()
+
+def environment(folder: Path) -> Path:
+    """The interpreter of a new virtual environment that sees this one's packages, but not the checkout's conadv."""
+    venv.create(folder, with_pip=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    shared = sysconfig.get_path("purelib")
+    shutil.rmtree(site / "setuptools", ignore_errors=True)  # Python's own, too old to build conadv
+    # A .pth file within a folder that a .pth file adds is not read: so an editable installation stays out.
+    (site / "shared.pth").write_text(f"{shared}\n")
+    return folder / "bin" / "python"
 
 
 def test_the_changes_say_what_changes_numbers() -> None:

@@ -22,6 +22,7 @@ from conadv import recipes
 from conadv.cli import RunOptions, TrainArgs, _base_config, given_settings
 from conadv.config import Config, ModelConfig, accumulation, override, replace, resolve, scaled_lr
 from conadv.data.order import Order
+from conadv.methods import METHODS
 from conadv.schedules import WarmupDecay
 from conadv.trainer import _schedule, train
 
@@ -171,14 +172,25 @@ def test_lamb_for_resnet50_as_its_docstring_says() -> None:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
-    # Red when: a docstring loses its command, a recipe names another in its config, or a rank count does not divide.
+    # Red when: a docstring loses a command, plans another batch, a recipe names another in its config, or a number of
+    # devices does not divide.
     doc = recipes.RECIPES[name].__doc__ or ""
     assert "Not run by us" in doc
-    assert f"torchrun --nproc-per-node 8 -m conadv train {name} --data DIR" in doc
     config = resolve(recipes.get(name))
+    devices = "8,32" if config.global_batch_size == 4096 else "8,64"
+    plan = f"--global-batch-size {config.global_batch_size} --micro-batch-size {config.micro_batch_size}"
+    for command in (
+        f"torchrun --nproc-per-node 8 -m conadv train {name} --data DIR",
+        f"--rdzv-endpoint HOST:29500 \\\n        -m conadv train {name} --data DIR",
+        f"RECIPE={name} DATA=DIR sbatch examples/slurm_imagenet.sh",
+        f"conadv plan NODE.json --devices {devices} {plan}",
+    ):
+        assert command in doc
+    for ranks in map(int, devices.split(",")):
+        accumulation(config, ranks)
     assert config.recipe == name
     assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
-    for method in ("vanilla", "multiview", "noise", "disadv", "conadv", "recycle"):
+    for method in METHODS:
         resolve(replace(recipes.get(name), method=method))
 
 

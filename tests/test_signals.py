@@ -126,6 +126,36 @@ def test_a_forked_child_is_not_the_run() -> None:
         assert signals.request == 0
 
 
+KILLED = """
+import multiprocessing, os, signal, sys
+
+def load(key):
+    return os.getpid()
+
+if __name__ == "__main__":
+    from conadv.data.loader import _stream
+    multiprocessing.set_start_method(sys.argv[1])
+    stream = _stream(load, range(100), 2)
+    print(next(stream), next(stream), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> None:
+    # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork server, which lives on).
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, script, start], stdout=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    workers = [int(word) for word in done.stdout.split()]
+    assert len(set(workers)) == 2
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < end, "a worker is left"
+        time.sleep(0.1)
+
+
 def program(out: Path, *options: str, **changes: Any) -> list[object]:
     (out.parent / "config.yaml").write_text(dump_yaml(config(**changes)))
     command = [sys.executable, "-m", "conadv", "train", "--config", out.parent / "config.yaml", "--out", out]

@@ -401,17 +401,23 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_observers_hear_of_every_step(tmp_path: Path) -> None:
     class Count(Silent):
-        steps = evaluations = 0
+        steps = 0
+
+        def __init__(self) -> None:
+            self.evaluations: list[tuple[int, str]] = []
 
         def step(self, record: Any) -> None:
             self.steps += 1
 
-        def evaluation(self, step: int, loss: float, accuracy: float) -> None:
-            self.evaluations += 1
+        def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+            self.evaluations.append((step, split))
 
     seen = Count()
     train(config(), tmp_path, observer=seen)
-    assert (seen.steps, seen.evaluations) == (6, 2)
+    assert seen.steps == 6
+    lines = [line for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "eval"]
+    assert seen.evaluations == [(line["step"], line["split"]) for line in lines]
+    assert {split for _, split in seen.evaluations} == {"train", "test", "robust"}
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

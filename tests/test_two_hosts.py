@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "two_hosts.sh"
+OURS = re.compile(r"conadv-[0-9a-f]{8}-[01]")  # how the script names a namespace
 
 
 def load(name: str) -> ModuleType:
@@ -130,8 +132,9 @@ def why_not() -> str:
 
 
 def names() -> set[str]:
+    """The script's namespaces; other tests make their own at the same time."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines()}
+    return {name for name in (line.split()[0] for line in listed.splitlines()) if OURS.fullmatch(name)}
 
 
 def running(words: str) -> list[str]:

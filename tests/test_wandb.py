@@ -39,12 +39,14 @@ def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     both.finish()  # before the start there is nothing to close
     both.start("digits conadv", 0, 4)
     both.step(RECORD)
-    both.evaluation(4, 0.5, 0.75)
+    both.evaluation(4, "test", 0.5, 0.75)
+    both.evaluation(4, "train", 0.1, 0.9)
     both.finish()
     assert seen["wandb"] == seen["tensorboard"]
     assert ("train/losses/adv", 2.5, 3) in seen["wandb"]
     assert ("train/staleness", 1, 3) in seen["wandb"]
     assert ("test/accuracy", 0.75, 4) in seen["wandb"]
+    assert ("train_eval/loss", 0.1, 4) in seen["wandb"]  # "train/loss" is that of a step
     assert (started["mode"], started["config"], started["name"]) == ("offline", {"seed": 3}, "digits conadv")
     assert started["settings"]["symlink"] is False
     assert started["finished"]

@@ -21,18 +21,19 @@ class WindowedLoader(Generic[T]):
 
     At the end of an epoch ``future`` comes from the next one, which is therefore begun ``ahead`` batches early, so that
     no batch is left to be attacked late. ``epochs``: how many there will be; the last ``ahead`` batches of all have no
-    future then. None: there is always another one. A loop that broke off goes on where it stopped.
+    future then. None: there is always another one. A loop that broke off goes on where it stopped; a program that was
+    started again begins with epoch ``start``.
 
     Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is called with its
     number, since a framework would call it too late. Raises ConadvError for a loader without a batch.
     Ranks: each has a loader of its own. In flight: ``ahead`` batches beside the present one.
     """
 
-    def __init__(self, loader: Iterable[T], ahead: int, epochs: int | None = None) -> None:
+    def __init__(self, loader: Iterable[T], ahead: int, epochs: int | None = None, *, start: int = 0) -> None:
         if ahead < 0:
             raise ConadvError(f"ahead {ahead} must be 0 or more: it counts batches after the current one.")
         self.loader, self.ahead = loader, ahead
-        self._stream = self._batches(epochs)
+        self._stream = self._batches(start, epochs)
         self._waiting: deque[tuple[int, T]] = deque()
 
     def __len__(self) -> int:
@@ -60,8 +61,8 @@ class WindowedLoader(Generic[T]):
                 return
             self._waiting.append(item)
 
-    def _batches(self, epochs: int | None) -> Iterator[tuple[int, T]]:
-        for epoch in count() if epochs is None else range(epochs):
+    def _batches(self, start: int, epochs: int | None) -> Iterator[tuple[int, T]]:
+        for epoch in count(start) if epochs is None else range(start, epochs):
             _set_epoch(self.loader, epoch)
             empty = True
             for batch in self.loader:

@@ -152,7 +152,10 @@ def allocator() -> str:
 def _cuda() -> Iterator[Cuda]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for index in range(count):
-        free, total = torch.cuda.mem_get_info(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError:  # no context can be made there: somebody else's exclusively, or it has no memory left
+            free, total = 0, torch.cuda.get_device_properties(index).total_memory
         peers = tuple(j for j in range(count) if j != index and torch.cuda.can_device_access_peer(index, j))
         capability = torch.cuda.get_device_capability(index)
         yield Cuda(torch.cuda.get_device_name(index), capability, total, free, peers)

@@ -85,7 +85,13 @@ def _cuda_devices(facts: Facts) -> Found:
                 f"cuda:{index} ({device.name}) has no bf16 in hardware",
                 "use --precision fp16 (capability 7.0 and newer) or fp32",
             )
-        if device.free < device.memory / 2:
+        if not device.free:
+            yield Finding(
+                "wrong",
+                f"cuda:{index} cannot be used: its memory is full, or another process has it for itself (compute mode)",
+                "wait for the other process (nvidia-smi shows it), or choose devices by CUDA_VISIBLE_DEVICES",
+            )
+        elif device.free < device.memory / 2:
             yield Finding(
                 "slow",
                 f"cuda:{index} has {device.free / GIB:.1f} of {device.memory / GIB:.1f} GiB free: others use it",

@@ -146,10 +146,17 @@ class Comm:
     def from_process_group(cls, device: torch.device | str) -> Comm:
         """This process in the process group that somebody else has made, such as Accelerate; alone without one.
 
-        The group's own timeout holds, and an error cannot say who is missing (:meth:`from_environment` can).
+        The group's own timeout holds, and an error cannot say who is missing (:meth:`from_environment` can). Raises
+        ConadvError where a launcher has started several processes (WORLD_SIZE) and nobody has made a group of them.
         """
         place = torch.device(device)
         if not (dist.is_available() and dist.is_initialized()):
+            started = os.environ.get("WORLD_SIZE", "1")
+            if started not in ("", "0", "1"):
+                raise ConadvError(
+                    f"{started} processes were started (WORLD_SIZE), but there is no process group: each would train "
+                    "for itself. Call this after init_process_group, or pass Comm(device=...) to mean just that."
+                )
             return cls(device=place)
         return cls(dist.get_rank(), dist.get_world_size(), place, "nccl" if place.type == "cuda" else "gloo")
 

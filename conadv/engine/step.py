@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,13 +66,14 @@ class TrainStep:
             in caches and needs less memory (docs/experiments.md).
         seed: keys every random draw, in the model (dropout) as in attacks; global generators are left as they were.
         executor: the order of the phases; default :class:`Inline`.
-        comm: this process among several ranks; default: alone.
+        comm: this process among several ranks; default: alone, which is an error inside a process group of several.
         compile: run the network through torch.compile, without graph breaks (an error otherwise): one graph for each
             route and for the attack, none after that. Gradients are then there all at once, so their sums over ranks
             overlap the attack but no longer backward.
         bucket_mib: size of the buckets in which gradients are summed over ranks, in MiB.
 
-    Raises ConadvError where the model has batch norm without the routes that the views need.
+    Raises ConadvError where the model has batch norm without the routes that the views need, and where there is a
+    process group of several ranks but no ``comm``.
     Ranks: each holds its share of the global batch and the same weights, which construction takes from rank 0.
     Gradients and losses are averaged over the global batch; batch statistics and images that wait stay local.
     In flight: from the last backward pass of ``gradient`` to ``wait`` the gradients' buckets are on the network.
@@ -130,7 +132,7 @@ class TrainStep:
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False) and not self.executor.attack_only:
             self._lookahead = LookAhead(model, optimizer, lr_at, getattr(self.method, "predictor", "momentum"))
-        self.comm = comm or Comm(device=self.device)
+        self.comm = comm or _alone(self.device)
         self._reducer: GradientReducer | None = None
         self._loss_sum: Handle | None = None
         self._losses: dict[str, Tensor] = {}
@@ -454,10 +456,7 @@ class TrainStep:
         except Exception as error:
             if not (self._compiled and type(error).__module__.startswith("torch._dynamo")):
                 raise
-            raise ConadvError(
-                f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or change the "
-                "network where torch names the break."
-            ) from error
+            raise _not_compiled(error) from error
         return logits
 
     def _views(
@@ -627,6 +626,28 @@ def _checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
 def _gradient_of(x: Tensor) -> Tensor:
     assert x.grad is not None
     return x.grad
+
+
+def _alone(device: torch.device) -> Comm:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConadvError(
+            f"There is a process group of {dist.get_world_size()}, but TrainStep has no comm: every rank would train "
+            "for itself. Pass comm=Comm.from_process_group(device), or comm=Comm(device=device) to mean just that."
+        )
+    return Comm(device=device)
+
+
+def _not_compiled(error: Exception) -> ConadvError:
+    if "RecompileLimit" in type(error).__name__:
+        return ConadvError(
+            "torch.compile has made as many graphs of this network as it keeps in a process "
+            f"(torch._dynamo.config.recompile_limit): {str(error)[:300]} Give all micro-batches one shape, and call "
+            "torch.compiler.reset() where an engine with another shape was there before."
+        )
+    return ConadvError(
+        f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or change the network "
+        "where torch names the break."
+    )
 
 
 def _one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSpace:

@@ -12,7 +12,8 @@ On one node of 8 GPUs, and on several (examples/slurm_imagenet.sh is the same as
 DIR has train/<class>/* and val/<class>/*. Give every node the same command. Accumulation makes up for a smaller number
 of devices: the global batch, and the images that batch norm sees (micro_batch_size), stay what they are.
 
-Time: measure the profile of one node, then plan (docs/plan.md); no time is stated here that nobody has measured.
+Time: measure the profile NODE.json of one node for the recipe's network (docs/imagenet.md), and each recipe's last
+command says how long it will take; no time is stated here that nobody has measured.
 
 Warm-up: an epoch is floor(1,281,167 / batch) steps. The reference implementation rounds up, so its warm-up is up to 5 %
 longer at 64K. Its decay has ``decay_steps`` steps after the warm-up; so have these.
@@ -106,9 +107,13 @@ def _mlperf(
 
 
 def resnet50_8k() -> Config:
-    """ImageNet, ResNet-50, LARS at batch 8,192: MLPerf's reference point. Not run by us.
+    r"""ImageNet, ResNet-50, LARS at batch 8,192: MLPerf's reference point. Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_8k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_resnet50_8k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_resnet50_8k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 8192 --micro-batch-size 64
 
     Expected of plain LARS: 75.9 % after 42.0 epochs on average (10 runs; mlcommons/logging, training_2.0.0,
     rcps_resnet.json, resnet_ref_8192). 64 images per batch norm, so accumulation 16 on 8 devices and 2 on 64.
@@ -117,9 +122,13 @@ def resnet50_8k() -> Config:
 
 
 def resnet50_32k() -> Config:
-    """ImageNet, ResNet-50, LARS at batch 32,768: MLPerf's reference point. Not run by us.
+    r"""ImageNet, ResNet-50, LARS at batch 32,768: MLPerf's reference point. Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_32k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_resnet50_32k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_resnet50_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     Expected of plain LARS: 75.9 % after 56.0 epochs on average (10 runs; rcps_resnet.json, resnet_ref_32768). 128
     images per batch norm, so accumulation 32 on 8 devices and 4 on 64.
@@ -132,9 +141,13 @@ def resnet50_32k() -> Config:
 
 
 def resnet50_64k() -> Config:
-    """ImageNet, ResNet-50, LARS at batch 65,536: MLPerf's reference point. Not run by us.
+    r"""ImageNet, ResNet-50, LARS at batch 65,536: MLPerf's reference point. Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_64k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_resnet50_64k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_resnet50_64k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 65536 --micro-batch-size 128
 
     Expected of plain LARS: 75.9 % after 84.5 epochs on average (10 runs; rcps_resnet.json, resnet_ref_65536). So the
     75.3 % of the paper's LARS at 64K is less than a tuned one reaches. 128 images per batch norm: accumulation 64 on 8
@@ -148,9 +161,13 @@ def _lars(lr: float, momentum: float, weight_decay: float) -> OptimConfig:
 
 
 def resnet50_96k() -> Config:
-    """ImageNet, ResNet-50, LARS at batch 98,304: the ConAdv authors' settings. Not run by us.
+    r"""ImageNet, ResNet-50, LARS at batch 98,304: the ConAdv authors' settings. Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_96k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_resnet50_96k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_resnet50_96k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 98304 --micro-batch-size 96
 
     Their result: 75.3 % with ConAdv, 76.2 % with AutoAugment as a third view (--aug-view autoaugment), arXiv
     2106.00221; LARS alone 74.3 % as the VRGD paper quotes them. 1,301 steps are 99.8 epochs. 96 images per batch norm
@@ -180,9 +197,13 @@ def _efficientnet_b0(recipe: str, batch: int, warmup_epochs: float) -> Config:
 
 
 def efficientnet_b0_4k() -> Config:
-    """ImageNet, EfficientNet-B0, LAMB at batch 4,096. Not run by us, and by nobody whom we know of.
+    r"""ImageNet, EfficientNet-B0, LAMB at batch 4,096. Not run by us, and by nobody whom we know of.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_efficientnet_b0_4k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_efficientnet_b0_4k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_efficientnet_b0_4k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
 
     For comparison: 77.1 % with RMSProp at batch 4,096 in 350 epochs (Tan and Le 2019, arXiv 1905.11946). The learning
     rate is LAMB's at 32K for ResNet-50 (0.04, linear decay, 20 of 90 epochs warm-up: the authors' code, see
@@ -193,9 +214,13 @@ def efficientnet_b0_4k() -> Config:
 
 
 def efficientnet_b0_32k() -> Config:
-    """ImageNet, EfficientNet-B0, LAMB at batch 32,768. Not run by us, and by nobody whom we know of.
+    r"""ImageNet, EfficientNet-B0, LAMB at batch 32,768. Not run by us, and by nobody whom we know of.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_efficientnet_b0_32k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_efficientnet_b0_32k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_efficientnet_b0_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     The 32K point of imagenet_efficientnet_b0_4k, where the sources are: lr 0.04, 20 epochs warm-up.
     """
@@ -215,9 +240,13 @@ def _vit_s(recipe: str, batch: int, warmup_epochs: float) -> Config:
 
 
 def vit_s_4k() -> Config:
-    """ImageNet, ViT-S/16, LAMB at batch 4,096 (needs timm). Not run by us.
+    r"""ImageNet, ViT-S/16, LAMB at batch 4,096 (needs timm). Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_vit_s_4k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_vit_s_4k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_vit_s_4k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
 
     No batch norm: all routes share the normalisation. From DeiT III (Touvron et al. 2022, arXiv 2204.07118, README of
     facebookresearch/deit): its ViT-S with LayerScale, LAMB, lr 4e-3 at batch 2,048, weight decay 0.05, cosine, 5 epochs
@@ -229,9 +258,13 @@ def vit_s_4k() -> Config:
 
 
 def vit_s_32k() -> Config:
-    """ImageNet, ViT-S/16, LAMB at batch 32,768 (needs timm). Not run by us, and by nobody whom we know of.
+    r"""ImageNet, ViT-S/16, LAMB at batch 32,768 (needs timm). Not run by us, and by nobody whom we know of.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_vit_s_32k --data DIR --method conadv --lookahead
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        -m conadv train imagenet_vit_s_32k --data DIR --method conadv --lookahead
+    RECIPE=imagenet_vit_s_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     imagenet_vit_s_4k by the same two rules: lr 4e-3 x sqrt(32,768 / 2,048) = 0.016, 80 epochs warm-up.
     """

@@ -6,7 +6,6 @@ import multiprocessing as mp
 import os
 import queue
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from ..allocator import keep_freed_memory
 from ..config import Config
 from ..errors import ConadvError
 from ..progress import Silent
+from ..signals import end_with_parent
 from ..types import StepRecord
 from .display import Display
 
@@ -127,15 +127,7 @@ def _start_worker(reports: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes: the parent decides
     torch.set_num_threads(1)
     keep_freed_memory()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent must not leave its workers training on."""
-    parent = mp.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()  # a killed parent must not leave its workers training on
 
 
 def _run(work: Work, number: int, job: Job) -> Outcome:

@@ -250,7 +250,7 @@ def wrong(world: Comm, what: str) -> None:
         TrainStep(net, sgd(net), Concurrent(ATTACK, 1, attack_plan=plan), comm=teams.comm, executor=Ranks(teams))
     if what == "comm":
         net = no_norm_net()
-        TrainStep(net, sgd(net), method(1, False), space=SPACE, executor=Ranks(teams))
+        TrainStep(net, sgd(net), method(1, False), space=SPACE, comm=Comm(), executor=Ranks(teams))
     engine = engine_for(teams, "no norm", 1, False, "never" if what == "late" else "wait")
     if what == "roles" and teams.attacking:
         engine(as_batch(0))

@@ -272,6 +272,11 @@ def sync_over(comm: Comm, ranks: int) -> None:
     check_sync(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()).to("meta"), ranks)
 
 
+def no_comm(comm: Comm) -> None:
+    model = tiny_resnet("adv")
+    TrainStep(model, sgd(model), CASES["conadv"](), space=SPACE)
+
+
 def environment_again(comm: Comm) -> None:
     Comm.from_environment("cpu")
 

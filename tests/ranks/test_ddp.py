@@ -61,11 +61,13 @@ def test_four_ranks() -> None:
     [
         ("wrapped_model", "pass the plain model (model.module)"),
         ("sync_batchnorm", "The layer 'bn1' is a SyncBatchNorm on the cpu"),
+        ("no_comm", "every rank would train for itself"),
         ("environment_again", "takes init_process_group's place"),
     ],
 )
 def test_what_cannot_work_says_so_on_every_rank(two: Ranks, job: str, words: str) -> None:
-    # Red when: _check_model lets it through (gradients summed twice, or torch's ValueError in the first step).
+    # Red when: _check_model lets it through (gradients summed twice, or torch's ValueError in the first step); without
+    # a comm every rank is alone.
     for kind, (name, message, _) in two.answers(getattr(jobs, job)):
         assert (kind, name) == ("error", "ConadvError")
         assert words in message

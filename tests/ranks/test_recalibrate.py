@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+
+from conadv import Comm, ConadvError
 
 from ..helpers import same
 from . import jobs
@@ -20,3 +23,12 @@ def test_ranks_agree_with_one(two: Ranks) -> None:
 
 def test_a_group_that_is_there_already_is_adopted(two: Ranks) -> None:
     assert two.run(jobs.adopted) == [(0, 2, 3.0), (1, 2, 3.0)]
+
+
+def test_several_processes_without_a_group_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: WORLD_SIZE is not looked at, and every process would train for itself.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConadvError, match="no process group"):
+        Comm.from_process_group("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Comm.from_process_group("cpu").ranks == 1
