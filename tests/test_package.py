@@ -92,7 +92,7 @@ def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_it_runs_the_demo_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
     # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound), or the entry point is gone.
     here, archive = tmp_path / "elsewhere", dict(zip(("sdist", "wheel"), built, strict=True))[kind]
     here.mkdir()
