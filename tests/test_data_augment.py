@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from conadv.config import AugmentName
 from conadv.data import build_augment, build_photo_augment, sample_keys
 from conadv.data.augment import CropFlip, draw_integers
+from conadv.data.splits import Draw, PhotoSplit
 from conadv.errors import ConadvError
 
 NAMES = get_args(AugmentName)
@@ -91,12 +93,15 @@ def test_views_and_epochs_differ_and_the_input_stays(name: AugmentName) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_callers_random_stream_is_left_alone(name: AugmentName) -> None:
-    # Red when: fork_rng is removed from PerSample or Photo.
+    # Red when: fork_rng is removed from PerSample, or from either method of PhotoSplit.
+    listing = SimpleNamespace(labels=torch.tensor([0]), read=lambda _: photograph())
+    photos, index = PhotoSplit(listing, 16), torch.tensor([0])
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
     build_augment(name, 16)(pictures(3), sample_keys(0, 0, "clean", torch.arange(3)))
-    build_photo_augment(name, 16)(photograph(), 7)
+    photos.views(index, {"clean": Draw(name, sample_keys(0, 0, "clean", index))})
+    photos.readable(index, [])
     assert torch.equal(torch.rand(4), expected)
 
 

@@ -109,14 +109,16 @@ class PerSample:
 
 @dataclass(frozen=True)
 class Photo:
-    """A torchvision transform of one photograph with torch's generator seeded by the sample's key."""
+    """A torchvision transform of one photograph with torch's generator seeded by the sample's key.
+
+    The generator stays where the transform has left it: the caller forks it, once for many images.
+    """
 
     transform: Callable[[Image.Image], Image.Image]
 
     def __call__(self, image: Image.Image, key: int) -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            _seed(key)
-            out: Tensor = F.pil_to_tensor(self.transform(image))
+        _seed(key)
+        out: Tensor = F.pil_to_tensor(self.transform(image))
         return out
 
 

@@ -128,12 +128,17 @@ class PhotoSplit:
         self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
     ) -> dict[str, Tensor]:
         shape = (len(indices_N), 3, self.image_size, self.image_size)
-        out = {view: torch.empty(shape, dtype=torch.uint8) for view in draws}
-        for row, index in enumerate(indices_N.tolist()):
-            image = self.listing.read(index) if bad is None else self._image(index, bad)
-            for view, draw in draws.items():
-                augment = build_photo_augment(draw.augment, self.image_size)
-                out[view][row] = augment(image, int(draw.keys_N[row]))
+        # decoded images have their channels last: so rows are copied as they lie, and the device rearranges them
+        out = {view: torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for view in draws}
+        made = [
+            (out[view], build_photo_augment(draw.augment, self.image_size), draw.keys_N.tolist())
+            for view, draw in draws.items()
+        ]
+        with torch.random.fork_rng(devices=[]):
+            for row, index in enumerate(indices_N.tolist()):
+                image = self.listing.read(index) if bad is None else self._image(index, bad)
+                for images, augment, keys in made:
+                    images[row] = augment(image, keys[row])
         return out
 
     def _image(self, index: int, bad: list[BadFile]) -> Image.Image:
@@ -160,7 +165,8 @@ class PhotoSplit:
 
     def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
         resize = build_photo_augment("none", self.image_size)
-        found = [(i, resize(image, 0)) for i in indices_N.tolist() if (image := self._try(i, bad)) is not None]
+        with torch.random.fork_rng(devices=[]):
+            found = [(i, resize(image, 0)) for i in indices_N.tolist() if (image := self._try(i, bad)) is not None]
         images = [image for _, image in found] or [torch.empty(0, dtype=torch.uint8)]
         return torch.stack(images), torch.tensor([i for i, _ in found], dtype=torch.int64)
 
