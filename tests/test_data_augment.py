@@ -96,9 +96,9 @@ def test_the_callers_random_stream_is_left_alone(name: AugmentName) -> None:
     # Red when: fork_rng is removed from PerSample, or from either method of PhotoSplit.
     listing = SimpleNamespace(labels=torch.tensor([0]), read=lambda _: photograph())
     photos, index = PhotoSplit(listing, 16), torch.tensor([0])
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     expected = torch.rand(4)
-    torch.manual_seed(0)
+    torch.manual_seed(5)
     build_augment(name, 16)(pictures(3), sample_keys(0, 0, "clean", torch.arange(3)))
     photos.views(index, {"clean": Draw(name, sample_keys(0, 0, "clean", index))})
     photos.readable(index, [])
