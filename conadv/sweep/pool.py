@@ -24,6 +24,8 @@ from ..signals import end_with_parent
 from ..types import StepRecord
 from .display import Display
 
+GRACE_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -103,15 +105,23 @@ def _workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
         pool.shutdown()
     except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in mp.active_children():
-            if process not in before:
-                process.terminate()
+        _end([process for process in mp.active_children() if process not in before])
         if isinstance(error, BrokenProcessPool):
             raise ConadvError(
                 "A worker process has died, most likely for want of memory. The same command with a smaller --jobs "
                 "goes on where this one stopped."
             ) from error
         raise
+
+
+def _end(workers: list[Any]) -> None:
+    """End them for good: one that takes SIGTERM as a request to stop its run would begin the next one."""
+    for process in workers:
+        process.terminate()
+    end = time.monotonic() + GRACE_SECONDS
+    for process in workers:
+        process.join(max(0.0, end - time.monotonic()))
+        process.kill()
 
 
 _reports: Any = None  # a worker's way to its parent
