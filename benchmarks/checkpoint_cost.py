@@ -1,13 +1,14 @@
 """What saving costs the steps beside it: no saving, saving on the training thread, saving in the background.
 
-python benchmarks/checkpoint_cost.py [--every 50] [--rounds 12] [--batch 64] [--threads 1] [--out FILE.json]
+python benchmarks/checkpoint_cost.py [--every 50] [--turn 10] [--rounds 60] [--threads 1] [--out FILE.json]
 
-ResNet-18 on random 32x32 images with LARS and conadv: a state of about 90 MB. The arms take turns of ``--every``
-steps, in an order drawn anew each round, with one checkpoint at the beginning of a turn. A turn ends when its last
-step does; a checkpoint that is then still being written has not paid for all of itself: such turns are counted, and
-with any of them there is no verdict (give more steps per checkpoint). ``seconds_of_a_checkpoint`` is what one adds to
-all steps of its turn; ``added_to_a_step`` is the same as a share, so it holds for one checkpoint every ``--every``
-steps. With every core in use by the steps, a background write takes their time: leave it one (``--threads``).
+ResNet-18 on random 32x32 images with LARS and conadv: a state of about 90 MB. The arms take turns of ``--turn`` steps,
+in an order drawn anew each round, with one checkpoint at the beginning of a turn. A turn ends when its last step does;
+a checkpoint that is then still being written has not paid for all of itself: such turns are counted, and with any of
+them there is no verdict (give longer turns). ``seconds_of_a_checkpoint`` is what one adds to all steps of its turn;
+``added_to_a_step`` is the same as a share of ``--every`` steps of that round without a checkpoint. Turns are short
+since the machine's own changes of speed grow with them, and what a checkpoint costs does not. With every core in use by
+the steps, a background write takes their time: leave it one (``--threads``).
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class Turn:
         return self.wait > 0.001 * self.total
 
 
-def turn(engine: TrainStep, batch: Any, every: int, writer: Writer | None) -> Turn:
+def turn(engine: TrainStep, batch: Any, steps: int, writer: Writer | None) -> Turn:
     begin = time.perf_counter()
     if writer is not None:
         writer.save(engine.version, _state(engine))
     saved = time.perf_counter()
-    for _ in range(every):
+    for _ in range(steps):
         engine(batch, batch)
     end = time.perf_counter()
     if writer is not None:
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         writers = {arm: Writer(Path(folder) / arm, 1, background=arm == "background") for arm in ARMS[1:]}
         for _ in range(options.rounds + 1):
             for arm in order.sample(ARMS, len(ARMS)):
-                turns[arm].append(turn(engine, batch, options.every, writers.get(arm)))
+                turns[arm].append(turn(engine, batch, options.turn, writers.get(arm)))
         size = sum(file.stat().st_size for file in (Path(folder) / "background").iterdir())
     turns = {arm: found[1:] for arm, found in turns.items()}  # the first round warms up
     return {
@@ -91,29 +92,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "machine": record.machine("cpu", options.threads),
         "git": record.git_state(),
         "every": options.every,
+        "steps_of_a_turn": options.turn,
         "rounds": options.rounds,
         "global_batch_size": options.batch,
         "checkpoint_bytes": size,
-        **costs(turns, options.every),
+        **costs(turns, options.turn, options.every),
     }
 
 
-def costs(turns: Mapping[str, Sequence[Turn]], every: int) -> dict[str, Any]:
-    """What saving adds within a round, with intervals of the median; and whether the promise is kept.
+def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[str, Any]:
+    """What saving adds to ``steps`` steps of a round, with intervals of the median; and whether the promise is kept.
 
     "under_limit" is true or false where the whole interval of the background's share is below or above ``LIMIT``, and
     null where it is not, or where a turn ended before its checkpoint was written.
     """
     none = turns["none"]
-    shares = {
-        arm: median_interval([t.total / n.total - 1 for t, n in zip(turns[arm], none, strict=True)]) for arm in ARMS[1:]
-    }
     added = {arm: [t.total - n.total for t, n in zip(turns[arm], none, strict=True)] for arm in ARMS[1:]}
+    between = [n.total / steps * every for n in none]  # seconds from one checkpoint to the next
+    shares = {
+        arm: median_interval([extra / time for extra, time in zip(found, between, strict=True)])
+        for arm, found in added.items()
+    }
     unfinished = sum(each.unfinished for each in turns["background"])
     share = shares["background"]
     sure = not unfinished and not share.low <= LIMIT <= share.high
     return {
-        "step_seconds": {arm: statistics.median(each.total for each in found) / every for arm, found in turns.items()},
+        "step_seconds": {arm: statistics.median(each.total for each in found) / steps for arm, found in turns.items()},
         "added_to_a_step": {arm: asdict(interval) for arm, interval in shares.items()},
         "seconds_of_a_checkpoint": {arm: asdict(median_interval(values)) for arm, values in added.items()},
         "call_seconds": {arm: statistics.median(each.call for each in turns[arm]) for arm in ARMS[1:]},
@@ -127,7 +131,8 @@ def costs(turns: Mapping[str, Sequence[Turn]], every: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--every", type=int, default=50, help="steps per checkpoint")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--turn", type=int, default=10, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")

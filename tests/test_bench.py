@@ -379,3 +379,21 @@ def test_bench_alone_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["bench"]) == 0
     shown = capsys.readouterr().out
     assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(BENCHES)
+
+
+def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
+    # Red when: the share is taken of the turn instead of the steps between two checkpoints, or an unfinished turn counts.
+    from benchmarks.checkpoint_cost import Turn, costs
+
+    def turns(extra: float, wait: float = 0.0) -> list[Turn]:
+        return [Turn(base + extra, 0.0, wait) for base in (1.0, 2.0, 1.0, 2.0, 1.0, 2.0)]
+
+    found = costs({"none": turns(0), "foreground": turns(0.2), "background": turns(0.05)}, steps=10, every=50)
+    assert found["added_to_a_step"]["foreground"]["high"] == pytest.approx(0.2 / 5)
+    assert found["added_to_a_step"]["background"]["low"] == pytest.approx(0.05 / 10)
+    assert found["seconds_of_a_checkpoint"]["background"]["median"] == pytest.approx(0.05)
+    assert found["step_seconds"]["none"] == pytest.approx(0.15)
+    assert found["under_limit"] is True
+    late = costs({"none": turns(0), "foreground": turns(0), "background": turns(0, wait=0.1)}, steps=10, every=50)
+    assert late["unfinished_turns"] == 6 and late["under_limit"] is None
+    assert costs({"none": turns(0), "foreground": turns(0), "background": turns(1)}, 10, 50)["under_limit"] is False
