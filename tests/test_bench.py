@@ -382,7 +382,7 @@ def test_bench_alone_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
-    # Red when: the share is taken of the turn instead of the steps between two checkpoints, or an unfinished turn counts.
+    # Red when: the share is of the turn instead of the steps between two checkpoints, or unfinished turns are passed.
     from benchmarks.checkpoint_cost import Turn, costs
 
     def turns(extra: float, wait: float = 0.0) -> list[Turn]:
@@ -395,5 +395,6 @@ def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
     assert found["step_seconds"]["none"] == pytest.approx(0.15)
     assert found["under_limit"] is True
     late = costs({"none": turns(0), "foreground": turns(0), "background": turns(0, wait=0.1)}, steps=10, every=50)
-    assert late["unfinished_turns"] == 6 and late["under_limit"] is None
+    assert late["unfinished_turns"] == 6
+    assert late["under_limit"] is None
     assert costs({"none": turns(0), "foreground": turns(0), "background": turns(1)}, 10, 50)["under_limit"] is False
