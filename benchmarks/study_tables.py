@@ -21,12 +21,14 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, or a table of the report; "accuracy 500": that table where its first column is 500."""
+    """``what``: questions, made, kept, or a table of the report; "accuracy 500": it where its first column is 500."""
     summary = json.loads((studies / name / "summary.json").read_text())
     if what == "questions":
         return questions(summary)
     if what == "made":
         return made(summary)
+    if what == "kept":
+        return kept(summary["tables"]["staleness"])
     kind, _, where = what.partition(" ")
     return report_table(summary["tables"][kind], where)
 
@@ -55,6 +57,18 @@ def report_table(content: dict[str, Any], where: str = "") -> str:
     if not rows:
         raise SystemExit(f"No rows at {where!r} in the table with the columns {', '.join(head)}.")
     return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], texts)
+
+
+def kept(content: dict[str, Any], predictors: tuple[str, ...] = ("stale", "momentum")) -> str:
+    """The staleness table turned: a row for every arm and phase, its loss increase at each tau and predictor."""
+    mark = "loss increase, "
+    phases = {name.removeprefix(mark): column for column, name in enumerate(content["head"]) if name.startswith(mark)}
+    cells = {(row[0], row[2], int(row[1]), phase): row[at] for row in content["rows"] for phase, at in phases.items()}
+    points = [(each, tau) for each in predictors for tau in sorted({tau for _, by, tau, _ in cells if by == each})]
+    head = ["arm", "phase", *(f"{by}, tau = {tau}" for by, tau in points)]
+    arms = dict.fromkeys(row[0] for row in content["rows"])
+    rows = [[arm, phase, *(cells[arm, by, tau, phase] for by, tau in points)] for arm in arms for phase in phases]
+    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 2)
 
 
 def slug(text: str) -> str:

@@ -25,6 +25,19 @@ def test_a_table_may_be_one_row_group() -> None:
         load("study_tables").report_table(content, "C")
 
 
+def test_what_staleness_keeps_has_a_row_for_every_arm_and_phase() -> None:
+    # Red when: a phase takes another's column, or an arm another's row.
+    head = ["arm", "tau", "predictor", "loss increase, peak", "loss increase, decay", "prediction error, peak"]
+    rows = [[arm, tau, by, arm + tau + by[:2], f"{arm}{tau}{by[:2]} late", "-"] for arm in "AB" for tau in ("1", "2")
+            for by in ("stale", "momentum")]  # fmt: skip
+    made = load("study_tables").kept({"head": head, "rows": [["A", "0", "noise", "9", "8", "-"], *rows], "texts": 3})
+    lines = made.splitlines()
+    assert lines[0] == "| arm | phase | stale, tau = 1 | stale, tau = 2 | momentum, tau = 1 | momentum, tau = 2 |"
+    assert lines[2] == "| A | peak | A1st | A2st | A1mo | A2mo |"
+    assert lines[5] == "| B | decay | B1st late | B2st late | B1mo late | B2mo late |"
+    assert len(lines) == 6
+
+
 def test_only_figures_that_a_page_shows_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Red when: either half of the condition is dropped.
     publish = load("publish_study")
