@@ -256,7 +256,7 @@ def test_fp16_is_torchs_recipe(optimizer: str, clip: float | None) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_clipping_is_torchs(optimizer: str) -> None:
-    # Red when: the optimizer clips as well, or the factor is not applied.
+    # Red when: the factor is not applied.
     a, b = tiny_resnet(), tiny_resnet()
     stream, mine, theirs = batches(3), OPTIMIZERS[optimizer](a), OPTIMIZERS[optimizer](b)
     engine = TrainStep(a, mine, space=SPACE, clip_norm=0.3)
@@ -268,6 +268,23 @@ def test_clipping_is_torchs(optimizer: str) -> None:
         theirs.zero_grad()
     for name, value in parameters(a).items():
         torch.testing.assert_close(value, parameters(b)[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_lamb_gets_what_the_engine_clipped_and_clips_nothing(clip: float | None) -> None:
+    # Red when: LAMB.step clips as well, at 0.05 or at 1. Its first moment is (1 - beta1) times the gradient that it
+    # got; its weights would not tell, since a first step of LAMB does not depend on the gradient's length.
+    model = tiny_resnet()
+    optimizer = LAMB(model.parameters(), 0.01, betas=(0.9, 0.999))
+    scale = 40.0  # so that the gradient is longer than any customary limit
+    engine = TrainStep(
+        model, optimizer, space=SPACE, clip_norm=clip, loss=lambda *args: scale * nn.functional.cross_entropy(*args)
+    )
+    record = engine(batches(1)[0])
+    moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
+    length = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(m) for m in moments])))
+    assert record.grad_norm > 2
+    assert length / 0.1 == pytest.approx(record.grad_norm if clip is None else clip, rel=1e-4)
 
 
 def test_an_overflow_lowers_the_scale_and_leaves_the_step_out() -> None:
