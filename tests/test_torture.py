@@ -35,6 +35,7 @@ def test_soak(tmp_path: Path) -> None:
     found = torture.run("soak", True, tmp_path)
     assert found["reads_that_met_half_a_line"] == 0
     assert found["record_reads"] > 50
+    assert found["display"]["share_of_time"] > 0
     assert all(found["control_growth"][name] > 2 * limit for name, limit in found["limits_of_growth"].items())
 
 
