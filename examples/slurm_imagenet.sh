@@ -7,6 +7,7 @@
 #SBATCH --cpus-per-task=96
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=TERM@120
 #SBATCH --output=conadv-%j.log
 set -euo pipefail
 
@@ -19,6 +20,7 @@ OPTIONS="--method conadv --lookahead"    # any option of: conadv train RECIPE --
 HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 
+# SIGTERM, two minutes before the time is over or at a pre-emption, saves after the present step and ends the run.
 # --auto-resume: a requeued or repeated job goes on from its newest checkpoint, and starts if there is none yet.
 # srun does not take over the job's --cpus-per-task in every version of Slurm.
 # shellcheck disable=SC2086  # OPTIONS are words of the command

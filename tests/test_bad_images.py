@@ -164,8 +164,17 @@ def test_orientation_is_not_applied_and_of_frames_the_first_is_taken(tmp_path: P
     exif[0x0112] = 6
     image.save(tmp_path / "rotated.png", exif=exif)
     image.save(tmp_path / "frames.png", save_all=True, append_images=[other])
-    for name in ("rotated.png", "frames.png"):
+    image.save(tmp_path / "frames.webp", save_all=True, append_images=[other], lossless=True)
+    for name in ("rotated.png", "frames.png", "frames.webp"):
         assert np.array_equal(np.asarray(read_rgb(tmp_path / name)), np.asarray(image)), name
+
+
+def test_of_an_animated_gif_the_first_frame_is_taken(tmp_path: Path) -> None:
+    # Red when: the last frame is taken. Two flat colours, which a palette holds exactly.
+    red, blue = (Image.new("RGB", (6, 4), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "frames.gif", save_all=True, append_images=[blue])
+    assert getattr(Image.open(tmp_path / "frames.gif"), "n_frames", 1) == 2
+    assert np.array_equal(np.asarray(read_rgb(tmp_path / "frames.gif")), np.asarray(red))
 
 
 def test_sixteen_bits_per_colour_become_the_high_byte(tmp_path: Path) -> None:
