@@ -25,7 +25,7 @@ from .lives import CONTEXT
 
 LIMITS = {"memory": 4 * 2**20, "descriptors": 1.0, "threads": 1.0}
 """Growth in the second half that is still flat: bytes; counts, which a background write changes by one for a moment."""
-MOST_DISPLAY = 0.01  # of the time: what the display may compute, in steps of some milliseconds
+MOST_DISPLAY = 0.005  # of the time: what the display may compute
 SEED = 7
 SLOPES = 20_000  # pairs of samples that a slope is taken from
 

@@ -97,7 +97,7 @@ class Live(Silent):
             TextColumn("left"),
             Left(),
             TextColumn("loss {task.fields[loss]}  test {task.fields[test]}"),
-            refresh_per_second=4,
+            refresh_per_second=1,  # a refresh holds the interpreter for some milliseconds, which the steps would feel
             expand=True,
         )
         self._task: Any = None
