@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import norm, rng
 from .attacks import PixelSpace
 from .engine.comm import Comm
+from .engine.guard import NonFiniteError
 from .errors import ConadvError
 from .precision import amplify, autocast, low_type
 from .types import Attack
@@ -25,6 +27,20 @@ class Result:
     loss: float
     accuracy: float
     images: int
+
+
+def stop_if_diverged(results: Mapping[str, Result | None], step: int) -> None:
+    """Raise NonFiniteError for a loss that is not finite after ``step`` updates; ``results`` by split.
+
+    The update before an evaluation was made by finite numbers, and its weights are looked at first there.
+    Ranks: results are those of all, so all raise.
+    """
+    for split, result in results.items():
+        if result is not None and not math.isfinite(result.loss):
+            raise NonFiniteError(
+                f"After {step} steps the loss on the {split} images is {result.loss}: training has diverged. "
+                "Lower the learning rate, or lengthen its warm-up."
+            )
 
 
 @contextmanager

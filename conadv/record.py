@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -93,6 +94,11 @@ def _checked(line: Any) -> dict[str, Any]:
     if line["type"] == "header" and not isinstance(line.get("steps", 0), int):
         raise ValueError("header without a whole number as steps")
     return line
+
+
+def finite(value: float) -> float | None:
+    """``value`` as a record can hold it: null for what is infinite or NaN."""
+    return value if math.isfinite(value) else None
 
 
 def truncate(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .config import accumulation, micro_batch, scaled_lr
 from .evaluation import Result
+from .record import finite
 
 if TYPE_CHECKING:
     from .trainer import Parts
@@ -21,11 +22,11 @@ def summarize(parts: Parts, results: dict[str, Result | None], lines: list[dict[
     assert test is not None
     return {
         **_settings(parts),
-        "train_loss": train.loss,
+        "train_loss": finite(train.loss),
         "train_accuracy": train.accuracy,
-        "validation_loss": None if validation is None else validation.loss,
+        "validation_loss": None if validation is None else finite(validation.loss),
         "validation_accuracy": None if validation is None else validation.accuracy,
-        "test_loss": test.loss,
+        "test_loss": finite(test.loss),
         "test_accuracy": test.accuracy,
         "robust_accuracy": None if robust is None else robust.accuracy,
         "robust_eps": None if robust is None else parts.config.eval.robust_eps,

@@ -26,7 +26,7 @@ from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
 from .errors import ConadvError
-from .evaluation import Result, evaluate
+from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
@@ -578,11 +578,7 @@ def finish(parts: Parts, run: RunDir, log: record.Record, begin: float, observer
     """Evaluate into the record and summary.json, which rank 0 writes; returns the summary."""
     results = measure(parts)
     _log_bad_images(parts, log, observer, everyones=True)
-    steps, epoch = parts.engine.version, parts.engine.version / parts.data.order.steps_per_epoch
-    for split, result in results.items():
-        if result is not None:
-            log.write("eval", step=steps, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
-            observer.evaluation(steps, split, result.loss, result.accuracy)
+    _log_evaluations(parts, results, log, begin, observer)
     summary: dict[str, Any] | None = None
     with parts.comm.agreed():
         if parts.comm.first:
@@ -695,8 +691,7 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
         # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
         parts.engine.stop_request = lambda: max(signals.request, INTERRUPT * writer.failed)
         for batch, future in _timed(parts, first):
-            for line in parts.probe.before_step() if parts.probe is not None else ():
-                log.write("probe", **line)
+            _probe(parts, log)
             done = parts.engine(batch, future)
             _follow(parts, done)
             _note(parts, spans, done.step, done.spans)
@@ -713,6 +708,14 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
                 save(parts, writer)
             if parts.engine.stop:
                 return
+
+
+def _probe(parts: Parts, log: record.Record) -> None:
+    """Measure before a step that has a probe. One of numbers that are not finite is left out: so is the step, then."""
+    lines = [] if parts.probe is None else parts.probe.before_step()
+    if all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float)):
+        for line in lines:
+            log.write("probe", **line)
 
 
 def _follow(parts: Parts, done: StepRecord) -> None:
@@ -740,13 +743,9 @@ def _log_step(log: record.Record, done: StepRecord, begin: float) -> None:
     """Write a step's line; what is not finite in a step that was left out becomes null."""
     values = asdict(done)
     if done.skipped is not None:
-        values |= {name: _finite(values[name]) for name in ("loss", "grad_norm")}
-        values["losses"] = {view: _finite(loss) for view, loss in done.losses.items()}
+        values |= {name: record.finite(values[name]) for name in ("loss", "grad_norm")}
+        values["losses"] = {view: record.finite(loss) for view, loss in done.losses.items()}
     log.write("step", **values, staleness=done.staleness, time=time.monotonic() - begin)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _checkpoint_is_due(parts: Parts) -> bool:
@@ -773,7 +772,7 @@ def _evaluate_if_due(parts: Parts, log: record.Record, begin: float, observer: O
 
 def _is_best(parts: Parts, result: Result) -> bool:
     """Whether no earlier step was as good on the held-out images; then this step is noted as the best."""
-    better: bool = result.accuracy > parts.best.get("accuracy", -1.0)
+    better = math.isfinite(result.loss) and result.accuracy > parts.best.get("accuracy", -1.0)
     if better:
         parts.best.update(step=parts.engine.version, accuracy=result.accuracy)
     return better
@@ -843,11 +842,23 @@ def _due(count: int, every_epochs: float | None, steps_per_epoch: int) -> bool:
 
 def _evaluate_now(parts: Parts, log: record.Record, begin: float, observer: Observer, split: str) -> Result:
     result = _evaluate(parts, split, None)
-    count = parts.engine.version
-    epoch = count / parts.data.order.steps_per_epoch
-    log.write("eval", step=count, epoch=epoch, split=split, **asdict(result), time=time.monotonic() - begin)
-    observer.evaluation(count, split, result.loss, result.accuracy)
+    _log_evaluations(parts, {split: result}, log, begin, observer)
     return result
+
+
+def _log_evaluations(
+    parts: Parts, results: dict[str, Result | None], log: record.Record, begin: float, observer: Observer
+) -> None:
+    """Write one line for each result; a loss that is not finite ends the run, or with on_nonfinite skip is null."""
+    step = parts.engine.version
+    if parts.config.on_nonfinite == "stop":
+        stop_if_diverged(results, step)
+    epoch = step / parts.data.order.steps_per_epoch
+    for split, result in results.items():
+        if result is not None:
+            values = {**asdict(result), "loss": record.finite(result.loss)}
+            log.write("eval", step=step, epoch=epoch, split=split, **values, time=time.monotonic() - begin)
+            observer.evaluation(step, split, result.loss, result.accuracy)
 
 
 def save(parts: Parts, writer: Writer) -> None:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from conadv import FGSM, LAMB, ConadvError, Concurrent, NonFiniteError, PixelSpace, Recycle, TrainStep, Vanilla, windows
-from conadv.config import replace
+from conadv.checkpoint import load_newest
+from conadv.cli import main
+from conadv.config import Config, replace
 from conadv.precision import LossScale
 from conadv.record import read_lines
+from conadv.report import write_report
 from conadv.trainer import train
 
 from .helpers import batches, images, parameters, same, state, tiny_resnet
@@ -183,6 +186,47 @@ def test_a_run_that_skips_records_every_step_and_resumes_to_the_same_bits(
     )
     with pytest.raises(NonFiniteError, match="Step 1"):
         train(replace(settings, on_nonfinite="stop"), tmp_path / "stop")
+
+
+def diverging(**changes: Any) -> Config:
+    """The first update leaves weights that no loss survives."""
+    return config(optim__name="sgd", optim__lr=1e30, schedule__warmup_epochs=0, epochs=None, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"steps": 1}, {"steps": 3, "eval__every_epochs": 0.01}])
+def test_a_run_that_diverges_before_an_evaluation_ends_as_one_that_diverges_before_a_step(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    # Red when: _log_evaluations does not call stop_if_diverged (the record refuses NaN: an error of conadv's own).
+    with pytest.raises(
+        NonFiniteError, match=r"After 1 steps the loss on the \w+ images is nan.*Lower the learning rate"
+    ):
+        train(diverging(**changes), tmp_path)
+    last = read_lines(tmp_path / "record.jsonl")[-1]
+    assert (last["type"], last["step"]) == ("error", 1)
+
+
+def test_with_skip_an_evaluation_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    # Red when: the loss is written as it is; summarize keeps NaN; a probe writes NaN; such a model is the best.
+    out = tmp_path / "run"
+    settings = diverging(
+        steps=3,
+        on_nonfinite="skip",
+        eval__every_epochs=0.01,
+        method="conadv",
+        probe={"every_epochs": 0.01, "staleness": (1,), "images": 16},
+        data__validation_images=98,
+        checkpoint__keep_best=True,
+    )
+    summary = train(settings, out)
+    lines = read_lines(out / "record.jsonl")
+    assert {line["loss"] for line in lines if line["type"] == "eval"} == {None}
+    assert [summary[f"{split}_loss"] for split in ("train", "validation", "test")] == [None] * 3
+    assert not [line for line in lines if line["type"] == "probe"]
+    assert load_newest(out / "checkpoints", torch.device("cpu"))["best"] is None
+    write_report([out], tmp_path / "report.html")
+    for command in (["watch", str(out), "--once"], ["export", str(out)]):  # both read the lines
+        assert main(command) == 0
 
 
 # ---- fp16
