@@ -12,14 +12,14 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .record import sync_folder
 from .untrusted import check_archive
 
@@ -117,9 +117,11 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in ``folder``, ascending."""
-    names = (path.stem.removeprefix("step_") for path in folder.glob("step_*.pt"))
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    """The steps of the checkpoints in ``folder``, ascending: of files named as :func:`save` names them, no others."""
+    names = {path.name for path in folder.glob("step_*.pt")}
+    digits = (name.removeprefix("step_").removesuffix(".pt") for name in names)
+    found = sorted(int(text) for text in digits if text.isascii() and text.isdigit())
+    return [step for step in dict.fromkeys(found) if _NAME.format(step) in names]
 
 
 def verify(path: Path) -> None:
@@ -184,8 +186,8 @@ def load_step(folder: Path, step: int, device: torch.device) -> dict[str, Any]:
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """One checkpoint; only tensors and plain values are ever unpickled, and nothing of a damaged file.
 
-    Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything else, or it was
-    written by another version.
+    Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything else, it was written
+    by another version, or what it says of itself cannot be (its step, the engine's, that of the best).
     """
     try:
         verify(path)
@@ -197,11 +199,59 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise ConadvError(
             f"Cannot read the checkpoint {path}: {error}. Delete it to resume from an older one."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or not _is_step(state.get("format")) or state["format"] != FORMAT:
         raise ConadvError(f"{path} is not a checkpoint of this version of conadv.")
+    if problem := _envelope_problem(state):
+        raise ConadvError(
+            f"The checkpoint {path} does not fit itself: {problem}. It was changed: delete it to resume from an older "
+            "one."
+        )
     if path.name != _NAME.format(state["step"]):
         raise DamagedCheckpoint(f"{path} is damaged: it holds the checkpoint of step {state['step']}.")
     return state
+
+
+def _is_step(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _envelope_problem(state: dict[str, Any]) -> str | None:
+    """What is wrong with the plain values that are used before the state is given to a model."""
+    step, engine = state.get("step"), state.get("engine")
+    if not _is_step(step):
+        return f"its step is {_shown(step)}, not a whole number"
+    version = engine.get("version") if isinstance(engine, dict) else None
+    if not _is_step(version) or version != step:
+        return f"it is of step {step}, its engine of {_shown(version)}"
+    return _best_problem(state, step) if "best" in state else "it does not say which checkpoint is the best"
+
+
+def _best_problem(state: dict[str, Any], step: int) -> str | None:
+    best = state["best"]
+    if best is None:
+        return None
+    if not isinstance(best, dict) or not _is_step(best.get("step")) or best["step"] > step:
+        return f"its best checkpoint is {_shown(best)}, none of steps 0 to {step}"
+    accuracy = best.get("accuracy")
+    return None if isinstance(accuracy, float) and 0 <= accuracy <= 1 else f"its best accuracy is {_shown(accuracy)}"
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))[:80]
+
+
+@contextmanager
+def giving(state: dict[str, Any]) -> Iterator[None]:
+    """Inside the block values of ``state`` go to the parts of a run; ConadvError for whatever they make of them."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a state may hold any plain value anywhere
+        raise ConadvError(
+            f"The checkpoint {_NAME.format(state['step'])} does not fit the run's config: {printable(error)[:500]}. "
+            "It was changed, or belongs to another run."
+        ) from error
 
 
 def set_aside(folder: Path, after: int) -> None:

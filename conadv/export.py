@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .card import write_card
+from .checkpoint import giving
 from .config import Config, resolve
 from .ema import evaluated_state
 from .errors import ConadvError, unknown
@@ -39,14 +40,9 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
-    try:
+    with giving(state):
         model = make_model(config, state["channels"], len(state["class_names"]))
         model.load_state_dict(evaluated_state(state))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ConadvError(
-            f"The checkpoint in {path} does not fit its config.yaml: {str(error)[:500]}. It was changed, or belongs to "
-            "another run."
-        ) from error
     return strip(model).eval(), config, state
 
 

@@ -436,23 +436,30 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
 
     Ranks: ``state`` is the same on all, each takes its own share of the images that wait, however many ranks wrote it.
     """
-    try:
+    with checkpoint.giving(state):
         engine = state["engine"]
         pending = shard(engine["pending"], parts.comm.rank, parts.comm.ranks)
         parts.model.load_state_dict(state["model"])
-        parts.optimizer.load_state_dict(state["optimizer"])
+        _restore_optimizer(parts.optimizer, state["optimizer"])
         parts.engine.load_state_dict({**engine, "pending": pending})
         if parts.probe is not None:
             parts.probe.load_state_dict(state["probe"])
         parts.best.update(state["best"] or {})
         if parts.ema is not None:
             parts.ema.load_state_dict(state["ema"])
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ConadvError(
-            f"The checkpoint does not fit the run's config: {str(error)[:500]}. It was changed, or belongs to another "
-            "run."
-        ) from error
     return parts.engine.version
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load its state. But for the learning rate its settings are the config's, in a checkpoint too."""
+
+    def settings() -> list[dict[str, Any]]:
+        return [{**group, "params": None, "lr": math.isfinite(group["lr"])} for group in optimizer.param_groups]
+
+    ours = settings()
+    optimizer.load_state_dict(state)
+    if settings() != ours:
+        raise ConadvError("its optimizer has other settings")
 
 
 def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple[int, list[str]]:
@@ -490,7 +497,8 @@ def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
     parts = build(resolve(config), device)
     state = load_state(run, device, best=best)
     restore(parts, state)
-    parts.model.load_state_dict(evaluated_state(state))
+    with checkpoint.giving(state):
+        parts.model.load_state_dict(evaluated_state(state))
     return dataclasses.replace(parts, ema=None)
 
 

@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 
 
 def state(step: int) -> dict[str, Any]:
-    return {"x": torch.arange(1000.0) + step, "nested": {"name": "a", "none": None, "list": [1, torch.ones(2)]}}
+    nested = {"name": "a", "none": None, "list": [1, torch.ones(2)]}
+    return {"x": torch.arange(1000.0) + step, "nested": nested, "engine": {"version": step}, "best": None}
 
 
 def three(folder: Path) -> list[Path]:
@@ -89,6 +90,36 @@ def test_an_intact_file_that_is_refused_is_no_damage(tmp_path: Path) -> None:
         find_newest(tmp_path, CPU)
 
 
+MISSING = object()
+ODD: tuple[Any, ...] = (None, -1, True, "x", [], {}, float("inf"), float("nan"), torch.ones(2))
+ENVELOPES: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "format": ("not a checkpoint of this version", (*ODD, torch.tensor(2))),
+    "step": ("its step is", ODD),
+    "engine": ("its engine of", ODD),
+    "engine.version": ("its engine of", (*ODD, 2)),
+    "best": ("best", tuple(value for value in ODD if value is not None)),
+    "best.step": ("its best checkpoint", (*ODD, 4)),
+    "best.accuracy": ("its best accuracy", (*ODD, 1.5)),
+}
+
+
+@pytest.mark.parametrize("name", ENVELOPES)
+def test_an_envelope_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
+    # Red when: _envelope_problem or _best_problem lacks the check of that name, or takes a bool for a number.
+    message, values = ENVELOPES[name]
+    for value in values if name in ("format", "step") else (*values, MISSING):  # save() itself writes those two
+        changed = {**state(3), "best": {"step": 2, "accuracy": 0.5}}
+        owner, _, key = name.rpartition(".")
+        inside = changed[owner] if owner else changed
+        inside[key] = value
+        if value is MISSING:
+            del inside[key]
+        file = save(tmp_path, 3, changed, keep=1)
+        with pytest.raises(ConadvError, match=message) as caught:
+            load(file, CPU)
+        assert file.name in str(caught.value)
+
+
 def test_older_ones_go_only_when_the_newer_one_has_been_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +169,16 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
         save(tmp_path, step, state(step), keep=2, best=2 if step > 1 else 1)
     assert steps(tmp_path) == [2, 5, 6]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
+    # Red when: steps takes every number for a step's (the newest one would go in its place).
+    save(tmp_path, 5, state(5), keep=1)
+    for name in ("step_99.pt", "step_000000099.pt", "step_\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661.pt"):
+        (tmp_path / name).write_text("")
+    assert steps(tmp_path) == [5]
+    checkpoint.prune(tmp_path, 1)
+    assert load_newest(tmp_path, CPU)["step"] == 5
 
 
 # ---- in the background

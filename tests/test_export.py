@@ -51,7 +51,8 @@ def made(folder: Path, name: str = "resnet8") -> Path:
     model = make_model(config, 3, 4).train()
     for seed in range(2):
         model(images(4, seed, size=32)[0])  # statistics that are not those of the start
-    state = {"model": model.state_dict(), "channels": 3, "image_size": 32, "class_names": list("abcd"), "best": None}
+    state = {"model": model.state_dict(), "channels": 3, "image_size": 32, "class_names": list("abcd")}
+    state |= {"engine": {"version": 1}, "best": None}
     checkpoint.save(run.checkpoints, 1, state, keep=1)
     return folder
 

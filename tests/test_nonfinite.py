@@ -197,7 +197,7 @@ def diverging(**changes: Any) -> Config:
 def test_a_run_that_diverges_before_an_evaluation_ends_as_one_that_diverges_before_a_step(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    # Red when: _log_evaluations does not call stop_if_diverged (the record refuses NaN: an error of conadv's own).
+    # Red when: _log_evaluations does not call stop_if_diverged (the run then goes on, with null).
     with pytest.raises(
         NonFiniteError, match=r"After 1 steps the loss on the \w+ images is nan.*Lower the learning rate"
     ):

@@ -116,10 +116,11 @@ def test_what_torch_saves_passes_the_archive_check(tmp_path: Path) -> None:
 
 
 STATES: dict[str, Any] = {
-    "no engine": {"model": {}},
-    "model is a list": {"model": [], "optimizer": {}, "engine": {"pending": []}},
-    "wrong shapes": {"model": {"conv.weight": torch.zeros(1)}, "optimizer": {}, "engine": {}},
-    "names are numbers": {"model": {1: torch.zeros(1)}, "optimizer": {1: 2}, "engine": {"pending": {}}},
+    "no pending": {"model": {}},
+    "model is a list": {"model": [], "optimizer": {}, "engine": {"version": 1, "pending": []}},
+    "wrong shapes": {"model": {"conv.weight": torch.zeros(1)}, "optimizer": {}},
+    "names are numbers": {"model": {1: torch.zeros(1)}, "optimizer": {1: 2}, "engine": {"version": 1, "pending": {}}},
+    "an average of something else": {"channels": 1, "class_names": ["a"], "ema": {"module.a": 1}, "model": {}},
     "class names": {"channels": -3, "class_names": 7, "model": {}},
     "many classes": {"channels": 1, "class_names": [], "model": {"x": torch.zeros(1).expand(2**40)}},
 }
@@ -129,10 +130,38 @@ STATES: dict[str, Any] = {
 @pytest.mark.parametrize("name", STATES)
 def test_checkpoints_that_do_not_fit_are_errors(name: str, copy: Path) -> None:
     # Red when: restore or load_plain_model lets a KeyError, TypeError or RuntimeError through.
-    checkpoint.save(copy / "checkpoints", 1, STATES[name], 1)
+    state = {"engine": {"version": 1, "pending": {}}, "best": None, **STATES[name]}
+    checkpoint.save(copy / "checkpoints", 1, state, 1)
     for read in (lambda: load_plain_model(copy), lambda: load_run(copy, CPU)):
-        with pytest.raises(ConadvError, match="does not fit"):
+        with pytest.raises(ConadvError, match=r"step_00000001.pt does not fit the run's config"):
             read()
+
+
+def _set(state: Any, path: tuple[Any, ...], value: object) -> None:
+    for key in path[:-1]:
+        state = state[key]
+    state[path[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("ema",), {"module.a": 1}),
+        (("engine", "guard", "in_a_row"), float("inf")),
+        (("engine", "pending"), {"2": {"images": 3}}),
+        (("optimizer", "param_groups", 0, "lr"), "x"),
+        (("optimizer", "param_groups", 0, "momentum"), [1]),
+        (("optimizer", "param_groups", 0, "momentum"), torch.ones(2)),
+    ],
+)
+def test_values_that_do_not_fit_are_errors(path: tuple[Any, ...], value: object, copy: Path) -> None:
+    # Red when: giving catches no OverflowError, load_run takes the average outside of it, or the optimizer's settings
+    # are not compared.
+    state = checkpoint.load_newest(copy / "checkpoints", CPU)
+    _set(state, path, value)
+    checkpoint.save(copy / "checkpoints", state["step"], state, 1)
+    with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
+        load_run(copy, CPU)
 
 
 # Configs
