@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import Config, differences, dump_yaml, load_yaml, replace
 from .errors import ConadvError
+from .lock import Lock
 from .record import write_atomic
 from .untrusted import refuse_links
 
@@ -66,6 +67,10 @@ class RunDir:
         return self.path / ".launcher"
 
     @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
     def timeline(self) -> Path:
         return self.path / "timeline"
 
@@ -108,8 +113,26 @@ class RunDir:
         """Whether a run of ``config`` has begun here."""
         return self.config.is_file() and not self.changes(config)
 
+    def alone(self) -> Lock:
+        """What a program that trains here holds, so that it is the only one."""
+        return Lock(
+            self.lock, f"Another program is training in {self.path}. Wait for its end, or choose another --out."
+        )
+
+    def claim(self, config: Config, lock: Lock) -> None:
+        """Make the folder for a new run, and lock it now if it was not there when others were locked out.
+
+        Raises ConadvError if another program has begun a run here since ``check``.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConadvError(f"Cannot write the run directory {self.path}: {error}. Choose another --out.") from error
+        if lock.take():
+            self.check(config, resume=False, overwrite=False)
+
     def start(self, config: Config) -> None:
-        """Make the folder for a new run; a run that was there is deleted (``check`` has allowed it)."""
+        """Begin a new run; a run that was there is deleted (``check`` has allowed it)."""
         try:
             self._delete()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -124,7 +147,10 @@ class RunDir:
 
     def is_of_this_launcher(self) -> bool:
         """Whether the process that started this one had also started the one that wrote here last."""
-        return self.launcher.is_file() and self.launcher.read_text(encoding="utf-8").strip() == launcher()
+        try:
+            return self.launcher.read_bytes().strip() == launcher().encode()
+        except OSError:
+            return False
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -157,8 +183,8 @@ class RunDir:
 
 
 def _is_not_ours(path: Path) -> bool:
-    """Whether a file is anything but one that a killed run had not finished to write."""
-    return not (path.name.startswith(".") and path.name.endswith(".tmp"))
+    """Whether a file is anything but one that a killed run had not finished to write, or its lock."""
+    return path.name != ".lock" and not (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def launcher() -> str:

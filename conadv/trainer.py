@@ -28,6 +28,7 @@ from .engine.pending import merge, shard
 from .errors import ConadvError
 from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
+from .lock import Lock
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model, check_model
@@ -98,35 +99,39 @@ def train(
     Raises ConadvError before the first step for whatever is wrong with config, data or ``out``, and NonFiniteError
     (the checkpoints before it stay) when a loss or gradient is not finite. SIGTERM and SIGINT end training after the
     present step with a checkpoint and :class:`conadv.signals.Stopped`, on all ranks.
-    Ranks: all call it alike. Rank 0 alone reads and writes ``out`` and has an observer; what stops one before the
-    first step stops all with its message. The summary is the same on all learners; an attack rank, which is done
+    ``out`` is locked meanwhile: a second program that would train there ends at once with a ConadvError.
+    Ranks: all call it alike. Rank 0 alone reads, writes and locks ``out`` and has an observer; what stops one before
+    the first step stops all with its message. The summary is the same on all learners; an attack rank, which is done
     before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
     observer = observer if observer and comm.first else Silent()
     run = RunDir(out)
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
-    config, resume = admit(
-        config,
-        run,
-        comm,
-        observer,
-        execution,
-        resume=resume,
-        overwrite=overwrite,
-        auto_resume=auto_resume,
-        restarted=restarted,
-    )
-    parts = build(config, comm.device, observer, comm, execution)
-    parts = _with_probe(parts)
-    first, damaged = _start(run, parts, resume, observer)
-    begin = _same_clock(comm, parts.engine)
-    if parts.teams.attacking:
-        _attack(parts, first)
-        return {}
-    with parts.comm.agreed():
-        log = _open_record(run, parts, first, damaged)
-    return _learn(run, parts, log, first, begin, observer)
+    with run.alone() as lock:
+        with comm.agreed():
+            if comm.first and run.path.is_dir():
+                lock.take()
+        config, resume = admit(
+            config,
+            run,
+            comm,
+            observer,
+            execution,
+            resume=resume,
+            overwrite=overwrite,
+            auto_resume=auto_resume,
+            restarted=restarted,
+        )
+        parts = _with_probe(build(config, comm.device, observer, comm, execution))
+        first, damaged = _start(run, parts, resume, lock, observer)
+        begin = _same_clock(comm, parts.engine)
+        if parts.teams.attacking:
+            _attack(parts, first)
+            return {}
+        with parts.comm.agreed():
+            log = _open_record(run, parts, first, damaged)
+        return _learn(run, parts, log, first, begin, observer)
 
 
 def admit(
@@ -462,7 +467,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) 
         raise ConadvError("its optimizer has other settings")
 
 
-def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple[int, list[str]]:
+def _start(run: RunDir, parts: Parts, resume: bool, lock: Lock, observer: Observer) -> tuple[int, list[str]]:
     """Continue from the newest intact checkpoint, which rank 0 reads for all, or make the folder.
 
     Returns the first step and what was wrong with newer checkpoints, which are renamed.
@@ -478,6 +483,7 @@ def _start(run: RunDir, parts: Parts, resume: bool, observer: Observer) -> tuple
                 observer.message(message)
             run.mark()
         elif world.first:
+            run.claim(parts.config, lock)
             run.start(parts.config)
     if resume and not parts.teams.attacking:
         restore(parts, checkpoint.to_device(comm.share(state), comm.device))

@@ -1,0 +1,159 @@
+"""Two programs in one folder: the second one ends at once, and a killed one is in nobody's way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conadv import ConadvError, trainer
+from conadv.config import Config
+from conadv.lock import Lock
+from conadv.progress import Silent
+from conadv.run import RunDir
+from conadv.trainer import train
+
+from .test_trainer import config
+
+fcntl = pytest.importorskip("fcntl")
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from conadv.lock import Lock
+assert Lock(Path(sys.argv[1]), "").take()
+if os.fork() == 0:  # as a loader's worker, which may outlive the process that it works for
+    time.sleep(60)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def take(path: Path) -> Lock:
+    lock = Lock(path, "somebody else is at work")
+    assert lock.take()
+    return lock
+
+
+def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
+    # Red when: take does not lock, or release leaves the file or the lock.
+    path = tmp_path / ".lock"
+    with take(path) as first:
+        assert not first.take()  # it is held already
+        with pytest.raises(ConadvError, match="somebody else"):
+            Lock(path, "somebody else is at work").take()
+        assert path.exists()
+    assert not path.exists()
+    take(path).release()
+
+
+def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
+    # Red when: a forked child keeps the lock, or a file that is there already counts as a lock.
+    path = tmp_path / ".lock"
+    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(ConadvError, match="somebody else"):
+            take(path)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait(20)
+        assert path.exists()
+        take(path).release()
+        os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: _is_there is not asked.
+    path, original, opened = tmp_path / ".lock", os.open, []
+
+    def removed_once(*args: Any) -> int:
+        opened.append(original(*args))
+        if len(opened) == 1:
+            path.unlink()
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", removed_once)
+    with take(path):
+        assert len(opened) == 2
+        with pytest.raises(ConadvError):
+            take(path)
+
+
+def test_content_and_links_are_left_alone(tmp_path: Path) -> None:
+    # Red when: the file is opened for writing anew, or through a link.
+    path, other = tmp_path / ".lock", tmp_path / "other"
+    path.write_text("x")
+    with take(path):
+        assert path.read_text() == "x"
+    other.write_text("y")
+    path.symlink_to(other)
+    assert not Lock(path, "").take()
+    assert not Lock(tmp_path / "nowhere" / ".lock", "").take()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_no_obstacle(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: _locked takes every OSError for somebody else's lock.
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert not Lock(tmp_path / ".lock", "").take()
+
+
+def test_a_second_program_in_a_run_folder_ends_at_once(tmp_path: Path) -> None:
+    # Red when: train does not lock, locks behind admit (a run of other settings would be named), or keeps the lock.
+    out = tmp_path / "run"
+
+    class Second(Silent):
+        refused: list[str]
+
+        def start(self, title: str, first_step: int, num_steps: int) -> None:
+            self.refused = []
+            for options in ({}, {"overwrite": True}, {"resume": True}, {"auto_resume": True}):
+                with pytest.raises(ConadvError, match="Another program is training") as caught:
+                    train(settings(seed=1), out, **options)
+                self.refused.append(str(caught.value))
+
+    observer = Second()
+    train(settings(), out, observer=observer)
+    assert len(observer.refused) == 4
+    assert not RunDir(out).lock.exists()
+    RunDir(out).lock.touch()  # a killed run's
+    train(settings(), out, resume=True)
+    assert not RunDir(out).lock.exists()
+
+
+def test_a_run_that_was_begun_meanwhile_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: claim does not lock a folder that was not there before, or does not look again.
+    original = trainer.build
+
+    def build(*args: Any) -> Any:
+        monkeypatch.setattr(trainer, "build", original)
+        train(settings(), tmp_path / "run")  # begins and ends while the other one loads its data
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "build", build)
+    with pytest.raises(ConadvError, match="already holds a run"):
+        train(settings(), tmp_path / "run")
+    assert RunDir(tmp_path / "run").summary.exists()
+
+
+def test_a_killed_runs_lock_does_not_fill_a_folder(tmp_path: Path) -> None:
+    # Red when: _is_not_ours does not know the lock.
+    RunDir(tmp_path).lock.touch()
+    train(settings(), tmp_path)
+
+
+def settings(**changes: Any) -> Config:
+    return config(epochs=None, steps=1, schedule__warmup_epochs=0, eval__every_epochs=None, **changes)
