@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("CONADV_DEBUG", "0") not in ("", "0") or "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    _open_closed_output()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an ASCII locale must not end a run
@@ -184,6 +185,13 @@ def _explained(error: BaseException) -> tuple[int, str]:
 def _one_message(text: str) -> str:
     """Without control characters, which a file name may hold; lines stay."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def _open_closed_output() -> None:
+    """A program that is started with its output closed (``>&-``) has no stream to write to: what it says is dropped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (for as long as we run)
 
 
 def _drop_output() -> None:

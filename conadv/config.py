@@ -63,6 +63,12 @@ _FRACTION = PrimitiveConstructorSpec(
 FractionFloat = Annotated[float, BeforeValidator(parse_fraction), _FRACTION]
 
 
+LONGEST = 1e9
+"""Epochs: more could not be counted in steps."""
+LARGEST, LARGEST_LR = 1e6, 1e30
+"""Beyond them, and beyond the product of the two, numbers of float32 overflow."""
+
+
 class Section(BaseModel):
     """Frozen, and an unknown key is an error."""
 
@@ -87,9 +93,9 @@ class DataConfig(Section):
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
     """Augmentation of a third view with its own route; None has no third view."""
-    mixup: Annotated[float, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0)
+    mixup: Annotated[float, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0, le=LARGEST)
     """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
-    cutmix: Annotated[float, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0)
+    cutmix: Annotated[float, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0, le=LARGEST)
     """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
     on_bad_image: Annotated[Literal["error", "skip"], tyro.conf.arg(aliases=["--on-bad-image"])] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
@@ -117,7 +123,7 @@ class OptimConfig(Section):
     """The optimizer. None takes the default of the optimizer named, see OPTIMIZER_DEFAULTS."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimizer"])] = "lars"
-    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = Field(1.0, gt=0)
+    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = Field(1.0, gt=0, le=LARGEST_LR)
     """Peak learning rate (before lr_scaling)."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply lr by (global_batch_size / lr_reference_batch) or its square root."""
@@ -125,37 +131,37 @@ class OptimConfig(Section):
     """The global batch that lr was chosen for; needed by lr_scaling."""
     momentum: float | None = Field(None, ge=0, lt=1)
     nesterov: bool | None = None
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(None, ge=0, le=LARGEST)
     variant: Literal["tf", "timm", "nus", "larc", "no-wd-ratio"] | None = None
     """Which LARS formula, see conadv.optim.LARS."""
-    trust_coefficient: float | None = Field(None, gt=0)
+    trust_coefficient: float | None = Field(None, gt=0, le=LARGEST)
     """eta of LARS."""
     betas: tuple[float, float] | None = None
-    eps: float | None = Field(None, ge=0)
+    eps: float | None = Field(None, ge=0, le=LARGEST)
     """Added to LARS's denominator, or to LAMB's and AdamW's root."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=LARGEST_LR)
     """Scale the whole gradient down to this Euclidean norm before the update; None does not clip."""
 
 
 class ScheduleConfig(Section):
     """Learning rate over steps: linear warm-up, then decay to end_lr."""
 
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0, le=LONGEST)
     decay: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    power: float = Field(2.0, gt=0)
+    power: float = Field(2.0, gt=0, le=LARGEST)
     """Exponent of the polynomial decay."""
-    end_lr: float = Field(0.0, ge=0)
+    end_lr: float = Field(0.0, ge=0, le=LARGEST_LR)
 
 
 class AttackConfig(Section):
     """Adversarial images for training (eps is also the magnitude of the noise control)."""
 
-    eps: Annotated[FractionFloat, tyro.conf.arg(aliases=["--eps"])] = Field(4 / 255, ge=0)
+    eps: Annotated[FractionFloat, tyro.conf.arg(aliases=["--eps"])] = Field(4 / 255, ge=0, le=LARGEST)
     """Size of the perturbation in [0, 1] pixel units, such as 4/255."""
     norm: Literal["linf", "l2"] = "linf"
     num_steps: int = Field(1, ge=1)
     """Gradient steps: 1 is FGSM, more is PGD."""
-    step_size: FractionFloat | None = Field(None, gt=0)
+    step_size: FractionFloat | None = Field(None, gt=0, le=LARGEST)
     """In pixel units; None is eps for one step and 2.5 eps / num_steps for more."""
     targeted: bool = False
     """Towards a random other class instead of away from the true one."""
@@ -180,11 +186,11 @@ class AttackConfig(Section):
 class EvalConfig(Section):
     """Evaluation: clean route, running statistics, no augmentation."""
 
-    every_epochs: float | None = Field(None, gt=0)
+    every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Evaluate on the test set this often; None only at the end."""
     batch_size: int = Field(500, ge=1)
     """Images per forward pass."""
-    robust_eps: FractionFloat | None = Field(None, ge=0)
+    robust_eps: FractionFloat | None = Field(None, ge=0, le=LARGEST)
     """eps of the PGD attack behind robust_accuracy; None is attack.eps."""
     robust_steps: int = Field(10, ge=1)
     robust_images: int = Field(1000, ge=0)
@@ -205,7 +211,7 @@ class EmaConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints for --resume."""
 
-    every_epochs: float | None = Field(None, gt=0)
+    every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Save this often; None only at the end."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay."""
@@ -218,7 +224,7 @@ class CheckpointConfig(Section):
 class ProbeConfig(Section):
     """The staleness probe: what stale and predicted weights are worth to the attack (docs/staleness.md)."""
 
-    every_epochs: float | None = Field(None, gt=0)
+    every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Measure this often; None never."""
     staleness: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1, 2, 4, 8), min_length=1)
     """The values of tau that are measured."""
@@ -242,15 +248,15 @@ class Config(Section):
     """How look-ahead predicts them (needs lookahead)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
-    adv_weight: float | None = Field(None, gt=0)
+    adv_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
     adv_route: Literal["own", "statistics", "clean"] = "own"
     """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route."""
-    sam_rho: float | None = Field(None, gt=0)
+    sam_rho: float | None = Field(None, gt=0, le=LARGEST)
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
     sam_every: int | None = Field(None, ge=1)
     """SAM's two gradients in every k-th step, one in the others (sam only; default 1)."""
-    aug_weight: float | None = Field(None, gt=0)
+    aug_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the aug view's loss (default 1)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     global_batch_size: int = Field(128, ge=1)
@@ -258,9 +264,9 @@ class Config(Section):
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     """Clean images per forward pass: what batch norm sees in each route. None is the global batch; auto the largest
     that fits on this device, by trial, which config.yaml then names."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Passes over the training set (give epochs or steps)."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=10**9)
     """Updates (give epochs or steps)."""
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -315,7 +321,7 @@ def resolve(config: Config) -> Config:
     _check_method(config)
     _check_eps(config)
     _check_probe(config.probe)
-    _check_optimizer(config.optim)
+    _check_optimizer(config.optim, config.global_batch_size)
     _check_keep_best(config)
     _check_nonfinite(config)
     config = replace(config, **_method_defaults(config))
@@ -454,12 +460,14 @@ def _check_eps(config: Config) -> None:
 _OPTIM_FIELDS = ("momentum", "nesterov", "weight_decay", "variant", "trust_coefficient", "betas", "eps")
 
 
-def _check_optimizer(optim: OptimConfig) -> None:
+def _check_optimizer(optim: OptimConfig, global_batch_size: int) -> None:
     for name in _OPTIM_FIELDS:
         if getattr(optim, name) is not None and name not in OPTIMIZER_DEFAULTS[optim.name]:
             raise _without_effect(f"optim.{name}", "optimizer", optim.name)
     if (optim.lr_scaling == "none") != (optim.lr_reference_batch is None):
         raise ConadvError("optim.lr_scaling and optim.lr_reference_batch belong together: give both or neither.")
+    if scaled_lr(optim, global_batch_size) > LARGEST_LR:
+        raise ConadvError(f"optim.lr {optim.lr:g} is more than {LARGEST_LR:g} after optim.lr_scaling.")
     if optim.nesterov and optim.momentum == 0:
         raise ConadvError("optim.nesterov needs momentum: give optim.momentum above 0, or leave nesterov out.")
     if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):

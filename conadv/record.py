@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import subprocess
+from collections import Counter
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,18 +84,80 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-_COUNTED = ("step", "eval", "resume", "timeline", "bad_image", "attack_loss", "error")
+_COUNTED = ("step", "eval", "resume", "timeline", "bad_image", "attack_loss", "error", "probe", "stop")
+_LARGEST = 2**53
+"""Whole numbers up to here are numbers in every reader."""
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, float) or _whole(value)
+
+
+def _number_or_null(value: object) -> bool:
+    return value is None or _number(value)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _numbers_or_nulls(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_number_or_null, value.values()))
+
+
+_FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
+    "header": {"steps": _whole},
+    "step": {"phases": _numbers, "losses": _numbers_or_nulls, "seconds": _number, "loss": _number_or_null},
+    "eval": {"split": _text, "loss": _number_or_null, "accuracy": _number_or_null, "images": _whole},
+    "timeline": {"rank": _whole, "role": _text},
+    "bad_image": {"path": _text, "reason": _text},
+    "attack_loss": {"rank": _whole, "attack_rank": _whole, "reason": _text},
+    "error": {"message": _text},
+}
+"""What fields are, where a line has them."""
+_NEEDED = {"bad_image": ("path",)}
 
 
 def _checked(line: Any) -> dict[str, Any]:
     """ValueError for a line that no reader could use."""
     if not isinstance(line, dict) or not isinstance(line.get("type"), str):
         raise ValueError("no object with a type")
-    if line["type"] in _COUNTED and not isinstance(line.get("step"), int):
-        raise ValueError(f"{line['type']} without a whole number as step")
-    if line["type"] == "header" and not isinstance(line.get("steps", 0), int):
-        raise ValueError("header without a whole number as steps")
+    kind = line["type"]
+    if kind in _COUNTED and not _whole(line.get("step")):
+        raise ValueError(f"{kind} without a whole number as step")
+    for name, fits in _FIELDS.get(kind, {}).items():
+        if (name in line or name in _NEEDED.get(kind, ())) and not fits(line.get(name)):
+            raise ValueError(f"{kind} with {name} = {str(line.get(name))[:60]}")
     return line
+
+
+def check_steps(path: Path, step: int) -> None:
+    """Raise ConadvError unless a record has its header and each step before ``step`` once: a run goes on from that."""
+    lines = read_lines(path)
+    seen = Counter(line["step"] for line in lines if line["type"] == "step" and {"phases", "losses"} <= line.keys())
+    problems = [] if any(line["type"] == "header" for line in lines) else ["it has no header"]
+    if missing := [n for n in range(step) if not seen[n]]:
+        problems.append(f"it lacks {_listed(missing)}")
+    if extra := sorted(n for n, count in seen.items() if n < step and (count > 1 or n < 0)):
+        problems.append(f"it has more than one line of {_listed(extra)}")
+    if problems:
+        raise ConadvError(
+            f"Cannot resume at step {step} with the record {printable(path)}: {'; '.join(problems)}. Bring back the "
+            "record of this run, or start the run again in another folder."
+        )
+
+
+def _listed(steps: list[int]) -> str:
+    """The first few of some steps."""
+    return f"step(s) {', '.join(map(str, steps[:5]))}" + (f" and {len(steps) - 5} more" if len(steps) > 5 else "")
 
 
 def finite(value: float) -> float | None:

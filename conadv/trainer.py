@@ -21,6 +21,7 @@ from ._version import __version__
 from .attacks import PGD, AttackPlan, PixelSpace
 from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
 from .data import Data, build_data, build_source, windows
+from .data.loader import naming_lost_workers
 from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
@@ -240,7 +241,7 @@ def _attack(parts: Parts, first: int) -> None:
     batches = parts.data.train_batches(first + parts.engine.ahead, parts.num_steps, ("clean",))
     # an attack rank that may be lost is: a signal ends it alone, and learners have signals of their own
     listening = nullcontext(None) if parts.teams.may_lose else Signals()
-    with listening as signals, _closing(parts, spans):
+    with listening as signals, _closing(parts, spans), naming_lost_workers():
         if signals is not None:
             parts.engine.stop_request = lambda: signals.request
         parts.engine.serve(batches, lambda step, seen: _note(parts, spans, step, seen))
@@ -649,6 +650,7 @@ def _open_record(run: RunDir, parts: Parts, first: int, damaged: list[str]) -> r
     if not parts.comm.first:
         return record.Record(None)
     if first:
+        record.check_steps(run.record, first)
         record.truncate(run.record, first)
         earlier = [line["path"] for line in record.read_lines(run.record) if line["type"] == "bad_image"]
         parts.data.bad.logged.update(earlier)
@@ -701,7 +703,12 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
     keep, background = parts.config.checkpoint.keep, parts.config.checkpoint.background
     writer = Writer(run.checkpoints, keep, background=background, before=log.sync)
     # signals outermost: one that reaches this rank when the others already leave must not end it in between
-    with Signals(observer.message) as signals, _closing(parts, spans, log), _written(parts, writer):
+    with (
+        Signals(observer.message) as signals,
+        _closing(parts, spans, log),
+        _written(parts, writer),
+        naming_lost_workers(),
+    ):
         # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
         parts.engine.stop_request = lambda: max(signals.request, INTERRUPT * writer.failed)
         for batch, future in _timed(parts, first):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -381,6 +382,45 @@ def test_a_stop_line_stays_where_the_run_goes_on_from_it(tmp_path: Path) -> None
     log.close()
     truncate(tmp_path / "record.jsonl", 3)
     assert [line["step"] for line in read_lines(tmp_path / "record.jsonl")[1:]] == [3]
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "a step is missing": (lambda lines: [line for line in lines if '"step": 1,' not in line], r"lacks step\(s\) 1\."),
+    "a step stands twice": (lambda lines: [*lines, lines[1]], "more than one line of"),
+    "it is empty": (lambda lines: [], r"no header; it lacks step\(s\) 0, 1, 2"),
+    "a step without its phases": (lambda lines: [*lines[:1], '{"type": "step", "step": 0}\n', *lines[2:]], "lacks"),
+    "a probe without a step": (lambda lines: [*lines, '{"type": "probe"}\n'], "probe without a whole number"),
+    "a stop at no step": (lambda lines: [*lines, '{"type": "stop", "step": "x"}\n'], "stop without a whole number"),
+    "an image without a path": (lambda lines: [*lines, '{"type": "bad_image", "step": 0}\n'], "bad_image with path"),
+    "a list as path": (
+        lambda lines: [*lines, '{"type": "bad_image", "step": 0, "path": []}\n'],
+        "bad_image with path",
+    ),
+    "a huge number": (
+        lambda lines: [*lines, '{"type": "step", "step": 0, "seconds": 1' + "0" * 400 + "}\n"],
+        "step with seconds",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    train(config(epochs=None, steps=3, eval__every_epochs=None, schedule__warmup_epochs=0), path)
+    return path
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_record_is_not_resumed(name: str, finished: Path, tmp_path: Path) -> None:
+    # Red when: check_steps is not called, or does not look for that; _checked lacks that field.
+    change, message = BROKEN[name]
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = out / "record.jsonl"
+    record.write_text("".join(change(record.read_text().splitlines(keepends=True))))
+    before = record.read_bytes()
+    with pytest.raises(ConadvError, match=message):
+        train(config(epochs=None, steps=3, eval__every_epochs=None, schedule__warmup_epochs=0), out, resume=True)
+    assert record.read_bytes().startswith(before)  # no line is lost; the error may be added
 
 
 # ---- a full disk

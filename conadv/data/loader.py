@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -278,10 +279,25 @@ def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -
         worker_init_fn=outlive_stop if num_workers else None,
         generator=torch.Generator(),  # or it would draw from the global one and move the caller's random stream
     )
-    for item in loader:
-        if isinstance(item, ConadvError):
-            raise item
-        yield item
+    with naming_lost_workers():
+        for item in loader:
+            if isinstance(item, ConadvError):
+                raise item
+            yield item
+
+
+@contextmanager
+def naming_lost_workers() -> Iterator[None]:
+    """ConadvError for a loader's process that was killed; torch reports it wherever the main process is just then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ConadvError(
+            f"{str(error).strip()[:300]} A process that loads data has died, most likely for want of memory: use fewer "
+            "(--data.num-workers), or give the machine or container more memory and more shared memory (/dev/shm)."
+        ) from error
 
 
 def _as_is(item: T) -> T:
