@@ -232,3 +232,27 @@ def test_lars_variants_have_one_eps_each() -> None:
 
 def test_default_config_needs_a_duration_only() -> None:
     assert resolve(Config(steps=1)).steps == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optim__weight_decay", 1e300),
+        ("optim__lr", 1e31),
+        ("checkpoint__every_epochs", 1e308),
+        ("eval__every_epochs", 1e308),
+        ("schedule__warmup_epochs", 1e308),
+        ("epochs", 1e308),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(name: str, value: float) -> None:
+    # Red when: that field has no upper bound.
+    with pytest.raises(ValueError, match="less than or equal"):
+        replace(BASE, **{name: value})
+
+
+def test_the_bound_on_the_learning_rate_holds_after_scaling() -> None:
+    # Red when: _check_optimizer looks at optim.lr alone.
+    scaled = {"optim__lr": 1e30, "optim__lr_scaling": "linear", "optim__lr_reference_batch": 1}
+    with pytest.raises(ConadvError, match=r"after optim\.lr_scaling"):
+        resolve(replace(BASE, **scaled))

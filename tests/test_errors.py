@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pytest
 
 from conadv import cli, signals
 from conadv.cli import main
+from conadv.data.loader import _stream
 from conadv.errors import ConadvError
 
 
@@ -110,3 +112,20 @@ def test_a_broken_config_of_a_run_is_an_error_for_every_command(
         extra = ["--out", str(tmp_path / "out" / "report.html")] if command == "report" else []
         assert main([command, str(tmp_path), *extra]) == 2, command
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_output_that_was_closed_from_the_start_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: _open_closed_output does nothing (conadv recipes >&-).
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert (main(["recipes"]), main(["nothing"])) == (0, 2)
+
+
+def test_a_killed_loader_process_is_named() -> None:
+    # Red when: naming_lost_workers lets torch's RuntimeError through.
+    with pytest.raises(ConadvError, match=r"DataLoader worker.*fewer \(--data.num-workers\)"):
+        list(_stream(_die, [1, 2], 1))
+
+
+def _die(_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -155,5 +155,11 @@ def test_a_killed_runs_lock_does_not_fill_a_folder(tmp_path: Path) -> None:
     train(settings(), tmp_path)
 
 
+def test_a_launcher_file_of_other_bytes_is_another_launchers(tmp_path: Path) -> None:
+    # Red when: it is decoded.
+    RunDir(tmp_path).launcher.write_bytes(b"\xff\xfe")
+    assert not RunDir(tmp_path).is_of_this_launcher()
+
+
 def settings(**changes: Any) -> Config:
     return config(epochs=None, steps=1, schedule__warmup_epochs=0, eval__every_epochs=None, **changes)

@@ -295,8 +295,8 @@ def naming_lost_workers() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ConadvError(
-            f"{str(error).strip()[:300]} A process that loads data has died, most likely for want of memory: use fewer "
-            "(--data.num-workers), or give the machine or container more memory and more shared memory (/dev/shm)."
+            f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for want of memory: use "
+            "fewer (--data.num-workers), or give machine or container more memory and more shared memory (/dev/shm)."
         ) from error
 
 
