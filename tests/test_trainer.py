@@ -273,7 +273,7 @@ def test_costs_are_counted_in_images(tmp_path: Path) -> None:
 
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, step, {"x": torch.ones(2)}, keep=2)
+        save(tmp_path, step, {"engine": {"version": step}, "best": None}, keep=2)
     assert steps(tmp_path) == [2, 3]
     (tmp_path / "step_00000004.tmp").mkdir()  # nothing can be written under that name
     with pytest.raises(ConadvError, match="Older checkpoints are intact"):
