@@ -118,9 +118,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ConadvError for a link among the files of a run, or in its folders.
+    """Raise ConadvError for a link among the files of a run or of a sweep, or in its folders.
 
-    A run from somebody else could have its record written into, or read from, anywhere. ``folder`` itself may be a
+    One from somebody else could have its record written into, or read from, anywhere. ``folder`` itself may be a
     link: its user has chosen that.
     """
     try:
@@ -129,13 +129,27 @@ def refuse_links(folder: Path) -> None:
             if entry.is_dir(follow_symlinks=False):
                 entries += os.scandir(entry.path)
     except OSError as error:
-        raise ConadvError(f"Cannot read the run directory {printable(folder)}: {error.strerror}.") from error
+        raise ConadvError(f"Cannot read the folder {printable(folder)}: {error.strerror}.") from error
     for entry in entries:
         if entry.is_symlink():
             raise ConadvError(
-                f"{printable(entry.path)} is a link: the files of a run must lie in its folder. "
-                "Put the file or folder itself in its place (the run directory as a whole may be a link)."
+                f"{printable(entry.path)} is a link: what belongs to {printable(folder)} must lie in it. "
+                "Put the file or folder itself in its place (the folder as a whole may be a link)."
             )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """``folder / name``. Raises ConadvError unless that is below ``folder``, links followed: ``name`` is from a file."""
+    path = folder / name
+    try:
+        below = folder.resolve() in path.resolve().parents
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a nul
+        below = False
+    if not below:
+        raise ConadvError(
+            f"{printable(name)[:200]} leads out of {printable(folder)}: what a folder names must lie in it. Take it out."
+        )
+    return path
 
 
 def check_archive(path: Path) -> None:

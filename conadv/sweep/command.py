@@ -62,6 +62,7 @@ def sweep(args: SweepArgs) -> None:
     spec = load_spec(args.spec)
     plan = expand(spec, args.data)
     folder = Folder(args.out or Path("runs") / spec.name)
+    folder.check()
     file = SWEEP if count == 1 else f"sweep.shard-{index}-of-{count}.json"
     if args.dry_run:
         _show_plan(_schedule(plan, folder, plan.shard(index, count)))

@@ -6,6 +6,7 @@ What has been done is read from the run directories alone, so that a sweep may b
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 from ..errors import ConadvError
 from ..record import write_atomic
 from ..run import RunDir
-from ..untrusted import JSON_BYTES, parse_json, read_text
+from ..untrusted import JSON_BYTES, parse_json, read_text, refuse_links
 from .cells import Run
 from .choose import Result
 
@@ -37,6 +38,10 @@ class Folder:
     def path(self, name: str) -> Path:
         return self.out / "runs" / name
 
+    def check(self) -> None:
+        """Raise ConadvError for a link in OUT: its runs would be written, or read, elsewhere. OUT itself may be one."""
+        refuse_links(self.out)
+
     def relative(self, name: str) -> str:
         """As sweep.json writes it."""
         return f"runs/{name}"
@@ -44,6 +49,7 @@ class Folder:
     def result(self, run: Run) -> Result | None:
         """What ``run`` came to; None if it has not ended. Raises ConadvError where its folder holds another run."""
         directory = RunDir(self.path(run.name))
+        refuse_links(directory.path)
         if directory.config.is_file() and (changed := directory.changes(run.config)):
             raise ConadvError(
                 f"{directory.path} holds a run with other settings than the spec gives it:\n  "
@@ -89,7 +95,9 @@ class Folder:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            file = (self.out / f".{name}.lock").open("w")
+            # no link is followed and nothing is cut off: the folder may be somebody else's
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            file = os.fdopen(os.open(self.out / f".{name}.lock", flags, 0o666), "rb+", buffering=0)
         except OSError as error:
             raise ConadvError(f"Cannot write to {self.out}: {error}. Choose another --out.") from error
         with file:

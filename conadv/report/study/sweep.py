@@ -11,7 +11,7 @@ from typing import Any
 from ...config import flatten
 from ...errors import ConadvError, unknown
 from ...methods import METHODS
-from ...untrusted import JSON_BYTES, parse_json, read_text
+from ...untrusted import JSON_BYTES, inside, parse_json, read_text
 from ..load import RECORD, Line, Run, load_run
 from ..settings import part
 from ..stats import Stat, stat
@@ -181,7 +181,8 @@ def _extra_axes(cells: Sequence[Line], axis: str) -> list[str]:
 def _cell(folder: Path, raw: Line, axis: str, names: Sequence[str]) -> Cell:
     settings = dict(raw.get("settings") or {})
     wanted = [str(run) for run in raw.get("runs") or ()]
-    runs = [load_run(folder / run) for run in wanted if (folder / run / RECORD).is_file()]
+    there = {name: path for name in wanted if (path := inside(folder, name) / RECORD).is_file()}
+    runs = [load_run(path.parent) for path in there.values()]
     extras = [part(name, settings[name]) for name in names if name in settings]
     return Cell(
         arm=str(raw["arm"]),
@@ -189,7 +190,7 @@ def _cell(folder: Path, raw: Line, axis: str, names: Sequence[str]) -> Cell:
         x=_axis_value(settings, runs, axis),
         settings=settings,
         runs=tuple(sorted(runs, key=lambda run: run.seed)),
-        missing=tuple(run for run in wanted if not (folder / run / RECORD).is_file()),
+        missing=tuple(name for name in wanted if name not in there),
         trials=tuple(_trial(trial) for trial in raw.get("trials") or ()),
         chosen=dict(raw.get("chosen") or {}),
         at_edge=bool(raw.get("at_edge")),
