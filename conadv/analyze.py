@@ -14,6 +14,7 @@ import tyro
 from ._version import __version__
 from .analysis.options import Options
 from .analysis.watch import Watch
+from .documents import Analysis, checked
 from .errors import ConadvError
 from .record import write_atomic
 from .run import RunDir
@@ -118,6 +119,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ConadvError(f"Cannot read {file}: {error}. Compute it with: conadv analyze RUN --overwrite") from error
     if not isinstance(found, dict) or not found.keys() >= _SHOWN or not isinstance(found["options"], dict):
         raise ConadvError(f"{file} is not an analysis. Replace it with: conadv analyze RUN --overwrite")
+    checked(Analysis, found, file, "Replace it with: conadv analyze RUN --overwrite")
     return found
 
 
@@ -209,7 +211,7 @@ def table(analyses: list[tuple[Path, dict[str, Any]]]) -> Table:
 
 
 def _cells(found: dict[str, Any]) -> tuple[str, ...]:
-    hessian, sharpness = found["hessian"] or {}, found["sharpness"]
+    hessian, sharpness = found["hessian"] or {}, found["sharpness"] or {}
     largest = hessian.get("eigenvalues") or [None]
     error = hessian.get("trace_stderr")
     return (
@@ -217,8 +219,8 @@ def _cells(found: dict[str, Any]) -> tuple[str, ...]:
         _number(found["accuracy"], ".2f", 100),
         _number(largest[0]),
         _number(hessian.get("trace")) + (f" ± {error:.2g}" if error is not None else ""),
-        _number(sharpness["sam"]["value"]),
-        _number(sharpness["keskar"]["value"]),
+        _number((sharpness.get("sam") or {}).get("value")),
+        _number((sharpness.get("keskar") or {}).get("value")),
         _number((found["robust"] or {}).get("accuracy"), ".2f", 100),
     )
 

@@ -17,7 +17,7 @@ from .methods import METHODS
 from .models.own import is_own
 from .models.small import SMALL
 from .models.zoo import TIMM, TORCHVISION, arguments
-from .record import read_lines, write_atomic
+from .record import read_lines
 from .run import RunDir
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}
@@ -30,11 +30,6 @@ SPLITS = {
     "train": "training images, without augmentation",
     "robust": "test images under PGD",
 }
-
-
-def write_card(run: RunDir, state: dict[str, Any]) -> None:
-    """Write ``model_card.md`` beside the weights of the checkpoint ``state``."""
-    write_atomic(run.card, model_card(run, state))
 
 
 def model_card(run: RunDir, state: dict[str, Any]) -> str:
@@ -75,7 +70,7 @@ def fenced(text: str, language: str) -> str:
 def _accuracies(lines: list[dict[str, Any]], step: int) -> dict[str, dict[str, Any]]:
     """The last evaluation of each split at ``step``."""
     evals = (line for line in lines if line["type"] == "eval" and line["step"] == step)
-    good = {line["split"]: line for line in evals if isinstance(line.get("accuracy"), (int, float))}
+    good = {str(line.get("split")): line for line in evals if isinstance(line.get("accuracy"), (int, float))}
     return {split: good[split] for split in SPLITS if split in good}
 
 

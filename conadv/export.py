@@ -14,13 +14,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ._version import __version__
-from .card import write_card
+from .card import model_card
 from .checkpoint import giving
 from .config import Config, resolve
 from .ema import evaluated_state
 from .errors import ConadvError, unknown
 from .norm import strip
-from .record import sync_folder
+from .record import sync_folder, write_atomic
 from .run import RunDir
 from .trainer import load_state, make_model
 
@@ -69,12 +69,13 @@ def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path
             "class_names": json.dumps(state["class_names"]),
         }
     target = {"safetensors": run.weights, "torch-export": run.program, "onnx": run.onnx}[kind]
+    card = model_card(run, state) if kind == "safetensors" else ""  # reads the record, before anything is written
     content = _WRITERS[kind](model, about, _image_shape(config, state) if kind != "safetensors" else ())
     temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link
     temporary.write_bytes(content)
     temporary.replace(target)
     if kind == "safetensors":
-        write_card(run, state)
+        write_atomic(run.card, card)
     sync_folder(path)
     return target
 

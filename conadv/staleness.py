@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from .documents import probes
 from .errors import ConadvError
 from .record import read_lines
 from .run import RunDir
@@ -34,8 +35,8 @@ def command(args: StalenessArgs) -> None:
 def _lines(run: RunDir) -> list[dict[str, Any]]:
     if not run.record.is_file():
         raise ConadvError(f"{run.path} is not a run: it holds no {run.record.name}.")
-    lines = read_lines(run.record)
-    if not any(line["type"] == "probe" for line in lines):
+    lines = probes(read_lines(run.record), run.record)
+    if not lines:
         raise ConadvError(
             f"{run.path} has no probe lines in its record. Train with --probe.every-epochs N to measure staleness."
         )
@@ -46,6 +47,8 @@ def _show(run: RunDir, lines: list[dict[str, Any]]) -> None:
     from .analysis.staleness import draw, table, text, to_png  # needs matplotlib
 
     rows = table(lines)
+    if not rows:
+        raise ConadvError(f"{run.record} has no whole probe, from 'current' to 'noise'. Let the run go on: --resume.")
     image = to_png(draw(rows, _title(run, lines)))
     try:
         run.staleness.write_bytes(image)
@@ -59,7 +62,7 @@ def _title(run: RunDir, lines: list[dict[str, Any]]) -> str:
     config = run.open()
     name = config.method + (f" tau={config.staleness}" if config.staleness else "")
     name += f" + look-ahead ({config.predictor})" if config.lookahead else ""
-    probe = next(line for line in lines if line["type"] == "probe")
+    probe = lines[0]
     return (
         f"{name}, {config.optim.name} lr {config.optim.lr:g}, batch {config.global_batch_size:,}, "
         f"eps {probe['eps']:.4g}, {probe['images']} training images"

@@ -22,6 +22,8 @@ from .errors import ConadvError, printable
 YAML_BYTES = 2**20
 YAML_DEPTH = 20
 JSON_BYTES = 2**26
+JSON_DEPTH = 32
+JSON_DIGITS = 20  # those of 2^64
 LINE_BYTES = 2**24
 
 _ENTRY = re.compile(r"[^/\\]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|data/\d+|\.data/\w+)")
@@ -85,12 +87,27 @@ def read_text(path: Path, limit: int) -> str:
     return content.decode("utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Values of a JSON text. ValueError for NaN, infinities, numbers beyond a float, and for what is no JSON."""
+def parse_json(text: str) -> Any:
+    """Values of a JSON text, as deep as JSON_DEPTH: readers walk through them by recursion, and take floats of them.
+
+    ValueError for NaN, infinities, numbers beyond a float, whole numbers beyond 64 bits, and for what is no JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        found = json.loads(text, parse_constant=_not_json, parse_float=_finite, parse_int=_whole)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if text.count("[") + text.count("{") > JSON_DEPTH and _depth(found) > JSON_DEPTH:
+        raise ValueError("nested too deeply")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are within one another."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+        depth += 1
+    return depth
 
 
 def _not_json(name: str) -> NoReturn:
@@ -102,6 +119,12 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"{text[:20]} is no finite number")
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text.lstrip("-")) > JSON_DIGITS:
+        raise ValueError(f"{text[:20]}... has more than {JSON_DIGITS} digits")
+    return int(text)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -139,7 +162,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``. Raises ConadvError unless that is below ``folder``, links followed: ``name`` is from a file."""
+    """``folder / name``, a ``name`` from a file. ConadvError unless that is below ``folder``, links followed."""
     path = folder / name
     try:
         below = folder.resolve() in path.resolve().parents
@@ -147,7 +170,7 @@ def inside(folder: Path, name: str) -> Path:
         below = False
     if not below:
         raise ConadvError(
-            f"{printable(name)[:200]} leads out of {printable(folder)}: what a folder names must lie in it. Take it out."
+            f"{printable(name)[:200]} leads out of {printable(folder)}: what a sweep names must lie in it. Take it out."
         )
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from conadv.card import escape, fenced, model_card
 from conadv.config import load_yaml, parse, replace
+from conadv.errors import ConadvError
 from conadv.export import export, load_plain_model
 from conadv.run import RunDir
 from conadv.trainer import load_state, train
@@ -108,6 +110,17 @@ def test_accuracies_are_of_the_exported_weights(run: RunDir) -> None:
     state = load_state(run, CPU)
     assert "no evaluation of these weights" in model_card(run, {**state, "step": state["step"] - 1})
     assert "model-index" not in front(model_card(run, {**state, "step": state["step"] - 1}))
+
+
+def test_an_export_reads_the_record_before_it_writes(run: RunDir, tmp_path: Path) -> None:
+    # Red when: the card is made after the weights were written.
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    copy.weights.unlink(missing_ok=True)
+    with copy.record.open("a") as file:
+        file.write('{"type": "eval", "step": 3, "split": "test", "accuracy": 1' + "0" * 400 + "}\n")
+    with pytest.raises(ConadvError, match="digits"):
+        export(copy.path)
+    assert not copy.weights.exists()
 
 
 def test_names_from_somebody_else_stay_text(run: RunDir, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_arms_with_more_axes_are_lines_of_their_own(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "readable"), ("[]", "no list of cells"), ('{"cells": []}', "no conf")]
+    ("text", "message"), [("{", "readable"), ("[]", "not what conadv writes"), ('{"cells": []}', "no conf")]
 )
 def test_a_broken_sweep_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "sweep.json").write_text(text)

@@ -32,9 +32,13 @@ def test_a_lock_file_keeps_its_content(tmp_path: Path) -> None:
     # Red when: the lock is opened with O_TRUNC: a hard link may lead elsewhere as well.
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".sweep.json.lock").hardlink_to(tmp_path / "precious")
-    with Folder(tmp_path).locked("sweep.json"), pytest.raises(ConadvError, match="Another sweep"):
-        with Folder(tmp_path).locked("sweep.json"):
-            pass
+    folder = Folder(tmp_path)
+    with (
+        folder.locked("sweep.json"),
+        pytest.raises(ConadvError, match="Another sweep"),
+        folder.locked("sweep.json"),
+    ):
+        pass
     assert (tmp_path / "precious").read_text() == "mine"
 
 

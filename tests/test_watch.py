@@ -214,7 +214,8 @@ def sweep(out: Path) -> Path:
     (out / "runs" / "done" / "summary.json").write_text('{"test_accuracy": 0.875, "seconds": 70.0}')
     (out / "runs" / "failed" / "failed.json").write_text('{"error": "x", "diverged": true}')
     trial = {"runs": ["runs/going", "runs/done", "runs/failed"]}
-    cells = [{"trials": [trial], "runs": ["runs/done"], "seeds": [0]}, {"trials": [], "runs": [], "seeds": [0, 1]}]
+    done = {"arm": "a", "trials": [trial], "runs": ["runs/done"], "seeds": [0]}
+    cells = [done, {"arm": "b", "trials": [], "runs": [], "seeds": [0, 1]}]
     (out / "sweep.json").write_text(json.dumps({"cells": cells}))
     return out
 

@@ -67,14 +67,16 @@ def table(lines: Iterable[Line]) -> list[Row]:
 
 
 def _probes(lines: Iterable[Line]) -> list[list[Line]]:
-    """The lines of each probe: one begins with "current"."""
+    """The lines of each probe: one begins with "current". One that a killed run has not written as far as its
+    "noise" is left out: there is nothing to compare it with.
+    """
     probes: list[list[Line]] = []
     for line in lines:
         if line["type"] == "probe":
-            if line["predictor"] == CURRENT:
+            if line["predictor"] == CURRENT or not probes:
                 probes.append([])
             probes[-1].append(line)
-    return probes
+    return [probe for probe in probes if {CURRENT, NOISE} <= {line["predictor"] for line in probe}]
 
 
 def _row(phase: str, tau: int, predictor: str, found: Sequence[tuple[Line, Line, Line]]) -> Row:
@@ -143,7 +145,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
         for line, (label, _) in enumerate(_PANELS):
             grid[line][0].set_ylabel(label)
         handles, labels = grid[1][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)))
         figure.suptitle(title, fontsize=10)
     return figure
 

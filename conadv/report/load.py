@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import documents
 from ..config import flatten
 from ..errors import ConadvError
 from ..record import read_lines
@@ -121,7 +122,7 @@ def load_run(path: str | Path) -> Run:
         label=path.resolve().name,
         stopped_by=_last_error(lines),
         problems=tuple(problems),
-        probes=tuple(line for line in lines if line["type"] == "probe"),
+        probes=tuple(documents.probes(lines, path / RECORD)),
     )
 
 
@@ -169,6 +170,7 @@ def _read_summary(path: Path, problems: list[str]) -> Line | None:
     if not isinstance(value, dict):
         problems.append(f"{SUMMARY} is unreadable")
         return None
+    documents.checked(documents.Summary, value, path, "Leave the run out.")
     return value
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..documents import Summary, checked
 from ..errors import ConadvError
 from ..record import write_atomic
 from ..run import RunDir
@@ -61,9 +62,8 @@ class Folder:
             return Result(error=str(failure.get("error")), diverged=bool(failure.get("diverged")))
         if not (directory.config.is_file() and directory.summary.is_file()):
             return None
-        summary = _read(directory.summary)
-        accuracy, loss = summary.get("validation_accuracy"), summary.get("validation_loss")
-        return Result(accuracy, loss, float(summary.get("seconds") or 0.0))
+        summary = checked(Summary, _read(directory.summary), directory.summary, _remedy(directory.path))
+        return Result(summary.validation_accuracy, summary.validation_loss, summary.seconds or 0.0)
 
     def fail(self, name: str, error: str, diverged: bool, trace: str = "") -> None:
         """Record why a run failed. ``trace``: the traceback of an error that conadv does not know, beside it.
@@ -124,11 +124,15 @@ def tidy(path: Path) -> None:
     RunDir(path).launcher.unlink(missing_ok=True)
 
 
+def _remedy(run: Path) -> str:
+    return f"Delete {run} to run it again."
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise ConadvError(f"Cannot read {path}: {error}. Delete {path.parent} to run it again.") from error
+        raise ConadvError(f"Cannot read {path}: {error}. {_remedy(path.parent)}") from error
     if not isinstance(values, dict):
-        raise ConadvError(f"{path} is not a mapping. Delete {path.parent} to run it again.")
+        raise ConadvError(f"{path} is not a mapping. {_remedy(path.parent)}")
     return values

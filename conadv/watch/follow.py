@@ -77,6 +77,8 @@ def parse(raw: bytes) -> Line | None:
 def ends(path: Path) -> list[Line]:
     """The first line of a record and its last ones: all within TAIL_BYTES of its end. Cheap for any length."""
     try:
+        if not path.is_file():  # a named pipe would wait for a writer
+            return []
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)

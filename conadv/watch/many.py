@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConadvError
+from ..documents import read_sweep
 from ..untrusted import JSON_BYTES, parse_json, read_text
 from .follow import ends
 from .state import State, number, text
@@ -53,14 +53,10 @@ class Runs:
         path = self.folder / "sweep.json"
         if not path.is_file() or path.is_symlink():
             return None
-        try:
-            found = parse_json(read_text(path, JSON_BYTES))
-            cells = [cell for cell in found["cells"] if isinstance(cell, dict)]
-            known = {str(name) for cell in cells for trial in cell["trials"] for name in trial["runs"]}
-            known |= {str(name) for cell in cells for name in cell["runs"]}
-            return len(known) + sum(len(cell["seeds"]) for cell in cells if not cell["runs"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConadvError(f"Cannot read {text(path)}: {text(error)}. Is it of a sweep?") from error
+        cells = read_sweep(path).cells
+        known = {name for cell in cells for trial in cell.trials for name in trial.runs}
+        known |= {name for cell in cells for name in cell.runs}
+        return len(known) + sum(len(cell.seeds) for cell in cells if not cell.runs)
 
     def _see(self, path: Path) -> Seen:
         changed = _changed(path)

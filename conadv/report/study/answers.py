@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ... import documents
 from .. import table
 from ..settings import part, show
 from ..stats import Difference
@@ -86,14 +87,13 @@ def tuned(study: Study) -> list[str]:
     return [f"{verdict} {_selection(study)}", *own, *_others(study, cells, others), *_seed_overlap(study)]
 
 
-def _tune(study: Study) -> Mapping[str, Any]:
-    found = study.spec.get("tune")
-    return found if isinstance(found, Mapping) else {}
+def _tune(study: Study) -> documents.Tune:
+    return study.tune or documents.Tune()
 
 
 def _selection(study: Study) -> str:
     """On which images and seeds the choice was made."""
-    by, seeds = str(_tune(study).get("by") or "validation_accuracy"), _tune(study).get("seeds") or ()
+    by, seeds = _tune(study).by, _tune(study).seeds
     with_seeds = f"with seed{'s' if len(seeds) != 1 else ''} {show('', seeds)}" if seeds else ""
     if by != "validation_accuracy":
         return f"But settings were chosen by {by} {with_seeds}, so the results are biased towards more trials.".strip()
@@ -152,7 +152,7 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
     elif counts:
         said.append(f"The other arms had {counts[0]} to {counts[-1]} trials, so the effort was not the same.")
     if untuned:
-        source = _tune(study).get("tune_on")
+        source = _tune(study).tune_on
         choice = f" and use the choice made for {source}" if source else ""
         said.append(f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}.")
     edges = sum(cell.at_edge for cell in others)
@@ -160,7 +160,7 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
 
 
 def _seed_overlap(study: Study) -> list[str]:
-    tuning = {seed for seed in _tune(study).get("seeds") or () if isinstance(seed, int)}
+    tuning = set(_tune(study).seeds)
     both = sorted(tuning & {run.seed for cell in study.cells for run in cell.runs})
     return [f"Seeds {show('', both)} were used for tuning and are reported too."] if both else []
 

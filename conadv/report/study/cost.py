@@ -58,7 +58,7 @@ def equal_cost(study: Study, cell: Cell) -> EqualCost:
     The best is picked by mean test accuracy, which favours it: the comparison errs against ``cell``.
     """
     own = cost(cell).total
-    if own is None:
+    if not own:
         return EqualCost(cell, None, None, None)
     rivals = [
         (value.mean, other, total)

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from ...documents import Analysis, checked
 from ...untrusted import JSON_BYTES, parse_json, read_text
 from ..figures import INK, STYLE, WIDTH, wrap
 from ..load import Line, Run
@@ -42,12 +43,14 @@ _DRAWN = (1, 2, 3)
 
 
 def analysis(run: Run) -> Line | None:
-    """The run's analysis.json; None where there is none that can be read."""
+    """The run's analysis.json; None where there is none that can be read. Raises ConadvError for what is none."""
+    path = run.path / ANALYSIS
     try:
-        found = parse_json(read_text(run.path / ANALYSIS, JSON_BYTES))
+        found: Line = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    checked(Analysis, found, path, "Delete it, or replace it with: conadv analyze RUN --overwrite")
+    return found
 
 
 def measured(cell: Cell) -> dict[int, Line]:
@@ -143,4 +146,5 @@ def _landscape(cell: Cell, field: str) -> tuple[Any, Any] | None:
     same = [part for part in found if part.get("alphas") == found[0].get("alphas") and part.get(field)]
     if not same:
         return None
-    return np.array(same[0]["alphas"]), np.mean([part[field] for part in same], axis=0)
+    losses = np.array([part[field] for part in same], dtype=float)  # null, which is NaN then, leaves a gap
+    return np.array(same[0]["alphas"]), losses.mean(axis=0)

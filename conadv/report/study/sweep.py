@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ... import documents
 from ...config import flatten
 from ...errors import ConadvError, unknown
 from ...methods import METHODS
-from ...untrusted import JSON_BYTES, inside, parse_json, read_text
-from ..load import RECORD, Line, Run, load_run
+from ...untrusted import inside
+from ..load import RECORD, Run, load_run
 from ..settings import part
 from ..stats import Stat, stat
 
@@ -93,7 +94,7 @@ class Study:
     cells: tuple[Cell, ...]
     baseline: str | None
     controls: tuple[str, ...]
-    spec: Mapping[str, Any]
+    tune: documents.Tune | None = None
     failed: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -139,61 +140,50 @@ def load_sweep(path: str | Path, baseline: str | None = None) -> Study:
     and for an unknown baseline.
     """
     path = Path(path)
-    document = _read(path / SWEEP)
-    axis = str(document.get("axis") or "global_batch_size")
-    names = _extra_axes(document["cells"], axis)
-    cells = [_cell(path, raw, axis, names) for raw in document["cells"]]
+    document = documents.read_sweep(path / SWEEP)
+    axis = document.axis
+    names = _extra_axes(document.cells, axis)
+    cells = [_cell(path, raw, axis, names) for raw in document.cells]
     cells = [cell for cell in cells if cell.runs]
     if not cells:
         raise ConadvError(f"{path} has no confirmation run yet. Let `conadv sweep` go on, then report it.")
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     if baseline is not None and baseline not in arms:
         raise unknown("baseline arm", baseline, arms)
-    chosen = baseline or document.get("baseline")
-    spec = document.get("spec") or {}
+    chosen = baseline or document.baseline
+    name = document.name or path.name
     return Study(
         path=path,
-        name=str(document.get("name") or path.name),
-        title=str(spec.get("title") or document.get("name") or path.name),
+        name=name,
+        title=document.spec.title or name,
         axis=axis,
         cells=tuple(cells),
         baseline=chosen if chosen in arms else None,
-        controls=tuple(arm for arm in document.get("controls") or () if arm in arms and arm != chosen),
-        spec=spec,
-        failed=tuple((str(item.get("run")), str(item.get("error"))) for item in document.get("failed") or ()),
+        controls=tuple(arm for arm in document.controls if arm in arms and arm != chosen),
+        tune=document.spec.tune,
+        failed=tuple((item.run, item.error) for item in document.failed),
     )
 
 
-def _read(path: Path) -> Line:
-    try:
-        document = parse_json(read_text(path, JSON_BYTES))
-    except (OSError, ValueError) as error:
-        raise ConadvError(f"{path} is not a readable sweep: {error}. Run `conadv sweep` again to go on.") from error
-    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
-        raise ConadvError(f"{path} is not a sweep: it has no list of cells. Leave it out.")
-    return document
+def _extra_axes(cells: Sequence[documents.Cell], axis: str) -> list[str]:
+    return list(dict.fromkeys(name for cell in cells for name in cell.settings if name != axis))
 
 
-def _extra_axes(cells: Sequence[Line], axis: str) -> list[str]:
-    return list(dict.fromkeys(name for cell in cells for name in cell.get("settings") or {} if name != axis))
-
-
-def _cell(folder: Path, raw: Line, axis: str, names: Sequence[str]) -> Cell:
-    settings = dict(raw.get("settings") or {})
-    wanted = [str(run) for run in raw.get("runs") or ()]
+def _cell(folder: Path, raw: documents.Cell, axis: str, names: Sequence[str]) -> Cell:
+    settings, wanted = raw.settings, raw.runs
     there = {name: path for name in wanted if (path := inside(folder, name) / RECORD).is_file()}
     runs = [load_run(path.parent) for path in there.values()]
     extras = [part(name, settings[name]) for name in names if name in settings]
     return Cell(
-        arm=str(raw["arm"]),
-        line=", ".join([str(raw["arm"]), *extras]),
+        arm=raw.arm,
+        line=", ".join([raw.arm, *extras]),
         x=_axis_value(settings, runs, axis),
         settings=settings,
         runs=tuple(sorted(runs, key=lambda run: run.seed)),
         missing=tuple(name for name in wanted if name not in there),
-        trials=tuple(_trial(trial) for trial in raw.get("trials") or ()),
-        chosen=dict(raw.get("chosen") or {}),
-        at_edge=bool(raw.get("at_edge")),
+        trials=tuple(Trial(trial.settings, tuple(trial.validation), trial.mean) for trial in raw.trials),
+        chosen=raw.chosen,
+        at_edge=raw.at_edge,
     )
 
 
@@ -203,9 +193,3 @@ def _axis_value(settings: Mapping[str, Any], runs: Sequence[Run], axis: str) -> 
     if value is None and runs:
         value = flatten(runs[0].config).get(axis)
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _trial(raw: Line) -> Trial:
-    values = tuple(float(v) if isinstance(v, (int, float)) else None for v in raw.get("validation") or ())
-    mean = raw.get("mean")
-    return Trial(dict(raw.get("settings") or {}), values, float(mean) if isinstance(mean, (int, float)) else None)
