@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -27,8 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conadv import checkpoint, cli, config, record, untrusted
-from conadv.errors import ConadvError
+from rich.console import Console
+
+from conadv import analyze, checkpoint, cli, config, recipes, record, staleness, untrusted
+from conadv.analysis.staleness import table, text
+from conadv.analysis.timeline import timeline
+from conadv.card import model_card
+from conadv.errors import ConadvError, printable
+from conadv.export import load_plain_model
+from conadv.report import compare, load_run, write_report
+from conadv.report.study import StudySummary, load_sweep, write_sweep_report
+from conadv.report.summary import Summary
+from conadv.run import RunDir
+from conadv.trainer import train
+from conadv.watch.command import folder, one_run
+
+from . import fuzz_structure as structure
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOW = 10.0
@@ -67,14 +82,14 @@ def fuzz_yaml(data: bytes) -> None:
     """Any text as YAML."""
     import yaml
 
-    with contextlib.suppress(yaml.YAMLError):
+    try:
         untrusted.parse_yaml(data.decode("utf-8", "replace"))
+    except yaml.YAMLError as error:  # the one that its callers expect
+        raise ConadvError(printable(error)) from error
 
 
 def fuzz_record(data: bytes) -> None:
     """A record: read, its timeline, cut for a resume."""
-    from conadv.analysis.timeline import timeline
-
     file = _scratch() / "record.jsonl"
     file.write_bytes(data)
     lines = record.read_lines(file)
@@ -87,8 +102,6 @@ def fuzz_record(data: bytes) -> None:
 
 def fuzz_report(data: bytes) -> None:
     """A run whose record and summary are ``data``, through the report's reader and both templates."""
-    from conadv.report.html import write_report
-
     run = _scratch() / "run"
     run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text(_CONFIG)
@@ -127,13 +140,134 @@ def fuzz_options(data: bytes) -> None:
 def fuzz_command(data: bytes) -> None:
     """A whole command line of a command that computes nothing."""
     args = [part for part in data.decode("utf-8", "surrogateescape").split("\0") if part]
-    command = ("recipes", "check", "export", "eval", "report", "timeline", "trian")[len(data) % 7]
+    command = COMMANDS[len(data) % len(COMMANDS)]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             code = cli.main([command, *args])
         except SystemExit as stop:  # how tyro ends
             code = int(stop.code or 0)
     assert code in (0, cli.EXIT_FOUND, cli.EXIT_USER_ERROR), code
+
+
+def fuzz_train(data: bytes) -> None:
+    """A command line of `conadv train` through tyro and every rule, as far as the config that it asks for."""
+    import tyro
+
+    args = [part for part in data.decode("utf-8", "surrogateescape").split("\0") if part]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            base, prog, rest = cli._base_config(args, recipes.get)
+            found = tyro.cli(cli.TrainArgs, default=cli.TrainArgs(base, cli.RunOptions()), args=rest, prog=prog)
+        except SystemExit as stop:  # how tyro ends
+            if stop.code not in (0, 2):
+                raise AssertionError(f"exit code {stop.code}") from stop
+            raise ConadvError(f"tyro: {printable(said.getvalue())[:200]}") from stop
+    config.resolve(config.override(base, found.config, cli.given_settings(rest)))
+
+
+def fuzz_state(data: bytes) -> None:
+    """A genuine checkpoint with a few plain values changed, sealed again, through what reads one without training."""
+    import torch
+
+    run = RunDir(_trained())
+    state = _state()
+    tensor = torch.zeros(2)
+    broken = structure.changed(state, structure.Bytes(data), (tensor, tensor.long(), {"a": tensor}))
+    checkpoint._write(run.checkpoints / "step_00000002.pt", broken)
+    checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
+    load_plain_model(run.path)
+    model_card(run, checkpoint.load_newest(run.checkpoints, torch.device("cpu")))
+
+
+def fuzz_fields(data: bytes) -> None:
+    """A sweep of which one file has values that cannot be, through all that reads such files.
+
+    One input in 200 is drawn as well. The first error is raised at the end: every reader gets every input.
+    """
+    out, source = _scratch() / "fields", structure.Bytes(data[1:])
+    documents = {"runs/a/record.jsonl": structure.record(), "runs/a/summary.json": structure.summary()}
+    documents |= {"sweep.json": structure.sweep(), "runs/a/analysis.json": structure.analysis()}
+    name = list(documents)[data[0] % 4 if data else 0]
+    for file, content in {**documents, "runs/b/record.jsonl": structure.record()}.items():
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text(structure.text(structure.changed(content, source) if file == name else content))
+    for run in ("a", "b"):
+        (out / "runs" / run / "config.yaml").write_text(_CONFIG)
+    errors: list[ConadvError] = []
+    for read in (*READERS, *(DRAWERS if source.below(200) == 199 else ())):
+        try:
+            read(out)
+        except ConadvError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _read_report(out: Path) -> None:
+    summary = Summary("t", compare([load_run(out / "runs" / name) for name in "ab"]), out, "x")
+    json.dumps(summary.to_json(), allow_nan=False)
+
+
+def _read_sweep(out: Path) -> None:
+    json.dumps(StudySummary(load_sweep(out), out, "x").to_json(), allow_nan=False)
+
+
+def _read_staleness(out: Path) -> None:
+    text(table(staleness._lines(RunDir(out / "runs" / "a"))))
+
+
+def _read_timeline(out: Path) -> None:
+    timeline(record.read_lines(out / "runs" / "a" / "record.jsonl"), "record.jsonl")
+
+
+def _read_watch(out: Path) -> None:
+    """One run as it grows, then the folder."""
+    console = Console(file=io.StringIO(), width=100)
+    console.print(one_run(out / "runs" / "a", console)(100, 40)[0])
+    console.print(folder(out)(100, 40)[0])
+
+
+def _read_card(out: Path) -> None:
+    state = {"step": 3, "channels": 1, "class_names": ["a", "b"]}
+    model_card(RunDir(out / "runs" / "a"), state)
+
+
+def _read_analysis(out: Path) -> None:
+    analyze.table([(out, analyze.read(out / "runs" / "a"))])
+
+
+def _draw_report(out: Path) -> None:
+    write_report([out / "runs"], _scratch() / "drawn" / "report.html")
+
+
+def _draw_sweep(out: Path) -> None:
+    write_sweep_report(out, _scratch() / "drawn" / "sweep.html")
+
+
+def _draw_staleness(out: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        staleness.command(staleness.StalenessArgs((out / "runs" / "a",)))
+
+
+READERS = (_read_report, _read_sweep, _read_staleness, _read_timeline, _read_watch, _read_card, _read_analysis)
+DRAWERS = (_draw_report, _draw_sweep, _draw_staleness)
+COMMANDS = ("recipes", "check", "export", "eval", "report", "timeline", "staleness", "watch", "analyze", "trian")
+
+
+@functools.cache
+def _trained() -> Path:
+    """A run of two steps, whose checkpoint has a batch that waits."""
+    run = _scratch() / "trained"
+    small = config.replace(config.Config(method="conadv", steps=2, global_batch_size=8), model__width=2)
+    train(config.resolve(config.replace(small, eval__robust_images=0, eval__train_images=8)), run)
+    return run
+
+
+@functools.cache
+def _state() -> Any:
+    import torch
+
+    return checkpoint.load(RunDir(_trained()).checkpoints / "step_00000002.pt", torch.device("cpu"))
 
 
 def fuzz_profile(data: bytes) -> None:
@@ -186,23 +320,12 @@ def _spec_seeds() -> list[bytes]:
 
 
 def _record_seeds() -> list[bytes]:
-    phases = {"data": 0.1, "gradient": 0.2}
-    spans = [["data", 0.0, 0.1], ["gradient", 0.1, 0.3]]
-    step = {"epoch": 0.1, "lr": 1.0, "loss": 2.0, "losses": {"clean": 2.0}, "grad_norm": 1.0, "phases": phases}
-    lines: list[dict[str, Any]] = [
-        {"type": "header", "steps": 3, "config": {"method": "vanilla", "seed": 0}, "ranks": 1}
-    ]
-    lines += [{"type": "step", "step": i, **step, "seconds": 0.3, "spans": spans, "time": float(i)} for i in range(3)]
-    lines += [{"type": "eval", "step": 3, "epoch": 1.0, "split": "test", "loss": 1.0, "accuracy": 0.5, "images": 9}]
-    lines += [{"type": "timeline", "rank": 1, "role": "attack", "step": 0, "spans": spans}]
-    lines += [{"type": "error", "step": 3, "message": "x"}, {"type": "resume", "step": 1, "ranks": 1}]
-    lines += [{"type": "bad_image", "step": 1, "path": "train/a/b.png", "reason": "x"}]
-    return ["".join(json.dumps(line) + "\n" for line in part).encode() for part in (lines, lines[:2], lines[3:])]
+    lines = structure.record()
+    return [structure.text(part).encode() for part in (lines, lines[:2], lines[3:], lines[-9:])]
 
 
 def _report_seeds() -> list[bytes]:
-    summary = {"test_accuracy": 0.5, "train_accuracy": 0.6, "robust_accuracy": None, "ranks": 1, "seconds": 1.0}
-    return [seed + b"\0\0" + json.dumps(summary).encode() for seed in _record_seeds()]
+    return [seed + b"\0\0" + structure.text(structure.summary()).encode() for seed in _record_seeds()]
 
 
 def _checkpoint_seeds() -> list[bytes]:
@@ -220,6 +343,8 @@ def _command_seeds() -> list[bytes]:
         "digits\0--lr\0" + "1",
         "--config\0x.yaml\0--steps=3",
         "--data.dir\0/nowhere\0--no-lookahead",
+        "digits\0--method\0conadv\0--staleness\0" + "2\0--attack.eps=4/255\0--optim.name=lamb\0--no-lookahead",
+        "cifar10\0--data.mean\0" + "0.1\0" + "0.2\0" + "0.3\0--steps=None\0--epochs=0.5\0--out\0x",
         "-h",
         "--debug",
     ]
@@ -245,13 +370,16 @@ def _image_seeds() -> list[bytes]:
 TARGETS = {
     "config": Target(fuzz_config, _config_seeds, 120_000, 800),
     "spec": Target(fuzz_spec, _spec_seeds, 60_000, 500),
-    "yaml": Target(fuzz_yaml, _config_seeds, 150_000, 2_000),
+    "yaml": Target(fuzz_yaml, _config_seeds, 165_000, 2_000),
     "record": Target(fuzz_record, _record_seeds, 250_000, 2_000),
     "report": Target(fuzz_report, _report_seeds, 1_500, 12),
     "checkpoint": Target(fuzz_checkpoint, _checkpoint_seeds, 150_000, 2_000),
-    "archive": Target(fuzz_archive, _checkpoint_seeds, 150_000, 2_000),
+    "archive": Target(fuzz_archive, _checkpoint_seeds, 160_000, 2_000),
     "options": Target(fuzz_options, _command_seeds, 30_000, 200),
     "command": Target(fuzz_command, _command_seeds, 6_000, 60),
+    "train": Target(fuzz_train, _command_seeds, 2_000, 20),
+    "state": Target(fuzz_state, lambda: structure.seeds(40), 4_000, 60),
+    "fields": Target(fuzz_fields, lambda: structure.seeds(60), 15_000, 100),
     "profile": Target(fuzz_profile, _profile_seeds, 100_000, 1_000),
     "image": Target(fuzz_image, _image_seeds, 150_000, 2_000),
 }

@@ -195,6 +195,13 @@ def test_the_first_question_names_trials_choice_split_and_edge(study: Any) -> No
     assert "Every other arm had as many trials (3) at every batch." in text
 
 
+def test_a_cell_that_stands_twice_is_no_crash(folder: Path, tmp_path: Path) -> None:
+    """Red when: cells are compared with ==, which compares the arrays of their runs."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    study = load_sweep(edited(folder, tmp_path / "sweep", cells=[*cells, cells[0]]))
+    assert answers.tuned(study)
+
+
 def test_unfair_tuning_is_said(folder: Path, tmp_path: Path) -> None:
     """Red when: _others() or _seed_overlap() says nothing."""
     document = json.loads((folder / "sweep.json").read_text())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import torture_fuzz
+from benchmarks import fuzz_structure, torture_fuzz
 
 
 def test_fuzz_short(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_fuzz_short(tmp_path: Path) -> None:
 
 
 def test_a_full_campaign_has_a_million_inputs() -> None:
-    assert sum(target.full for target in torture_fuzz.TARGETS.values()) >= 1_000_000
+    assert sum(target.full for target in torture_fuzz.TARGETS.values()) >= 1_200_000
 
 
 def test_a_crash_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,22 @@ def test_a_crash_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert '"error": "AssertionError' in (tmp_path / "made.json").read_text()
     with pytest.raises(AssertionError, match="made: "):
         torture_fuzz.run(False, tmp_path)
+
+
+def test_structural_changes_reach_every_place_and_leave_the_original() -> None:
+    # Red when: changed gives its argument back, or only looks at the first level.
+    value = {"a": [1, {"b": 2}], "c": "x"}
+    found = [fuzz_structure.changed(value, fuzz_structure.Bytes(data)) for data in fuzz_structure.seeds(250)]
+    assert value == {"a": [1, {"b": 2}], "c": "x"}
+    assert all(any("c" not in v or v["c"] is odd for v in found) for odd in fuzz_structure.ODD[:3])
+    assert any(v.get("a") == [1, {"b": 2}, 1, {"b": 2}] for v in found)
+    assert any(v.get("a") == [1, {}] for v in found)
+    assert any(v.get("a") == [1, {"b": None}] for v in found)
+
+
+@pytest.mark.parametrize("name", ["fields", "state"])
+def test_what_is_not_changed_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: a reader refuses the genuine files, so that nothing behind its first check is tried.
+    monkeypatch.setattr(fuzz_structure, "changed", lambda value, *_: value)
+    for first in range(4):
+        assert torture_fuzz.accepted(torture_fuzz.TARGETS[name].check, bytes([first]))

@@ -82,7 +82,7 @@ def tuned(study: Study) -> list[str]:
     if not any(cell.trials for cell in study.cells):
         return ["No: this sweep tuned nothing. Every arm has the settings that the spec gives."]
     verdict = "Yes." if all(cell.trials for cell in cells) else "Not everywhere."
-    others = [cell for cell in study.cells if cell not in cells]
+    others = [cell for cell in study.cells if all(cell is not own for own in cells)]  # == would compare arrays
     own = [sentence for line in dict.fromkeys(cell.line for cell in cells) for sentence in _choices(study, line)]
     return [f"{verdict} {_selection(study)}", *own, *_others(study, cells, others), *_seed_overlap(study)]
 
