@@ -333,7 +333,7 @@ def _checkpoint_seeds() -> list[bytes]:
 
     folder = _scratch() / "seeds"
     state = {"model": {"weight": torch.arange(3.0)}, "optimizer": {"state": {}}, "class_names": ["a"]}
-    path = checkpoint.save(folder, 1, {**state, "engine": {"version": 1}}, 1)
+    path = checkpoint.save(folder, 1, {**state, "engine": {"version": 1}, "best": None}, 1)
     archive = path.read_bytes()[: -checkpoint.SEAL_BYTES]
     return [archive, archive[:300]]
 

@@ -396,9 +396,13 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda lines: [*lines, '{"type": "bad_image", "step": 0, "path": []}\n'],
         "bad_image with path",
     ),
+    "text for seconds": (
+        lambda lines: [*lines, '{"type": "step", "step": 0, "seconds": "x"}\n'],
+        "step with seconds",
+    ),
     "a huge number": (
         lambda lines: [*lines, '{"type": "step", "step": 0, "seconds": 1' + "0" * 400 + "}\n"],
-        "step with seconds",
+        "more than 20 digits",
     ),
 }
 

@@ -29,8 +29,7 @@ from pathlib import Path
 from conadv.lock import Lock
 assert Lock(Path(sys.argv[1]), "").take()
 if os.fork() == 0:  # as a loader's worker, which may outlive the process that it works for
-    time.sleep(60)
-print("held", flush=True)
+    print("held", flush=True)
 time.sleep(60)
 """
 
