@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,11 +206,50 @@ def evaluation_scalars(split: str, loss: float, accuracy: float) -> dict[str, fl
     return {f"{_GROUPS.get(split, split)}/loss": loss, f"{_GROUPS.get(split, split)}/accuracy": accuracy}
 
 
+class Guarded(Silent):
+    """An observer that may fail: a closed pipe or a full disk under its output never ends a run.
+
+    After its first OSError it hears of nothing any more, and stderr says so. What the program prints at the end still
+    fails, when everything is saved.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer: Observer | None = observer
+
+    def _try(self, call: Callable[[Observer], None]) -> None:
+        if self._observer is None:
+            return
+        try:
+            call(self._observer)
+        except OSError as error:
+            self._observer = None
+            with suppress(OSError):
+                sys.stderr.write(f"conadv: progress is not shown any more ({error}); training goes on.\n")
+
+    def message(self, text: str) -> None:
+        self._try(lambda observer: observer.message(text))
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        self._try(lambda observer: observer.loading(what, done, total))
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        self._try(lambda observer: observer.start(title, first_step, num_steps))
+
+    def step(self, record: StepRecord) -> None:
+        self._try(lambda observer: observer.step(record))
+
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        self._try(lambda observer: observer.evaluation(step, split, loss, accuracy))
+
+    def finish(self) -> None:
+        self._try(lambda observer: observer.finish())
+
+
 class Together(Silent):
-    """Several observers as one."""
+    """Several observers as one; one that fails is left out from then on."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = observers
+        self._observers = [Guarded(observer) for observer in observers]
 
     def message(self, text: str) -> None:
         for observer in self._observers:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, differences, dump_yaml, load_yaml, replace
+from .config import Config, differences, dump_yaml, load_yaml, parse, replace
 from .errors import ConadvError
 from .lock import Lock
-from .record import write_atomic
+from .record import read_lines, write_atomic
 from .untrusted import refuse_links
 
 
@@ -165,6 +165,21 @@ class RunDir:
                 f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"
                 "Repeat the run's own settings (conadv train --config RUN/config.yaml --out RUN --resume), "
                 "or start a new run."
+            )
+
+    def check_header(self, config: Config) -> None:
+        """Raise ConadvError if the record began with other settings: somebody has changed config.yaml since."""
+        header = next(line for line in read_lines(self.record) if line["type"] == "header")
+        began = replace(
+            parse(header.get("config") or {}, f"the header of {self.record}"),
+            data__dir=config.data.dir,
+            data__download=config.data.download,
+        )
+        if changed := differences(began, config):
+            raise ConadvError(
+                f"Cannot resume {self.path}: its config.yaml is not the one that the run began with:\n  "
+                + "\n  ".join(changed)
+                + "\nBring back these settings, or start a new run."
             )
 
     def changes(self, config: Config) -> list[str]:

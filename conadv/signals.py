@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: at the next step boundary, with a checkpoint.
 
-SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGINT is Ctrl-C. The first of either is a
-request, which all ranks learn of within the step's own sum (see ``TrainStep.stop_request``). After it SIGINT has the
-system's own action again, so that a second Ctrl-C leaves at once, whatever the process waits for.
+SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
+SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own sum (see
+``TrainStep.stop_request``). After it SIGINT has the system's own action again, so that a second Ctrl-C leaves at once,
+whatever the process waits for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 _NAMES = {INTERRUPT: "SIGINT", TERMINATE: "SIGTERM"}
 _REQUESTS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _REQUESTS[signal.SIGHUP] = TERMINATE
 
 
 class Stopped(KeyboardInterrupt):
@@ -34,8 +37,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside the block SIGTERM and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
+    """Inside the block SIGTERM, SIGHUP and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
 
+    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a script's ``&``.
     ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The handlers of before
     come back at the end. Off the main thread, where Python takes no handlers, nothing changes.
     """
@@ -48,7 +52,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _REQUESTS}
+            heard = [number for number in _REQUESTS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -61,7 +66,8 @@ class Signals:
             os.kill(os.getpid(), number)
             return
         first, self.request = not self.request, max(self.request, _REQUESTS[signal.Signals(number)])
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if first and self._tell is not None:
             text = f"{_NAMES[self.request]}: stopping after this step with a checkpoint; Ctrl-C leaves at once"
             threading.Thread(target=self._tell, args=(text,), daemon=True).start()
@@ -83,7 +89,9 @@ def outlive_stop(_: int = 0) -> None:
     if not hasattr(signal, "SIGALRM"):  # Windows, where nobody signals groups
         return
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 def end_with_parent() -> None:

@@ -38,7 +38,7 @@ from .norm import CLEAN, has_batchnorm, routes_of, split_batchnorm
 from .optim import MODEL_RULES, build_optimizer, describe, parameter_groups
 from .precise_bn import recalibrate
 from .probe import Probe, check_duration
-from .progress import Observer, Silent
+from .progress import Guarded, Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
 from .signals import INTERRUPT, TERMINATE, Signals, Stopped
@@ -106,7 +106,7 @@ def train(
     before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
-    observer = observer if observer and comm.first else Silent()
+    observer = Guarded(observer if observer and comm.first else Silent())
     run = RunDir(out)
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
     with run.alone() as lock:
@@ -224,6 +224,11 @@ def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> No
 def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
     """Whether to resume, and whether to overwrite, where a launcher has started the processes of this run again."""
     saved = checkpoint.steps(run.checkpoints)
+    if not saved and run.summary.is_file():
+        raise ConadvError(
+            f"{run.path} holds this run, finished, but without a checkpoint: there is nothing to go on from. Add "
+            "--overwrite to train it again, or choose another --out."
+        )
     observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
     return bool(saved), not saved
 
@@ -651,6 +656,7 @@ def _open_record(run: RunDir, parts: Parts, first: int, damaged: list[str]) -> r
         return record.Record(None)
     if first:
         record.check_steps(run.record, first)
+        run.check_header(parts.config)
         record.truncate(run.record, first)
         earlier = [line["path"] for line in record.read_lines(run.record) if line["type"] == "bad_image"]
         parts.data.bad.logged.update(earlier)

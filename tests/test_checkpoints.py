@@ -17,7 +17,7 @@ import torch
 from conadv import ConadvError, checkpoint
 from conadv.checkpoint import DamagedCheckpoint, find_newest, load, load_newest, load_step, save, steps, verify
 from conadv.cli import main
-from conadv.config import resolve
+from conadv.config import dump_yaml, replace, resolve
 from conadv.record import Record, read_lines, truncate
 from conadv.run import RunDir
 from conadv.trainer import build, load_run, train
@@ -359,6 +359,27 @@ def test_a_resumed_run_removes_what_a_killed_one_had_no_time_for(
     assert len(steps(tmp_path / "checkpoints")) > 1
     train(settings, tmp_path, resume=True)
     assert steps(tmp_path / "checkpoints") == [4]
+
+
+def test_auto_resume_deletes_no_finished_run(tmp_path: Path) -> None:
+    # Red when: a finished run whose checkpoints are gone is begun again over its results.
+    settings = config(steps=4, epochs=None)
+    train(settings, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(ConadvError, match="finished, but without a checkpoint"):
+        train(settings, tmp_path / "run", auto_resume=True)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+def test_a_config_that_was_edited_is_not_resumed(tmp_path: Path) -> None:
+    # Red when: a resume compares the settings with config.yaml alone, which the same hand has changed.
+    settings = config(steps=4, epochs=None)
+    train(settings, tmp_path / "run")
+    edited = replace(settings, seed=settings.seed + 1)
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(resolve(edited)))
+    with pytest.raises(ConadvError, match=f"not the one that the run began with:\n  seed: {settings.seed}"):
+        train(edited, tmp_path / "run", resume=True)
 
 
 def test_auto_resume_is_one_call_for_every_start(tmp_path: Path) -> None:

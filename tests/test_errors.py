@@ -71,6 +71,37 @@ def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
+def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None:
+    # Red when: train() does not guard its observer.
+    run = tmp_path / "run"
+    args = ["train", "digits", "--steps", "8", "--schedule.warmup-epochs", "0", "--global-batch-size", "32"]
+    args += ["--data.train-images", "64", "--model.width", "2", "--eval.robust-images", "0", "--out", str(run)]
+    if output == "a full disk" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    if output == "a full disk":
+        writing = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, writing = os.pipe()
+        os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "conadv", *args],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == (141 if output == "a closed pipe" else 2)
+    assert "progress is not shown any more" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json.loads((run / "summary.json").read_text())["steps"] == 8
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000008.pt"]
+
+
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
     # Red when: BrokenPipeError is not caught, or stdout is flushed only when Python ends.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -41,7 +41,10 @@ class Sends(Silent):
         self.heard.append(text)
 
 
-@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130), (signal.SIGHUP, "SIGTERM", 143)],
+)
 def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
     number: int, name: str, code: int, tmp_path: Path
 ) -> None:
@@ -95,6 +98,22 @@ def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_acti
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.request == TERMINATE
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    # Red when: Signals takes signals that the process was started to ignore (nohup, a script's `&`).
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.request == 0
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.request == TERMINATE
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_off_the_main_thread_handlers_stay_as_they_are() -> None:
