@@ -40,6 +40,8 @@ class AnalyzeArgs:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories with a checkpoint."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
+    at_loss: float | None = None
+    """Analyse the kept checkpoint whose training loss is nearest to this, not the newest: flatness at equal loss."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses."""
@@ -53,28 +55,33 @@ def command(args: AnalyzeArgs) -> None:
     """Analyse every run in turn and show all as one table.
 
     Raises ConadvError before any computation for a folder that is no run or has no checkpoint, and for an analysis
-    with other options that --overwrite would have to allow to be replaced.
+    with other options that --overwrite would have to allow to be replaced; and, when its turn comes, for a run without
+    a checkpoint near --at-loss.
     """
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv analyze RUN...")
-    steps = {path: _newest(path) for path in args.runs}
-    todo = [path for path in steps if not _done(path, args.options, steps[path], args.overwrite)]
+    if args.at_loss is not None and not 0 < args.at_loss < float("inf"):
+        raise ConadvError(f"--at-loss {args.at_loss} must be a number above 0.")
+    settings = {path: _settings(args.options, _newest(path), args.at_loss) for path in args.runs}
+    todo = [path for path in settings if not _done(path, settings[path], args.overwrite)]
     from rich.console import Console
 
     from .allocator import keep_freed_memory
+    from .analysis.equal_loss import step_at_loss
     from .engine.comm import pick_device
     from .trainer import load_run
 
     keep_freed_memory()
     device = pick_device(args.device)
     for path in todo:
-        parts, watch = load_run(path, device), _Progress(path)
+        step = None if args.at_loss is None else step_at_loss(path, args.at_loss, args.options.images, device)
+        parts, watch = load_run(path, device, step=step), _Progress(path)
         try:
-            _write(path, parts, args.options, watch)
+            _write(path, parts, settings[path], args.options, watch)
         finally:
             watch.close()
-    Console(highlight=False).print(table([(path, read(path)) for path in steps]))
-    for path in steps:
+    Console(highlight=False).print(table([(path, read(path)) for path in settings]))
+    for path in settings:
         state = "written" if path in todo else "had it already"
         sys.stdout.write(f"{RunDir(path).analysis_file}: {state}\n")
 
@@ -93,16 +100,17 @@ def _newest(path: Path) -> int:
     return found[-1]
 
 
-def _settings(options: Options, step: int) -> dict[str, Any]:
-    return {"version": __version__, "step": step, "options": asdict(options)}
+def _settings(options: Options, newest: int, at_loss: float | None) -> dict[str, Any]:
+    return {"version": __version__, "newest_step": newest, "at_loss": at_loss, "options": asdict(options)}
 
 
-def _done(path: Path, options: Options, step: int, overwrite: bool) -> bool:
+def _done(path: Path, now: dict[str, Any], overwrite: bool) -> bool:
     """Whether the run has this very analysis. Another one is an error unless it may be overwritten."""
     if overwrite or not RunDir(path).analysis_file.exists():
         return False
-    before, now = read(path), _settings(options, step)
-    changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in ("version", "step") if before.get(key) != now[key]]
+    before = read(path)
+    plain = [key for key in now if key != "options"]
+    changed = [f"{key}: {before.get(key)} -> {now[key]}" for key in plain if before.get(key) != now[key]]
     old = before["options"]
     changed += [f"{key}: {old.get(key)} -> {value}" for key, value in now["options"].items() if old.get(key) != value]
     if changed:
@@ -123,11 +131,11 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(path: Path, parts: Parts, options: Options, watch: Watch) -> None:
+def _write(path: Path, parts: Parts, settings: dict[str, Any], options: Options, watch: Watch) -> None:
     """Compute, then write pictures and, last, analysis.json: a run with that file has everything."""
     from .analysis.model import analyze
 
-    found = {**_settings(options, parts.engine.version), "split": "train", **analyze(parts, options, watch)}
+    found = {**settings, "step": parts.engine.version, "split": "train", **analyze(parts, options, watch)}
     pictures = _pictures(found, f"{parts.config.method}, {path.name}")
     run = RunDir(path)
     try:

@@ -499,15 +499,15 @@ def _start(run: RunDir, parts: Parts, resume: bool, lock: Lock, observer: Observ
     return world.share(parts.engine.version), damaged
 
 
-def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
-    """The parts of a run with its newest checkpoint loaded, or the best one (checkpoint.keep_best).
+def load_run(path: Path, device: torch.device, *, best: bool = False, step: int | None = None) -> Parts:
+    """The parts of a run with one checkpoint loaded: newest, best (checkpoint.keep_best), or that of ``step``.
 
     Where a run has an average of its weights, that is the model.
     """
     run = RunDir(path)
     config = replace(run.open(), data__download=False)  # evaluating a stranger's run writes nothing
     parts = build(resolve(config), device)
-    state = load_state(run, device, best=best)
+    state = load_state(run, device, best=best) if step is None else checkpoint.load_step(run.checkpoints, step, device)
     restore(parts, state)
     with checkpoint.giving(state):
         parts.model.load_state_dict(evaluated_state(state))

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from conadv import ConadvError, PixelSpace, recipes, strip
+from conadv import ConadvError, PixelSpace, checkpoint, recipes, strip
+from conadv.analysis.equal_loss import step_at_loss
 from conadv.analysis.hessian import Spectrum, lanczos, trace
 from conadv.analysis.landscape import filter_normalised, grid, line, plane
 from conadv.analysis.model import analyze
+from conadv.analysis.model import images as images_of
 from conadv.analysis.objective import Objective, clean_objective
 from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
@@ -338,9 +340,8 @@ FAST = [
     *("--images", "48", "--eigenvalues", "2", "--iterations", "4", "--probes", "2", "--keskar-steps", "2"),
     *("--grid", "5", "--robust-images", "64", "--threads", "1"),
 ]
-KEYS = (
-    "version step options split images loss accuracy hessian sharpness landscape_1d landscape_2d robust seconds".split()
-)
+KEYS = ["version", "newest_step", "at_loss", "options", "step", "split", "images", "loss", "accuracy", "hessian"]
+KEYS += ["sharpness", "landscape_1d", "landscape_2d", "robust", "seconds"]
 
 
 @pytest.fixture(scope="module")
@@ -394,6 +395,40 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read(trained)["landscape_2d"] is None
     assert read(trained)["hessian"] == hessian
     assert [path.name for path in (trained / "analysis").iterdir()] == ["landscape_1d.png"]
+
+
+def test_at_equal_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: the newest checkpoint is analysed; nearest is taken by the difference, not the ratio; a damaged one ends
+    # the search; another target's analysis is kept.
+    out = tmp_path / "run"
+    more = {"eval__robust_images": 0, "eval__every_epochs": None, "checkpoint__every_epochs": 1, "checkpoint__keep": 99}
+    train(replace(recipes.get("digits"), **{**SETTINGS, "steps": 24}, **more), out)
+    kept = checkpoint.steps(out / "checkpoints")
+    assert len(kept) >= 6
+    losses = {}
+    for step in kept:
+        parts = load_run(out, torch.device("cpu"), step=step)
+        losses[step] = clean_objective(parts.model, *images_of(parts.data, "train", 48), parts.space)
+    at = {step: found.value(found.theta).loss for step, found in losses.items()}
+    low, high = max(itertools.pairwise(sorted(at.values())), key=lambda pair: pair[1] / pair[0])
+    target = ((low * high) ** 0.5 + (low + high) / 2) / 2  # nearer to the low one by the difference
+    (nearest,) = (step for step in kept if at[step] == high)
+    assert nearest != kept[-1]
+    assert main(["analyze", str(out), *FAST, "--robust-images", "0", "--at-loss", f"{target}"]) == 0
+    found = read(out)
+    assert (found["step"], found["newest_step"], found["at_loss"]) == (nearest, 24, target)
+    assert found["loss"] == pytest.approx(at[nearest], rel=1e-5)
+    assert main(["analyze", str(out), *FAST, "--robust-images", "0"]) == 2
+    assert f"at_loss: {target} -> None). Add --overwrite" in capsys.readouterr().err
+    damaged = out / "checkpoints" / f"step_{nearest:08d}.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert step_at_loss(out, at[nearest], 48, torch.device("cpu")) in (set(kept) - {nearest})
+
+
+@pytest.mark.parametrize(("at", "message"), [("0", "must be"), ("nan", "must be"), ("1e-9", "factor of 2 of 1e")])
+def test_no_checkpoint_there(trained: Path, capsys: pytest.CaptureFixture[str], at: str, message: str) -> None:
+    assert main(["analyze", str(trained), *FAST, "--overwrite", "--at-loss", at]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_command_needs_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,56 @@
+"""Models at equal training loss: which of a run's checkpoints to analyse, so that sharpness can be compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint
+from ..ema import evaluated_state
+from ..errors import ConadvError
+from ..run import RunDir
+from ..trainer import Parts, load_run
+from .model import images
+from .objective import clean_objective
+
+FACTOR = 2.0
+"""Losses further apart than this are not called equal: Hessian and gradient go with the loss (docs/analysis.md)."""
+
+
+def step_at_loss(path: Path, target: float, count: int, device: torch.device) -> int:
+    """The step of the kept checkpoint whose training loss is nearest to ``target`` by its logarithm; the later of two.
+
+    The loss is the one that the analysis has: clean route, eval mode, ``count`` images, float32. Damaged checkpoints
+    are passed over. Ranks: one process.
+
+    Raises ConadvError where no checkpoint's loss lies within ``FACTOR`` of the target.
+    """
+    parts, losses = load_run(path, device), {}
+    folder = RunDir(path).checkpoints
+    for step in checkpoint.steps(folder):
+        try:
+            losses[step] = _loss(parts, checkpoint.load_step(folder, step, device), count)
+        except checkpoint.DamagedCheckpoint:
+            continue
+    apart = {step: abs(math.log(loss / target)) for step, loss in losses.items() if 0 < loss < math.inf}
+    best = min(apart, key=lambda step: (apart[step], -step), default=None)
+    if best is None or apart[best] > math.log(FACTOR):
+        nearest = "none has a loss above 0" if best is None else f"the nearest is {losses[best]:.3g}, at step {best}"
+        raise ConadvError(
+            f"{path} has no checkpoint with a training loss within a factor of {FACTOR:g} of {target:g} among "
+            f"{len(losses)}: {nearest}. Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose "
+            "another loss, one that all runs pass."
+        )
+    return best
+
+
+def _loss(parts: Parts, state: dict[str, object], count: int) -> float:
+    with checkpoint.giving(state):
+        parts.model.load_state_dict(evaluated_state(state))
+    try:
+        train = clean_objective(parts.model, *images(parts.data, "train", count), parts.space)
+        return train.value(train.theta).loss
+    except ConadvError:  # diverged at this step
+        return math.nan
