@@ -257,6 +257,14 @@ def test_nothing_above_is_not_corrected(folder: Path, tmp_path: Path) -> None:
     assert "Holm" not in text
 
 
+def test_one_difference_is_not_counted(study: Any) -> None:
+    """Red when: _corrected() counts one difference as several, or calls it kept without looking."""
+    only = changed(study, controls=(), cells=tuple(c for c in study.at(300) if c.arm in ("LARS", "+ ConAdv, tau = 1")))
+    text = answers._corrected(only, differences(only, 300))
+    assert text == ["The one such difference remains after Holm's correction for all 1 comparisons at this batch."]
+    assert differences(only, 300)[0].adjusted < 0.05
+
+
 def test_an_edge_is_named_and_two_values_have_none(folder: Path, tmp_path: Path) -> None:
     """Red when: all settings of a cell are called at the edge, or one with two values is."""
     cells = json.loads((folder / "sweep.json").read_text())["cells"]

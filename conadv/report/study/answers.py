@@ -273,8 +273,10 @@ def _corrected(study: Study, contrasts: Iterable[Contrast]) -> list[str]:
     kept = sum(c.adjusted is not None and c.adjusted < ALPHA for c in above)
     if not above:
         return []
-    count = f"the {len(above)} such differences" if len(above) > 1 else "the one such difference"
-    return [f"Of {count}, {kept} remain after Holm's correction for all {tested} comparisons at this batch."]
+    after = f"after Holm's correction for all {tested} comparisons at this batch"
+    if len(above) == 1:
+        return [f"The one such difference {'remains' if kept else 'does not remain'} {after}."]
+    return [f"Of the {len(above)} such differences, {kept} remain {after}."]
 
 
 def at_equal_cost(study: Study) -> list[str]:
