@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import documents
-from .. import table
+from .. import table, words
 from ..settings import part, show
 from . import sharpness
 from .contrast import Contrast, differences, said
@@ -306,23 +306,11 @@ COST = (
 
 def robustness(study: Study) -> str:
     """How robust accuracy was measured, from the runs' configurations; empty where it was not."""
-    measured = [cell.finished[0] for cell in study.cells if cell.values("robust_accuracy")]
-    ways = dict.fromkeys(_attacked(run.config.get("eval") or {}) for run in measured)
-    return f"Robust accuracy: {'; '.join(ways)}." if ways else ""
-
-
-def _attacked(evaluation: Mapping[str, Any]) -> str:
-    eps, steps, images = (evaluation.get(f"robust_{name}") for name in ("eps", "steps", "images"))
-    return pgd(eps, steps, f"at most {show('', images)}")
-
-
-def pgd(eps: Any, steps: Any, images: Any) -> str:
-    """e.g. "PGD with 10 steps, eps 1/255, on 500 test images"."""
-    return f"PGD with {show('', steps)} steps, eps {show('eps', eps)}, on {show('', images)} test images"
+    return words.robustness(run for cell in study.cells for run in cell.finished)
 
 
 def analysed_robustness(study: Study) -> str:
     """The same of the sharpness table, from the analyses; empty where they left it out."""
     found = [analysis.get("robust") or {} for cell in study.cells for analysis in sharpness.measured(cell).values()]
-    ways = dict.fromkeys(pgd(*(one.get(name) for name in ("eps", "steps", "images"))) for one in found if one)
+    ways = dict.fromkeys(words.pgd(*(one.get(name) for name in ("eps", "steps", "images"))) for one in found if one)
     return f"Robust accuracy: {'; '.join(ways)}." if ways else ""
