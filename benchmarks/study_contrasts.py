@@ -53,7 +53,8 @@ def decide(summary: Json) -> Table:
         accuracy = f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
         against = [cells.NONE if arm == other else points(summary, arm, other) for other in REFERENCES]
         rows.append([arm, f"{own['cost']['total'] / base:.3g}", accuracy, *against])
-    head = ["arm", "gradient images, times LARS's", "test accuracy, %", *(f"against {other.removeprefix('+ ')}" for other in REFERENCES)]
+    head = ["arm", "gradient images, times LARS's", "test accuracy, %"]
+    head += [f"against {other.removeprefix('+ ')}" for other in REFERENCES]
     return head, rows
 
 

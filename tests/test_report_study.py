@@ -250,7 +250,7 @@ def test_no_interval_is_no_verdict(folder: Path, tmp_path: Path) -> None:
 
 def test_nothing_above_is_not_corrected(folder: Path, tmp_path: Path) -> None:
     """Red when: _corrected() speaks of 0 differences."""
-    study = load_sweep(edited(folder, tmp_path / "sweep", controls=[], baseline="+ sequential attack"))
+    study = load_sweep(edited(folder, tmp_path / "sweep", controls=[CONTROLS[1]], baseline="+ sequential attack"))
     flat = changed(study, cells=tuple(c for c in study.cells if c.arm != "+ ConAdv, look-ahead"))
     text = " ".join(answers.attack_or_images(flat))
     assert "0 of 1 adversarial arms are above" in text

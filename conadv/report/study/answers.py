@@ -196,8 +196,8 @@ def head(study: Study) -> list[str]:
         "arm",
         "test accuracy, %",
         *(f"against {arm}" for arm in references),
-        "gradient images per clean image",
-        "against the best without attack at no more gradient images in all",
+        "cost per clean image",
+        "against the best without attack at no more total cost",
     ]
 
 
@@ -289,8 +289,8 @@ def at_equal_cost(study: Study) -> list[str]:
     share = max(found.share or 0.0 for found in known)
     unknown = verdicts["no interval"]
     said = [
-        f"Against the best arm without an attack that costs no more, {verdicts['higher']} of {len(known)} adversarial "
-        f"arms are higher, {verdicts['lower']} lower, {verdicts['not distinguishable']} not distinguishable"
+        f"Against the best arm without an attack that costs no more in total, {verdicts['higher']} of {len(known)} "
+        f"adversarial arms are higher, {verdicts['lower']} lower, {verdicts['not distinguishable']} not distinguishable"
         f"{f', {unknown} without an interval (one seed in common, or a diverged run)' if unknown else ''}."
     ]
     if share < 0.9:
@@ -299,8 +299,8 @@ def at_equal_cost(study: Study) -> list[str]:
 
 
 COST = (
-    "Cost is what the whole training takes in gradient images: clean images, times epochs, times views plus attack "
-    "gradients per clean image."
+    "Cost is gradient images: views plus attack gradients per clean image. The total, which is compared, is that of "
+    "the whole training."
 )
 
 

@@ -97,7 +97,7 @@ def costs(study: Study) -> Table:
             "gradient images per clean image",
             f"gradient images of the whole training, {unit(study)[1]}",
         ),
-        *("step time (×\u00a0baseline)", "training time", "best without attack at no more gradient images in all"),
+        *("step time (×\u00a0baseline)", "training time", "best without attack at no more total cost"),
     ]
     return Table(head, [_cost_row(study, cell) for cell in _ordered(study)])
 
