@@ -120,7 +120,7 @@ def sweep() -> dict[str, Any]:
     """Two arms at one point with a run each."""
     trial = {"settings": {"optim.lr": 1.0}, "runs": ["runs/a"], "validation": [0.5], "validation_loss": [1.0]}
     cell = {"settings": {"global_batch_size": 8}, "trials": [{**trial, "mean": 0.5}], "tuned_on": "A"}
-    cell |= {"chosen": {"optim.lr": 1.0}, "at_edge": True, "seeds": [0]}
+    cell |= {"chosen": {"optim.lr": 1.0}, "at_edge": ["optim.lr"], "seeds": [0]}
     spec = {
         "title": "t",
         "tune": {"seeds": [9], "by": "validation_accuracy", "tune_on": None},

@@ -1,10 +1,14 @@
 """Put the record of finished sweeps into the repository: numbers to results/studies/, figures to docs/img/studies/.
 
     python benchmarks/publish_study.py SWEEP...
+    python benchmarks/publish_study.py --again NAME...
 
 SWEEP is the folder that `conadv sweep` wrote. Its report is made anew; `results/studies/NAME/` gets `sweep.json` (the
 spec, every trial and choice), `summary.json` (the report's numbers and tables) and `runs.jsonl` (one line per run). Of
 the figures those are taken that a page shows. `benchmarks/readme.py` draws the pages from these.
+
+With --again the report is made anew from what is published of the study NAME (a folder of results/studies/): for a
+report that says or draws something new, when the sweep's folder is gone.
 """
 
 from __future__ import annotations
@@ -12,8 +16,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import study_records
 
 from conadv.report.study import write_sweep_report
 
@@ -40,10 +47,26 @@ def publish(sweep: Path) -> Path:
         json.dumps(run_line(run)) for run in sorted((sweep / "runs").iterdir()) if (run / "summary.json").is_file()
     ]
     (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    copy_pictures(sweep, name)
+    return numbers
+
+
+def again(name: str) -> Path:
+    """Make the report of a published study anew, and return the folder of its numbers."""
+    numbers = ROOT / "results" / "studies" / name
+    with tempfile.TemporaryDirectory() as place:
+        study_records.restore(numbers, Path(place))
+        summary = study_records.report_again(numbers, Path(place))
+        copy_pictures(Path(place), name)
+    (numbers / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return numbers
+
+
+def copy_pictures(sweep: Path, name: str) -> None:
+    """Put the figures of a report that a page shows to docs/img/studies/."""
     for picture in sorted((sweep / "figures").glob("*.png")):
         if wanted(f"{name}/{picture.name}"):
-            shutil.copy(picture, pictures / picture.name)
-    return numbers
+            shutil.copy(picture, ROOT / "docs" / "img" / "studies" / name / picture.name)
 
 
 def wanted(picture: str) -> bool:
@@ -61,5 +84,5 @@ def run_line(run: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    for folder in sys.argv[1:]:
-        print(publish(Path(folder)))
+    for given in [argument for argument in sys.argv[1:] if argument != "--again"]:
+        print(again(given) if "--again" in sys.argv else publish(Path(given)))

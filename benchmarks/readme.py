@@ -21,6 +21,7 @@ import study_tables
 import two_hosts as link
 
 from conadv.bench.options import CONCURRENT
+from conadv.report import words
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -56,11 +57,16 @@ def demo(summary: dict[str, Any]) -> str:
         "arm",
         "test accuracy, %",
         "difference, points [95 % interval]",
-        "under PGD-10, %",
+        "robust accuracy, %",
         "step, ms",
         "attack share, %",
     ]
-    how = f"{seeds} seeds, mean ± standard deviation; `{summary['command']}`, two runs at a time; {machine}"
+    settings = summary["common_settings"]
+    robust = words.pgd(
+        *(settings[f"eval.robust_{name}"] for name in ("eps", "steps")), f"at most {settings['eval.robust_images']}"
+    )
+    made = f"`{summary['command']}`, two runs at a time; {machine}"
+    how = f"{seeds} seeds, mean ± standard deviation; robust accuracy: {robust}; {made}"
     return f"{table(head, rows)}\n\n{how}"
 
 

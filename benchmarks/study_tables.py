@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import study_contrasts
+import study_records
 
 QUESTIONS = {
     "tuned": "Was the baseline tuned?",
@@ -21,16 +25,36 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, kept, or a table of the report; "accuracy 500": it where its first column is 500."""
+    """``what``: questions, made, kept, decide, gain, predictors, or a table of the report.
+
+    "accuracy 500" is the table where its first column is 500.
+    """
     summary = json.loads((studies / name / "summary.json").read_text())
     if what == "questions":
         return questions(summary)
     if what == "made":
-        return made(summary)
+        return f"{made(summary)}{shared(studies, name)}"
     if what == "kept":
         return kept(summary["tables"]["staleness"])
+    if what == "decide":
+        return drawn(*study_contrasts.decide(summary))
+    if what == "gain":
+        return drawn(*study_contrasts.gain(summary, "ConAdv"))
+    if what == "predictors":
+        (head, rows), said = study_contrasts.predictors(summary)
+        return f"{drawn(head, rows)}\n\n{said}"
     kind, _, where = what.partition(" ")
-    return report_table(summary["tables"][kind], where)
+    return report_table(summary["tables"][kind], where) + footnote(summary, kind)
+
+
+def drawn(head: list[str], rows: list[list[str]]) -> str:
+    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 1)
+
+
+def footnote(summary: dict[str, Any], kind: str) -> str:
+    """How the robust accuracy of a table was measured, below it."""
+    said = summary.get({"accuracy": "robust", "sharpness": "analysed_robust"}.get(kind, ""))
+    return f"\n\n{escape(said)}" if said else ""
 
 
 def questions(summary: dict[str, Any]) -> str:
@@ -41,10 +65,38 @@ def questions(summary: dict[str, Any]) -> str:
 def made(summary: dict[str, Any]) -> str:
     """Seeds, command, machine and versions in one sentence."""
     seeds = sorted({len(cell["seeds"]) for cell in summary["cells"]})
-    commits = ", ".join(dict.fromkeys(found.partition("commit ")[2][:7] for found in summary["git"]))
+    commits = ", ".join(dict.fromkeys(map(commit, summary["git"])))
+    if "(dirty)" in commits:
+        commits += "; dirty is with changes that were not committed"
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     facts = "; ".join([*summary["machines"], *summary["software"]])
     return f"{count} seeds, mean ± standard deviation; `{summary['command']}` at commit {commits}; {escape(facts)}."
+
+
+def commit(said: str) -> str:
+    """ "commit 3ba97449..., dirty yes" as "3ba9744 (dirty)"."""
+    short = said.partition("commit ")[2][:7]
+    return f"{short} (dirty)" if said.endswith("dirty yes") else short
+
+
+def shared(studies: Path, name: str) -> str:
+    """Which runs of a study are those of others too: the same settings and seed are trained once."""
+    own = {_identity(line) for line in study_records.lines(studies / name)}
+    counts: Counter[str] = Counter()
+    both = set()
+    for other in sorted(path.name for path in studies.iterdir() if path.is_dir() and path.name != name):
+        common = own & {_identity(line) for line in study_records.lines(studies / other)}
+        counts[other] += len(common)
+        both |= common
+    if not both:
+        return ""
+    where = ", ".join(f"{count} with {other}" for other, count in counts.most_common() if count)
+    return f" Trained once for several studies: {len(both)} of its {len(own)} runs, tuning included ({where})."
+
+
+def _identity(line: dict[str, Any]) -> tuple[Any, ...]:
+    """No two trainings take the same time to the microsecond, and come out alike."""
+    return line["seed"], line["steps"], line["seconds"], line["test_accuracy"], line["train_loss"]
 
 
 def report_table(content: dict[str, Any], where: str = "") -> str:

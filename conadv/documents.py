@@ -65,8 +65,8 @@ class Cell(Document):
     arm: str
     settings: Settings = Field(default_factory=dict)
     trials: list[Trial] = Field(default_factory=list)
+    tuned_on: str | None = None
     chosen: Settings = Field(default_factory=dict)
-    at_edge: bool = False
     runs: list[str] = Field(default_factory=list)
     seeds: list[Seed] = Field(default_factory=list)
 
@@ -91,6 +91,7 @@ class Failure(Document):
 
     run: str
     error: str
+    diverged: bool = False
 
 
 class Sweep(Document):
@@ -130,6 +131,9 @@ class Robust(Document):
     """Under PGD."""
 
     accuracy: Share | None = None
+    eps: Number | None = None
+    steps: Count | None = None
+    images: Count | None = None
 
 
 class Line(Document):

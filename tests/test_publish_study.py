@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from .test_two_hosts import load
+
+STUDIES = Path(__file__).resolve().parent.parent / "results" / "studies"
+
+
+def summary(**arms: list[float]) -> dict[str, Any]:
+    """What is read of a study's summary.json: accuracies by seed, and a cost that is the number of the arm."""
+    cells = [
+        {
+            "arm": arm,
+            "test_accuracy": {"values": {str(seed): value for seed, value in enumerate(values)}},
+            "cost": {"total": 100.0 * number},
+        }
+        for number, (arm, values) in enumerate(arms.items(), 1)
+    ]
+    return {"cells": cells}
 
 
 def test_marks_name_rows() -> None:
@@ -49,3 +68,130 @@ def test_only_figures_that_a_page_shows_are_taken(monkeypatch: pytest.MonkeyPatc
     assert not publish.wanted("x/gallery.png")
     assert not publish.wanted("x/curves.png")
     assert not publish.wanted("y/accuracy.png")
+
+
+def test_the_interval_of_a_share_holds_what_a_paired_test_does_not_refuse() -> None:
+    # Red when: the covariance is left out, or the interval is that of the mean of the ratios.
+    rng = np.random.default_rng(0)
+    below = [float(x) for x in 2 + 0.8 * rng.standard_normal(5)]
+    above = [float(0.7 * x + 0.3 * rng.standard_normal()) for x in below]
+    low, high = load("study_contrasts").ratio_interval(above, below)
+    assert [stats.ttest_1samp(np.array(above) - r * np.array(below), 0).pvalue for r in (low, high)] == pytest.approx(
+        [0.05, 0.05]
+    )
+    assert low < np.mean(above) / np.mean(below) < high
+    with pytest.raises(SystemExit, match="may be 0"):
+        load("study_contrasts").ratio_interval(above, [-1.0, 1.2, 0.1, -0.3, 0.2])
+
+
+def test_what_is_kept_of_a_gain_is_said_with_its_aim() -> None:
+    # Red when: the aim is asked of the middle of the interval, or the gain is not over the baseline.
+    base = [0.40, 0.41, 0.42, 0.40]
+    gains = [0.0200, 0.0201, 0.0199, 0.0200]
+    arms = {
+        "LARS": base,
+        "ConAdv": [b + g for b, g in zip(base, gains, strict=True)],
+        "ConAdv, much": [b + 0.95 * g for b, g in zip(base, gains, strict=True)],
+        "ConAdv, little": [b + 0.5 * g for b, g in zip(base, gains, strict=True)],
+        "recycle": [b + s * g for b, g, s in zip(base, gains, (1.1, 0.6, 0.8, 0.9), strict=True)],
+    }
+    head, rows = load("study_contrasts").gain(summary(**arms), "ConAdv")
+    assert head[1] == "gradient images, times LARS's"
+    assert [row[0] for row in rows] == list(arms)[1:]
+    assert [row[-1] for row in rows] == ["–", "yes", "no", "cannot be told"]
+    assert rows[1][1] == "3"
+    assert rows[2][3].startswith("50 % [50, 50]")
+
+
+def test_the_decisive_arms_are_compared_by_seed() -> None:
+    # Red when: the reference is subtracted from itself, or columns change places.
+    contrasts = load("study_contrasts")
+    arms = {arm: [0.4 + number / 100, 0.41 + number / 100] for number, arm in enumerate(contrasts.DECISIVE)}
+    content = summary(**arms)
+    for cell in content["cells"]:
+        cell["test_accuracy"] |= {"mean": 0.5, "std": 0.01}
+    head, rows = contrasts.decide(content)
+    assert head[3:] == ["against LARS", "against LAMB", "against random-sign noise"]
+    assert rows[0][3:] == ["–", "−1.00 [−1.00, −1.00]", "−3.00 [−3.00, −3.00]"]
+    assert rows[6][:3] == ["+ ConAdv, no split", "7", "50.00 ± 1.00"]
+    with pytest.raises(SystemExit, match="0 cells of the arm 'LAMB'"):
+        contrasts.decide({"cells": content["cells"][:1]})
+
+
+def test_predictors_are_compared_at_the_same_staleness() -> None:
+    # Red when: a predictor is compared with the stale weights of another tau, or Holm's family is one row.
+    contrasts = load("study_contrasts")
+    offsets = {"": 0.0, ", momentum": 0.01, ", last update": 0.02, ", momentum and gradient": 0.03}
+    noise = np.random.default_rng(1).normal(0, 0.02, (2, 4, 5))
+    arms = {
+        f"+ ConAdv, tau = {tau}{by}": [float(0.5 + tau / 10 + offset + e) for e in noise[row, column]]
+        for row, tau in enumerate((1, 4))
+        for column, (by, offset) in enumerate(offsets.items())
+    }
+    (head, rows), said = contrasts.predictors(summary(**arms))
+    assert head == ["tau", *(f"{by} − stale" for by in contrasts.PREDICTORS),
+                    "last update − momentum", "momentum and gradient − momentum"]  # fmt: skip
+    assert rows[1][4].startswith(f"{100 * (0.01 + np.mean(noise[1, 2] - noise[1, 1])):+.2f}".replace("-", "−"))
+    assert rows[1][0] == "4"
+    assert said.startswith("Of these 10 differences ")
+
+
+def test_dirty_commits_are_marked() -> None:
+    # Red when: a clean commit is called dirty, or a dirty one is not.
+    tables = load("study_tables")
+    assert tables.commit("commit 0123456789, dirty yes") == "0123456 (dirty)"
+    assert tables.commit("commit 0123456789, dirty no") == "0123456"
+    facts = {"machines": ["m"], "software": ["s"], "command": "c", "cells": [{"seeds": [0, 1]}]}
+    assert "dirty" not in tables.made({**facts, "git": ["commit 0123456789, dirty no"]})
+    assert "; dirty is with" in tables.made({**facts, "git": ["commit 0123456789, dirty yes"]})
+
+
+def test_runs_of_several_studies_are_said(tmp_path: Path) -> None:
+    # Red when: runs are told apart by their names, which differ between studies, or one run is counted twice.
+    def line(run: str, seconds: float) -> str:
+        return json.dumps(
+            {"run": run, "seed": 0, "steps": 5, "seconds": seconds, "test_accuracy": 0.5, "train_loss": 1.0}
+        )
+
+    for name, lines in {
+        "a": [line("x", 1.5), line("y", 2.5)],
+        "b": [line("z", 1.5)],
+        "c": [line("x", 9.0), line("w", 1.5)],
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    shared = load("study_tables").shared
+    assert shared(tmp_path, "a") == (
+        " Trained once for several studies: 1 of its 2 runs, tuning included (1 with b, 1 with c)."
+    )
+    (tmp_path / "a" / "runs.jsonl").write_text(line("y", 2.5) + "\n")
+    assert shared(tmp_path, "a") == ""
+
+
+def test_how_robust_accuracy_was_measured_stands_below_the_tables() -> None:
+    # Red when: the sharpness table gets the runs' way of measuring, or other tables get any.
+    footnote = load("study_tables").footnote
+    said = {"robust": "R <5.", "analysed_robust": "A."}
+    assert [footnote(said, kind) for kind in ("accuracy", "sharpness", "costs")] == ["\n\nR &lt;5.", "\n\nA.", ""]
+    assert footnote({"analysed_robust": ""}, "sharpness") == ""
+
+
+def test_a_published_study_is_reported_again(tmp_path: Path) -> None:
+    # Red when: another run's results or costs are restored, or what was published of curves and probes is lost.
+    records, study = load("study_records"), STUDIES / "lamb-cifar10"
+    records.restore(study, tmp_path)
+    made = records.report_again(study, tmp_path)
+    before = json.loads((study / "summary.json").read_text())
+    for name in ("tables", "git", "machines", "command", "differences"):
+        assert made[name] == before[name]
+    assert (tmp_path / "figures" / "cost.png").is_file()
+    lines = (study / "runs.jsonl").read_text().splitlines()
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    for file in ("sweep.json", "summary.json"):
+        (wrong / file).write_text((study / file).read_text())
+    first = json.loads(lines[0])
+    (wrong / "runs.jsonl").write_text("\n".join([json.dumps({**first, "test_accuracy": 0.1}), *lines[1:]]))
+    records.restore(wrong, tmp_path / "again")
+    with pytest.raises(SystemExit, match="are not those"):
+        records.report_again(wrong, tmp_path / "again")

@@ -38,8 +38,8 @@ from conadv.report.study import (
     tables,
     write_sweep_report,
 )
-from conadv.report.study.figures import _side_by_side
-from conadv.report.study.gallery import magnify
+from conadv.report.study.figures import _sizes
+from conadv.report.study.gallery import factor, magnify
 from conadv.report.study.page import Picture
 
 from .sweep_folder import ARMS, CONTROLS, IMAGES, write_sweep
@@ -179,8 +179,8 @@ def test_what_others_spent_is_that_of_the_dearest(study: Any) -> None:
 
 
 def test_arms_of_the_same_cost_do_not_hide_one_another() -> None:
-    """Red when: all costs are one group, or a group is not centred."""
-    assert _side_by_side([100.0, 300.0, 301.0, 302.0]) == pytest.approx([0.0, -0.05, 0.0, 0.05])
+    """Red when: all costs are one group, or marks of one cost have one size."""
+    assert _sizes([100.0, 300.0, 301.0, 302.0]) == pytest.approx([10.0, 10.0, 8.5, 7.0])
 
 
 # The three questions
@@ -191,7 +191,8 @@ def test_the_first_question_names_trials_choice_split_and_edge(study: Any) -> No
     assert text.startswith("Yes. Settings were chosen by accuracy on 150 training images held out of every run")
     assert "with seed 100; the test set took no part" in text
     assert "batch 300: lr 4 (3 trials: 1, 2, 4)" in text
-    assert "At the edge, so a better value may lie outside: batch 300." in text
+    assert "At the edge, so a better value may lie outside: lr at batch 300." in text
+    assert "Their choices at the edge: 0 of 16." in text
     assert "Every other arm had as many trials (3) at every batch." in text
 
 
@@ -233,6 +234,112 @@ def test_the_other_questions_count_what_the_intervals_say(study: Any) -> None:
     assert "nobody spent as much: the dearest such arm spent 67 % of it" in equal
 
 
+def test_no_interval_is_no_verdict(folder: Path, tmp_path: Path) -> None:
+    """Red when: a pair of single seeds is counted as not distinguishable, or left out of the count."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    for raw in cells:
+        if raw["arm"] == "+ ConAdv, tau = 1":
+            raw["runs"], raw["seeds"] = raw["runs"][:1], [0]
+    study = load_sweep(edited(folder, tmp_path / "sweep", cells=cells))
+    equal = " ".join(answers.at_equal_cost(study))
+    assert "2 of 3 adversarial arms are higher, 0 lower, 0 not distinguishable, 1 without an interval" in equal
+    text = " ".join(answers.attack_or_images(study))
+    assert "2 of 3 adversarial arms are above LARS at batch 300; no interval for 1 (one seed" in text
+    assert "for all 8 comparisons" in text
+
+
+def test_nothing_above_is_not_corrected(folder: Path, tmp_path: Path) -> None:
+    """Red when: _corrected() speaks of 0 differences."""
+    study = load_sweep(edited(folder, tmp_path / "sweep", controls=[CONTROLS[1]], baseline="+ sequential attack"))
+    flat = changed(study, cells=tuple(c for c in study.cells if c.arm != "+ ConAdv, look-ahead"))
+    text = " ".join(answers.attack_or_images(flat))
+    assert "0 of 1 adversarial arms are above" in text
+    assert "Holm" not in text
+
+
+def test_one_difference_is_not_counted(study: Any) -> None:
+    """Red when: _corrected() counts one difference as several, or calls it kept without looking."""
+    only = changed(study, controls=(), cells=tuple(c for c in study.at(300) if c.arm in ("LARS", "+ ConAdv, tau = 1")))
+    text = answers._corrected(only, differences(only, 300))
+    assert text == ["The one such difference remains after Holm's correction for all 1 comparisons at this batch."]
+    assert differences(only, 300)[0].adjusted < 0.05
+
+
+def test_an_edge_is_named_and_two_values_have_none(folder: Path, tmp_path: Path) -> None:
+    """Red when: all settings of a cell are called at the edge, or one with two values is."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    for raw in cells:
+        for trial, eps in zip(raw["trials"], (0.1, 0.2, 0.1), strict=True):
+            trial["settings"]["attack.eps"] = eps
+        raw["chosen"]["attack.eps"] = 0.2
+    study = load_sweep(edited(folder, tmp_path / "sweep", cells=cells))
+    base = cell(study, "LARS")
+    assert (base.at_edge, base.only_edges) == (("optim.lr",), ("attack.eps",))
+    assert cell(study, "LARS", 20).at_edge == ()
+    rows = [[mark.text for mark in row] for row in tables.tuning(study).rows]
+    assert {row[-1] for row in rows if row[:2] == ["300", "LARS"]} == {"lr at the edge"}
+    assert {row[-1] for row in rows if row[:2] == ["20", "LARS"]} == {"inside (but two values of eps)"}
+    assert "With two values only, which is always an edge and counted as none: eps." in answers.tuned(study)
+
+
+def test_an_edge_is_that_of_the_arm_it_was_tuned_on(folder: Path, tmp_path: Path) -> None:
+    """Red when: a cell without trials is said to be inside."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    for raw in cells:
+        if raw["arm"] == "+ random-sign noise":
+            raw |= {"trials": [], "tuned_on": "LARS", "chosen": {"optim.lr": 4.0}}
+    study = load_sweep(edited(folder, tmp_path / "sweep", cells=cells))
+    assert cell(study, "+ random-sign noise").at_edge == ("optim.lr",)
+    found = "Their choices at the edge: 3 of 16 (lr of + random-sign noise at batch 20, lr 4; "
+    assert found in " ".join(answers.tuned(study))
+
+
+def test_an_arm_that_diverged_has_no_mean_and_no_verdict(folder: Path, tmp_path: Path) -> None:
+    """Red when: the seeds that did not diverge make a mean, an interval, or the rival at equal cost."""
+    failed = [{"run": f"runs/{arm}-300-seed1", "error": "loss is nan in step 3", "diverged": True} for arm in (2, 5)]
+    broken = edited(folder, tmp_path / "sweep", failed=failed)
+    for one in failed:
+        (broken / one["run"] / "summary.json").unlink()
+    study = load_sweep(broken)
+    noise, ahead = cell(study, "+ random-sign noise"), cell(study, "+ ConAdv, look-ahead")
+    assert (noise.diverged, noise.stat(), noise.gap, len(noise.values())) == (1, None, None, 3)
+    rows = [[mark.text for mark in row] for row in tables.accuracy(study).rows]
+    row = next(row for row in rows if row[:2] == ["300", "+ random-sign noise"])
+    assert row[2:6] == ["3 of 4", "1 of 4 diverged", "–", "–"]
+    pairs = {(c.cell.arm, c.reference.arm): c for c in differences(study, 300)}
+    one = pairs["+ sequential attack", "+ random-sign noise"]
+    assert (one.difference.verdict, one.adjusted) == ("no interval", None)
+    assert one.text == "+ random-sign noise: 1 of 4 diverged"
+    assert equal_cost(study, cell(study, "+ sequential attack")).best.arm == "LARS"
+    marks = dict(answers.rows(study))[ahead.line]
+    assert marks[0].text == "1 of 4 diverged"
+    assert {mark.verdict for mark in marks} <= {"", "no interval"}
+    assert "+ ConAdv, look-ahead: 1 of 4 diverged" in marks[-1].text
+    assert "1 without an interval" in " ".join(answers.at_equal_cost(study))
+    notes = " ".join(StudySummary(study, broken).notes)
+    assert "+ random-sign noise at batch 300, 1 of 4 diverged; + ConAdv" in notes
+    assert accuracy_figure(study) is not None
+    (axes,) = accuracy_figure(changed(study, cells=tuple(study.at(300)))).axes  # type: ignore[union-attr]
+    assert axes.get_yticklabels()[2].get_text() == "+ random-sign noise\n1 of 4 diverged"
+    assert {len(line.get_xdata()) for line in axes.lines if list(line.get_ydata())[:1] == [2]} == {3}
+
+
+def test_how_robust_accuracy_was_measured_is_said(study: Any, report: Any) -> None:
+    """Red when: eps is that of the attack in training, steps and images change places, or one way speaks for all."""
+    base = cell(study, "LARS")
+    config = {**base.runs[0].config, "eval": {"robust_eps": 0.1, "robust_steps": 20, "robust_images": 250}}
+    other = changed(base, runs=(changed(base.runs[0], config=config), *base.runs[1:]))
+    mixed = changed(study, cells=(*(c for c in study.cells if c is not base), other))
+    found = answers.robustness(study)
+    assert found == "Robust accuracy: PGD with 10 steps, eps 4/255, on at most 1000 test images."
+    assert answers.robustness(mixed) == f"{found[:-1]}; PGD with 20 steps, eps 0.1, on at most 250 test images."
+    assert answers.analysed_robustness(study) == ("Robust accuracy: PGD with 10 steps, eps 0.01, on 500 test images.")
+    assert (report.to_json()["robust"], report.to_json()["analysed_robust"]) == (
+        found,
+        answers.analysed_robustness(study),
+    )
+
+
 # Staleness and sharpness
 
 
@@ -268,7 +375,7 @@ def test_sharpness_reads_what_was_measured(study: Any) -> None:
 
 
 def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
-    """Red when: the means are fractions, or the x axis of the cost counts clean images."""
+    """Red when: the means are fractions, or the x axis of the cost counts clean images or moves marks aside."""
     axes = accuracy_figure(study, tmp_path / "img" / "a.png").axes[0]  # type: ignore[union-attr]
     base = [cell(study, "LARS", x).stat().mean for x in study.points]
     drawn = next(line for line in axes.lines if len(line.get_xdata()) == 3)
@@ -276,8 +383,11 @@ def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
     assert (tmp_path / "img" / "a.png").read_bytes().startswith(b"\x89PNG")
     panels = cost_figure(study).axes  # type: ignore[union-attr]
     assert [panel.get_title(loc="left") for panel in panels] == ["batch 20", "batch 100", "batch 300"]
-    assert panels[2].get_xlabel() == "gradient images, thousands"
-    assert panels[2].lines[0].get_xdata()[0] == pytest.approx(IMAGES / 1e3)
+    assert panels[2].get_xlabel() == "gradient images of the whole training, thousands"
+    marks = {float(line.get_xdata()[0]) for line in panels[2].lines if len(line.get_xdata()) == 1}
+    assert sorted(marks) == pytest.approx(
+        [views * IMAGES / 1e3 for views in (1, 2, 3)]
+    )  # at the true cost, not beside it
     assert len(sharpness_figure(study).subfigs[0].axes) == 3  # type: ignore[union-attr]
 
 
@@ -363,7 +473,7 @@ def test_the_json_holds_the_numbers(folder: Path, report: Any) -> None:
     document = json.loads((folder / "summary.json").read_text())
     assert document == report.to_json()
     first = document["cells"][2]
-    assert (first["arm"], first["settings"], first["at_edge"]) == ("LARS", {"global_batch_size": 300}, True)
+    assert (first["arm"], first["settings"], first["at_edge"]) == ("LARS", {"global_batch_size": 300}, ["optim.lr"])
     values = first["test_accuracy"]["values"].values()
     assert first["test_accuracy"]["mean"] == pytest.approx(math.fsum(values) / 4)
     assert len(document["differences"]) == len(differences(report.study))
@@ -424,6 +534,7 @@ def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
     shown = gallery(load_sweep(tmp_path), 4)
     assert shown.figure is not None
     assert "eps 8/255" in shown.text
+    assert "magnified 15.9 times" in shown.text  # 0.5 / (8 / 255)
     pictures = [axes.images[0].get_array() for axes in shown.figure.axes]
     assert len(pictures) == 12
     clean, change, attacked = (np.stack(pictures[row * 4 : row * 4 + 4]) for row in range(3))
@@ -437,6 +548,7 @@ def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
 def test_no_change_is_grey() -> None:
     same = np.full((1, 2, 2, 1), 0.3)
     assert magnify(same, same) == pytest.approx(np.full((1, 2, 2, 1), 0.5))
+    assert factor(same, same) == 1.0
 
 
 # The browser

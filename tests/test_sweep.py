@@ -24,7 +24,7 @@ from conadv.errors import ConadvError
 from conadv.progress import Silent
 from conadv.sweep import command
 from conadv.sweep.cells import Plan, expand
-from conadv.sweep.choose import Result, at_edge, choose
+from conadv.sweep.choose import Result, at_edge, choose, only_edges
 from conadv.sweep.command import _schedule
 from conadv.sweep.display import Display, Workload, duration
 from conadv.sweep.document import document
@@ -302,10 +302,19 @@ def test_choose(trials: list[list[Result | None]], best: int | None) -> None:
 def test_at_edge() -> None:
     # Red when: the comparison is with the first and last trial in place of the smallest and largest value.
     trials: list[dict[str, Any]] = [{"optim.lr": lr, "attack.eps": "2/255"} for lr in (4, 1, 2)]
-    assert [at_edge(trials, trial) for trial in trials] == [True, True, False]
-    assert not at_edge([{"optim.variant": "tf"}, {"optim.variant": "timm"}], {"optim.variant": "tf"})
+    assert [at_edge(trials, trial) for trial in trials] == [["optim.lr"], ["optim.lr"], []]
+    names = [{"optim.variant": name} for name in ("tf", "timm", "torch")]
+    assert at_edge(names, names[0]) == []
     eps = [{"attack.eps": text} for text in ("1/255", "2/255", "4/255")]
-    assert [at_edge(eps, trial) for trial in eps] == [True, False, True]
+    assert [at_edge(eps, trial) for trial in eps] == [["attack.eps"], [], ["attack.eps"]]
+
+
+def test_two_values_have_no_inside() -> None:
+    # Red when: a setting with two values is called at the edge, or one with three is said to have none but edges.
+    trials = [{"optim.lr": lr, "sam_rho": rho} for lr in (1, 2, 4) for rho in (0.05, 0.1)]
+    assert at_edge(trials, {"optim.lr": 4, "sam_rho": 0.1}) == ["optim.lr"]
+    assert only_edges(trials) == ["sam_rho"]
+    assert only_edges([{"optim.lr": 1}, {"optim.lr": 2}, {}]) == []
 
 
 def test_the_choice_is_made_on_validation_never_on_test(tmp_path: Path) -> None:
@@ -318,7 +327,7 @@ def test_the_choice_is_made_on_validation_never_on_test(tmp_path: Path) -> None:
         fake(folder, name, config, validation_accuracy=low if first else high, test_accuracy=high if first else low)
     cells = document(_schedule(made, folder, all_of(made)), "tiny.yaml")["cells"]
     assert [cell["chosen"] for cell in cells] == [{"optim.lr": 2}] * 2 + [{"optim.lr": 1}] * 2
-    assert [cell["at_edge"] for cell in cells] == [True] * 4
+    assert [cell["at_edge"] for cell in cells] == [[]] * 4  # two values of the learning rate
     assert [trial["mean"] for trial in cells[0]["trials"]] == [0.8, 0.9]
 
 

@@ -130,7 +130,8 @@ SWEEPS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "runs are numbers": (("cells", 0, "runs"), [1]),
     "trials is text": (("cells", 0, "trials"), '"x"'),
     "validation is text": (("cells", 0, "trials", 0, "validation"), ["0"]),
-    "at_edge is a number": (("cells", 0, "at_edge"), 3),
+    "tuned_on is a number": (("cells", 0, "tuned_on"), 3),
+    "diverged is a number": (("failed",), [{"run": "runs/x", "error": "e", "diverged": 3}]),
     "name is huge": (("name",), LARGE),
 }
 

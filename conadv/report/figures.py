@@ -373,6 +373,11 @@ def wrap(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(plain, width) or [" "]).replace("$", r"\$")
 
 
+CURVES = (
+    "Test accuracy is that of the clean route at every evaluation, a loss that of one view in training, as a mean over "
+    "stretches of steps. Lines are means over the seeds that came that far, bands reach from the lowest to the highest "
+    "seed; unfinished runs are drawn as far as they came. The accuracy axis leaves out the climb of the first half."
+)
 _FIGURES: tuple[tuple[Callable[[Comparison], Figure | None], str, str], ...] = (
     (
         accuracy_dots,
@@ -383,9 +388,7 @@ _FIGURES: tuple[tuple[Callable[[Comparison], Figure | None], str, str], ...] = (
     (
         curves,
         "Training",
-        "Lines are means over seeds, bands reach from the lowest to the highest seed. Losses are means over stretches "
-        "of steps; unfinished runs are drawn as far as they came. The accuracy axis leaves out the climb "
-        "of the first half.",
+        CURVES,
     ),
     (
         step_times,

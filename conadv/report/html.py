@@ -88,6 +88,7 @@ def _content(summary: Summary) -> dict[str, Any]:
         "baseline": comparison.baseline.label,
         "glossary": words.glossary(comparison),
         "findings": words.findings(comparison),
+        "robust": words.robustness(comparison.runs),
         "notes": words.notes(comparison),
         "columns": table.COLUMNS,
         "rows": table.rows(comparison),

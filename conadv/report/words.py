@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from ..methods import METHODS
 from .compare import Arm, Comparison
+from .load import Run
 from .settings import part, show
 from .stats import Difference
 from .table import points
@@ -133,6 +135,23 @@ def _comparison_notes(comparison: Comparison) -> list[str]:
     if any(isinstance(git := run.header.get("git"), dict) and git.get("dirty") for run in comparison.runs):
         found.append("Some runs were made from code with uncommitted changes.")
     return found
+
+
+def robustness(runs: Iterable[Run]) -> str:
+    """How robust accuracy was measured, from the runs' configurations; empty where it was not."""
+    measured = [run for run in runs if (run.summary or {}).get("robust_accuracy") is not None]
+    ways = dict.fromkeys(_attacked(run.config.get("eval") or {}) for run in measured)
+    return f"Robust accuracy: {'; '.join(ways)}." if ways else ""
+
+
+def _attacked(evaluation: Mapping[str, Any]) -> str:
+    eps, steps, images = (evaluation.get(f"robust_{name}") for name in ("eps", "steps", "images"))
+    return pgd(eps, steps, f"at most {show('', images)}")
+
+
+def pgd(eps: Any, steps: Any, images: Any) -> str:
+    """e.g. "PGD with 10 steps, eps 1/255, on 500 test images"."""
+    return f"PGD with {show('', steps)} steps, eps {show('eps', eps)}, on {show('', images)} test images"
 
 
 def distinct(comparison: Comparison, name: str) -> list[str]:

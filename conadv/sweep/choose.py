@@ -47,11 +47,24 @@ def score(runs: Sequence[Result | None]) -> tuple[float, float]:
     return mean(value for value in accuracies if value is not None), -mean(v for v in losses if v is not None)
 
 
-def at_edge(trials: Sequence[Settings], chosen: Mapping[str, Any]) -> bool:
-    """Whether the best value of a setting is the smallest or largest number tried: the optimum may lie outside."""
-    for name, value in chosen.items():
-        tried = [number(trial[name]) for trial in trials]
-        values = {v for v in tried if v is not None}
-        if None not in tried and len(values) > 1 and number(value) in (min(values), max(values)):
-            return True
-    return False
+def at_edge(trials: Sequence[Settings], chosen: Mapping[str, Any]) -> list[str]:
+    """Names of the settings whose best value is the smallest or largest number tried: the optimum may lie outside.
+
+    A setting with fewer than three numbers has nothing but edges, and is never named: see :func:`only_edges`.
+    """
+    numbers = {name: numbers_tried(trials, name) for name in chosen}
+    return [
+        name for name, tried in numbers.items() if len(tried) > 2 and number(chosen[name]) in (min(tried), max(tried))
+    ]
+
+
+def only_edges(trials: Sequence[Settings]) -> list[str]:
+    """Names of the settings of which two numbers were tried: the choice is at an edge whatever it is."""
+    names = dict.fromkeys(name for trial in trials for name in trial)
+    return [name for name in names if len(numbers_tried(trials, name)) == 2]
+
+
+def numbers_tried(trials: Sequence[Settings], name: str) -> set[float]:
+    """The numbers tried of one setting; empty where something else was tried too."""
+    tried = [number(trial.get(name)) for trial in trials]
+    return set() if None in tried else {value for value in tried if value is not None}

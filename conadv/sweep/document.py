@@ -51,7 +51,7 @@ def _cell(schedule: Schedule, index: int) -> _Values:
         "trials": [_trial(schedule, cell, number) for number in range(len(cell.trials))] if own else [],
         "tuned_on": None if cell.source is None else plan.cells[cell.source].arm,
         "chosen": {} if chosen is None or trial is None else _plain(plan, cell, chosen, trial.settings),
-        "at_edge": trial is not None and at_edge([each.settings for each in cell.trials], trial.settings),
+        "at_edge": [] if trial is None else at_edge([each.settings for each in cell.trials], trial.settings),
         "runs": [] if trial is None else [schedule.folder.relative(name) for name in trial.confirming],
         "seeds": list(plan.spec.confirm.seeds),
     }

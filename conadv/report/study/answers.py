@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ... import documents
-from .. import table
+from .. import table, words
 from ..settings import part, show
-from ..stats import Difference
-from .contrast import Contrast, differences
+from . import sharpness
+from .contrast import Contrast, differences, said
 from .cost import EQUAL, EqualCost, cost, equal_cost
 from .figures import axis_value
 from .sweep import Cell, Study
@@ -33,7 +34,8 @@ def place(study: Study, x: float) -> str:
 
 
 def percent(cell: Cell | None) -> str:
-    return table.percent(cell.stat() if cell else None)
+    """Test accuracy in percent, or how many runs diverged."""
+    return (cell.divergence if cell else "") or table.percent(cell.stat() if cell else None)
 
 
 def baseline_cell(study: Study) -> Cell | None:
@@ -106,14 +108,23 @@ def _choices(study: Study, line: str) -> list[str]:
     """What one line tried and chose at each x, and where that was the edge."""
     cells = [cell for cell in study.cells if cell.line == line]
     parts = [f"{place(study, cell.x)}: {_choice(cell)}" for cell in cells]
-    edges = [place(study, cell.x) for cell in cells if cell.at_edge]
+    edges = [f"{short(cell.at_edge)} at {place(study, cell.x)}" for cell in cells if cell.at_edge]
+    found = [f"{line} at {'; '.join(parts)}."]
     if edges:
-        return [
-            f"{line} at {'; '.join(parts)}.",
-            f"At the edge, so a better value may lie outside: {', '.join(edges)}.",
-        ]
-    tried = any(cell.trials for cell in cells)
-    return [f"{line} at {'; '.join(parts)}.", *(["No choice is at the edge of what was tried."] if tried else [])]
+        found.append(f"At the edge, so a better value may lie outside: {', '.join(edges)}.")
+    elif any(cell.trials for cell in cells):
+        found.append("No choice is at the edge of what was tried.")
+    return found + _two_values(cells)
+
+
+def short(names: Iterable[str]) -> str:
+    """Settings without their section: "lr, eps"."""
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _two_values(cells: Iterable[Cell]) -> list[str]:
+    names = short(name for cell in cells for name in cell.only_edges)
+    return [f"With two values only, which is always an edge and counted as none: {names}."] if names else []
 
 
 def _choice(cell: Cell) -> str:
@@ -155,8 +166,18 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
         source = _tune(study).tune_on
         choice = f" and use the choice made for {source}" if source else ""
         said.append(f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}.")
-    edges = sum(cell.at_edge for cell in others)
-    return [*said, f"Their choices at the edge: {edges} of {len(others)}."] if counts else said
+    return [*said, *_edges(study, others), *_two_values(others)] if counts else said
+
+
+def _edges(study: Study, cells: list[Cell]) -> list[str]:
+    """How many choices are at the edge, and of which setting."""
+    found = [
+        f"{short(cell.at_edge)} of {cell.line} at {place(study, cell.x)}, {setting_words(cell.chosen)}"
+        for cell in cells
+        if cell.at_edge
+    ]
+    names = f" ({'; '.join(found)})" if found else ""
+    return [f"Their choices at the edge: {len(found)} of {len(cells)}{names}."]
 
 
 def _seed_overlap(study: Study) -> list[str]:
@@ -175,8 +196,8 @@ def head(study: Study) -> list[str]:
         "arm",
         "test accuracy, %",
         *(f"against {arm}" for arm in references),
-        "cost",
-        "against the best without attack at no more cost",
+        "cost per clean image",
+        "against the best without attack at no more total cost",
     ]
 
 
@@ -196,14 +217,14 @@ def rows(study: Study) -> list[tuple[str, list[Mark]]]:
 
 def _contrast_mark(contrasts: Iterable[Contrast], cell: Cell, arm: str) -> Mark:
     chosen = [c for c in contrasts if c.cell is cell and c.reference.arm == arm]
-    text = "; ".join(table.difference(c.difference) for c in chosen) or table.NONE
+    text = "; ".join(c.text for c in chosen) or table.NONE
     return Mark(text, chosen[0].difference.verdict if len(chosen) == 1 else "")
 
 
 def equal_mark(found: EqualCost) -> Mark:
     if found.best is None or found.difference is None:
         return Mark("none was run")
-    text = f"{found.best.line}: {table.difference(found.difference)}"
+    text = f"{found.best.line}: {said(found.difference, found.cell, found.best)}"
     return Mark(text, found.difference.verdict)
 
 
@@ -215,17 +236,25 @@ def attack_or_images(study: Study) -> list[str]:
         return [f"Nothing to compare at {where} yet: no adversarial arm and reference have a seed in common."]
     said = []
     if study.baseline:
-        count = sum(_above(c) for c in contrasts if c.reference.arm == study.baseline)
-        said.append(f"{count} of {len(arms)} adversarial arms are above {study.baseline} at {where}.")
+        own = [c for c in contrasts if c.reference.arm == study.baseline]
+        unknown = _without_interval(arms, own)
+        said.append(
+            f"{sum(map(_above, own))} of {len(arms)} adversarial arms are above {study.baseline} at {where}{unknown}."
+        )
     if not study.controls:
         return [*said, "No control was run, so the attack cannot be told from the extra images."]
     winners = [cell for cell in arms if _beats_all(study, contrasts, cell)]
     names = f": {'; '.join(cell.line for cell in winners)}" if winners else ""
-    said.append(f"{len(winners)} of {len(arms)} are above every control{names}.")
-    said.append(
-        "“Above” means that the 95 % interval of the paired difference excludes 0. " + _corrected(study, contrasts)
-    )
-    return said
+    unknown = _without_interval(arms, [c for c in contrasts if c.reference.arm in study.controls])
+    said.append(f"{len(winners)} of {len(arms)} are above every control{names}{unknown}.")
+    said.append("“Above” means that the 95 % interval of the paired difference excludes 0.")
+    return said + _corrected(study, contrasts)
+
+
+def _without_interval(arms: Iterable[Cell], contrasts: Sequence[Contrast]) -> str:
+    """How many arms have a comparison that no interval exists for, as the end of a sentence."""
+    unknown = sum(any(c.cell is cell and c.difference.low is None for c in contrasts) for cell in arms)
+    return f"; no interval for {unknown} (one seed in common, or a diverged run)" if unknown else ""
 
 
 def _above(contrast: Contrast) -> bool:
@@ -237,14 +266,17 @@ def _beats_all(study: Study, contrasts: Iterable[Contrast], cell: Cell) -> bool:
     return {c.reference.arm for c in own} == set(study.controls) and all(map(_above, own))
 
 
-def _corrected(study: Study, contrasts: Iterable[Contrast]) -> str:
-    every = differences(study, study.largest)
+def _corrected(study: Study, contrasts: Iterable[Contrast]) -> list[str]:
+    """What is left of the differences above after Holm's correction; nothing to say where there are none."""
+    tested = sum(c.difference.p is not None for c in differences(study, study.largest))
     above = [c for c in contrasts if _above(c)]
     kept = sum(c.adjusted is not None and c.adjusted < ALPHA for c in above)
-    return (
-        f"Of the {len(above)} such differences, {kept} remain after Holm's correction for all {len(every)} "
-        "comparisons at this batch."
-    )
+    if not above:
+        return []
+    after = f"after Holm's correction for all {tested} comparisons at this batch"
+    if len(above) == 1:
+        return [f"The one such difference {'remains' if kept else 'does not remain'} {after}."]
+    return [f"Of the {len(above)} such differences, {kept} remain {after}."]
 
 
 def at_equal_cost(study: Study) -> list[str]:
@@ -253,17 +285,32 @@ def at_equal_cost(study: Study) -> list[str]:
     known = [found for found in compared if found.difference is not None]
     if not known:
         return ["Unknown: no arm without an attack cost as little as the adversarial ones at this batch."]
-    ahead = sum(_verdict(found.difference) == "higher" for found in known)
-    behind = sum(_verdict(found.difference) == "lower" for found in known)
+    verdicts = Counter(found.difference.verdict for found in known if found.difference)
     share = max(found.share or 0.0 for found in known)
+    unknown = verdicts["no interval"]
     said = [
-        f"Against the best arm without an attack that costs no more, {ahead} of {len(known)} adversarial arms are "
-        f"higher, {behind} lower, {len(known) - ahead - behind} not distinguishable."
+        f"Against the best arm without an attack that costs no more in total, {verdicts['higher']} of {len(known)} "
+        f"adversarial arms are higher, {verdicts['lower']} lower, {verdicts['not distinguishable']} not distinguishable"
+        f"{f', {unknown} without an interval (one seed in common, or a diverged run)' if unknown else ''}."
     ]
     if share < 0.9:
         said.append(f"But nobody spent as much: the dearest such arm spent {100 * share:.0f} % of it.")
-    return [*said, "Cost is in gradient images per clean image: views plus attack gradients."]
+    return [*said, COST]
 
 
-def _verdict(difference: Difference | None) -> str:
-    return difference.verdict if difference else ""
+COST = (
+    "Cost is gradient images: views plus attack gradients per clean image. The total, which is compared, is that of "
+    "the whole training."
+)
+
+
+def robustness(study: Study) -> str:
+    """How robust accuracy was measured, from the runs' configurations; empty where it was not."""
+    return words.robustness(run for cell in study.cells for run in cell.finished)
+
+
+def analysed_robustness(study: Study) -> str:
+    """The same of the sharpness table, from the analyses; empty where they left it out."""
+    found = [analysis.get("robust") or {} for cell in study.cells for analysis in sharpness.measured(cell).values()]
+    ways = dict.fromkeys(words.pgd(*(one.get(name) for name in ("eps", "steps", "images"))) for one in found if one)
+    return f"Robust accuracy: {'; '.join(ways)}." if ways else ""

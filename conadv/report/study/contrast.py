@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .. import table
 from ..stats import Difference, holm, paired_difference
 from .sweep import Cell, Study
 
@@ -18,6 +19,28 @@ class Contrast:
     reference: Cell
     difference: Difference
     adjusted: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The difference in points with its interval, or which runs diverged in its place."""
+        return said(self.difference, self.cell, self.reference)
+
+
+def said(difference: Difference, cell: Cell, reference: Cell) -> str:
+    """``difference`` of the two in points, or which of their runs diverged: then there is no difference to speak of."""
+    broken = [f"{one.line}: {one.divergence}" for one in (cell, reference) if one.diverged]
+    return "; ".join(broken) or table.difference(difference)
+
+
+def paired(cell: Cell, other: Cell, metric: str = "test_accuracy") -> Difference | None:
+    """``cell`` minus ``other`` by seed; without interval and p where a run of either diverged.
+
+    The seeds that are left were chosen by their success, which is what the interval takes for chance.
+    """
+    found = paired_difference(cell.values(metric), other.values(metric))
+    if found is not None and (cell.diverged or other.diverged):
+        return replace(found, low=None, high=None, p=None)
+    return found
 
 
 def differences(study: Study, at: float | None = None, metric: str = "test_accuracy") -> list[Contrast]:
@@ -47,7 +70,7 @@ def _against(study: Study, cell: Cell, reference_arm: str, metric: str) -> list[
     references = [
         other for other in study.at(cell.x) if other.arm == reference_arm and _agree(cell.settings, other.settings)
     ]
-    pairs = ((other, paired_difference(cell.values(metric), other.values(metric))) for other in references)
+    pairs = ((other, paired(cell, other, metric)) for other in references)
     return [Contrast(cell, other, found) for other, found in pairs if found is not None]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..stats import Difference, paired_difference
+from ..stats import Difference, stat
+from .contrast import paired
 from .sweep import Cell, Study
 
 EQUAL = 1.005  # costs this close count as equal: schedules round to whole steps
@@ -26,7 +27,7 @@ class Cost:
 
 def cost(cell: Cell) -> Cost:
     """From the rates in summary.json: rate times seconds is the exact count, whatever the machine's speed was."""
-    seconds, step = cell.stat("seconds"), cell.stat("step_seconds_median")
+    seconds, step = (stat(cell.values(name)) for name in ("seconds", "step_seconds_median"))
     rate, clean = cell.values("gradient_images_per_second"), cell.values("clean_images_per_second")
     spent = cell.values("seconds")
     seed = next(iter(sorted(rate.keys() & clean.keys() & spent.keys())), None)
@@ -55,7 +56,8 @@ class EqualCost:
 def equal_cost(study: Study, cell: Cell) -> EqualCost:
     """Compare ``cell`` with the best of the cells at its x that make no attack and cost at most as much.
 
-    The best is picked by mean test accuracy, which favours it: the comparison errs against ``cell``.
+    The best is picked by mean test accuracy, which favours it: the comparison errs against ``cell``. A cell of which a
+    run diverged has no mean and is none of them.
     """
     own = cost(cell).total
     if not own:
@@ -70,7 +72,7 @@ def equal_cost(study: Study, cell: Cell) -> EqualCost:
         return EqualCost(cell, None, None, None)
     best = max(rivals, key=lambda rival: rival[0])[1]
     dearest = max(total for *_, total in rivals)
-    return EqualCost(cell, best, paired_difference(cell.values(), best.values()), dearest / own)
+    return EqualCost(cell, best, paired(cell, best), dearest / own)
 
 
 def unit(study: Study) -> tuple[float, str]:

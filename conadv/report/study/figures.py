@@ -85,10 +85,11 @@ def _rows(study: Study) -> Figure:
         (cell,) = (cell for cell in study.cells if cell.line == line)
         style, value = line_look(study, line), cell.stat()
         names.append(wrap(line, 40) + (f" · {axis_value(study, cell.x)}" if len(study.points) > 1 else ""))
-        if value is None:
-            continue
-        seeds = [100 * v for v in value.values.values()]
+        seeds = [100 * v for v in cell.values().values()]
         axes.plot(seeds, [row] * len(seeds), style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
+        if value is None:
+            names[-1] += f"\n{cell.divergence}" if cell.diverged else ""
+            continue
         _mean(axes, row, 100 * value.mean, 100 * (value.std or 0.0), style, across=True)
         if cell.arm == study.baseline:
             axes.axvline(100 * value.mean, color=INK, lw=0.9, ls=":", alpha=0.8, zorder=0)
@@ -107,20 +108,27 @@ def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> 
     means: list[tuple[float, float]] = []
     for cell in cells:
         value, x = cell.stat(), study.points.index(cell.x) + shift
+        seeds = [100 * v for v in cell.values().values()]
+        axes.plot([x] * len(seeds), seeds, style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
         if value is None:
             continue
-        seeds = [100 * v for v in value.values.values()]
-        axes.plot([x] * len(seeds), seeds, style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
         _mean(axes, x, 100 * value.mean, 100 * (value.std or 0.0), style)
         means.append((x, 100 * value.mean))
     if len(means) > 1:
         axes.plot(*zip(*means, strict=True), ls=style.line, color=style.colour, lw=1.0, alpha=0.7)
 
 
-def _mean(axes: Any, x: float, mean: float, spread: float, style: Look, across: bool = False) -> None:
+def _mean(axes: Any, x: float, mean: float, spread: float, style: Look, across: bool = False, size: float = 8) -> None:
     """A mean with its spread, upwards or ``across``."""
     place, bar = ((mean, x), "xerr") if across else ((x, mean), "yerr")
-    look_of_it = {"fmt": style.marker, "color": style.colour, "ms": 8, "mec": INK, "mew": 0.8, "elinewidth": 1.6}
+    look_of_it = {
+        "fmt": style.marker,
+        "color": style.colour,
+        "ms": size,
+        "mec": INK,
+        "mew": 0.8,
+        "elinewidth": 0.2 * size,
+    }
     axes.errorbar(*place, **{bar: spread or None}, **look_of_it)
 
 
@@ -156,20 +164,23 @@ def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, flo
     totals = sorted({total for _, total, _, _ in places})
     best = [max(mean for _, total, mean, _ in places if total <= limit) for limit in totals]
     right = totals[-1] * 1.16
-    for (cell, total, mean, spread), shift in zip(places, _side_by_side([p[1] for p in places]), strict=True):
-        _mean(axes, total + shift * right, mean, spread, line_look(study, cell.line))
+    for (cell, total, mean, spread), size in zip(places, _sizes([p[1] for p in places]), strict=True):
+        _mean(axes, total, mean, spread, line_look(study, cell.line), size=size)
     axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
     axes.set_xlim(0, right)
-    axes.set_xlabel(f"gradient images, {word}")
+    axes.set_xlabel(f"gradient images of the whole training, {word}")
     axes.set_ylabel("test accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid()
 
 
-def _side_by_side(totals: Sequence[float]) -> list[float]:
-    """A shift for each cost, in widths of the panel: those that are nearly the same would hide one another."""
-    near = [[other for other, there in enumerate(totals) if abs(there - here) <= 0.03 * here] for here in totals]
-    return [0.05 * (group.index(number) - (len(group) - 1) / 2) for number, group in enumerate(near)]
+def _sizes(totals: Sequence[float]) -> list[float]:
+    """A marker's size for each cost, in points: where several cost nearly the same, the later are smaller.
+
+    All stand at their true costs, and would hide one another where their accuracies are close too.
+    """
+    before = [sum(abs(other - here) <= 0.03 * here for other in totals[:at]) for at, here in enumerate(totals)]
+    return [max(10.0 - 1.5 * number, 4.0) for number in before]
 
 
 def axis_name(study: Study) -> str:

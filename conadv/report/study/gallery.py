@@ -49,7 +49,7 @@ def gallery(study: Study, count: int = IMAGES) -> Gallery:
     text = (
         f"Test images attacked at the trained weights of {cell.line} with the attack of its training, eps "
         f"{show('attack.eps', eps)}; below each, its class and what the network says. The perturbation is shown around "
-        "grey, magnified to the full range."
+        f"grey, magnified {factor(clean, adversarial):.3g} times, so that the largest change reaches the full range."
     )
     return Gallery(_draw(clean, adversarial, truth, before, after), text)
 
@@ -93,11 +93,15 @@ def _pictures(pixels_NCHW: Tensor) -> Pictures:
     return pictures
 
 
+def factor(clean: Pictures, adversarial: Pictures) -> float:
+    """How many times the perturbation is magnified; 1 where there is none."""
+    largest = float(np.abs(adversarial - clean).max())
+    return 0.5 / largest if largest > 0 else 1.0
+
+
 def magnify(clean: Pictures, adversarial: Pictures) -> Pictures:
     """The perturbation around 0.5, one factor for all images, so that the largest change reaches 0 or 1."""
-    delta = adversarial - clean
-    largest = np.abs(delta).max()
-    return 0.5 + (0.5 * delta / largest if largest > 0 else delta)
+    return 0.5 + factor(clean, adversarial) * (adversarial - clean)
 
 
 @mpl.rc_context(STYLE)

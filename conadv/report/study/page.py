@@ -89,6 +89,13 @@ class StudySummary:
             found.append(f"The sweep is not complete: {missing} of its runs are not finished and not counted.")
         if self.study.failed:
             found.append(f"Runs that failed: {len(self.study.failed)}. They are listed below and count nowhere.")
+        broken = [
+            f"{cell.line} at {answers.place(self.study, cell.x)}, {cell.divergence}"
+            for cell in self.study.cells
+            if cell.diverged
+        ]
+        if broken:
+            found.append(f"No mean and no interval where a run diverged: {'; '.join(broken)}.")
         if any(len(cell.finished) == 1 for cell in self.study.cells):
             found.append("Some arms have one seed only: no spread and no interval is known there.")
         found.append("Seconds are fair only if the runs had the machine to themselves; gradient images always are.")
@@ -108,6 +115,8 @@ class StudySummary:
                 "tuned": answers.tuned(study),
                 "attack_or_images": answers.attack_or_images(study),
                 "at_equal_cost": answers.at_equal_cost(study),
+                "robust": answers.robustness(study),
+                "analysed_robust": answers.analysed_robustness(study),
                 "cells": [_cell(cell) for cell in study.cells],
                 "differences": _differences(study),
                 "tables": {
@@ -145,10 +154,11 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "arm": cell.arm,
         "settings": dict(cell.settings),
         "chosen": dict(cell.chosen),
-        "at_edge": cell.at_edge,
+        "at_edge": list(cell.at_edge),
         "trials": len(cell.trials),
         "seeds": [run.seed for run in cell.finished],
         "planned": cell.planned,
+        "diverged": cell.diverged,
         **{name: asdict(value) if (value := cell.stat(name)) else None for name in names},
         "cost": asdict(cost(cell)),
     }
@@ -236,16 +246,16 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[StudySummary], Figure | None]], 
     (
         "accuracy",
         "Test accuracy by batch",
-        "Faint: one mark per seed. Full: the mean, with one sample standard deviation up and down. Arms at the same "
-        "batch stand side by side.",
+        "Faint: one mark per seed. Full: the mean, with one sample standard deviation up and down; no mean where a run "
+        "diverged. Arms at the same batch stand side by side.",
         lambda summary: accuracy_figure(summary.study),
     ),
     (
         "cost",
         "Test accuracy at equal cost",
-        "One panel per batch. A gradient image is one forward-backward pass on one image, whatever its view, or one "
-        "input gradient of the attack, which is somewhat cheaper. Arms of the same cost stand side by side. The dashed "
-        "line is the best accuracy for that cost or less.",
+        "One panel per batch; the cost is that of the whole training. A gradient image is one forward-backward pass on "
+        "one image, whatever its view, or one input gradient of the attack, which is somewhat cheaper. Where arms cost "
+        "the same, the later marks are smaller. The dashed line is the best accuracy for that cost or less.",
         lambda summary: cost_figure(summary.study),
     ),
     (
@@ -258,7 +268,7 @@ _PICTURES: tuple[tuple[str, str, str, Callable[[StudySummary], Figure | None]], 
     (
         "curves",
         "Training",
-        "Each arm at its largest batch. Lines are means over seeds, bands go from the lowest to the highest seed.",
+        f"Each arm at its largest batch. {plain.CURVES}",
         lambda summary: plain.curves(summary.comparison),
     ),
     (
@@ -281,6 +291,8 @@ def _content(summary: StudySummary) -> dict[str, Any]:
         "tuned": answers.tuned(study),
         "attack": answers.attack_or_images(study),
         "equal": answers.at_equal_cost(study),
+        "robust": answers.robustness(study),
+        "analysed_robust": answers.analysed_robustness(study),
         "head": answers.head(study),
         "rows": answers.rows(study),
         "glossary": words.glossary(comparison),

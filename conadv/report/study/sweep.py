@@ -12,6 +12,7 @@ from ... import documents
 from ...config import flatten
 from ...errors import ConadvError, unknown
 from ...methods import METHODS
+from ...sweep.choose import at_edge, only_edges
 from ...untrusted import inside
 from ..load import RECORD, Run, load_run
 from ..settings import part
@@ -35,6 +36,8 @@ class Cell:
 
     ``x`` is the value on the study's axis (a global batch size). ``line`` names the arm together with the values of
     any other axis, so that a line and an x name one cell. ``missing``: runs that are planned but have no record yet.
+    ``diverged``: how many of the planned runs stopped by a loss or gradient that was not finite. ``at_edge``: the
+    settings whose choice is at the edge of what was tried; ``only_edges``: those with two values, which have no inside.
     """
 
     arm: str
@@ -45,7 +48,9 @@ class Cell:
     missing: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     chosen: Mapping[str, Any] = field(default_factory=dict)
-    at_edge: bool = False
+    at_edge: tuple[str, ...] = ()
+    only_edges: tuple[str, ...] = ()
+    diverged: int = 0
 
     @property
     def finished(self) -> tuple[Run, ...]:
@@ -54,6 +59,11 @@ class Cell:
     @property
     def planned(self) -> int:
         return len(self.runs) + len(self.missing)
+
+    @property
+    def divergence(self) -> str:
+        """In words, what stands in place of a mean; empty where no run diverged."""
+        return f"{self.diverged} of {self.planned} diverged" if self.diverged else ""
 
     def values(self, metric: str = "test_accuracy") -> dict[int, float]:
         """seed -> a field of summary.json, for finished runs where it is a finite number."""
@@ -65,12 +75,13 @@ class Cell:
         }
 
     def stat(self, metric: str = "test_accuracy") -> Stat | None:
-        return stat(self.values(metric))
+        """Over the seeds; None where a run diverged, since the others alone would be the lucky ones."""
+        return None if self.diverged else stat(self.values(metric))
 
     @property
     def gap(self) -> Stat | None:
-        """Train accuracy minus test accuracy, over the seeds."""
-        train, test = self.values("train_accuracy"), self.values()
+        """Train accuracy minus test accuracy, over the seeds; None where a run diverged."""
+        train, test = ({}, {}) if self.diverged else (self.values("train_accuracy"), self.values())
         return stat({seed: train[seed] - test[seed] for seed in train.keys() & test.keys()})
 
     @property
@@ -143,7 +154,7 @@ def load_sweep(path: str | Path, baseline: str | None = None) -> Study:
     document = documents.read_sweep(path / SWEEP)
     axis = document.axis
     names = _extra_axes(document.cells, axis)
-    cells = [_cell(path, raw, axis, names) for raw in document.cells]
+    cells = [_cell(path, raw, document, names) for raw in document.cells]
     cells = [cell for cell in cells if cell.runs]
     if not cells:
         raise ConadvError(f"{path} has no confirmation run yet. Let `conadv sweep` go on, then report it.")
@@ -169,22 +180,32 @@ def _extra_axes(cells: Sequence[documents.Cell], axis: str) -> list[str]:
     return list(dict.fromkeys(name for cell in cells for name in cell.settings if name != axis))
 
 
-def _cell(folder: Path, raw: documents.Cell, axis: str, names: Sequence[str]) -> Cell:
+def _cell(folder: Path, raw: documents.Cell, document: documents.Sweep, names: Sequence[str]) -> Cell:
     settings, wanted = raw.settings, raw.runs
+    tried = [trial.settings for trial in _source(raw, document.cells).trials]
+    diverged = {item.run for item in document.failed if item.diverged}
     there = {name: path for name in wanted if (path := inside(folder, name) / RECORD).is_file()}
     runs = [load_run(path.parent) for path in there.values()]
     extras = [part(name, settings[name]) for name in names if name in settings]
     return Cell(
         arm=raw.arm,
         line=", ".join([raw.arm, *extras]),
-        x=_axis_value(settings, runs, axis),
+        x=_axis_value(settings, runs, document.axis),
         settings=settings,
         runs=tuple(sorted(runs, key=lambda run: run.seed)),
         missing=tuple(name for name in wanted if name not in there),
         trials=tuple(Trial(trial.settings, tuple(trial.validation), trial.mean) for trial in raw.trials),
         chosen=raw.chosen,
-        at_edge=raw.at_edge,
+        at_edge=tuple(at_edge(tried, raw.chosen)),
+        only_edges=tuple(only_edges(tried)),
+        diverged=sum(name in diverged for name in wanted),
     )
+
+
+def _source(raw: documents.Cell, cells: Sequence[documents.Cell]) -> documents.Cell:
+    """The cell whose trials decided the choice of ``raw``: itself, or that of the arm it was tuned on."""
+    others = (cell for cell in cells if cell.arm == raw.tuned_on and cell.settings == raw.settings)
+    return raw if raw.trials else next(others, raw)
 
 
 def _axis_value(settings: Mapping[str, Any], runs: Sequence[Run], axis: str) -> float:

@@ -46,7 +46,7 @@ def accuracy(study: Study) -> Table:
             axis_value(study, cell.x),
             cell.line,
             seeds(cell),
-            table.percent(cell.stat()),
+            answers.percent(cell),
             table.percent(cell.stat("train_accuracy")),
             table.percent(cell.gap),
             _plain(cell.stat("test_loss")),
@@ -75,7 +75,7 @@ def contrasts(study: Study) -> Table:
             found.cell.line,
             found.reference.line,
             str(found.difference.n),
-            Mark(table.difference(found.difference), found.difference.verdict),
+            Mark(found.text, found.difference.verdict),
             p_value(found.difference.p),
             p_value(found.adjusted),
         )
@@ -91,8 +91,13 @@ def p_value(p: float | None) -> str:
 def costs(study: Study) -> Table:
     """Gradient images and seconds of every cell, and what else could be had for it."""
     head = [
-        *(_batch_head(study), "arm", "gradient images per clean image", f"gradient images, {unit(study)[1]}"),
-        *("step time (×\u00a0baseline)", "training time", "best without attack at no more cost"),
+        *(
+            _batch_head(study),
+            "arm",
+            "gradient images per clean image",
+            f"gradient images of the whole training, {unit(study)[1]}",
+        ),
+        *("step time (×\u00a0baseline)", "training time", "best without attack at no more total cost"),
     ]
     return Table(head, [_cost_row(study, cell) for cell in _ordered(study)])
 
@@ -129,12 +134,19 @@ def tuning(study: Study) -> Table:
             " · ".join(map(_trial, cell.trials)),
             answers.setting_words(cell.chosen),
             str(sum(len(trial.validation) for trial in cell.trials)),
-            "at the edge" if cell.at_edge else "inside",
+            _where(cell),
         )
         for cell in _ordered(study)
         if cell.trials
     ]
     return Table(head, rows, texts=3)
+
+
+def _where(cell: Cell) -> str:
+    """Which settings are at the edge of what was tried; "inside" speaks of those with three values and more."""
+    if cell.at_edge:
+        return f"{answers.short(cell.at_edge)} at the edge"
+    return f"inside (but two values of {answers.short(cell.only_edges)})" if cell.only_edges else "inside"
 
 
 def _trial(trial: Trial) -> str:
@@ -151,7 +163,7 @@ def sharp(study: Study) -> Table:
             axis_value(study, cell.x),
             cell.line,
             str(len(sharpness.measured(cell))),
-            table.percent(cell.stat()),
+            answers.percent(cell),
             *(_plain(sharpness.statistic(cell, measure)) for measure in sharpness.MEASURES),
         )
         for cell in cells

@@ -1,0 +1,131 @@
+"""Comparisons that a page asks for and a report does not make, from the accuracies by seed in a summary.json."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+from conadv.report import table as cells
+from conadv.report.stats import holm, paired_difference
+
+Json = dict[str, Any]
+Accuracies = Mapping[int, float]
+Table = tuple[list[str], list[list[str]]]
+
+# What would change a user's decision, of the arms of results/studies/no-split-cifar10.
+DECISIVE = (
+    *("LARS", "LAMB", "LAMB, 3 times the epochs, lr 0.08", "+ random-sign noise", "+ random-sign noise, no split"),
+    *("+ ConAdv", "+ ConAdv, no split"),
+)
+REFERENCES = ("LARS", "LAMB", "+ random-sign noise")
+TARGET = 0.8
+"""Which share of the attack's gain a cheaper attack should keep."""
+
+
+def cell(summary: Json, arm: str) -> Json:
+    found: list[Json] = [one for one in summary["cells"] if one["arm"] == arm]
+    if len(found) != 1:
+        raise SystemExit(f"{len(found)} cells of the arm {arm!r}, wanted one.")
+    return found[0]
+
+
+def accuracies(summary: Json, arm: str) -> Accuracies:
+    """seed -> test accuracy in [0, 1]."""
+    return {int(seed): value for seed, value in cell(summary, arm)["test_accuracy"]["values"].items()}
+
+
+def points(summary: Json, arm: str, reference: str) -> str:
+    """The paired difference with its 95 % interval in points."""
+    return cells.difference(paired_difference(accuracies(summary, arm), accuracies(summary, reference)))
+
+
+def decide(summary: Json) -> Table:
+    """The decisive arms: cost, accuracy, and what each is above LARS, LAMB and random signs."""
+    base = cell(summary, "LARS")["cost"]["total"]
+    rows = []
+    for arm in DECISIVE:
+        own = cell(summary, arm)
+        stat = own["test_accuracy"]
+        accuracy = f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
+        against = [cells.NONE if arm == other else points(summary, arm, other) for other in REFERENCES]
+        rows.append([arm, f"{own['cost']['total'] / base:.3g}", accuracy, *against])
+    head = ["arm", "gradient images, times LARS's", "test accuracy, %"]
+    head += [f"against {other.removeprefix('+ ')}" for other in REFERENCES]
+    return head, rows
+
+
+def gain(summary: Json, whole: str, base: str = "LARS") -> Table:
+    """What each cheaper attack keeps of the gain of ``whole``, with the interval of that share."""
+    spent = cell(summary, base)["cost"]["total"]
+    full = _gains(summary, whole, base)
+    rows = []
+    for arm in (one["arm"] for one in summary["cells"] if "onAdv" in one["arm"] or one["arm"] == "recycle"):
+        kept = None if arm == whole else ratio_interval(_gains(summary, arm, base), full)
+        share = statistics.fmean(_gains(summary, arm, base)) / statistics.fmean(full)
+        text = "100 %" if kept is None else f"{100 * share:.0f} % [{_percent(kept[0])}, {_percent(kept[1])}]"
+        reached = (
+            "–" if kept is None else "yes" if kept[0] >= TARGET else "no" if kept[1] < TARGET else "cannot be told"
+        )
+        cost = cell(summary, arm)["cost"]["total"] / spent
+        rows.append([arm, f"{cost:.3g}", points(summary, arm, base), text, reached])
+    head = ["arm", f"gradient images, times {base}'s", f"gain over {base}", "share of the gain kept [95 %]"]
+    return [*head, f"at least {100 * TARGET:.0f} %?"], rows
+
+
+def _gains(summary: Json, arm: str, base: str) -> list[float]:
+    own, other = accuracies(summary, arm), accuracies(summary, base)
+    return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
+
+
+def _percent(value: float) -> str:
+    """Without the digits of what only says that nothing is known."""
+    return f"below {cells.MINUS}100" if value < -1 else f"{100 * value:.0f}".replace("-", cells.MINUS)
+
+
+def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float]:
+    """The 95 % interval of mean(above) / mean(below), of pairs: all r for which the mean of above - r * below may be 0.
+
+    E. C. Fieller, "Some problems in interval estimation", J. R. Statist. Soc. B 16 (1954). Raises SystemExit where the
+    interval has no ends, since mean(below) itself may be 0.
+    """
+    n = len(above)
+    factor = float(stdtrit(n - 1, 0.975)) ** 2 / n
+    a = statistics.fmean(below) ** 2 - factor * statistics.variance(below)
+    b = statistics.fmean(above) * statistics.fmean(below) - factor * statistics.covariance(above, below)
+    c = statistics.fmean(above) ** 2 - factor * statistics.variance(above)
+    if a <= 0:
+        raise SystemExit("The whole gain may be 0, so that no share of it has an interval with ends.")
+    half = math.sqrt(max(b * b - a * c, 0.0)) / a
+    return b / a - half, b / a + half
+
+
+PREDICTORS = ("momentum", "last update", "momentum and gradient")
+
+
+def predictors(summary: Json, arm: str = "+ ConAdv") -> tuple[Table, str]:
+    """Look-ahead against stale weights, and predictors against momentum, at each tau; and what Holm leaves of it."""
+    taus = sorted(
+        {int(one["arm"].split("tau = ")[1].split(",")[0]) for one in summary["cells"] if "tau = " in one["arm"]}
+    )
+    pairs = [(by, "") for by in PREDICTORS] + [(by, PREDICTORS[0]) for by in PREDICTORS[1:]]
+
+    def name(tau: int, by: str) -> str:
+        return f"{arm}, tau = {tau}" + (f", {by}" if by else "")
+
+    rows = [[f"{tau}", *(points(summary, name(tau, a), name(tau, b)) for a, b in pairs)] for tau in taus]
+    tests = [
+        paired_difference(accuracies(summary, name(tau, a)), accuracies(summary, name(tau, b)))
+        for tau in taus
+        for a, b in pairs
+    ]
+    known = [test.p for test in tests if test is not None and test.p is not None]
+    apart = sum(p < 0.05 for p in known)
+    left = sum(p < 0.05 for p in holm(known))
+    said = (
+        f"Of these {len(known)} differences {apart} have an interval without 0; {left} remain after Holm's correction."
+    )
+    return (["tau", *(f"{a} − {b or 'stale'}" for a, b in pairs)], rows), said
