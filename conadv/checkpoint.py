@@ -28,6 +28,8 @@ _SEAL = re.compile(rb"\nconadv checkpoint 2 sha256 ([0-9a-f]{64}) bytes ([0-9]{1
 SEAL_BYTES = 116
 FORMAT = 2
 CHUNK = 2**20
+LARGEST_IMAGE = 2**14
+"""Pixels of height and width, and channels."""
 
 Tell = Callable[[str], None]
 
@@ -75,6 +77,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, best: int | 
     temporary = path.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a writer that was killed, or a pipe, which would wait for a reader
         _write(temporary, {"format": FORMAT, "step": step, **state})
         verify(temporary)
         temporary.replace(path)
@@ -125,8 +128,13 @@ def steps(folder: Path) -> list[int]:
 
 
 def verify(path: Path) -> None:
-    """Read a file and compare it with its seal. Raises DamagedCheckpoint, or OSError if it cannot be read."""
+    """Read a file and compare it with its seal.
+
+    Raises DamagedCheckpoint, OSError if it cannot be read, and ConadvError for what is no file: a pipe would wait.
+    """
     size = path.stat().st_size
+    if not path.is_file():
+        raise ConadvError(f"{printable(path)} is not a regular file, so it is no checkpoint. Remove it.")
     with path.open("rb") as file:
         file.seek(max(0, size - SEAL_BYTES))
         found = _SEAL.fullmatch(file.read())
@@ -187,7 +195,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """One checkpoint; only tensors and plain values are ever unpickled, and nothing of a damaged file.
 
     Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything else, it was written
-    by another version, or what it says of itself cannot be (its step, the engine's, that of the best).
+    by another version, or what it says of itself cannot be (its step, the engine's, that of the best, its images and
+    classes).
     """
     try:
         verify(path)
@@ -223,7 +232,9 @@ def _envelope_problem(state: dict[str, Any]) -> str | None:
     version = engine.get("version") if isinstance(engine, dict) else None
     if not _is_step(version) or version != step:
         return f"it is of step {step}, its engine of {_shown(version)}"
-    return _best_problem(state, step) if "best" in state else "it does not say which checkpoint is the best"
+    if "best" not in state:
+        return "it does not say which checkpoint is the best"
+    return _best_problem(state, step) or _images_problem(state)
 
 
 def _best_problem(state: dict[str, Any], step: int) -> str | None:
@@ -234,6 +245,17 @@ def _best_problem(state: dict[str, Any], step: int) -> str | None:
         return f"its best checkpoint is {_shown(best)}, none of steps 0 to {step}"
     accuracy = best.get("accuracy")
     return None if isinstance(accuracy, float) and 0 <= accuracy <= 1 else f"its best accuracy is {_shown(accuracy)}"
+
+
+def _images_problem(state: dict[str, Any]) -> str | None:
+    """What is wrong with what it says of images and classes; a state of an older version may say less."""
+    for name in ("channels", "image_size"):
+        if name in state and not (_is_step(state[name]) and 1 <= state[name] <= LARGEST_IMAGE):
+            return f"its {name} is {_shown(state[name])}, not a whole number from 1 to {LARGEST_IMAGE}"
+    names = state.get("class_names", ["?"])
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return f"its class_names are {_shown(names)}, not a list of words"
+    return None
 
 
 def _shown(value: object) -> str:

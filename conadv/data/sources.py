@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
 
-from ..config import DataConfig
+from ..config import DataConfig, home
 from ..errors import ConadvError, unknown
 from .files import BadFile, Progress, decode, scan_folder
 from .parquet import scan_parquet
@@ -128,7 +128,7 @@ _ENCODED = ("cifar10", "folder", "huggingface")
 def _directory(config: DataConfig) -> Path:
     if config.dir is None:
         raise ConadvError(f"data.source {config.source} needs a folder. Give data.dir (--data DIR).")
-    return config.dir.expanduser()
+    return home(config.dir)
 
 
 def _torchvision(factory: Any, config: DataConfig) -> Source:

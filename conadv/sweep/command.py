@@ -95,8 +95,6 @@ def train_job(job: Job, observer: Silent, *, keep_checkpoints: bool, device: str
 
 def _check(args: SweepArgs) -> tuple[int, int]:
     """The shard's number and how many there are."""
-    if args.jobs is not None and args.jobs < 1:
-        raise ConadvError(f"--jobs {args.jobs} must be 1 or more.")
     if args.max_minutes is not None and not args.max_minutes >= 0:
         raise ConadvError(f"--max-minutes {args.max_minutes:g} must be 0 or more.")
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard or "1/1")
