@@ -86,7 +86,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, best: int | 
         with suppress(OSError):
             temporary.unlink()
         raise ConadvError(
-            f"Cannot write the checkpoint {path}: {error}. Older checkpoints are intact: free some space or choose "
+            f"Cannot write the checkpoint {printable(path)}: {error}. Older checkpoints are intact: free some space "
+            "or choose "
             "another disk, and go on with --resume."
         ) from error
     prune(folder, keep, best)
@@ -139,13 +140,17 @@ def verify(path: Path) -> None:
         file.seek(max(0, size - SEAL_BYTES))
         found = _SEAL.fullmatch(file.read())
         if found is None:
-            raise DamagedCheckpoint(f"{path} is damaged: it does not end with a seal, so it has been cut off.")
+            raise DamagedCheckpoint(
+                f"{printable(path)} is damaged: it does not end with a seal, so it has been cut off."
+            )
         digest, length = found[1].decode(), int(found[2])
         if length != size - SEAL_BYTES:
-            raise DamagedCheckpoint(f"{path} is damaged: {size - SEAL_BYTES} bytes where {length} were written.")
+            raise DamagedCheckpoint(
+                f"{printable(path)} is damaged: {size - SEAL_BYTES} bytes where {length} were written."
+            )
         file.seek(0)
         if _digest(file, length) != digest:
-            raise DamagedCheckpoint(f"{path} is damaged: its content does not fit its checksum.")
+            raise DamagedCheckpoint(f"{printable(path)} is damaged: its content does not fit its checksum.")
 
 
 def _digest(file: IO[bytes], length: int) -> str:
@@ -180,10 +185,10 @@ def find_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any], lis
         return state, [f"{message} Going back to the checkpoint of step {step}." for message in damaged]
     if damaged:
         raise ConadvError(
-            f"None of the checkpoints in {folder} can be used: {' '.join(damaged)} "
+            f"None of the checkpoints in {printable(folder)} can be used: {' '.join(damaged)} "
             "Start the run with --overwrite instead of --resume."
         )
-    raise ConadvError(f"{folder} holds no checkpoint. Start the run with --overwrite instead of --resume.")
+    raise ConadvError(f"{printable(folder)} holds no checkpoint. Start the run with --overwrite instead of --resume.")
 
 
 def load_step(folder: Path, step: int, device: torch.device) -> dict[str, Any]:
@@ -206,17 +211,17 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a hostile file makes of its reader
         raise ConadvError(
-            f"Cannot read the checkpoint {path}: {error}. Delete it to resume from an older one."
+            f"Cannot read the checkpoint {printable(path)}: {error}. Delete it to resume from an older one."
         ) from error
     if not isinstance(state, dict) or not _is_step(state.get("format")) or state["format"] != FORMAT:
-        raise ConadvError(f"{path} is not a checkpoint of this version of conadv.")
+        raise ConadvError(f"{printable(path)} is not a checkpoint of this version of conadv.")
     if problem := _envelope_problem(state):
         raise ConadvError(
-            f"The checkpoint {path} does not fit itself: {problem}. It was changed: delete it to resume from an older "
-            "one."
+            f"The checkpoint {printable(path)} does not fit itself: {problem}. It was changed: delete it to resume from "
+            "an older one."
         )
     if path.name != _NAME.format(state["step"]):
-        raise DamagedCheckpoint(f"{path} is damaged: it holds the checkpoint of step {state['step']}.")
+        raise DamagedCheckpoint(f"{printable(path)} is damaged: it holds the checkpoint of step {state['step']}.")
     return state
 
 

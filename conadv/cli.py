@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from ._version import __version__
 from .allocator import keep_freed_memory
 from .config import Config, explain, flatten, home, load_yaml, override, replace, resolve
-from .errors import ConadvError, printable, unknown
+from .errors import ConadvError, printable, printable_lines, unknown
 from .limits import check_numbers
 from .signals import EXIT_INTERRUPTED, Stopped
 
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, message = _explained(error)
         if message:
-            sys.stderr.write(f"conadv: {_one_message(message)}\n")
+            sys.stderr.write(f"conadv: {printable_lines(message)}\n")
     return code
 
 
@@ -183,11 +183,6 @@ def _explained(error: BaseException) -> tuple[int, str]:
         f"Unexpected {type(error).__name__} in {where}: {error}. This is a bug of conadv: please report it with what "
         "--debug shows (the traceback)."
     )
-
-
-def _one_message(text: str) -> str:
-    """Without control characters, which a file name may hold; lines stay."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def _open_closed_output() -> None:
@@ -276,7 +271,7 @@ def _train(args: Sequence[str]) -> None:
         comm.close()
     if comm.first and not options.quiet:
         _say(_result_line(summary))
-        _say(f"run directory: {out}")
+        _say(f"run directory: {printable(out)}")
 
 
 def _only_with_dry_run(options: RunOptions) -> None:
@@ -456,7 +451,7 @@ def _eval(args: Sequence[str]) -> None:
         if result is not None:
             _say(f"{name:<6}  accuracy {100 * result.accuracy:6.2f} %  loss {result.loss:.4f}  images {result.images}")
     for bad in parts.data.bad.take(parts.engine.version - 1):
-        _say(f"left out, as it cannot be read: {bad['path']} ({bad['reason']})")
+        _say(printable(f"left out, as it cannot be read: {bad['path']} ({bad['reason']})"))
 
 
 @dataclass
@@ -479,9 +474,9 @@ def _export(args: Sequence[str]) -> None:
     from .export import export
     from .run import RunDir
 
-    _say(str(export(options.run, best=options.best, kind=options.format)))
+    _say(printable(export(options.run, best=options.best, kind=options.format)))
     if options.format == "safetensors":
-        _say(f"model card: {RunDir(options.run).card}")
+        _say(f"model card: {printable(RunDir(options.run).card)}")
 
 
 @dataclass
@@ -511,7 +506,7 @@ def _report(args: Sequence[str]) -> None:
     else:
         out = options.out or Path("runs/report.html")
         show(write_report(options.runs, out, baseline=options.baseline))
-    _say(f"report: {out}")
+    _say(f"report: {printable(out)}")
 
 
 def _analyze(args: Sequence[str]) -> None:

@@ -40,7 +40,9 @@ def home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise ConadvError(f"{printable(path)[:200]}: {error}. Write the folder out, or ./~name for one here.") from error
+        raise ConadvError(
+            f"{printable(path)[:200]}: {error}. Write the folder out, or ./~name for one here."
+        ) from error
 
 
 def parse_fraction(value: object) -> object:
@@ -594,7 +596,7 @@ def load_yaml(path: Path) -> Config:
     """Read a saved config; an unknown key or a bad value is a ConadvError that names it."""
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConadvError(f"The config {path} is not a mapping of settings.")
+        raise ConadvError(f"The config {printable(path)} is not a mapping of settings.")
     return parse(values, str(path))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import recipes
 from .config import Config, replace
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .progress import Silent
 from .sweep.display import Workload, for_terminal
 from .sweep.pool import Job, Outcome, cores, run_pool
@@ -72,7 +72,7 @@ def demo(args: DemoArgs) -> None:
         command=command,
     )
     show(summary)
-    sys.stdout.write(f"report: {args.out / 'report.html'}\n")
+    sys.stdout.write(f"report: {printable(args.out / 'report.html')}\n")
 
 
 def plan(out: Path, seeds: int, epochs: float | None = None) -> Iterator[Job]:

@@ -44,7 +44,9 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
         model = make_model(config, state["channels"], len(state["class_names"]))
         model.load_state_dict(evaluated_state(state))
         if config.data.image_size not in (None, state.get("image_size", config.data.image_size)):
-            raise ValueError(f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}")
+            raise ValueError(
+                f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}"
+            )
     return strip(model).eval(), config, state
 
 

@@ -26,7 +26,7 @@ from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
 from .lock import Lock
@@ -226,7 +226,8 @@ def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
     saved = checkpoint.steps(run.checkpoints)
     if not saved and run.summary.is_file():
         raise ConadvError(
-            f"{run.path} holds this run, finished, but without a checkpoint: there is nothing to go on from. Add "
+            f"{printable(run.path)} holds this run, finished, but without a checkpoint: there is nothing to go on "
+            "from. Add "
             "--overwrite to train it again, or choose another --out."
         )
     observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
@@ -520,7 +521,7 @@ def load_state(run: RunDir, device: torch.device, *, best: bool = False) -> dict
     if not best:
         return state
     if state["best"] is None:
-        raise ConadvError(f"{run.path} has kept no best checkpoint: train with --checkpoint.keep-best.")
+        raise ConadvError(f"{printable(run.path)} has kept no best checkpoint: train with --checkpoint.keep-best.")
     return checkpoint.load_step(run.checkpoints, state["best"]["step"], device)
 
 

@@ -120,7 +120,9 @@ class Comm:
         error. Raises ConadvError for a variable that cannot be, and if the ranks do not find each other in that time.
         """
         if not 0 < timeout <= LONGEST_TIMEOUT:
-            raise ConadvError(f"--comm-timeout {timeout:g} must be more than 0 and at most {LONGEST_TIMEOUT:g} seconds.")
+            raise ConadvError(
+                f"--comm-timeout {timeout:g} must be more than 0 and at most {LONGEST_TIMEOUT:g} seconds."
+            )
         ranks = _variable("WORLD_SIZE", range(1, MOST_RANKS + 1), 1)
         local_rank = _variable("LOCAL_RANK", range(ranks), 0) if ranks > 1 else 0
         place = pick_device(device, local_rank)

@@ -52,7 +52,9 @@ def _value(name: str, text: str) -> bool | int | float | str:
     if not isinstance(value, (bool, int, float)):
         return text
     if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63):
-        raise ConadvError(f"model.args: {_shown(name)}={_shown(text)} is not finite, or beyond 64 bits. Choose another.")
+        raise ConadvError(
+            f"model.args: {_shown(name)}={_shown(text)} is not finite, or beyond 64 bits. Choose another."
+        )
     return value
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..progress import Silent
 from .cells import Plan, expand
 from .display import Workload, duration, for_terminal
@@ -161,7 +161,7 @@ def _report(schedule: Schedule, args: SweepArgs) -> None:
     summary = write_sweep_report(out, command=f"conadv sweep {args.spec}")
     if not args.quiet:
         show_study(summary)
-        _say(f"report: {out / 'report.html'}")
+        _say(f"report: {printable(out / 'report.html')}")
 
 
 def _show_plan(schedule: Schedule) -> None:
@@ -184,7 +184,7 @@ def _show_plan(schedule: Schedule) -> None:
     names = schedule.names()
     done = [schedule.results[name] for name in names if name in schedule.results]
     took = f" in {duration(sum(result.seconds for result in done))} of computing" if done else ""
-    _say(f"{len(names)} runs in all, {len(done)} of them done{took}; in {schedule.folder.out}")
+    _say(f"{len(names)} runs in all, {len(done)} of them done{took}; in {printable(schedule.folder.out)}")
 
 
 def _say(text: str) -> None:
