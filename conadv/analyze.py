@@ -86,11 +86,7 @@ def _newest(path: Path) -> int:
     RunDir(path).open()
     found = steps(RunDir(path).checkpoints)
     if not found:
-        raise ConadvError(
-            f"{printable(path)} holds no checkpoint, so there are no weights to analyse. A run writes one when it "
-            "ends; train it "
-            "again with: conadv train --config RUN/config.yaml --out RUN --overwrite"
-        )
+        raise RunDir(path).without_weights()
     return found[-1]
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeGuard
 
 import torch
 
+from .config import MOST
 from .errors import ConadvError, printable
 from .record import sync_folder
 from .untrusted import check_archive
@@ -217,8 +218,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise ConadvError(f"{printable(path)} is not a checkpoint of this version of conadv.")
     if problem := _envelope_problem(state):
         raise ConadvError(
-            f"The checkpoint {printable(path)} does not fit itself: {problem}. It was changed: delete it to resume from "
-            "an older one."
+            f"The checkpoint {printable(path)} does not fit itself: {problem}. It was changed: delete it to resume "
+            "from an older one."
         )
     if path.name != _NAME.format(state["step"]):
         raise DamagedCheckpoint(f"{printable(path)} is damaged: it holds the checkpoint of step {state['step']}.")
@@ -226,7 +227,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _is_step(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _envelope_problem(state: dict[str, Any]) -> str | None:

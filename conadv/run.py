@@ -158,6 +158,14 @@ class RunDir:
         except OSError:
             return False
 
+    def without_weights(self) -> ConadvError:
+        """What to say where weights are wanted and there is no checkpoint."""
+        return ConadvError(
+            f"{printable(self.path)} holds no checkpoint, so there are no weights. A run writes one when it ends, and "
+            "every --checkpoint.every-epochs; a sweep keeps those of finished runs with --keep-checkpoints. Train it "
+            "again with: conadv train --config RUN/config.yaml --out RUN --overwrite"
+        )
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 

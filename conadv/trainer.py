@@ -517,6 +517,8 @@ def load_run(path: Path, device: torch.device, *, best: bool = False) -> Parts:
 
 def load_state(run: RunDir, device: torch.device, *, best: bool = False) -> dict[str, Any]:
     """The newest intact checkpoint of a run, or that with the best validation accuracy so far."""
+    if not checkpoint.steps(run.checkpoints):
+        raise run.without_weights()
     state = checkpoint.load_newest(run.checkpoints, device)
     if not best:
         return state

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from conadv import recipes
 from conadv.config import (
     Config,
+    DataConfig,
     accumulation,
     differences,
     dump_yaml,
+    home,
     load_yaml,
     override,
     parse,
@@ -24,6 +28,7 @@ from conadv.config import (
     resolve,
     scaled_lr,
 )
+from conadv.data.sources import build_source
 from conadv.errors import ConadvError
 
 BASE = recipes.get("digits")
@@ -249,6 +254,39 @@ def test_numbers_that_nothing_can_be_computed_with_are_refused(name: str, value:
     # Red when: that field has no upper bound.
     with pytest.raises(ValueError, match="less than or equal"):
         replace(BASE, **{name: value})
+
+
+def counts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted name, largest value) of every setting that is a whole number."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from counts(type(field.default), f"{prefix}{name}.")
+        schema = section.model_json_schema()["properties"][name]
+        for part in (schema, *schema.get("anyOf", []), schema.get("items", {})):
+            if part.get("type") == "integer":
+                yield prefix + name, part.get("maximum", 2**64)
+
+
+def test_every_whole_number_has_a_largest_value() -> None:
+    # Red when: a setting is a plain int (eval.batch_size 2^63 got as far as the loader).
+    found = dict(counts(Config))
+    assert found.keys() > {"seed", "eval.batch_size", "micro_batch_size", "probe.staleness", "model.width"}
+    assert [name for name, most in found.items() if most > 10**9] == ["seed"]
+    assert found["seed"] == 2**63 - 1
+    for name, most in found.items():
+        value = [most + 1] if name == "probe.staleness" else most + 1
+        section, _, key = name.rpartition(".")
+        with pytest.raises(ConadvError, match=f"{name}.*less than or equal to"):
+            parse({section: {key: value}} if section else {key: value}, "x")
+
+
+@pytest.mark.parametrize("folder", ["~nobodyhere", "~nobodyhere/data"])
+def test_the_home_of_nobody_is_an_error(folder: str) -> None:
+    # Red when: expanduser's RuntimeError goes through.
+    with pytest.raises(ConadvError, match="~nobodyhere.*Write the folder out"):
+        home(Path(folder))
+    with pytest.raises(ConadvError, match="~nobodyhere"):
+        build_source(DataConfig(source="folder", dir=folder))
 
 
 def test_the_bound_on_the_learning_rate_holds_after_scaling() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import keyword
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def arguments(args: Sequence[str]) -> Options:
     options: Options = {}
     for arg in args:
         name, sign, text = arg.partition("=")
-        if not sign or not name.isidentifier():
+        if not sign or not name.isidentifier() or keyword.iskeyword(name):
             raise ConadvError(f"model.args {_shown(arg)!r} is not NAME=VALUE, such as drop_rate=0.1.")
         if name in _TAKEN or name in options:
             why = "is given twice" if name in options else "is set by conadv, which loads no weights"
