@@ -283,7 +283,7 @@ def test_every_whole_number_has_a_largest_value() -> None:
 @pytest.mark.parametrize("folder", ["~nobodyhere", "~nobodyhere/data"])
 def test_the_home_of_nobody_is_an_error(folder: str) -> None:
     # Red when: expanduser's RuntimeError goes through.
-    with pytest.raises(ConadvError, match="~nobodyhere.*Write the folder out"):
+    with pytest.raises(ConadvError, match=r"~nobodyhere.*Write the folder out"):
         home(Path(folder))
     with pytest.raises(ConadvError, match="~nobodyhere"):
         build_source(DataConfig(source="folder", dir=folder))
