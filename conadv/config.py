@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .errors import ConadvError, printable, unknown
@@ -87,6 +87,17 @@ Count = Annotated[int, Field(le=MOST)]
 """A whole number of images, steps or epochs; the field beside it says from where on."""
 
 
+def _off_or_drawn(value: float) -> float:
+    if 0 < value < SMALLEST_ALPHA:
+        raise ValueError(f"{value:g} is neither 0 (off) nor {SMALLEST_ALPHA:g} or more")
+    return value
+
+
+SMALLEST_ALPHA = 1e-3
+"""Of a Beta distribution; in float32 the draws of smaller ones are not numbers."""
+Alpha = Annotated[float, AfterValidator(_off_or_drawn)]
+
+
 class Section(BaseModel):
     """Frozen, and an unknown key is an error."""
 
@@ -111,9 +122,9 @@ class DataConfig(Section):
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
     """Augmentation of a third view with its own route; None has no third view."""
-    mixup: Annotated[float, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0, le=LARGEST)
+    mixup: Annotated[Alpha, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0, le=LARGEST)
     """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
-    cutmix: Annotated[float, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0, le=LARGEST)
+    cutmix: Annotated[Alpha, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0, le=LARGEST)
     """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
     on_bad_image: Annotated[Literal["error", "skip"], tyro.conf.arg(aliases=["--on-bad-image"])] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""

@@ -56,8 +56,6 @@ class DemoArgs:
 
 def demo(args: DemoArgs) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
-    if args.seeds < 1:
-        raise ConadvError(f"--seeds {args.seeds} must be 1 or more.")
     from .report import show, write_report
 
     jobs = list(plan(args.out, args.seeds, args.epochs))

@@ -19,9 +19,25 @@ LARGEST = {
     "grid": 1001,
     "seed": LARGEST_SEED,
     "images_per_epoch": 10**12,
+    "seeds": 1000,
 }
 """Option -> its largest value, where that is not MOST."""
-LEAST = dict.fromkeys(("threads", "jobs", "workers"), 1)
+_POSITIVE = (
+    *(
+        "threads",
+        "jobs",
+        "workers",
+        "rounds",
+        "image_size",
+        "photo_size",
+        "channels",
+        "classes",
+        "num_classes",
+        "width",
+    ),
+    *("micro_batch_size", "images", "batch", "seeds"),
+)
+LEAST = dict.fromkeys(_POSITIVE, 1)
 
 
 def check_numbers(options: Any) -> None:

@@ -33,7 +33,7 @@ from .lock import Lock
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model, check_model
-from .models.trial import NO_BATCH_NORM
+from .models.trial import NO_BATCH_NORM, looks
 from .norm import CLEAN, has_batchnorm, routes_of, split_batchnorm
 from .optim import MODEL_RULES, build_optimizer, describe, parameter_groups
 from .precise_bn import recalibrate
@@ -327,7 +327,8 @@ def build(
         space = space_from_config(config)
         model = make_model(config, data.channels, data.num_classes)
         with rng.scope(torch.device("cpu"), config.seed, "trial"):
-            check_model(model, data.channels, data.image_size, data.num_classes)
+            for images, size in looks(config, data.image_size):
+                check_model(model, data.channels, size, data.num_classes, images)
         model = model.to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)

@@ -196,6 +196,13 @@ WRONG = {
     "workers": (["check", "nowhere-at-all", "--workers", "-1"], "--workers -1 must be 1 or more"),
     "jobs": (["sweep", "x.yaml", "--jobs", str(10**9)], "--jobs 1000000000 must be 1024 or less"),
     "rounds": (["bench", "norm", "--rounds", str(2**64)], "--rounds 18446744073709551616 must be"),
+    "no images": (["bench", "attack-cost", "--image-size", "0"], "--image-size 0 must be 1 or more"),
+    "no classes": (["bench", "attack-cost", "--classes", "0"], "--classes 0 must be 1 or more"),
+    "no rounds": (["plan", "x.json", "--measure", "all", "--workload.rounds", "0"], "--rounds 0 must be 1 or more"),
+    "small images": (
+        ["plan", "x.json", "--measure", "phases", "--workload.model", "vit_b_32", "--workload.image-size", "16"],
+        "cannot take 3 x 16 x 16 images",
+    ),
     "not finite": (["train", "digits", "--comm-timeout", "nan"], "--comm-timeout nan must be a finite number"),
     "for ever": (["watch", "nowhere-at-all", "--interval", "inf"], "--interval inf must be a finite number"),
     "long timeout": (["train", "digits", "--comm-timeout", "1e300"], "at most 1e+07 seconds"),

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from conadv import recipes
 from conadv.config import (
+    SMALLEST_ALPHA,
     Config,
     DataConfig,
     accumulation,
@@ -28,6 +30,7 @@ from conadv.config import (
     resolve,
     scaled_lr,
 )
+from conadv.data.mix import Mix
 from conadv.data.sources import build_source
 from conadv.errors import ConadvError
 
@@ -248,6 +251,7 @@ def test_default_config_needs_a_duration_only() -> None:
         ("eval__every_epochs", 1e308),
         ("schedule__warmup_epochs", 1e308),
         ("epochs", 1e308),
+        ("data__mixup", 1e7),
     ],
 )
 def test_numbers_that_nothing_can_be_computed_with_are_refused(name: str, value: float) -> None:
@@ -287,6 +291,20 @@ def test_the_home_of_nobody_is_an_error(folder: str) -> None:
         home(Path(folder))
     with pytest.raises(ConadvError, match="~nobodyhere"):
         build_source(DataConfig(source="folder", dir=folder))
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_draws_of_a_mix_are_numbers_from_the_smallest_alpha_on(name: str) -> None:
+    # Red when: alpha has no lower bound but 0 (1e-300 is 0 in float32, and torch refused it in the first step).
+    for bad in (1e-300, 9e-4):
+        with pytest.raises(ConadvError, match=f"data.{name}.*neither 0 .off. nor 0.001 or more"):
+            parse({"data": {name: bad}}, "x")
+    smallest = parse({"data": {name: SMALLEST_ALPHA}}, "x").data
+    mix = Mix(smallest.mixup, smallest.cutmix, 2, 0)
+    y_N = torch.tensor([0, 1, 0, 1])
+    for step in range(200):
+        _, y_NK = mix({"clean": torch.zeros(4, 1, 4, 4, dtype=torch.uint8)}, y_N, step, 0)
+        assert torch.isfinite(y_NK).all()
 
 
 def test_the_bound_on_the_learning_rate_holds_after_scaling() -> None:

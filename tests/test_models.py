@@ -21,7 +21,7 @@ from conadv.models.trial import NO_BATCH_NORM
 from conadv.models.zoo import arguments
 from conadv.norm import routes_of
 from conadv.optim import MODEL_RULES, parameter_groups
-from conadv.trainer import build, overview
+from conadv.trainer import build, overview, train
 
 from .helpers import same, state, tiny_resnet
 
@@ -305,6 +305,33 @@ def test_images_of_the_wrong_size_are_found_before_training(
 ) -> None:
     with pytest.raises(ConadvError, match=message):
         check_model(make(name, *args), 3, size, 5)
+
+
+SMALL_IMAGES = {"data__image_size": 4, "epochs": None, "steps": 3, "global_batch_size": 4, "schedule__warmup_epochs": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 1}, "1 x 4 x 4 images one at a time.*larger micro_batch_size"),
+        ({"method": "disadv", "attack__share": 0.25}, "1 x 4 x 4 images one at a time.*attack.share"),
+        ({"probe__every_epochs": 0.1, "probe__images": 1, "probe__staleness": (1,)}, "1 x 4 x 4 images one at a time"),
+        (
+            {"method": "conadv", "data__image_size": 16, "attack__resolution": 0.5},
+            "1 x 8 x 8 images.*attack.resolution",
+        ),
+    ],
+)
+def test_passes_that_the_network_refuses_are_found_before_training(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    # Red when: looks yields two images of the full size alone (each of these ended with exit code 70 in its step).
+    vit = ModelConfig(name="timm:test_vit", args=("img_size=16",))
+    model = vit if "data__image_size" in changes else ModelConfig(name="resnet8", width=2)
+    wanted = resolve(replace(recipes.get("digits"), **{**SMALL_IMAGES, "model": model, **changes}))
+    with pytest.raises(ConadvError, match=message):
+        train(wanted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_number_of_classes_is_checked() -> None:

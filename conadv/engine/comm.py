@@ -369,6 +369,11 @@ def _event() -> torch.cuda.Event:
     return event
 
 
+def processes_here(default: int = 1) -> int:
+    """How many processes the launcher has started on this host (LOCAL_WORLD_SIZE). Raises ConadvError."""
+    return _variable("LOCAL_WORLD_SIZE", range(1, MOST_RANKS + 1), default)
+
+
 def _variable(name: str, allowed: range, default: int | None = None) -> int:
     """A number of the environment; without a ``default`` it must be there."""
     text = os.environ.get(name) or ("" if default is None else str(default))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conadv import PGD, Comm, ConadvError
+from conadv.engine.comm import processes_here
 
 from ..helpers import same
 from ..test_methods import CASES, SPACE
@@ -214,6 +215,16 @@ def test_environments_that_cannot_work(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConadvError, match=message):
         Comm.from_environment("cpu", timeout)
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1"])
+def test_processes_of_a_host_are_a_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: int(os.environ["LOCAL_WORLD_SIZE"]).
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(ConadvError, match=f"LOCAL_WORLD_SIZE is '{value}', not a number from 1"):
+        processes_here()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes_here(3) == 3
 
 
 def test_one_process_starts_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
