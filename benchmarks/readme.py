@@ -8,6 +8,7 @@ With --check nothing is written and the exit code says whether the pages are up 
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
@@ -25,7 +26,7 @@ from conadv.report import words
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "concurrency.md", DOCS / "plan.md", DOCS / "results.md")
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("concurrency", "plan", "reliability", "results")))
 RESULTS = ROOT / "results"
 table = study_tables.table
 
@@ -176,6 +177,29 @@ def plan_check() -> str:
     )
 
 
+def fuzz() -> str:
+    """The targets of the recorded fuzzing campaign, in the words of the functions that they are."""
+    content = json.loads((RESULTS / "reliability" / "fuzz.json").read_text())
+    source = ast.parse((ROOT / "benchmarks" / "torture_fuzz.py").read_text())
+    words = {node.name: ast.get_docstring(node) or "" for node in source.body if isinstance(node, ast.FunctionDef)}
+    rows = [
+        [f"`{name}`", words[f"fuzz_{name}"].splitlines()[0], f"{found['inputs']:,}", f"{found['accepted']:,}"]
+        for name, found in content["targets"].items()
+    ]
+    accepted = sum(found["accepted"] for found in content["targets"].values())
+    rows.append(["all", "", f"{content['inputs']:,}", f"{accepted:,}"])
+    how = (
+        "guided by coverage (libFuzzer)"
+        if content["guided_by_coverage"]
+        else "mutations of seeds, not guided by coverage"
+    )
+    return (
+        f"{table(['target', 'what gets the input', 'inputs', 'accepted'], rows)}\n\nCrashes: {content['crashes']}. "
+        f"{how[0].upper()}{how[1:]}; `python -m benchmarks.torture fuzz` at commit {content['git']['commit'][:7]}, "
+        f"{content['time'][:10]}; {where(content)}"
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
     "methods": lambda: "\n\n".join(map(timing, ("attack-cost-resnet20.json", "attack-cost-resnet8.json"))),
@@ -186,6 +210,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "two-hosts-without": lambda: two_hosts(False),
     "attack-ranks": lambda: f"{attack_ranks()}\n\n{made_by('attack_ranks.json', 'benchmarks/attack_ranks.sh')}",
     "plan": plan_check,
+    "fuzz": fuzz,
 }
 
 

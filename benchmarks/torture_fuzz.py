@@ -8,6 +8,7 @@ than SLOW seconds; its input is kept beside the result.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import base64
 import contextlib
@@ -33,9 +34,9 @@ from rich.console import Console
 from conadv import analyze, checkpoint, cli, config, recipes, record, staleness, untrusted
 from conadv.analysis.staleness import table, text
 from conadv.analysis.timeline import timeline
-from conadv.card import model_card
+from conadv.card import _constructor, model_card
 from conadv.errors import ConadvError, printable
-from conadv.export import load_plain_model
+from conadv.export import _image_shape, export
 from conadv.report import compare, load_run, write_report
 from conadv.report.study import StudySummary, load_sweep, write_sweep_report
 from conadv.report.summary import Summary
@@ -166,17 +167,34 @@ def fuzz_train(data: bytes) -> None:
 
 
 def fuzz_state(data: bytes) -> None:
-    """A genuine checkpoint with a few plain values changed, sealed again, through what reads one without training."""
+    """A genuine checkpoint with a few plain values changed, sealed again, through export and model card.
+
+    Every second input changes what it says of itself; one in 200 is traced as well.
+    """
     import torch
 
-    run = RunDir(_trained())
-    state = _state()
-    tensor = torch.zeros(2)
-    broken = structure.changed(state, structure.Bytes(data), (tensor, tensor.long(), {"a": tensor}))
+    run, source = RunDir(_trained()), structure.Bytes(data)
+    state, tensor = _state(), torch.zeros(2)
+    more = (tensor, tensor.long(), {"a": tensor}, list(range(10)), dict.fromkeys(range(10)), 8.0, 2)
+    if source.below(2):
+        said = {key: state[key] for key in ("step", "channels", "image_size", "class_names", "best")}
+        broken = {key: value for key, value in state.items() if key not in said} | structure.changed(said, source, more)
+    else:
+        broken = structure.changed(state, source, more)
     checkpoint._write(run.checkpoints / "step_00000002.pt", broken)
-    checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
-    load_plain_model(run.path)
-    model_card(run, checkpoint.load_newest(run.checkpoints, torch.device("cpu")))
+    loaded, _ = checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
+    export(run.path)
+    _image_shape(config.resolve(run.open()), loaded)
+    if source.below(200) == 199:
+        export(run.path, kind="torch-export")
+
+
+def fuzz_args(data: bytes) -> None:
+    """Arguments of a network's constructor (model.args), as far as the call that a model card shows."""
+    args = data.decode("utf-8", "replace").split("\0")
+    name = ("timm:resnet18", "resnet18")[len(data) % 2]
+    found = config.parse({"model": {"name": name, "args": args}}, "args")
+    ast.parse(_constructor(found, 3, 10))
 
 
 def fuzz_fields(data: bytes) -> None:
@@ -351,6 +369,11 @@ def _command_seeds() -> list[bytes]:
     return [line.encode() for line in lines]
 
 
+def _args_seeds() -> list[bytes]:
+    lines = ["drop_rate=0.1", "img_size=64\0act=gelu", "a=[1, {b: &c 2}]", "a=2024-01-01\0b=", "x=1e999\0y=.nan", "0"]
+    return [line.encode() for line in lines]
+
+
 def _profile_seeds() -> list[bytes]:
     file = ROOT / "tests" / "golden" / "plan_profile.json"
     return [file.read_bytes()[:4000], file.read_bytes(), b"{}"]
@@ -377,6 +400,7 @@ TARGETS = {
     "archive": Target(fuzz_archive, _checkpoint_seeds, 160_000, 2_000),
     "options": Target(fuzz_options, _command_seeds, 30_000, 200),
     "command": Target(fuzz_command, _command_seeds, 6_000, 60),
+    "args": Target(fuzz_args, _args_seeds, 40_000, 1_000),
     "train": Target(fuzz_train, _command_seeds, 2_000, 20),
     "state": Target(fuzz_state, lambda: structure.seeds(40), 4_000, 60),
     "fields": Target(fuzz_fields, lambda: structure.seeds(60), 15_000, 100),

@@ -15,7 +15,7 @@ from ._version import __version__
 from .analysis.options import Options
 from .analysis.watch import Watch
 from .documents import Analysis, checked
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .record import write_atomic
 from .run import RunDir
 from .untrusted import JSON_BYTES, parse_json, read_text
@@ -83,7 +83,7 @@ def command(args: AnalyzeArgs) -> None:
     Console(highlight=False).print(table([(path, read(path)) for path in settings]))
     for path in settings:
         state = "written" if path in todo else "had it already"
-        sys.stdout.write(f"{RunDir(path).analysis_file}: {state}\n")
+        sys.stdout.write(f"{printable(RunDir(path).analysis_file)}: {state}\n")
 
 
 def _newest(path: Path) -> int:
@@ -93,10 +93,7 @@ def _newest(path: Path) -> int:
     RunDir(path).open()
     found = steps(RunDir(path).checkpoints)
     if not found:
-        raise ConadvError(
-            f"{path} holds no checkpoint, so there are no weights to analyse. A run writes one when it ends; train it "
-            "again with: conadv train --config RUN/config.yaml --out RUN --overwrite"
-        )
+        raise RunDir(path).without_weights()
     return found[-1]
 
 
@@ -114,7 +111,9 @@ def _done(path: Path, now: dict[str, Any], overwrite: bool) -> bool:
     old = before["options"]
     changed += [f"{key}: {old.get(key)} -> {value}" for key, value in now["options"].items() if old.get(key) != value]
     if changed:
-        raise ConadvError(f"{path} has another analysis ({'; '.join(changed)}). Add --overwrite to replace it.")
+        raise ConadvError(
+            f"{printable(path)} has another analysis ({'; '.join(changed)}). Add --overwrite to replace it."
+        )
     return True
 
 
@@ -124,9 +123,11 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = parse_json(read_text(file, JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise ConadvError(f"Cannot read {file}: {error}. Compute it with: conadv analyze RUN --overwrite") from error
+        raise ConadvError(
+            f"Cannot read {printable(file)}: {error}. Compute it with: conadv analyze RUN --overwrite"
+        ) from error
     if not isinstance(found, dict) or not found.keys() >= _SHOWN or not isinstance(found["options"], dict):
-        raise ConadvError(f"{file} is not an analysis. Replace it with: conadv analyze RUN --overwrite")
+        raise ConadvError(f"{printable(file)} is not an analysis. Replace it with: conadv analyze RUN --overwrite")
     checked(Analysis, found, file, "Replace it with: conadv analyze RUN --overwrite")
     return found
 
@@ -146,7 +147,7 @@ def _write(path: Path, parts: Parts, settings: dict[str, Any], options: Options,
             (run.analysis / name).write_bytes(image)
         write_atomic(run.analysis_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
     except OSError as error:
-        raise ConadvError(f"Cannot write into {path}: {error}.") from error
+        raise ConadvError(f"Cannot write into {printable(path)}: {error}.") from error
 
 
 def _pictures(found: dict[str, Any], title: str) -> dict[str, bytes]:
@@ -176,16 +177,16 @@ class _Progress(Watch):
 
             left = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self._bar = Progress(TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), *left)
-            self._task = self._bar.add_task(str(self._path), total=total)
+            self._task = self._bar.add_task(printable(self._path), total=total)
             self._bar.start()
 
     def tick(self, work: float) -> None:
         super().tick(work)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=f"{self._path}: {self.part}")
+            self._bar.update(self._task, completed=self.done, description=f"{printable(self._path)}: {self.part}")
         elif self.part != self._said:
             self._said = self.part
-            sys.stdout.write(f"{self._path}: {self.part}{self._left()}\n")
+            sys.stdout.write(f"{printable(self._path)}: {self.part}{self._left()}\n")
             sys.stdout.flush()
 
     def _left(self) -> str:
@@ -214,7 +215,7 @@ def table(analyses: list[tuple[Path, dict[str, Any]]]) -> Table:
         made.add_column(column, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     unique = len({path.name for path, _ in analyses}) == len(analyses)
     for path, found in analyses:
-        made.add_row(*(Text(cell) for cell in (path.name if unique else str(path), *_cells(found))))
+        made.add_row(*(Text(printable(cell)) for cell in (path.name if unique else str(path), *_cells(found))))
     return made
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any, TypeGuard
 
 import torch
 
+from .config import MOST
 from .errors import ConadvError, printable
 from .record import sync_folder
 from .untrusted import check_archive
@@ -28,6 +29,8 @@ _SEAL = re.compile(rb"\nconadv checkpoint 2 sha256 ([0-9a-f]{64}) bytes ([0-9]{1
 SEAL_BYTES = 116
 FORMAT = 2
 CHUNK = 2**20
+LARGEST_IMAGE = 2**14
+"""Pixels of height and width, and channels."""
 
 Tell = Callable[[str], None]
 
@@ -75,6 +78,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, best: int | 
     temporary = path.with_suffix(".tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a writer that was killed, or a pipe, which would wait for a reader
         _write(temporary, {"format": FORMAT, "step": step, **state})
         verify(temporary)
         temporary.replace(path)
@@ -83,7 +87,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, best: int | 
         with suppress(OSError):
             temporary.unlink()
         raise ConadvError(
-            f"Cannot write the checkpoint {path}: {error}. Older checkpoints are intact: free some space or choose "
+            f"Cannot write the checkpoint {printable(path)}: {error}. Older checkpoints are intact: free some space "
+            "or choose "
             "another disk, and go on with --resume."
         ) from error
     prune(folder, keep, best)
@@ -125,19 +130,28 @@ def steps(folder: Path) -> list[int]:
 
 
 def verify(path: Path) -> None:
-    """Read a file and compare it with its seal. Raises DamagedCheckpoint, or OSError if it cannot be read."""
+    """Read a file and compare it with its seal.
+
+    Raises DamagedCheckpoint, OSError if it cannot be read, and ConadvError for what is no file: a pipe would wait.
+    """
     size = path.stat().st_size
+    if not path.is_file():
+        raise ConadvError(f"{printable(path)} is not a regular file, so it is no checkpoint. Remove it.")
     with path.open("rb") as file:
         file.seek(max(0, size - SEAL_BYTES))
         found = _SEAL.fullmatch(file.read())
         if found is None:
-            raise DamagedCheckpoint(f"{path} is damaged: it does not end with a seal, so it has been cut off.")
+            raise DamagedCheckpoint(
+                f"{printable(path)} is damaged: it does not end with a seal, so it has been cut off."
+            )
         digest, length = found[1].decode(), int(found[2])
         if length != size - SEAL_BYTES:
-            raise DamagedCheckpoint(f"{path} is damaged: {size - SEAL_BYTES} bytes where {length} were written.")
+            raise DamagedCheckpoint(
+                f"{printable(path)} is damaged: {size - SEAL_BYTES} bytes where {length} were written."
+            )
         file.seek(0)
         if _digest(file, length) != digest:
-            raise DamagedCheckpoint(f"{path} is damaged: its content does not fit its checksum.")
+            raise DamagedCheckpoint(f"{printable(path)} is damaged: its content does not fit its checksum.")
 
 
 def _digest(file: IO[bytes], length: int) -> str:
@@ -172,10 +186,10 @@ def find_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any], lis
         return state, [f"{message} Going back to the checkpoint of step {step}." for message in damaged]
     if damaged:
         raise ConadvError(
-            f"None of the checkpoints in {folder} can be used: {' '.join(damaged)} "
+            f"None of the checkpoints in {printable(folder)} can be used: {' '.join(damaged)} "
             "Start the run with --overwrite instead of --resume."
         )
-    raise ConadvError(f"{folder} holds no checkpoint. Start the run with --overwrite instead of --resume.")
+    raise ConadvError(f"{printable(folder)} holds no checkpoint. Start the run with --overwrite instead of --resume.")
 
 
 def load_step(folder: Path, step: int, device: torch.device) -> dict[str, Any]:
@@ -187,7 +201,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     """One checkpoint; only tensors and plain values are ever unpickled, and nothing of a damaged file.
 
     Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything else, it was written
-    by another version, or what it says of itself cannot be (its step, the engine's, that of the best).
+    by another version, or what it says of itself cannot be (its step, the engine's, that of the best, its images and
+    classes).
     """
     try:
         verify(path)
@@ -197,22 +212,22 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a hostile file makes of its reader
         raise ConadvError(
-            f"Cannot read the checkpoint {path}: {error}. Delete it to resume from an older one."
+            f"Cannot read the checkpoint {printable(path)}: {error}. Delete it to resume from an older one."
         ) from error
     if not isinstance(state, dict) or not _is_step(state.get("format")) or state["format"] != FORMAT:
-        raise ConadvError(f"{path} is not a checkpoint of this version of conadv.")
+        raise ConadvError(f"{printable(path)} is not a checkpoint of this version of conadv.")
     if problem := _envelope_problem(state):
         raise ConadvError(
-            f"The checkpoint {path} does not fit itself: {problem}. It was changed: delete it to resume from an older "
-            "one."
+            f"The checkpoint {printable(path)} does not fit itself: {problem}. It was changed: delete it to resume "
+            "from an older one."
         )
     if path.name != _NAME.format(state["step"]):
-        raise DamagedCheckpoint(f"{path} is damaged: it holds the checkpoint of step {state['step']}.")
+        raise DamagedCheckpoint(f"{printable(path)} is damaged: it holds the checkpoint of step {state['step']}.")
     return state
 
 
 def _is_step(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
 
 
 def _envelope_problem(state: dict[str, Any]) -> str | None:
@@ -223,7 +238,9 @@ def _envelope_problem(state: dict[str, Any]) -> str | None:
     version = engine.get("version") if isinstance(engine, dict) else None
     if not _is_step(version) or version != step:
         return f"it is of step {step}, its engine of {_shown(version)}"
-    return _best_problem(state, step) if "best" in state else "it does not say which checkpoint is the best"
+    if "best" not in state:
+        return "it does not say which checkpoint is the best"
+    return _best_problem(state, step) or _images_problem(state)
 
 
 def _best_problem(state: dict[str, Any], step: int) -> str | None:
@@ -234,6 +251,17 @@ def _best_problem(state: dict[str, Any], step: int) -> str | None:
         return f"its best checkpoint is {_shown(best)}, none of steps 0 to {step}"
     accuracy = best.get("accuracy")
     return None if isinstance(accuracy, float) and 0 <= accuracy <= 1 else f"its best accuracy is {_shown(accuracy)}"
+
+
+def _images_problem(state: dict[str, Any]) -> str | None:
+    """What is wrong with what it says of images and classes; a state of an older version may say less."""
+    for name in ("channels", "image_size"):
+        if name in state and not (_is_step(state[name]) and 1 <= state[name] <= LARGEST_IMAGE):
+            return f"its {name} is {_shown(state[name])}, not a whole number from 1 to {LARGEST_IMAGE}"
+    names = state.get("class_names", ["?"])
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return f"its class_names are {_shown(names)}, not a list of words"
+    return None
 
 
 def _shown(value: object) -> str:

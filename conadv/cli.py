@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
 from ._version import __version__
 from .allocator import keep_freed_memory
-from .config import Config, explain, flatten, load_yaml, override, replace, resolve
-from .errors import ConadvError, printable, unknown
+from .config import Config, explain, flatten, home, load_yaml, override, replace, resolve
+from .errors import ConadvError, printable, printable_lines, unknown
+from .limits import check_numbers
 from .signals import EXIT_INTERRUPTED, Stopped
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ Large-batch training with concurrent adversarial learning.
 exit codes: 0 done, 1 check found something, 2 an error that you can act on, 70 a bug of conadv,
             130 interrupted and 143 terminated (saved, if training), 141 nobody reads the output any more
 """
+
+T = TypeVar("T")
 
 EXIT_FOUND = 1
 EXIT_USER_ERROR = 2
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         code, message = _explained(error)
         if message:
-            sys.stderr.write(f"conadv: {_one_message(message)}\n")
+            sys.stderr.write(f"conadv: {printable_lines(message)}\n")
     return code
 
 
@@ -182,11 +185,6 @@ def _explained(error: BaseException) -> tuple[int, str]:
     )
 
 
-def _one_message(text: str) -> str:
-    """Without control characters, which a file name may hold; lines stay."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
 def _open_closed_output() -> None:
     """A program that is started with its output closed (``>&-``) has no stream to write to: what it says is dropped."""
     for name in ("stdout", "stderr"):
@@ -202,6 +200,13 @@ def _drop_output() -> None:
 
 def _say(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def _parsed(kind: Callable[..., T], args: Sequence[str], prog: str) -> T:
+    """A command's options."""
+    options = tyro.cli(kind, args=args, prog=prog)
+    check_numbers(options)
+    return options
 
 
 def _recipes(args: Sequence[str]) -> None:
@@ -229,6 +234,7 @@ def _train(args: Sequence[str]) -> None:
         prog=prog,
         description=recipes.RECIPES[base.recipe].__doc__ if base.recipe in recipes.RECIPES else None,
     )
+    check_numbers(parsed.run)
     config = resolve(override(base, _absolute(parsed.config), given_settings(rest)))
     if "model.name" in given_settings(rest):
         _trust(config.model.name)
@@ -265,7 +271,7 @@ def _train(args: Sequence[str]) -> None:
         comm.close()
     if comm.first and not options.quiet:
         _say(_result_line(summary))
-        _say(f"run directory: {out}")
+        _say(f"run directory: {printable(out)}")
 
 
 def _only_with_dry_run(options: RunOptions) -> None:
@@ -332,7 +338,7 @@ def _absolute(config: Config) -> Config:
     """The data folder as an absolute path: a run must find it from anywhere."""
     if config.data.dir is None:
         return config
-    moved: Config = replace(config, data__dir=config.data.dir.expanduser().absolute())
+    moved: Config = replace(config, data__dir=home(config.data.dir).absolute())
     return moved
 
 
@@ -385,8 +391,6 @@ def _slug(config: Config) -> str:
 def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
-    if threads < 1:
-        raise ConadvError(f"--threads {threads} must be 1 or more.")
     import torch
 
     torch.set_num_threads(threads)
@@ -433,7 +437,7 @@ class EvalArgs:
 
 
 def _eval(args: Sequence[str]) -> None:
-    options = tyro.cli(EvalArgs, args=args, prog="conadv eval")
+    options = _parsed(EvalArgs, args, "conadv eval")
     _set_threads(options.threads)
     from .run import RunDir
 
@@ -447,7 +451,7 @@ def _eval(args: Sequence[str]) -> None:
         if result is not None:
             _say(f"{name:<6}  accuracy {100 * result.accuracy:6.2f} %  loss {result.loss:.4f}  images {result.images}")
     for bad in parts.data.bad.take(parts.engine.version - 1):
-        _say(f"left out, as it cannot be read: {bad['path']} ({bad['reason']})")
+        _say(printable(f"left out, as it cannot be read: {bad['path']} ({bad['reason']})"))
 
 
 @dataclass
@@ -465,14 +469,14 @@ class ExportArgs:
 
 
 def _export(args: Sequence[str]) -> None:
-    options = tyro.cli(ExportArgs, args=args, prog="conadv export")
+    options = _parsed(ExportArgs, args, "conadv export")
     _trust(options.model)
     from .export import export
     from .run import RunDir
 
-    _say(str(export(options.run, best=options.best, kind=options.format)))
+    _say(printable(export(options.run, best=options.best, kind=options.format)))
     if options.format == "safetensors":
-        _say(f"model card: {RunDir(options.run).card}")
+        _say(f"model card: {printable(RunDir(options.run).card)}")
 
 
 @dataclass
@@ -488,7 +492,7 @@ class ReportArgs:
 
 
 def _report(args: Sequence[str]) -> None:
-    options = tyro.cli(ReportArgs, args=args, prog="conadv report")
+    options = _parsed(ReportArgs, args, "conadv report")
     if not options.runs:
         raise ConadvError("Name at least one run directory: conadv report RUN...")
     from .report import is_sweep, show, show_study, write_report, write_sweep_report
@@ -502,13 +506,13 @@ def _report(args: Sequence[str]) -> None:
     else:
         out = options.out or Path("runs/report.html")
         show(write_report(options.runs, out, baseline=options.baseline))
-    _say(f"report: {out}")
+    _say(f"report: {printable(out)}")
 
 
 def _analyze(args: Sequence[str]) -> None:
     from .analyze import AnalyzeArgs, command
 
-    options = tyro.cli(AnalyzeArgs, args=args, prog="conadv analyze")
+    options = _parsed(AnalyzeArgs, args, "conadv analyze")
     _trust(options.model)
     _set_threads(options.threads)
     command(options)
@@ -517,43 +521,43 @@ def _analyze(args: Sequence[str]) -> None:
 def _timeline(args: Sequence[str]) -> None:
     from .timeline import TimelineArgs, command
 
-    command(tyro.cli(TimelineArgs, args=args, prog="conadv timeline"))
+    command(_parsed(TimelineArgs, args, "conadv timeline"))
 
 
 def _staleness(args: Sequence[str]) -> None:
     from .staleness import StalenessArgs, command
 
-    command(tyro.cli(StalenessArgs, args=args, prog="conadv staleness"))
+    command(_parsed(StalenessArgs, args, "conadv staleness"))
 
 
 def _plan(args: Sequence[str]) -> None:
     from .plan.command import PlanArgs, command
 
-    command(tyro.cli(PlanArgs, args=args, prog="conadv plan"))
+    command(_parsed(PlanArgs, args, "conadv plan"))
 
 
 def _sweep(args: Sequence[str]) -> None:
     from .sweep.command import SweepArgs, sweep
 
-    sweep(tyro.cli(SweepArgs, args=args, prog="conadv sweep"))
+    sweep(_parsed(SweepArgs, args, "conadv sweep"))
 
 
 def _watch(args: Sequence[str]) -> None:
     from .watch.command import WatchArgs, command
 
-    command(tyro.cli(WatchArgs, args=args, prog="conadv watch"))
+    command(_parsed(WatchArgs, args, "conadv watch"))
 
 
 def _doctor(args: Sequence[str]) -> int:
     from .doctor.command import DoctorArgs, command
 
-    return 0 if command(tyro.cli(DoctorArgs, args=args, prog="conadv doctor")) else EXIT_FOUND
+    return 0 if command(_parsed(DoctorArgs, args, "conadv doctor")) else EXIT_FOUND
 
 
 def _demo(args: Sequence[str]) -> None:
     from .demo import DemoArgs, demo
 
-    demo(tyro.cli(DemoArgs, args=args, prog="conadv demo"))
+    demo(_parsed(DemoArgs, args, "conadv demo"))
 
 
 def _bench(args: Sequence[str]) -> None:
@@ -568,7 +572,7 @@ def _bench(args: Sequence[str]) -> None:
 def _check(args: Sequence[str]) -> int:
     from .data.check import CheckArgs, command
 
-    return 0 if command(tyro.cli(CheckArgs, args=args, prog="conadv check")) else EXIT_FOUND
+    return 0 if command(_parsed(CheckArgs, args, "conadv check")) else EXIT_FOUND
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {

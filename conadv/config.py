@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from .errors import ConadvError, printable, unknown
@@ -33,6 +33,16 @@ PredictorName = Literal[
 ]
 """How look-ahead predicts weights, see conadv.engine.lookahead."""
 SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder", "huggingface"]
+
+
+def home(path: Path) -> Path:
+    """``path`` with a leading ``~`` or ``~name`` as that user's folder. ConadvError where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConadvError(
+            f"{printable(path)[:200]}: {error}. Write the folder out, or ./~name for one here."
+        ) from error
 
 
 def parse_fraction(value: object) -> object:
@@ -67,6 +77,25 @@ LONGEST = 1e9
 """Epochs: more could not be counted in steps."""
 LARGEST, LARGEST_LR = 1e6, 1e30
 """Beyond them, and beyond the product of the two, numbers of float32 overflow."""
+MOST = 10**9
+"""Of anything that is counted: the product of two counts still fits into the 64 bits of a tensor's sizes."""
+WIDEST = 2**16
+"""Channels: the largest convolution of the small-image networks still has a size in 64 bits."""
+LARGEST_SEED = 2**63 - 1
+MOST_ARGS, LONGEST_ARG = 100, 1000
+Count = Annotated[int, Field(le=MOST)]
+"""A whole number of images, steps or epochs; the field beside it says from where on."""
+
+
+def _off_or_drawn(value: float) -> float:
+    if 0 < value < SMALLEST_ALPHA:
+        raise ValueError(f"{value:g} is neither 0 (off) nor {SMALLEST_ALPHA:g} or more")
+    return value
+
+
+SMALLEST_ALPHA = 1e-3
+"""Of a Beta distribution; in float32 the draws of smaller ones are not numbers."""
+Alpha = Annotated[float, AfterValidator(_off_or_drawn)]
 
 
 class Section(BaseModel):
@@ -85,17 +114,17 @@ class DataConfig(Section):
     """Let torchvision download the data set into dir."""
     image_size: int | None = Field(None, ge=4, le=1024)
     """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
-    train_images: int | None = Field(None, ge=2)
+    train_images: Count | None = Field(None, ge=2)
     """Train on this many images, the same share of every class, chosen by seed 0; None takes all."""
-    validation_images: int | None = Field(None, ge=1)
+    validation_images: Count | None = Field(None, ge=1)
     """Hold so many of these out of training, the same share of every class, to choose settings by; None holds none."""
     augment: Annotated[AugmentName, tyro.conf.arg(aliases=["--augment"])] = "none"
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
     """Augmentation of a third view with its own route; None has no third view."""
-    mixup: Annotated[float, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0, le=LARGEST)
+    mixup: Annotated[Alpha, tyro.conf.arg(aliases=["--mixup"])] = Field(0.0, ge=0, le=LARGEST)
     """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
-    cutmix: Annotated[float, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0, le=LARGEST)
+    cutmix: Annotated[Alpha, tyro.conf.arg(aliases=["--cutmix"])] = Field(0.0, ge=0, le=LARGEST)
     """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
     on_bad_image: Annotated[Literal["error", "skip"], tyro.conf.arg(aliases=["--on-bad-image"])] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
@@ -113,9 +142,9 @@ class ModelConfig(Section):
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "resnet8"
     """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), any torchvision classifier,
     timm:NAME, or module:function, your own code (docs/models.md)."""
-    width: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1, le=WIDEST)
     """Channels of the first stage of the small-image networks (16 in the paper)."""
-    args: tuple[str, ...] = ()
+    args: tuple[Annotated[str, Field(max_length=LONGEST_ARG)], ...] = Field((), max_length=MOST_ARGS)
     """More arguments of the network's constructor as NAME=VALUE, such as drop_rate=0.1 img_size=64."""
 
 
@@ -127,7 +156,7 @@ class OptimConfig(Section):
     """Peak learning rate (before lr_scaling)."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply lr by (global_batch_size / lr_reference_batch) or its square root."""
-    lr_reference_batch: int | None = Field(None, ge=1)
+    lr_reference_batch: Count | None = Field(None, ge=1)
     """The global batch that lr was chosen for; needed by lr_scaling."""
     momentum: float | None = Field(None, ge=0, lt=1)
     nesterov: bool | None = None
@@ -159,7 +188,7 @@ class AttackConfig(Section):
     eps: Annotated[FractionFloat, tyro.conf.arg(aliases=["--eps"])] = Field(4 / 255, ge=0, le=LARGEST)
     """Size of the perturbation in [0, 1] pixel units, such as 4/255."""
     norm: Literal["linf", "l2"] = "linf"
-    num_steps: int = Field(1, ge=1)
+    num_steps: Count = Field(1, ge=1)
     """Gradient steps: 1 is FGSM, more is PGD."""
     step_size: FractionFloat | None = Field(None, gt=0, le=LARGEST)
     """In pixel units; None is eps for one step and 2.5 eps / num_steps for more."""
@@ -169,7 +198,7 @@ class AttackConfig(Section):
     """Probability that an image starts from a random point of the eps ball."""
     share: float = Field(1.0, gt=0, le=1)
     """Share of every micro-batch that gets an adversarial copy; its view weighs as much less."""
-    every: int = Field(1, ge=1)
+    every: Count = Field(1, ge=1)
     """Adversarial images in every k-th step only."""
     resolution: float = Field(1.0, gt=0, le=1)
     """Take the gradient at images of so many times the height and width, and repeat it over blocks of pixels."""
@@ -188,16 +217,16 @@ class EvalConfig(Section):
 
     every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Evaluate on the test set this often; None only at the end."""
-    batch_size: int = Field(500, ge=1)
+    batch_size: Count = Field(500, ge=1)
     """Images per forward pass."""
     robust_eps: FractionFloat | None = Field(None, ge=0, le=LARGEST)
     """eps of the PGD attack behind robust_accuracy; None is attack.eps."""
-    robust_steps: int = Field(10, ge=1)
-    robust_images: int = Field(1000, ge=0)
+    robust_steps: Count = Field(10, ge=1)
+    robust_images: Count = Field(1000, ge=0)
     """How many test images robust_accuracy uses; 0 leaves it out."""
-    train_images: int = Field(5000, ge=1)
+    train_images: Count = Field(5000, ge=1)
     """How many training images train_loss and train_accuracy use at most."""
-    precise_bn_images: Annotated[int | None, tyro.conf.arg(aliases=["--precise-bn"])] = Field(None, ge=2)
+    precise_bn_images: Annotated[Count | None, tyro.conf.arg(aliases=["--precise-bn"])] = Field(None, ge=2)
     """After the last step compute batch norm's running statistics anew over so many training images."""
 
 
@@ -213,7 +242,7 @@ class CheckpointConfig(Section):
 
     every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Save this often; None only at the end."""
-    keep: int = Field(2, ge=1)
+    keep: Count = Field(2, ge=1)
     """How many of the newest checkpoints stay."""
     keep_best: bool = False
     """Also keep the checkpoint with the best accuracy on data.validation_images, measured every eval.every_epochs."""
@@ -228,7 +257,7 @@ class ProbeConfig(Section):
     """Measure this often; None never."""
     staleness: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field((1, 2, 4, 8), min_length=1)
     """The values of tau that are measured."""
-    images: int = Field(256, ge=1)
+    images: Count = Field(256, ge=1)
     """How many training images are used, always the same ones."""
     predictors: tuple[PredictorName, ...] = ("momentum", "last-update", "momentum-gradient")
     """The look-ahead predictors that are measured beside stale weights."""
@@ -254,26 +283,26 @@ class Config(Section):
     """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route."""
     sam_rho: float | None = Field(None, gt=0, le=LARGEST)
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
-    sam_every: int | None = Field(None, ge=1)
+    sam_every: Count | None = Field(None, ge=1)
     """SAM's two gradients in every k-th step, one in the others (sam only; default 1)."""
     aug_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the aug view's loss (default 1)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    global_batch_size: int = Field(128, ge=1)
+    global_batch_size: Count = Field(128, ge=1)
     """Clean images per update, over all micro-batches and ranks."""
-    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    micro_batch_size: Annotated[Count, Field(ge=1)] | Literal["auto"] | None = None
     """Clean images per forward pass: what batch norm sees in each route. None is the global batch; auto the largest
     that fits on this device, by trial, which config.yaml then names."""
     epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Passes over the training set (give epochs or steps)."""
-    steps: int | None = Field(None, ge=1, le=10**9)
+    steps: Count | None = Field(None, ge=1)
     """Updates (give epochs or steps)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 are autocast's; fp16 scales the loss and leaves out a step whose gradient overflows."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is infinite or NaN: end the run before the update, or leave the update out."""
-    nonfinite_limit: int = Field(10, ge=1)
+    nonfinite_limit: Count = Field(10, ge=1)
     """With skip: so many steps in a row without an update end the run."""
     channels_last: bool = False
     """Memory format of images and convolutions."""
@@ -578,7 +607,7 @@ def load_yaml(path: Path) -> Config:
     """Read a saved config; an unknown key or a bad value is a ConadvError that names it."""
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ConadvError(f"The config {path} is not a mapping of settings.")
+        raise ConadvError(f"The config {printable(path)} is not a mapping of settings.")
     return parse(values, str(path))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import recipes
 from .config import Config, replace
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .progress import Silent
 from .sweep.display import Workload, for_terminal
 from .sweep.pool import Job, Outcome, cores, run_pool
@@ -56,8 +56,6 @@ class DemoArgs:
 
 def demo(args: DemoArgs) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
-    if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
-        raise ConadvError("--seeds and --jobs must be 1 or more.")
     from .report import show, write_report
 
     jobs = list(plan(args.out, args.seeds, args.epochs))
@@ -72,7 +70,7 @@ def demo(args: DemoArgs) -> None:
         command=command,
     )
     show(summary)
-    sys.stdout.write(f"report: {args.out / 'report.html'}\n")
+    sys.stdout.write(f"report: {printable(args.out / 'report.html')}\n")
 
 
 def plan(out: Path, seeds: int, epochs: float | None = None) -> Iterator[Job]:

@@ -43,6 +43,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
 
 
+def printable_lines(text: str) -> str:
+    """``text`` of several lines, each of them :func:`printable`."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _escaped(c: str) -> str:
     if "\udc80" <= c <= "\udcff":  # how Python keeps a byte of a file name that is not UTF-8
         return f"\\x{ord(c) - 0xDC00:02x}"

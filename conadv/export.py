@@ -43,6 +43,10 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     with giving(state):
         model = make_model(config, state["channels"], len(state["class_names"]))
         model.load_state_dict(evaluated_state(state))
+        if config.data.image_size not in (None, state.get("image_size", config.data.image_size)):
+            raise ValueError(
+                f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}"
+            )
     return strip(model).eval(), config, state
 
 
@@ -71,7 +75,7 @@ def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path
     target = {"safetensors": run.weights, "torch-export": run.program, "onnx": run.onnx}[kind]
     card = model_card(run, state) if kind == "safetensors" else ""  # reads the record, before anything is written
     content = _WRITERS[kind](model, about, _image_shape(config, state) if kind != "safetensors" else ())
-    temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link
+    temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link and no pipe
     temporary.write_bytes(content)
     temporary.replace(target)
     if kind == "safetensors":

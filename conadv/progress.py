@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import ConadvError
+from .errors import ConadvError, printable, printable_lines
 from .types import StepRecord
 
 _GROUPS = {"train": "train_eval"}  # "train/loss" is the loss of a step
@@ -56,7 +56,7 @@ class Plain(Silent):
         self._first = self._total = 0
 
     def message(self, text: str) -> None:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(printable_lines(text) + "\n")
         sys.stdout.flush()
 
     def loading(self, what: str, done: int, total: int) -> None:
@@ -91,7 +91,7 @@ class Live(Silent):
         from rich.progress import TimeRemainingColumn as Left
 
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),  # a recipe's name may hold brackets
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -111,10 +111,10 @@ class Live(Silent):
         self._bar.update(self._loading[what], completed=done, visible=done < total)
 
     def message(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False)
+        self._bar.console.print(printable_lines(text), markup=False, highlight=False)
 
     def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self._task = self._bar.add_task(title, total=num_steps, completed=first_step, loss="-", test="-")
+        self._task = self._bar.add_task(printable(title), total=num_steps, completed=first_step, loss="-", test="-")
         self._bar.start()
 
     def step(self, record: StepRecord) -> None:

@@ -48,7 +48,7 @@ class Record:
         except OSError as error:
             self._file.truncate(end)  # half a line would make the lines after it unreadable
             raise ConadvError(
-                f"Cannot write the record {self._path}: {error}. Free some space, and go on with --resume."
+                f"Cannot write the record {printable(self._path)}: {error}. Free some space, and go on with --resume."
             ) from error
 
     def sync(self) -> None:
@@ -58,7 +58,7 @@ class Record:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise ConadvError(f"Cannot write the record {self._path}: {error}.") from error
+            raise ConadvError(f"Cannot write the record {printable(self._path)}: {error}.") from error
 
     def close(self) -> None:
         if self._file is not None:

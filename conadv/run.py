@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, differences, dump_yaml, load_yaml, parse, replace
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .lock import Lock
 from .record import read_lines, write_atomic
 from .untrusted import refuse_links
@@ -89,7 +89,7 @@ class RunDir:
     def open(self) -> Config:
         """The run's config; ConadvError if this is no run directory."""
         if not self.config.is_file():
-            raise ConadvError(f"{self.path} is not a run directory: it has no config.yaml.")
+            raise ConadvError(f"{printable(self.path)} is not a run directory: it has no config.yaml.")
         refuse_links(self.path)
         return load_yaml(self.config)
 
@@ -101,13 +101,15 @@ class RunDir:
         if resume:
             self._check_same(config)
         elif not (existing := self._nearest_parent()).is_dir():
-            raise ConadvError(f"{existing} is a file, not a folder. Choose another --out.")
+            raise ConadvError(f"{printable(existing)} is a file, not a folder. Choose another --out.")
         elif not os.access(existing, os.W_OK):
-            raise ConadvError(f"{existing} cannot be written to. Choose another --out.")
+            raise ConadvError(f"{printable(existing)} cannot be written to. Choose another --out.")
         elif self.config.exists() and not overwrite:
-            raise ConadvError(f"{self.path} already holds a run. Add --resume or --overwrite, or choose another --out.")
+            raise ConadvError(
+                f"{printable(self.path)} already holds a run. Add --resume or --overwrite, or choose another --out."
+            )
         elif not self.config.exists() and self.path.is_dir() and any(map(_is_not_ours, self.path.iterdir())):
-            raise ConadvError(f"{self.path} is not empty and not a run of conadv. Choose another --out.")
+            raise ConadvError(f"{printable(self.path)} is not empty and not a run of conadv. Choose another --out.")
 
     def holds(self, config: Config) -> bool:
         """Whether a run of ``config`` has begun here."""
@@ -127,7 +129,9 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConadvError(f"Cannot write the run directory {self.path}: {error}. Choose another --out.") from error
+            raise ConadvError(
+                f"Cannot write the run directory {printable(self.path)}: {error}. Choose another --out."
+            ) from error
         if lock.take():
             self.check(config, resume=False, overwrite=False)
 
@@ -139,7 +143,9 @@ class RunDir:
             write_atomic(self.config, dump_yaml(config))
             self.mark()
         except OSError as error:
-            raise ConadvError(f"Cannot write the run directory {self.path}: {error}. Choose another --out.") from error
+            raise ConadvError(
+                f"Cannot write the run directory {printable(self.path)}: {error}. Choose another --out."
+            ) from error
 
     def mark(self) -> None:
         """Note which launcher's processes write here from now on."""
@@ -152,6 +158,14 @@ class RunDir:
         except OSError:
             return False
 
+    def without_weights(self) -> ConadvError:
+        """What to say where weights are wanted and there is no checkpoint."""
+        return ConadvError(
+            f"{printable(self.path)} holds no checkpoint, so there are no weights. A run writes one when it ends, and "
+            "every --checkpoint.every-epochs; a sweep keeps those of finished runs with --keep-checkpoints. Train it "
+            "again with: conadv train --config RUN/config.yaml --out RUN --overwrite"
+        )
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
@@ -162,7 +176,7 @@ class RunDir:
     def _check_same(self, config: Config) -> None:
         if changed := self.changes(config):
             raise ConadvError(
-                f"Cannot resume {self.path} with another config:\n  " + "\n  ".join(changed) + "\n"
+                f"Cannot resume {printable(self.path)} with another config:\n  " + "\n  ".join(changed) + "\n"
                 "Repeat the run's own settings (conadv train --config RUN/config.yaml --out RUN --resume), "
                 "or start a new run."
             )
@@ -171,13 +185,13 @@ class RunDir:
         """Raise ConadvError if the record began with other settings: somebody has changed config.yaml since."""
         header = next(line for line in read_lines(self.record) if line["type"] == "header")
         began = replace(
-            parse(header.get("config") or {}, f"the header of {self.record}"),
+            parse(header.get("config") or {}, f"the header of {printable(self.record)}"),
             data__dir=config.data.dir,
             data__download=config.data.download,
         )
         if changed := differences(began, config):
             raise ConadvError(
-                f"Cannot resume {self.path}: its config.yaml is not the one that the run began with:\n  "
+                f"Cannot resume {printable(self.path)}: its config.yaml is not the one that the run began with:\n  "
                 + "\n  ".join(changed)
                 + "\nBring back these settings, or start a new run."
             )

@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from .documents import probes
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .record import read_lines
 from .run import RunDir
 
@@ -34,11 +34,12 @@ def command(args: StalenessArgs) -> None:
 
 def _lines(run: RunDir) -> list[dict[str, Any]]:
     if not run.record.is_file():
-        raise ConadvError(f"{run.path} is not a run: it holds no {run.record.name}.")
+        raise ConadvError(f"{printable(run.path)} is not a run: it holds no {run.record.name}.")
     lines = probes(read_lines(run.record), run.record)
     if not lines:
         raise ConadvError(
-            f"{run.path} has no probe lines in its record. Train with --probe.every-epochs N to measure staleness."
+            f"{printable(run.path)} has no probe lines in its record. Train with --probe.every-epochs N to measure "
+            "staleness."
         )
     return lines
 
@@ -48,13 +49,15 @@ def _show(run: RunDir, lines: list[dict[str, Any]]) -> None:
 
     rows = table(lines)
     if not rows:
-        raise ConadvError(f"{run.record} has no whole probe, from 'current' to 'noise'. Let the run go on: --resume.")
+        raise ConadvError(
+            f"{printable(run.record)} has no whole probe, from 'current' to 'noise'. Let the run go on: --resume."
+        )
     image = to_png(draw(rows, _title(run, lines)))
     try:
         run.staleness.write_bytes(image)
     except OSError as error:
-        raise ConadvError(f"Cannot write {run.staleness}: {error}.") from error
-    sys.stdout.write("\n".join([str(run.path), *text(rows), f"picture: {run.staleness}"]) + "\n")
+        raise ConadvError(f"Cannot write {printable(run.staleness)}: {error}.") from error
+    sys.stdout.write("\n".join([printable(run.path), *text(rows), f"picture: {printable(run.staleness)}"]) + "\n")
 
 
 def _title(run: RunDir, lines: list[dict[str, Any]]) -> str:

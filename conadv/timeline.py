@@ -14,7 +14,7 @@ import tyro
 from .analysis.shares import Hidden, StepRow, hidden_attack, hidden_communication, summary
 from .analysis.timeline import Timeline, timeline
 from .analysis.trace import trace
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .methods import METHODS
 from .record import BESIDE, read_lines, write_atomic
 from .run import RunDir
@@ -43,14 +43,16 @@ def command(args: TimelineArgs) -> None:
     steps = None if args.steps is None else parse_steps(args.steps)
     record = RunDir(args.run).record
     if not record.is_file():
-        raise ConadvError(f"{args.run} is not a run: it holds no {record.name}.")
+        raise ConadvError(f"{printable(args.run)} is not a run: it holds no {record.name}.")
     refuse_links(args.run)
     found = timeline(read_lines(record), str(record))
     out = args.out or RunDir(args.run).timeline
     _write(found, steps, out)
     for line in text(found):
         sys.stdout.write(line + "\n")
-    sys.stdout.write(f"trace:   {out / TRACE} (open it at ui.perfetto.dev)\npicture: {out / PICTURE}\n")
+    sys.stdout.write(
+        f"trace:   {printable(out / TRACE)} (open it at ui.perfetto.dev)\npicture: {printable(out / PICTURE)}\n"
+    )
 
 
 def _write(found: Timeline, steps: range | None, out: Path) -> None:
@@ -63,7 +65,7 @@ def _write(found: Timeline, steps: range | None, out: Path) -> None:
         (out / PICTURE).write_bytes(image)
         write_atomic(out / TRACE, events + "\n")
     except OSError as error:
-        raise ConadvError(f"Cannot write into {out}: {error}. Choose another --out.") from error
+        raise ConadvError(f"Cannot write into {printable(out)}: {error}. Choose another --out.") from error
 
 
 def parse_steps(value: str) -> range:

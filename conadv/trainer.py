@@ -26,14 +26,14 @@ from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
 from .engine.pending import merge, shard
-from .errors import ConadvError
+from .errors import ConadvError, printable
 from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
 from .lock import Lock
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
 from .models import build_model, check_model
-from .models.trial import NO_BATCH_NORM
+from .models.trial import NO_BATCH_NORM, looks
 from .norm import CLEAN, has_batchnorm, routes_of, split_batchnorm
 from .optim import MODEL_RULES, build_optimizer, describe, parameter_groups
 from .precise_bn import recalibrate
@@ -226,7 +226,8 @@ def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
     saved = checkpoint.steps(run.checkpoints)
     if not saved and run.summary.is_file():
         raise ConadvError(
-            f"{run.path} holds this run, finished, but without a checkpoint: there is nothing to go on from. Add "
+            f"{printable(run.path)} holds this run, finished, but without a checkpoint: there is nothing to go on "
+            "from. Add "
             "--overwrite to train it again, or choose another --out."
         )
     observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
@@ -326,7 +327,8 @@ def build(
         space = space_from_config(config)
         model = make_model(config, data.channels, data.num_classes)
         with rng.scope(torch.device("cpu"), config.seed, "trial"):
-            check_model(model, data.channels, data.image_size, data.num_classes)
+            for images, size in looks(config, data.image_size):
+                check_model(model, data.channels, size, data.num_classes, images)
         model = model.to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -516,11 +518,13 @@ def load_run(path: Path, device: torch.device, *, best: bool = False, step: int 
 
 def load_state(run: RunDir, device: torch.device, *, best: bool = False) -> dict[str, Any]:
     """The newest intact checkpoint of a run, or that with the best validation accuracy so far."""
+    if not checkpoint.steps(run.checkpoints):
+        raise run.without_weights()
     state = checkpoint.load_newest(run.checkpoints, device)
     if not best:
         return state
     if state["best"] is None:
-        raise ConadvError(f"{run.path} has kept no best checkpoint: train with --checkpoint.keep-best.")
+        raise ConadvError(f"{printable(run.path)} has kept no best checkpoint: train with --checkpoint.keep-best.")
     return checkpoint.load_step(run.checkpoints, state["best"]["step"], device)
 
 

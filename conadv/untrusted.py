@@ -141,10 +141,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ConadvError for a link among the files of a run or of a sweep, or in its folders.
+    """Raise ConadvError for a link among the files of a run or of a sweep, or in its folders, and for a pipe or device.
 
-    One from somebody else could have its record written into, or read from, anywhere. ``folder`` itself may be a
-    link: its user has chosen that.
+    One from somebody else could have its record written into, or read from, anywhere; whoever opens a pipe waits for
+    ever. ``folder`` itself may be a link: its user has chosen that.
     """
     try:
         entries = list(os.scandir(folder)) if folder.is_dir() else []
@@ -158,6 +158,10 @@ def refuse_links(folder: Path) -> None:
             raise ConadvError(
                 f"{printable(entry.path)} is a link: what belongs to {printable(folder)} must lie in it. "
                 "Put the file or folder itself in its place (the folder as a whole may be a link)."
+            )
+        if not (entry.is_file() or entry.is_dir()):
+            raise ConadvError(
+                f"{printable(entry.path)} is a pipe, a socket or a device, which is no part of a run. Remove it."
             )
 
 

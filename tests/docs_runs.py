@@ -140,12 +140,16 @@ def _run_python(words: list[str]) -> None:
     module = words[0] == "-m"
     target, *args = words[1:] if module else words
     start: Callable[..., object] = runpy.run_module if module else runpy.run_path
+    imported = sys.modules.pop(target, None)  # by another test; in a process of its own it would not be there
     with mock.patch.object(sys, "argv", [target, *args]):
         try:
             start(target if module else str(ROOT / target), run_name="__main__")
         except SystemExit as end:
             if end.code:
                 pytest.fail(f"{words}: {end.code}")
+        finally:
+            if imported is not None:
+                sys.modules[target] = imported
 
 
 def _provide(words: list[str], kept: Path) -> None:

@@ -435,7 +435,7 @@ def test_command_needs_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture
     # Red when: the first run is analysed before the second is looked at.
     before = sorted(trained.iterdir())
     assert main(["analyze", str(trained), str(trained.parent / "empty"), *FAST, "--seed", "9", "--overwrite"]) == 2
-    assert "empty holds no checkpoint, so there are no weights to analyse" in capsys.readouterr().err
+    assert "empty holds no checkpoint, so there are no weights" in capsys.readouterr().err
     assert sorted(trained.iterdir()) == before
 
 

@@ -359,6 +359,7 @@ WRONG = {
     "ddp": (["attack-cost", "--methods", "vanilla", "noise", "ddp"], "2 ranks or more"),
     "overlap": (["attack-cost", "--overlap", "off"], "no effect on one learner"),
     "stream": (["attack-cost", "--executors", "stream"], "needs a CUDA device"),
+    "size": (["attack-cost", "--model", "vit_b_32", "--image-size", "16"], "cannot take 3 x 16 x 16 images"),
     "model": (["attack-cost", "--model", "resnet19"], "Did you mean 'resnet1"),
     "digits": (["data", "--source", "digits", "--data", "x"], "--data has no effect"),
     "data": (["data", "--data", "nowhere-at-all"], "nowhere-at-all"),

@@ -188,6 +188,25 @@ WRONG = {
     "no report": (["report"], "at least one run"),
     "config": (["train", "--config"], "needs a file"),
     "seeds": (["demo", "--seeds", "0"], "--seeds"),
+    "huge seed": (["train", "digits", "--seed", str(2**63)], "less than or equal to"),
+    "huge threads": (["train", "digits", "--threads", "1" + "0" * 20], "--threads 100000000000000000000 must be 1024"),
+    "threads to analyze": (["analyze", "nowhere-at-all", "--threads", "0"], "--threads 0 must be 1 or more"),
+    "threads to plan": (["plan", "x.json", "--measure", "all", "--workload.threads", "0"], "--threads 0 must be 1"),
+    "huge number": (["analyze", "nowhere-at-all", "--images", str(10**400)], "must be 1000000000 or less"),
+    "workers": (["check", "nowhere-at-all", "--workers", "-1"], "--workers -1 must be 1 or more"),
+    "jobs": (["sweep", "x.yaml", "--jobs", str(10**9)], "--jobs 1000000000 must be 1024 or less"),
+    "rounds": (["bench", "norm", "--rounds", str(2**64)], "--rounds 18446744073709551616 must be"),
+    "no images": (["bench", "attack-cost", "--image-size", "0"], "--image-size 0 must be 1 or more"),
+    "no classes": (["bench", "attack-cost", "--classes", "0"], "--classes 0 must be 1 or more"),
+    "no rounds": (["plan", "x.json", "--measure", "all", "--workload.rounds", "0"], "--rounds 0 must be 1 or more"),
+    "small images": (
+        ["plan", "x.json", "--measure", "phases", "--workload.model", "vit_b_32", "--workload.image-size", "16"],
+        "cannot take 3 x 16 x 16 images",
+    ),
+    "not finite": (["train", "digits", "--comm-timeout", "nan"], "--comm-timeout nan must be a finite number"),
+    "for ever": (["watch", "nowhere-at-all", "--interval", "inf"], "--interval inf must be a finite number"),
+    "long timeout": (["train", "digits", "--comm-timeout", "1e300"], "at most 1e+07 seconds"),
+    "nobody's data": (["train", "cifar10", "--data", "~nobodyhere/x"], "~nobodyhere/x: "),
 }
 
 
@@ -212,6 +231,7 @@ def test_users_errors_are_one_message_and_exit_2(
         (["--eps", "4/0"], "4/255"),
         (["--method", "conad"], "conadv"),
         (["--global-batch-size", "0"], "greater than or equal to 1"),
+        (["--eval.batch-size", str(2**63)], "less than or equal to 1000000000"),
         (["--optim.momentumm", "0.9"], "--optim.momentum"),
     ],
 )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from conadv import recipes
 from conadv.config import (
+    SMALLEST_ALPHA,
     Config,
+    DataConfig,
     accumulation,
     differences,
     dump_yaml,
+    home,
     load_yaml,
     override,
     parse,
@@ -24,6 +30,8 @@ from conadv.config import (
     resolve,
     scaled_lr,
 )
+from conadv.data.mix import Mix
+from conadv.data.sources import build_source
 from conadv.errors import ConadvError
 
 BASE = recipes.get("digits")
@@ -243,12 +251,60 @@ def test_default_config_needs_a_duration_only() -> None:
         ("eval__every_epochs", 1e308),
         ("schedule__warmup_epochs", 1e308),
         ("epochs", 1e308),
+        ("data__mixup", 1e7),
     ],
 )
 def test_numbers_that_nothing_can_be_computed_with_are_refused(name: str, value: float) -> None:
     # Red when: that field has no upper bound.
     with pytest.raises(ValueError, match="less than or equal"):
         replace(BASE, **{name: value})
+
+
+def counts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted name, largest value) of every setting that is a whole number."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from counts(type(field.default), f"{prefix}{name}.")
+        schema = section.model_json_schema()["properties"][name]
+        for part in (schema, *schema.get("anyOf", []), schema.get("items", {})):
+            if part.get("type") == "integer":
+                yield prefix + name, part.get("maximum", 2**64)
+
+
+def test_every_whole_number_has_a_largest_value() -> None:
+    # Red when: a setting is a plain int (eval.batch_size 2^63 got as far as the loader).
+    found = dict(counts(Config))
+    assert found.keys() > {"seed", "eval.batch_size", "micro_batch_size", "probe.staleness", "model.width"}
+    assert [name for name, most in found.items() if most > 10**9] == ["seed"]
+    assert found["seed"] == 2**63 - 1
+    for name, most in found.items():
+        value = [most + 1] if name == "probe.staleness" else most + 1
+        section, _, key = name.rpartition(".")
+        with pytest.raises(ConadvError, match=f"{name}.*less than or equal to"):
+            parse({section: {key: value}} if section else {key: value}, "x")
+
+
+@pytest.mark.parametrize("folder", ["~nobodyhere", "~nobodyhere/data"])
+def test_the_home_of_nobody_is_an_error(folder: str) -> None:
+    # Red when: expanduser's RuntimeError goes through.
+    with pytest.raises(ConadvError, match=r"~nobodyhere.*Write the folder out"):
+        home(Path(folder))
+    with pytest.raises(ConadvError, match="~nobodyhere"):
+        build_source(DataConfig(source="folder", dir=folder))
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_draws_of_a_mix_are_numbers_from_the_smallest_alpha_on(name: str) -> None:
+    # Red when: alpha has no lower bound but 0 (1e-300 is 0 in float32, and torch refused it in the first step).
+    for bad in (1e-300, 9e-4):
+        with pytest.raises(ConadvError, match=f"data.{name}.*neither 0 .off. nor 0.001 or more"):
+            parse({"data": {name: bad}}, "x")
+    smallest = parse({"data": {name: SMALLEST_ALPHA}}, "x").data
+    mix = Mix(smallest.mixup, smallest.cutmix, 2, 0)
+    y_N = torch.tensor([0, 1, 0, 1])
+    for step in range(200):
+        _, y_NK = mix({"clean": torch.zeros(4, 1, 4, 4, dtype=torch.uint8)}, y_N, step, 0)
+        assert torch.isfinite(y_NK).all()
 
 
 def test_the_bound_on_the_learning_rate_holds_after_scaling() -> None:

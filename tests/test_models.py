@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ from torchvision.models import get_model
 
 from conadv import ConadvError, recipes, route, split_batchnorm, strip
 from conadv.cli import main
-from conadv.config import Config, ModelConfig, OptimConfig, override, replace, resolve
+from conadv.config import Config, ModelConfig, OptimConfig, override, parse, replace, resolve
 from conadv.models import build_model, check_model, own, trust
 from conadv.models.trial import NO_BATCH_NORM
+from conadv.models.zoo import arguments
 from conadv.norm import routes_of
 from conadv.optim import MODEL_RULES, parameter_groups
-from conadv.trainer import build, overview
+from conadv.trainer import build, overview, train
 
 from .helpers import same, state, tiny_resnet
 
@@ -71,12 +74,58 @@ def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         (("checkpoint_path=x.pth",), "loads no weights"),
         (("width_per_group=32", "width_per_group=64"), "given twice"),
         (("frobnicate=1",), "cannot be built with.*frobnicate"),
+        (("self=1",), "cannot be built with"),
+        (("class=1",), "not NAME=VALUE"),
+        (("1=2",), "not NAME=VALUE"),
+        (("=2",), "not NAME=VALUE"),
+        (("{a: 1}",), "not NAME=VALUE"),
+        (("x\x1b[2J\n",), r"'x\\\\x1b\[2J\\\\n' is not NAME=VALUE"),
+        (("x=1.0e+999",), "not finite"),
+        (("x=-.inf",), "not finite"),
+        (("x=.nan",), "not finite"),
+        ((f"x={2**63}",), "beyond 64 bits"),
+        *(
+            ((f"x={text}",), "cannot be built with")
+            for text in ("[", "{a: [1", "&a [*a]", "2024-99-99", "!!python/x", "a: b")
+        ),
+        ((f"x={'[' * 900}",), "cannot be built with"),
+        (("x=" + "9" * 900,), "beyond 64 bits"),
     ],
 )
 def test_arguments_that_make_no_sense(args: tuple[str, ...], message: str) -> None:
-    # Red when: _TAKEN loses a name (a config could then load a pickle through checkpoint_path).
+    # Red when: _TAKEN loses a name (a config could then load a pickle through checkpoint_path); what stands behind
+    # NAME= is given to yaml.safe_load, which raises what it likes.
     with pytest.raises(ConadvError, match=message):
         make("resnet18", *args)
+
+
+ODD_ARGS: dict[str, Any] = {
+    "a mapping": {"drop_rate": 0.1},
+    "numbers": [1, 2],
+    "lists": [["a=1"]],
+    "mappings": [{"a": 1}],
+    "nothing": [None],
+    "a word": "drop_rate=0.1",
+    "a long word": ["a=" + "x" * 1000],
+    "many": ["a=1"] * 101,
+    "deep": [[[[[[[["a=1"]]]]]]]],
+}
+
+
+@pytest.mark.parametrize("name", ODD_ARGS)
+def test_arguments_of_another_form_are_errors_of_the_config(name: str) -> None:
+    # Red when: model.args has no bound, or takes what is no text.
+    with pytest.raises(ConadvError, match=r"model\.args"):
+        parse({"model": {"name": "resnet18", "args": ODD_ARGS[name]}}, "config.yaml")
+
+
+def test_arguments_keep_what_they_say() -> None:
+    # Red when: true and 1 become text, or a lone bracket an error.
+    args = ("a=true", "b=1", "c=0.5", "d=", "e=[", "f=x y", f"g={2**63 - 1}", "h=null")
+    wanted = {"a": True, "b": 1, "c": 0.5, "d": "", "e": "[", "f": "x y", "g": 2**63 - 1, "h": "null"}
+    found = arguments(args)
+    assert found == wanted
+    assert [type(value) for value in found.values()] == [type(value) for value in wanted.values()]
 
 
 def test_arguments_belong_to_networks_that_have_some() -> None:
@@ -168,9 +217,26 @@ def test_what_cannot_be_trusted(folder: Path, name: str, message: str) -> None:
 
 
 def test_a_module_that_fails_shows_its_own_error(folder: Path) -> None:
-    (folder / "mynets.py").write_text("import a_package_that_is_not_there")
-    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-        trust("mynets:make")
+    # Red when: trust lets what a module raises through (the program then called it a bug of its own).
+    for text, said in (
+        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        ("def make(:", "SyntaxError"),
+        ("\n1 / 0", r"ZeroDivisionError: division by zero \(mynets.py, line 2\)"),
+    ):
+        (folder / "mynets.py").write_text(text)
+        sys.modules.pop("mynets", None)
+        importlib.invalidate_caches()
+        with pytest.raises(ConadvError, match=f"the model 'mynets:make' cannot be imported: {said}"):
+            trust("mynets:make")
+
+
+def test_a_function_that_fails_shows_its_own_error(folder: Path) -> None:
+    # Red when: build_own lets what the function raises through.
+    (folder / "failing.py").write_text("def make(num_classes, width=1):\n    return [0][num_classes * width]\n")
+    trust("failing:make")
+    for args, said in (((), "IndexError: list index out of range"), (("width=x",), "TypeError: ")):
+        with pytest.raises(ConadvError, match=rf"failing:make cannot make a model: {said}.*failing.py, line 2"):
+            make("failing:make", *args)
 
 
 def test_a_local_file_does_not_take_the_place_of_an_installed_module(folder: Path) -> None:
@@ -239,6 +305,33 @@ def test_images_of_the_wrong_size_are_found_before_training(
 ) -> None:
     with pytest.raises(ConadvError, match=message):
         check_model(make(name, *args), 3, size, 5)
+
+
+SMALL_IMAGES = {"data__image_size": 4, "epochs": None, "steps": 3, "global_batch_size": 4, "schedule__warmup_epochs": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 1}, "1 x 4 x 4 images one at a time.*larger micro_batch_size"),
+        ({"method": "disadv", "attack__share": 0.25}, "1 x 4 x 4 images one at a time.*attack.share"),
+        ({"probe__every_epochs": 0.1, "probe__images": 1, "probe__staleness": (1,)}, "1 x 4 x 4 images one at a time"),
+        (
+            {"method": "conadv", "data__image_size": 16, "attack__resolution": 0.5},
+            "1 x 8 x 8 images.*attack.resolution",
+        ),
+    ],
+)
+def test_passes_that_the_network_refuses_are_found_before_training(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    # Red when: looks yields two images of the full size alone (each of these ended with exit code 70 in its step).
+    vit = ModelConfig(name="timm:test_vit", args=("img_size=16",))
+    model = vit if "data__image_size" in changes else ModelConfig(name="resnet8", width=2)
+    wanted = resolve(replace(recipes.get("digits"), **{**SMALL_IMAGES, "model": model, **changes}))
+    with pytest.raises(ConadvError, match=message):
+        train(wanted, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_number_of_classes_is_checked() -> None:

@@ -605,6 +605,12 @@ def test_the_command_leaves_out_what_does_not_exist_and_says_why(capsys: pytest.
     [
         (["--devices", "0"], "must be 1 or more"),
         (["--devices", "one"], "not a list of numbers"),
+        (["--devices", "9" * 26], "4194304 or less"),
+        (["--global-batch-size", "9" * 26], "4194304 or less"),
+        (["--micro-batch-size", "0"], "--micro-batch-size 0 must be 1 or more"),
+        (["--memory-gib", "nan"], "--memory-gib nan must be a finite number"),
+        (["--memory-gib", "1e300"], "--memory-gib 1e+300 must be"),
+        (["--memory-gib", "-1"], "--memory-gib -1"),
         (["--method", "conad"], "Did you mean 'conadv'"),
         (["--method", "noise", "--attack-ranks", "2"], "nothing to do with noise"),
         (["--staleness", "0"], "disadv"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import fuzz_structure, torture_fuzz
+from conadv import checkpoint
+from conadv.models import zoo
 
 
 def test_fuzz_short(tmp_path: Path) -> None:
@@ -43,6 +46,27 @@ def test_structural_changes_reach_every_place_and_leave_the_original() -> None:
     assert any(v.get("a") == [1, {"b": 2}, 1, {"b": 2}] for v in found)
     assert any(v.get("a") == [1, {}] for v in found)
     assert any(v.get("a") == [1, {"b": None}] for v in found)
+
+
+def test_what_a_checkpoint_says_of_its_images_gets_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The control of target `state`: without the check of the envelope it finds what ended with exit code 70.
+    monkeypatch.setattr(checkpoint, "_images_problem", lambda state: None)
+    found = set()
+    for data in fuzz_structure.seeds(60):
+        try:
+            torture_fuzz.accepted(torture_fuzz.TARGETS["state"].check, data)
+        except (TypeError, ValueError, AttributeError) as error:
+            found.add(type(error).__name__)
+    assert found
+
+
+def test_arguments_get_to_the_model_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The control of target `args`: with the YAML reader of before it finds an error that is none of ours.
+    check = torture_fuzz.TARGETS["args"].check
+    assert torture_fuzz.accepted(check, b"drop_rate=0.1\0act=gelu")
+    monkeypatch.setattr(zoo, "parse_yaml", yaml.safe_load)
+    with pytest.raises((ValueError, RecursionError)):
+        torture_fuzz.accepted(check, b"a=2024-99-99")
 
 
 @pytest.mark.parametrize("name", ["fields", "state"])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+import signal
+import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from conadv.cli import main
 from conadv.config import Config, dump_yaml, load_yaml, parse, replace, resolve
 from conadv.errors import ConadvError, printable
 from conadv.export import load_plain_model
+from conadv.progress import Live
 from conadv.record import read_lines, write_atomic
 from conadv.report.load import load_run as load_report_run
 from conadv.run import RunDir
@@ -44,9 +49,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Ends what waits for ever: the test then fails, and the others go on."""
+
+    def ring(*_: object) -> None:
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 # Pickles and archives
@@ -133,8 +150,83 @@ def test_checkpoints_that_do_not_fit_are_errors(name: str, copy: Path) -> None:
     state = {"engine": {"version": 1, "pending": {}}, "best": None, **STATES[name]}
     checkpoint.save(copy / "checkpoints", 1, state, 1)
     for read in (lambda: load_plain_model(copy), lambda: load_run(copy, CPU)):
-        with pytest.raises(ConadvError, match=r"step_00000001.pt does not fit the run's config"):
+        with pytest.raises(ConadvError, match=r"step_00000001.pt does not fit (the run's config|itself)"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("channels", value) for value in (0, -1, True, 1.0, "1", [1], None, 2**40, torch.tensor(1))),
+        *(("image_size", value) for value in (0, -8, False, 8.0, "x", {}, None, 10**400, torch.tensor([8.0, 8.0]))),
+        *(("class_names", value) for value in ([], "0123456789", list(range(10)), dict.fromkeys("0123456789"), None)),
+        ("step", 10**12),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_images_is_checked(name: str, value: object, copy: Path) -> None:
+    # Red when: _images_problem returns None, or _is_step has no upper bound (export then ended with exit code 70).
+    state = {**checkpoint.load_newest(copy / "checkpoints", CPU), name: value}
+    if name == "step":
+        state["engine"]["version"] = value
+    step = int(state.pop("step"))
+    checkpoint.save(copy / "checkpoints", step, state, 9)
+    for command in ("eval", "export", "export --format torch-export"):
+        assert main([*command.split(), str(copy)]) == 2, command
+    with pytest.raises(ConadvError, match="does not fit itself: its "):
+        checkpoint.load_newest(copy / "checkpoints", CPU)
+    assert not (copy / "model.safetensors").exists()
+
+
+def test_an_image_size_that_is_not_the_configs_is_an_error(copy: Path) -> None:
+    # Red when: export believes the checkpoint, whatever the config says.
+    (copy / "config.yaml").write_text(dump_yaml(tiny(data__image_size=16)))
+    with pytest.raises(ConadvError, match="its images have 8 pixels, those of the config 16"):
+        load_plain_model(copy)
+
+
+def _odd_file(kind: str, path: Path) -> None:
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(os.path.relpath(path))  # below 108 bytes
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+@pytest.mark.parametrize("place", ["checkpoints/step_00000002.pt", "checkpoints/step_00000001.pt"])
+def test_a_checkpoint_that_is_no_file_is_refused(kind: str, place: str, copy: Path, alarm: None) -> None:
+    # Red when: verify opens whatever has the name (a pipe waits for ever).
+    (copy / place).unlink(missing_ok=True)
+    _odd_file(kind, copy / place)
+    for name, read in places(copy).items():
+        if (name, place) != ("load", "checkpoints/step_00000002.pt"):
+            with pytest.raises(ConadvError, match=r"not a regular file|is a pipe, a socket or a device"):
+                read()
+    fast = ["--images", "8", "--landscape", "none", "--eigenvalues", "0", "--probes", "0", "--robust-images", "0"]
+    for command in (["eval"], ["export"], ["analyze", *fast]):
+        assert main([*command, str(copy)]) == 2, command
+
+
+@pytest.mark.parametrize("place", ["checkpoints/step_00000002.tmp", "record.jsonl", "model.tmp", "timeline"])
+def test_pipes_among_the_files_of_a_run_are_refused(place: str, copy: Path, alarm: None) -> None:
+    # Red when: refuse_links lets pipes be.
+    (copy / place).unlink(missing_ok=True)
+    os.mkfifo(copy / place)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConadvError, match=r"is a pipe, a socket or a device.*Remove it\."):
+            train(tiny(), copy, **how)
+    for command in ("eval", "export", "timeline", "report", "watch"):
+        extra = ["--out", str(copy.parent / "out" / "report.html")] if command == "report" else []
+        assert main([command, str(copy), *extra]) == 2, command
+
+
+def test_a_pipe_in_the_way_of_a_checkpoint_is_replaced(tmp_path: Path, alarm: None) -> None:
+    # Red when: save writes into what has the temporary name.
+    os.mkfifo(tmp_path / "step_00000001.tmp")
+    state = {"engine": {"version": 1, "pending": {}}, "best": None}
+    assert checkpoint.load(checkpoint.save(tmp_path, 1, state, 1), CPU)["step"] == 1
 
 
 def _set(state: Any, path: tuple[Any, ...], value: object) -> None:
@@ -378,6 +470,44 @@ def test_printable_text_is_one_line_that_any_output_takes(text: str) -> None:
     assert printable(shown) == shown
     if text.isprintable():
         assert shown == text
+
+
+SHOWN = {
+    "eval": ([], False),
+    "export": ([], True),
+    "timeline": ([], True),
+    "watch": (["--once"], False),
+    "report": (["--out", "{0}/report.html"], True),
+    "staleness": ([], True),
+    "check": ([], True),
+    "plan": ([], True),
+    "train": (["--config", "{0}/config.yaml", "--out", "{0}/run", "--quiet"], True),
+}
+"""Command -> its options and whether it names the run."""
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_a_path_is_shown_on_one_line_without_escape_codes(
+    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Red when: the command, or its error, writes a path as it is.
+    monkeypatch.chdir(tmp_path)
+    odd = Path("a\x1b[31mb\nc")
+    shutil.copytree(run, odd / "run")
+    options, named = SHOWN[command]
+    code = main([command, *([] if command == "train" else [str(odd / "run")]), *(each.format(odd) for each in options)])
+    assert code == (2 if command in ("staleness", "check", "plan", "train") else 0)
+    shown = "".join(capsys.readouterr())
+    assert "\x1b" not in shown
+    assert "b\nc" not in shown
+    assert (r"a\x1b[31mb\nc" in shown) == named
+
+
+def test_a_recipe_with_brackets_is_no_markup() -> None:
+    # Red when: the bar of the terminal reads a title as markup (rich then raises MarkupError).
+    shown = Live()
+    shown.start("[/x] \x1b[2J", 0, 3)
+    shown.finish()
 
 
 def test_profiles_are_checked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import unknown
+from ..limits import check_numbers
 from .options import AttackCostArgs, BenchArgs, DataArgs, EngineArgs, NormArgs, OptimArgs
 
 
@@ -48,6 +49,7 @@ def parse(args: Sequence[str]) -> tuple[str, BenchArgs]:
     if args[0] not in BENCHES:
         raise unknown("benchmark", args[0], BENCHES)
     options: Any = tyro.cli(BENCHES[args[0]].options, args=args[1:], prog=f"conadv bench {args[0]}")
+    check_numbers(options)
     return args[0], options
 
 

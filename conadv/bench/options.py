@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import AugmentName, OptimizerName
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 
 MethodName = Literal[
     "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle", "noise-busy", "plain", "ddp"
@@ -40,7 +40,9 @@ class BenchArgs:
         for name in ("rounds", "threads"):
             _at_least(name, getattr(self, name), 1)
         if self.out is not None and self.out.is_dir():
-            raise ConadvError(f"--out {self.out} is a folder. Name a file, such as {self.out / 'bench.json'}.")
+            raise ConadvError(
+                f"--out {printable(self.out)} is a folder. Name a file, such as {printable(self.out / 'bench.json')}."
+            )
 
     def facts(self) -> dict[str, Any]:
         """The options as plain values; of a path only its name, since folders belong to one machine."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..allocator import keep_freed_memory
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..record import git_state, machine, now, versions, write_atomic
 from .harness import Row
 from .options import BenchArgs
@@ -28,7 +28,7 @@ def prepare(options: BenchArgs) -> None:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConadvError(f"--out {options.out} cannot be written: {error}") from error
+            raise ConadvError(f"--out {printable(options.out)} cannot be written: {error}") from error
 
 
 def facts(name: str, options: BenchArgs, device: Any, **more: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def write(path: Path | None, about: Mapping[str, Any], title: str, rows: Sequenc
     try:
         write_atomic(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise ConadvError(f"--out {path} cannot be written: {error}") from error
+        raise ConadvError(f"--out {printable(path)} cannot be written: {error}") from error
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from ..methods.controls import MultiView, Noise
 from ..methods.recycle import Recycle
 from ..methods.sequential import Sequential
 from ..methods.vanilla import Vanilla
-from ..models import build_model
+from ..models import build_model, check_model
 from ..norm import split_batchnorm
 from ..optim import build_optimizer, parameter_groups
 from ..types import MicroBatch
@@ -43,6 +43,7 @@ def network(options: AttackCostArgs, route: str | None, device: torch.device) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(ModelConfig(name=options.model, width=options.width), options.channels, options.classes)
+        check_model(model, options.channels, options.image_size, options.classes)
     model = split_batchnorm(model.train(), *([route] if route else [])).to(device)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

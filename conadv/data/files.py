@@ -81,14 +81,14 @@ class Listing:
 
 def scan_folder(directory: Path) -> tuple[Listing, Listing]:
     """The listings of DIR/train and DIR/test (or DIR/val), which must hold the same classes, two or more."""
-    layout = f"Expected {directory}/train/<class>/<image files>, and the same below test or val."
+    layout = f"Expected {printable(directory)}/train/<class>/<image files>, and the same below test or val."
     if not directory.is_dir():
-        raise ConadvError(f"The data folder {directory} does not exist. {layout}")
+        raise ConadvError(f"The data folder {printable(directory)} does not exist. {layout}")
     found = [directory / name for name in ("train", "test", "val") if (directory / name).is_dir()]
     if not found or found[0].name != "train":
-        raise ConadvError(f"The data folder {directory} has no folder train. {layout}")
+        raise ConadvError(f"The data folder {printable(directory)} has no folder train. {layout}")
     if len(found) == 1:
-        raise ConadvError(f"The data folder {directory} has neither a folder test nor val. {layout}")
+        raise ConadvError(f"The data folder {printable(directory)} has neither a folder test nor val. {layout}")
     train, test = scan_split(found[0]), scan_split(found[1])
     if train.class_names != test.class_names:
         only_train, only_test = (

@@ -74,7 +74,7 @@ def scan_parquet(directory: Path) -> tuple[Rows, Rows]:
     tests = [_rows(directory, name, tables[name], image, label) for name in files if name != "train"]
     test = next((rows for rows in tests if len(rows) and int(rows.labels.min()) >= 0), None)
     if test is None:
-        raise ConadvError(f"No rows below {directory} but those of train have labels. {_LAYOUT}")
+        raise ConadvError(f"No rows below {printable(directory)} but those of train have labels. {_LAYOUT}")
     for rows in (train, test):
         _check(rows, train.class_names)
     return train, test
@@ -82,13 +82,13 @@ def scan_parquet(directory: Path) -> tuple[Rows, Rows]:
 
 def _files(directory: Path) -> dict[str, list[str]]:
     if not directory.is_dir():
-        raise ConadvError(f"The data folder {directory} does not exist. {_LAYOUT}")
+        raise ConadvError(f"The data folder {printable(directory)} does not exist. {_LAYOUT}")
     paths = sorted(directory.rglob("*.parquet"))
     found = {split: [str(path) for path in paths if _split(path) == split] for split in SPLITS}
     found = {split: names for split, names in found.items() if names}
     if "train" not in found or len(found) == 1:
         seen = ", ".join(printable(path.name) for path in paths[:3]) or "no parquet file"
-        raise ConadvError(f"{directory} holds no training or no test rows (found {seen}). {_LAYOUT}")
+        raise ConadvError(f"{printable(directory)} holds no training or no test rows (found {seen}). {_LAYOUT}")
     return found
 
 
@@ -115,7 +115,9 @@ def _load(directory: Path, files: Mapping[str, list[str]]) -> Any:
             tables = tables.cast_column(name, ImageColumn(decode=False))
         return tables
     except Exception as error:  # whatever reading and converting raise
-        raise ConadvError(f"Cannot read the parquet files below {directory}: {printable(str(error))[:500]}") from error
+        raise ConadvError(
+            f"Cannot read the parquet files below {printable(directory)}: {printable(str(error))[:500]}"
+        ) from error
 
 
 def _columns(directory: Path, features: Mapping[str, Any]) -> tuple[str, str]:
@@ -126,7 +128,8 @@ def _columns(directory: Path, features: Mapping[str, Any]) -> tuple[str, str]:
         if len(found) != 1:
             columns = ", ".join(f"{printable(name)}: {type(value).__name__}" for name, value in features.items())
             raise ConadvError(
-                f"The parquet files below {directory} have {len(found)} columns of the type {kind}, wanted one "
+                f"The parquet files below {printable(directory)} have {len(found)} columns of the type {kind}, "
+                "wanted one "
                 f"({columns}). Keep one, with Dataset.cast_column and Dataset.remove_columns of datasets."
             )
         names.append(found[0])

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
 
-from ..config import DataConfig
-from ..errors import ConadvError, unknown
+from ..config import DataConfig, home
+from ..errors import ConadvError, printable, unknown
 from .files import BadFile, Progress, decode, scan_folder
 from .parquet import scan_parquet
 from .splits import MemorySplit, Photos, PhotoSplit, Split, choose, hold_out
@@ -128,7 +128,7 @@ _ENCODED = ("cifar10", "folder", "huggingface")
 def _directory(config: DataConfig) -> Path:
     if config.dir is None:
         raise ConadvError(f"data.source {config.source} needs a folder. Give data.dir (--data DIR).")
-    return config.dir.expanduser()
+    return home(config.dir)
 
 
 def _torchvision(factory: Any, config: DataConfig) -> Source:
@@ -138,10 +138,13 @@ def _torchvision(factory: Any, config: DataConfig) -> Source:
     except Exception as error:  # whatever downloading, unpacking and reading raise
         if config.download:
             message = (
-                f"The download of {config.source} into {directory} failed: {error}. Check the network and the folder."
+                f"The download of {config.source} into {printable(directory)} failed: {error}. Check the network and "
+                "the folder."
             )
         else:
-            message = f"There is no {config.source} in {directory}: {error}. Give data.download (--download)."
+            message = (
+                f"There is no {config.source} in {printable(directory)}: {error}. Give data.download (--download)."
+            )
         raise ConadvError(message) from error
     splits = [(_to_nchw(part.data), torch.as_tensor(part.targets)) for part in parts]
     return _in_memory(splits, tuple(parts[0].classes), config, flip=True)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from .clock import Mark
 from .diagnosis import RollCall
 from .meeting import meet
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 600.0
+LONGEST_TIMEOUT = 1e7
+"""Seconds: about four months; torch counts them in the nanoseconds of 64 bits."""
+MOST_RANKS = 2**20
 CLOCK_ROUNDS = 8
 
 
@@ -114,12 +117,14 @@ class Comm:
         """The rank that torchrun's environment says (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
         One process, or none of these variables: the trivial Comm. ``timeout``: seconds until a silent rank is an
-        error. Raises ConadvError if the ranks do not find each other in that time.
+        error. Raises ConadvError for a variable that cannot be, and if the ranks do not find each other in that time.
         """
-        if timeout <= 0:
-            raise ConadvError(f"--comm-timeout {timeout:g} must be more than 0 seconds.")
-        ranks = _variable("WORLD_SIZE", 1)
-        local_rank = _variable("LOCAL_RANK", 0) if ranks > 1 else 0
+        if not 0 < timeout <= LONGEST_TIMEOUT:
+            raise ConadvError(
+                f"--comm-timeout {timeout:g} must be more than 0 and at most {LONGEST_TIMEOUT:g} seconds."
+            )
+        ranks = _variable("WORLD_SIZE", range(1, MOST_RANKS + 1), 1)
+        local_rank = _variable("LOCAL_RANK", range(ranks), 0) if ranks > 1 else 0
         place = pick_device(device, local_rank)
         if ranks == 1:
             return cls(device=place)
@@ -127,16 +132,17 @@ class Comm:
             raise ConadvError(
                 "The process group exists already. Comm.from_environment takes init_process_group's place."
             )
-        comm = cls(_variable("RANK", 0), ranks, place, "nccl" if place.type == "cuda" else "gloo")
+        rank = _variable("RANK", range(ranks))
+        _variable("MASTER_PORT", range(1, 2**16))
+        if not os.environ.get("MASTER_ADDR"):
+            raise _missing("MASTER_ADDR")
+        comm = cls(rank, ranks, place, "nccl" if place.type == "cuda" else "gloo")
         comm.timeout = timeout
         if place.type == "cuda":
             torch.cuda.set_device(place)
         limit = timedelta(seconds=timeout)
         with comm.guard():
-            try:
-                found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
-            except ValueError as error:  # a variable is missing
-                raise ConadvError(f"{error}. Start the processes by torchrun, which sets it.") from error
+            found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
             store = meet(found, rank, ranks, limit)
             dist.init_process_group(comm.backend, store=store, rank=rank, world_size=ranks, timeout=limit)
             comm._roll = RollCall(store, rank, ranks)
@@ -363,12 +369,37 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _variable(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
+def processes_here(default: int = 1) -> int:
+    """How many processes the launcher has started on this host (LOCAL_WORLD_SIZE). Raises ConadvError."""
+    return _variable("LOCAL_WORLD_SIZE", range(1, MOST_RANKS + 1), default)
+
+
+def _variable(name: str, allowed: range, default: int | None = None) -> int:
+    """A number of the environment; without a ``default`` it must be there."""
+    text = os.environ.get(name) or ("" if default is None else str(default))
+    if not text:
+        raise _missing(name)
     try:
-        return int(text)
+        value = int(text)
     except ValueError as error:
-        raise ConadvError(f"The environment variable {name} is {text!r}, not a number. torchrun sets it.") from error
+        raise _not_allowed(name, text, allowed) from error
+    if value not in allowed:
+        raise _not_allowed(name, text, allowed)
+    return value
+
+
+def _missing(name: str) -> ConadvError:
+    return ConadvError(
+        f"The environment variable {name} is not set, though WORLD_SIZE asks for several processes. Start them by "
+        "torchrun, which sets it."
+    )
+
+
+def _not_allowed(name: str, text: str, allowed: range) -> ConadvError:
+    return ConadvError(
+        f"The environment variable {name} is {printable(text)[:40]!r}, not a number from {allowed.start} to "
+        f"{allowed.stop - 1}. torchrun sets it."
+    )
 
 
 def first_line(error: BaseException) -> str:

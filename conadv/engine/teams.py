@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..errors import ConadvError
-from .comm import Comm
+from .comm import Comm, processes_here
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
     torchrun agent that loses one process ends all of its own.
     """
     # one answer for all, also where hosts have different numbers of ranks
-    per_host = world.share(int(os.environ.get("LOCAL_WORLD_SIZE", world.ranks)))
+    per_host = world.share(processes_here(world.ranks))
     with world.agreed():
         if may_lose and world.device.type == "cuda":
             raise ConadvError(

@@ -11,13 +11,14 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from .zoo import TIMM, TORCHVISION, Options
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -33,7 +34,7 @@ def trust(name: str) -> None:
     """Import ``module:function`` and let runs of this process use it as a model. A name of another form is left alone.
 
     The current folder counts as the last place to look for the module. Raises ConadvError where there is no such
-    module or function. What the module itself raises goes through as it is.
+    module or function, and where the module itself raises something: that is its cause.
     """
     if not is_own(name):
         return
@@ -47,7 +48,9 @@ def trust(name: str) -> None:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
             raise ConadvError(f"The model {name!r}: there is no module {error.name!r} here or installed.") from error
-        raise
+        raise _failed(f"The module of the model {name!r} cannot be imported", error) from error
+    except Exception as error:  # somebody's code, which raises anything
+        raise _failed(f"The module of the model {name!r} cannot be imported", error) from error
     factory = getattr(module, function, None)
     if not callable(factory):
         raise ConadvError(f"The model {name!r}: {module_name} has no function {function!r}.")
@@ -68,10 +71,22 @@ def build_own(name: str, in_channels: int, num_classes: int, options: Options) -
     unknown = set(options) - set(accepted) if not _takes_any(factory) else set()
     if unknown:
         raise ConadvError(f"model.args: {name} takes no argument {min(unknown)!r}.")
-    model = factory(num_classes=num_classes, **given, **options)
+    try:
+        model = factory(num_classes=num_classes, **given, **options)
+    except Exception as error:  # somebody's code, which raises anything
+        raise _failed(f"{name} cannot make a model", error) from error
     if not isinstance(model, nn.Module):
         raise ConadvError(f"{name} returned a {type(model).__name__}, not a torch.nn.Module.")
     return model
+
+
+def _failed(what: str, error: Exception) -> ConadvError:
+    """What somebody's code raised, and where in it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = f"{type(error).__name__}: {printable(error)[:500]}"
+    return ConadvError(
+        f"{what}: {said} ({printable(Path(frame.filename).name)}, line {frame.lineno}). --debug shows the traceback."
+    )
 
 
 def _check_signature(name: str, factory: Callable[..., Any]) -> None:
@@ -82,8 +97,15 @@ def _check_signature(name: str, factory: Callable[..., Any]) -> None:
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """What can be given by name."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {key: p for key, p in inspect.signature(factory).parameters.items() if p.kind in named}
+    return {key: p for key, p in _signature(factory).parameters.items() if p.kind in named}
 
 
 def _takes_any(factory: Callable[..., Any]) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _signature(factory).parameters.values())
+
+
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(factory)
+    except ValueError as error:  # of some functions in C
+        raise ConadvError(f"What {factory!r} takes cannot be told: wrap it in a function of your own.") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import keyword
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 from torch import nn
 
-from ..errors import ConadvError, unknown
+from ..errors import ConadvError, printable, unknown
+from ..untrusted import parse_yaml
 from .small import SMALL
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
@@ -24,18 +27,40 @@ _TAKEN = frozenset(
 
 
 def arguments(args: Sequence[str]) -> Options:
-    """``("drop_rate=0.1", "img_size=64")`` as keyword arguments: numbers, true and false, or text."""
+    """``("drop_rate=0.1", "img_size=64")`` as keyword arguments: numbers, true and false, or text.
+
+    Raises ConadvError for what has another form, for a name that is taken or given twice, and for a number that is not
+    finite or has no place in 64 bits.
+    """
     options: Options = {}
     for arg in args:
         name, sign, text = arg.partition("=")
-        if not sign or not name.isidentifier():
-            raise ConadvError(f"model.args {arg!r} is not NAME=VALUE, such as drop_rate=0.1.")
+        if not sign or not name.isidentifier() or keyword.iskeyword(name):
+            raise ConadvError(f"model.args {_shown(arg)!r} is not NAME=VALUE, such as drop_rate=0.1.")
         if name in _TAKEN or name in options:
             why = "is given twice" if name in options else "is set by conadv, which loads no weights"
-            raise ConadvError(f"model.args: {name} {why}. Leave it out.")
-        value = yaml.safe_load(text) if text else text
-        options[name] = value if isinstance(value, (bool, int, float)) else text
+            raise ConadvError(f"model.args: {_shown(name)} {why}. Leave it out.")
+        options[name] = _value(name, text)
     return options
+
+
+def _value(name: str, text: str) -> bool | int | float | str:
+    """What stands behind NAME=: the number or truth value that YAML sees there, or the text itself."""
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:  # a lone bracket is text as well
+        return text
+    if not isinstance(value, (bool, int, float)):
+        return text
+    if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63):
+        raise ConadvError(
+            f"model.args: {_shown(name)}={_shown(text)} is not finite, or beyond 64 bits. Choose another."
+        )
+    return value
+
+
+def _shown(text: str) -> str:
+    return printable(text)[:80]
 
 
 def build_torchvision(name: str, in_channels: int, num_classes: int, options: Options) -> nn.Module:
@@ -79,7 +104,8 @@ def _make(title: str, factory: Callable[..., nn.Module], name: str, **options: A
         return factory(name, **options)
     except Exception as error:  # constructors check little and raise anything
         raise ConadvError(
-            f"The model {title} cannot be built with {options}: {str(error) or type(error).__name__}. "
+            f"The model {title} cannot be built with {printable(options)[:500]}: "
+            f"{printable(str(error) or type(error).__name__)[:1000]}. "
             "Look at its own documentation for what model.args may hold."
         ) from error
 

@@ -16,6 +16,8 @@ from .profile import Link, Profile, Workload, load, save
 from .rows import Plan, make_plan
 from .search import Rules
 
+LARGEST = 2**22
+"""Devices, and images per update: the search through the splits of more takes minutes."""
 PAYLOAD = 1448 / 1514  # of an Ethernet frame of TCP/IPv4 with timestamps
 
 
@@ -114,9 +116,13 @@ def plan_of(args: PlanArgs) -> Plan:
         kind_of(method)
     if args.attack_ranks is not None and args.attack_ranks < 0:
         raise ConadvError(f"--attack-ranks {args.attack_ranks} must be 0 or more.")
-    for name, value in (("--price", args.price), ("--images-per-epoch", args.images_per_epoch)):
-        if value is not None and not value > 0:
-            raise ConadvError(f"{name} {value} must be more than 0.")
+    for name, value in (
+        ("--price", args.price),
+        ("--images-per-epoch", args.images_per_epoch),
+        ("--memory-gib", args.memory_gib),
+    ):
+        if value is not None and not 0 < value <= 1e12:
+            raise ConadvError(f"{name} {value} must be more than 0 and at most 10^12.")
     memory = profile.sizes.memory if args.memory_gib is None else round(args.memory_gib * 2**30)
     rules = Rules(args.micro_batch_size, args.executor, args.attack_ranks, memory, args.objective)
     planner = Planner(profile, link_of(profile, args.link_gbit, args.latency_us), args.staleness)
@@ -203,6 +209,8 @@ def _numbers(name: str, text: str) -> list[int]:
         raise ConadvError(f"{name} {text!r} is not a list of numbers such as 1,8,64.") from error
     if numbers[0] < 1:
         raise ConadvError(f"{name} {text!r}: every number must be 1 or more.")
+    if numbers[-1] > LARGEST:
+        raise ConadvError(f"{name} {text[:60]!r}: every number must be {LARGEST} or less.")
     return numbers
 
 

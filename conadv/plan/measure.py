@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import Comm, TrainStep
+from ..engine.comm import processes_here
 from ..record import git_state, machine, now, versions
 from ..types import Batch, Span, StepRecord
 from .model import MEASURED
 from .profile import Bucket, Measured, Point, Profile, Sizes, Workload
-from .workload import batches, build_step
+from .workload import batches, build_step, try_out
 
 MIB = 2**20
 WARMUP_STEPS = 2
@@ -54,6 +55,7 @@ def measure_phases(workload: Workload, sizes: Sequence[int], rounds: int, comm: 
     medians. What is returned is the same on all.
     """
     alone = Comm(device=comm.device)
+    try_out(workload)
     found: dict[str, list[Point]] = {method: [] for method in MEASURED}
     for micro_batch in sorted(sizes):
         engines = {method: build_step(workload, method, alone) for method in MEASURED}
@@ -72,7 +74,7 @@ def measure_phases(workload: Workload, sizes: Sequence[int], rounds: int, comm: 
         format=1,
         workload=workload,
         device="cuda" if comm.device.type == "cuda" else "cpu",
-        processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        processes=processes_here(),
         threads=torch.get_num_threads(),
         methods=methods,
         sizes=_sizes(engines["conadv"], workload, largest),
@@ -225,7 +227,7 @@ def _memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(host) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(host) // processes_here()
 
 
 def _copy(engine: TrainStep, comm: Comm) -> float:

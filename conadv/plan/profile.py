@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import ConadvError, unknown
+from ..errors import ConadvError, printable, unknown
 from ..record import write_atomic
 from ..untrusted import JSON_BYTES, read_text
 
@@ -151,7 +151,8 @@ def load(path: Path) -> Profile:
         return Profile.model_validate_json(read_text(path, JSON_BYTES))
     except (OSError, UnicodeDecodeError) as error:
         raise ConadvError(
-            f"Cannot read the profile {path}: {error}. Measure one: conadv plan {path} --measure all."
+            f"Cannot read the profile {printable(path)}: {error}. Measure one: conadv plan {printable(path)} "
+            "--measure all."
         ) from error
     except ValidationError as error:
         raise _explain(error, path) from error
@@ -168,14 +169,18 @@ def _explain(error: ValidationError, path: Path) -> ConadvError:
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
     if first["type"] == "json_invalid":
-        return ConadvError(f"The profile {path} is not JSON: {first['ctx']['error']}.")
+        return ConadvError(f"The profile {printable(path)} is not JSON: {first['ctx']['error']}.")
     if first["type"] == "extra_forbidden":
         known = (name for part in Part.__subclasses__() for name in part.model_fields)
-        return ConadvError(f"The profile {path}: {unknown('key', where.rpartition('.')[2], known)} (in {where})")
+        return ConadvError(
+            f"The profile {printable(path)}: {unknown('key', where.rpartition('.')[2], known)} (in {where})"
+        )
     if first["type"] == "missing":
-        return ConadvError(f"The profile {path} has no {where}. Measure it again: conadv plan {path} --measure all.")
+        return ConadvError(
+            f"The profile {printable(path)} has no {where}. Measure it again: conadv plan PROFILE.json --measure all."
+        )
     if where == "format":
         return ConadvError(
-            f"The profile {path} has format {first['input']!r}, this version reads {FORMAT}. Measure again."
+            f"The profile {printable(path)} has format {first['input']!r}, this version reads {FORMAT}. Measure again."
         )
-    return ConadvError(f"The profile {path}: {where} = {first['input']!r:.60}: {first['msg']}.")
+    return ConadvError(f"The profile {printable(path)}: {where} = {first['input']!r:.60}: {first['msg']}.")

@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import printable
 from ..report.table import duration
 from .profile import Profile
 from .rows import Plan, Row
@@ -25,7 +26,7 @@ LEGEND = (
 def show(plan: Plan, epoch_images: int, price: float | None, console: Console | None = None) -> None:
     """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
     console = console or Console(highlight=False)
-    console.print(_about(plan), markup=False)
+    console.print(printable(_about(plan)), markup=False)
     console.print(plan_table(plan, epoch_images, price, console.width))
     for line in (*LEGEND, *_stream(plan), *_left_out(plan)):
         console.print(f"- {line}", markup=False)

@@ -12,6 +12,7 @@ from ..config import Config, DataConfig, ModelConfig, OptimConfig, resolve
 from ..engine import Comm, TrainStep
 from ..methods import build_method
 from ..methods.base import space_from_config
+from ..models import check_model
 from ..optim import MODEL_RULES, build_optimizer, parameter_groups
 from ..trainer import make_model
 from ..types import Batch, MicroBatch
@@ -39,6 +40,13 @@ def config_of(workload: Workload, method: str) -> Config:
             optim=OptimConfig(name=workload.optimizer, lr=LEARNING_RATE),  # type: ignore[arg-type]
         )
     )
+
+
+def try_out(workload: Workload) -> None:
+    """ConadvError unless the network takes images of this size."""
+    config = config_of(workload, "vanilla")
+    model = make_model(config, workload.channels, workload.num_classes)
+    check_model(model, workload.channels, workload.image_size, workload.num_classes)
 
 
 def build_step(workload: Workload, method: str, comm: Comm, executor: Executor | None = None) -> TrainStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,10 @@ def _route(name: str) -> str:
     return found[1] if found else "clean"
 
 
+LOOKED_AT = 300_000
+"""Steps whose cost is added up: more would take longer than the look ahead is worth."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """Gradient images: forward-backward passes of an image of any view, and input gradients (docs/record.md)."""
@@ -80,11 +85,15 @@ class Cost:
 
 
 def cost(parts: Parts) -> Cost:
-    """What the whole run computes, by the plan of its attack."""
+    """What the whole run computes, by the plan of its attack; of a very long one by a sample of its steps."""
     config, method, steps = parts.config, parts.method, parts.num_steps
     micro = micro_batch(config)
-    per_step = sum(method.gradient_images(step, _views(parts, step), micro) for step in range(steps))
-    return Cost(steps, steps / parts.data.order.steps_per_epoch, per_step / steps, per_step * config.global_batch_size)
+    looked_at = range(steps) if steps <= LOOKED_AT else random.Random(0).sample(range(steps), LOOKED_AT)
+    images = sum(method.gradient_images(step, _views(parts, step), micro) for step in looked_at)
+    per_image = images / len(looked_at)
+    return Cost(
+        steps, steps / parts.data.order.steps_per_epoch, per_image, per_image * steps * config.global_batch_size
+    )
 
 
 def _views(parts: Parts, step: int) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable
 from . import picture
 from .dryrun import DataFound, Preview, hours
 from .estimate import Group, gib
@@ -18,9 +19,9 @@ PATTERNS = 3
 def show(shown: Preview, console: Console | None = None) -> None:
     """Write a preview to ``console`` (standard output by default); fits into 80 columns."""
     console = console or Console(highlight=False)
-    console.print(Text(f"{shown.title}: dry run", style="bold"))
+    console.print(Text(printable(f"{shown.title}: dry run"), style="bold"))
     for line in shown.lines:
-        console.print(line, markup=False)
+        console.print(printable(line), markup=False)
     width = min(console.width, 100) - 1
     ascii_only = not (console.encoding or "").lower().startswith("utf")
     for name, curve in shown.curves:
@@ -31,7 +32,7 @@ def show(shown: Preview, console: Console | None = None) -> None:
     console.print(group_table(shown.groups))
     console.print(needs_table(shown))
     for line in _notes(shown):
-        console.print(f"- {line}", markup=False)
+        console.print(printable(f"- {line}"), markup=False)
     console.print(Text("ready: nothing has been trained, and nothing written into the run directory", style="bold"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConadvError, unknown
+from ..errors import ConadvError, printable, unknown
 from .load import Run
 from .settings import Settings, choices, effective, labels, varying
 from .stats import Difference, Stat, paired_difference, stat
@@ -143,9 +143,11 @@ def _resolve_names(runs: Sequence[Run], names: Mapping[str, str]) -> dict[Path, 
     given = {Path(folder).resolve(): name for folder, name in names.items()}
     for folder, name in given.items():
         if folder not in known:
-            raise ConadvError(f"The arm name {name!r} is for {folder}, which is not among the runs of this report.")
+            raise ConadvError(
+                f"The arm name {name!r} is for {printable(folder)}, which is not among the runs of this report."
+            )
         if not name.strip():
-            raise ConadvError(f"The arm name for {folder} is empty. Give it a name, or leave it out.")
+            raise ConadvError(f"The arm name for {printable(folder)} is empty. Give it a name, or leave it out.")
     return given
 
 

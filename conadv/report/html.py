@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..record import write_atomic
 from . import figures, settings, table, words
 from .compare import Comparison, compare
@@ -116,7 +116,8 @@ def check_out(out: Path) -> None:
         raise ConadvError(f"The report's file must end in .html, not {out.name!r}: the other files are named after it.")
     if (out.parent / RECORD).exists():
         raise ConadvError(
-            f"{out.parent} is a run, and the report would overwrite its {SUMMARY}. Choose a file in another folder."
+            f"{printable(out.parent)} is a run, and the report would overwrite its {SUMMARY}. Choose a file in "
+            "another folder."
         )
 
 
@@ -126,4 +127,4 @@ def write(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     except OSError as error:
-        raise ConadvError(f"Cannot write the report's file {path}: {error}") from error
+        raise ConadvError(f"Cannot write the report's file {printable(path)}: {error}") from error

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from .. import documents
 from ..config import flatten
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..record import read_lines
 from ..untrusted import JSON_BYTES, parse_json, read_text, read_yaml, refuse_links
 
@@ -82,10 +82,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise ConadvError(f"No run at {path}: it is not a folder. Give run folders, or folders that contain runs.")
+            raise ConadvError(
+                f"No run at {printable(path)}: it is not a folder. Give run folders, or folders that contain runs."
+            )
         runs = list(_search(path))
         if not runs:
-            raise ConadvError(f"No run in {path}: neither it nor a folder below it holds a {RECORD}.")
+            raise ConadvError(f"No run in {printable(path)}: neither it nor a folder below it holds a {RECORD}.")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
@@ -104,7 +106,9 @@ def load_run(path: str | Path) -> Run:
     """Read one run directory. Raises ConadvError, naming it, if it is no run; an incomplete run is no error."""
     path = Path(path)
     if not (path / RECORD).is_file():
-        raise ConadvError(f"{path} is not a run: it holds no {RECORD}. See docs/record.md for what a run holds.")
+        raise ConadvError(
+            f"{printable(path)} is not a run: it holds no {RECORD}. See docs/record.md for what a run holds."
+        )
     refuse_links(path)
     problems: list[str] = []
     lines = _read_lines(path)
@@ -130,7 +134,9 @@ def _read_lines(path: Path) -> list[Line]:
     """The record's complete lines; a line cut off at the end is what a killed run leaves and no error."""
     lines = read_lines(path / RECORD)
     if not all(isinstance(line, dict) and "type" in line for line in lines):
-        raise ConadvError(f"{path} is not a run: the lines of its {RECORD} are no conadv record. Leave it out.")
+        raise ConadvError(
+            f"{printable(path)} is not a run: the lines of its {RECORD} are no conadv record. Leave it out."
+        )
     return lines
 
 
@@ -151,7 +157,8 @@ def _read_config(path: Path, header: Line, problems: list[str]) -> Line:
         if isinstance(candidate, dict) and _is_config(candidate):
             return candidate
     raise ConadvError(
-        f"{path} is not a run that can be reported: neither its {CONFIG} nor the header of its {RECORD} holds a "
+        f"{printable(path)} is not a run that can be reported: neither its {CONFIG} nor the header of its {RECORD} "
+        "holds a "
         "conadv configuration. Leave it out."
     )
 

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import printable_lines
 from .compare import Arm, Comparison
 from .stats import Difference, Stat
 
@@ -123,7 +124,7 @@ def arms_table(comparison: Comparison, title: str | None = None, width: int = 16
             table.add_column(header, justify="right", no_wrap=True)
     for row in rows(comparison):
         # Text, not str: a label with square brackets must not be read as markup
-        cells = [Text(cell) for cell in row.cells]
+        cells = [Text(printable_lines(cell)) for cell in row.cells]
         cells[_DIFFERENCE].stylize({"higher": "green", "lower": "red"}.get(row.verdict, ""))
         table.add_row(*(cells[index] for index in shown), style="bold" if row.is_baseline else None)
     return table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..config import Config, override, parse, replace, resolve
+from ..config import Config, home, override, parse, replace, resolve
 from ..errors import ConadvError
 from .spec import BATCH, Settings, Spec
 
@@ -146,7 +146,7 @@ def _base(spec: Spec, data_dir: Path | None) -> Config:
     base = override(recipe, _edited(recipe, spec.base, "base"), given)
     folder = data_dir or base.data.dir
     if folder is not None:
-        base = replace(base, data__dir=folder.expanduser().absolute())
+        base = replace(base, data__dir=home(folder).absolute())
     return base
 
 

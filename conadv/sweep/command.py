@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..progress import Silent
 from .cells import Plan, expand
 from .display import Workload, duration, for_terminal
@@ -95,8 +95,6 @@ def train_job(job: Job, observer: Silent, *, keep_checkpoints: bool, device: str
 
 def _check(args: SweepArgs) -> tuple[int, int]:
     """The shard's number and how many there are."""
-    if args.jobs is not None and args.jobs < 1:
-        raise ConadvError(f"--jobs {args.jobs} must be 1 or more.")
     if args.max_minutes is not None and not args.max_minutes >= 0:
         raise ConadvError(f"--max-minutes {args.max_minutes:g} must be 0 or more.")
     match = re.fullmatch(r"(\d+)/(\d+)", args.shard or "1/1")
@@ -163,7 +161,7 @@ def _report(schedule: Schedule, args: SweepArgs) -> None:
     summary = write_sweep_report(out, command=f"conadv sweep {args.spec}")
     if not args.quiet:
         show_study(summary)
-        _say(f"report: {out / 'report.html'}")
+        _say(f"report: {printable(out / 'report.html')}")
 
 
 def _show_plan(schedule: Schedule) -> None:
@@ -186,7 +184,7 @@ def _show_plan(schedule: Schedule) -> None:
     names = schedule.names()
     done = [schedule.results[name] for name in names if name in schedule.results]
     took = f" in {duration(sum(result.seconds for result in done))} of computing" if done else ""
-    _say(f"{len(names)} runs in all, {len(done)} of them done{took}; in {schedule.folder.out}")
+    _say(f"{len(names)} runs in all, {len(done)} of them done{took}; in {printable(schedule.folder.out)}")
 
 
 def _say(text: str) -> None:

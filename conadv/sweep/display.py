@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Config
+from ..errors import printable
 from .estimate import Estimate
 
 
@@ -94,7 +95,7 @@ class Lines(Display):
         work = self.work
         left = f", about {duration(work.left())} left" if work.done < work.total else ""
         how = f"failed: {error.splitlines()[0]}" if error else f"{seconds:.1f} s"
-        sys.stdout.write(f"[{work.done}/{work.total}] {run.label}: {how}{left}\n")
+        sys.stdout.write(printable(f"[{work.done}/{work.total}] {run.label}: {how}{left}") + "\n")
         sys.stdout.flush()
 
 
@@ -131,7 +132,9 @@ class Bars(Display):
         for number in self._tasks.keys() - self.work.going.keys():
             self._bars.remove_task(self._tasks.pop(number))
         if error:
-            self._bars.console.print(f"{run.label}: failed: {error.splitlines()[0]}", markup=False, highlight=False)
+            self._bars.console.print(
+                printable(f"{run.label}: failed: {error.splitlines()[0]}"), markup=False, highlight=False
+            )
         self._update()
 
     def _update(self) -> None:

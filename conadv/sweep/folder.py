@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..documents import Summary, checked
-from ..errors import ConadvError
+from ..errors import ConadvError, printable
 from ..record import write_atomic
 from ..run import RunDir
 from ..untrusted import JSON_BYTES, parse_json, read_text, refuse_links
@@ -53,7 +53,7 @@ class Folder:
         refuse_links(directory.path)
         if directory.config.is_file() and (changed := directory.changes(run.config)):
             raise ConadvError(
-                f"{directory.path} holds a run with other settings than the spec gives it:\n  "
+                f"{printable(directory.path)} holds a run with other settings than the spec gives it:\n  "
                 + "\n  ".join(changed)
                 + "\nGive a changed spec another --out, or delete that folder."
             )
@@ -85,7 +85,7 @@ class Folder:
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(self.out / file, json.dumps(document, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise ConadvError(f"Cannot write {self.out / file}: {error}. Choose another --out.") from error
+            raise ConadvError(f"Cannot write {printable(self.out / file)}: {error}. Choose another --out.") from error
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -99,13 +99,14 @@ class Folder:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             file = os.fdopen(os.open(self.out / f".{name}.lock", flags, 0o666), "rb+", buffering=0)
         except OSError as error:
-            raise ConadvError(f"Cannot write to {self.out}: {error}. Choose another --out.") from error
+            raise ConadvError(f"Cannot write to {printable(self.out)}: {error}. Choose another --out.") from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise ConadvError(
-                    f"Another sweep is at work in {self.out}. Wait for it, choose another --out, or share the work by "
+                    f"Another sweep is at work in {printable(self.out)}. Wait for it, choose another --out, or share "
+                    "the work by "
                     "--shard."
                 ) from error
             yield
@@ -132,7 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise ConadvError(f"Cannot read {path}: {error}. {_remedy(path.parent)}") from error
+        raise ConadvError(f"Cannot read {printable(path)}: {error}. {_remedy(path.parent)}") from error
     if not isinstance(values, dict):
-        raise ConadvError(f"{path} is not a mapping. {_remedy(path.parent)}")
+        raise ConadvError(f"{printable(path)} is not a mapping. {_remedy(path.parent)}")
     return values

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from ..config import Config, Section, flatten, read_fraction
-from ..errors import ConadvError, unknown
+from ..errors import ConadvError, printable, unknown
 from ..untrusted import read_yaml
 
 BATCH = "global_batch_size"
@@ -155,7 +155,7 @@ def load_spec(path: Path) -> Spec:
     """Read and check a spec; a ConadvError names the file and what is wrong in it."""
     values = read_yaml(path, "spec")
     if not isinstance(values, dict):
-        raise ConadvError(f"The spec {path} is not a mapping. See docs/sweep.md for an example.")
+        raise ConadvError(f"The spec {printable(path)} is not a mapping. See docs/sweep.md for an example.")
     return parse_spec(values, str(path))
 
 

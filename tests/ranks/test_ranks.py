@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from conadv import PGD, Comm, ConadvError
+from conadv.engine.comm import processes_here
 
 from ..helpers import same
 from ..test_methods import CASES, SPACE
 from . import jobs
-from .pool import Ranks
+from .pool import Ranks, free_port
 
 ALONE = Comm()
+TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def numbers(answer: jobs.Answer) -> list[Any]:
@@ -189,16 +191,40 @@ def test_a_rank_that_fails_alone_ends_the_others() -> None:
     [
         ({"WORLD_SIZE": "two"}, 1.0, "WORLD_SIZE is 'two'"),
         ({}, 0.0, "--comm-timeout 0"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, 1.0, "phase 'setup'"),
+        ({**TWO, "RANK": "0"}, 1.0, "phase 'setup'"),
+        ({"WORLD_SIZE": "0"}, 1.0, "WORLD_SIZE is '0', not a number from 1"),
+        ({"WORLD_SIZE": "-2"}, 1.0, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "9" * 5000}, 1.0, "WORLD_SIZE is '999"),
+        (TWO, 1.0, "RANK is not set"),
+        ({**TWO, "RANK": "5"}, 1.0, "RANK is '5', not a number from 0 to 1"),
+        ({**TWO, "RANK": "-1"}, 1.0, "RANK is '-1'"),
+        ({**TWO, "RANK": "x\x1b[1m"}, 1.0, r"RANK is 'x\\\\x1b"),
+        ({**TWO, "RANK": "0", "LOCAL_RANK": "2"}, 1.0, "LOCAL_RANK is '2', not a number from 0 to 1"),
+        ({**TWO, "RANK": "0", "LOCAL_RANK": "-1"}, 1.0, "LOCAL_RANK is '-1'"),
+        ({**TWO, "RANK": "0", "MASTER_ADDR": ""}, 1.0, "MASTER_ADDR is not set"),
+        ({**TWO, "RANK": "0", "MASTER_PORT": ""}, 1.0, "MASTER_PORT is not set"),
+        ({**TWO, "RANK": "0", "MASTER_PORT": "99999"}, 1.0, "MASTER_PORT is '99999'"),
+        *(({}, bad, "--comm-timeout") for bad in (float("nan"), float("inf"), 1e300, -1.0)),
     ],
 )
 def test_environments_that_cannot_work(
     environment: dict[str, str], timeout: float, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Red when: from_environment gives RANK 5 of 2 to torch, or asks `timeout <= 0`, which NaN is not.
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConadvError, match=message):
         Comm.from_environment("cpu", timeout)
+
+
+@pytest.mark.parametrize("value", ["x", "0", "-1"])
+def test_processes_of_a_host_are_a_number(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: int(os.environ["LOCAL_WORLD_SIZE"]).
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(ConadvError, match=f"LOCAL_WORLD_SIZE is '{value}', not a number from 1"):
+        processes_here()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert processes_here(3) == 3
 
 
 def test_one_process_starts_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

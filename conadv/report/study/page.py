@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..._version import __version__
-from ...errors import ConadvError
+from ...errors import ConadvError, printable
 from .. import figures as plain
 from .. import settings, words
 from ..compare import Comparison, compare
@@ -365,4 +365,4 @@ def _write_pictures(folder: Path, pictures: list[Picture]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(picture.png)
         except OSError as error:
-            raise ConadvError(f"Cannot write the report's figure {target}: {error}") from error
+            raise ConadvError(f"Cannot write the report's figure {printable(target)}: {error}") from error

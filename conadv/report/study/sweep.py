@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import documents
 from ...config import flatten
-from ...errors import ConadvError, unknown
+from ...errors import ConadvError, printable, unknown
 from ...methods import METHODS
 from ...sweep.choose import at_edge, only_edges
 from ...untrusted import inside
@@ -157,7 +157,7 @@ def load_sweep(path: str | Path, baseline: str | None = None) -> Study:
     cells = [_cell(path, raw, document, names) for raw in document.cells]
     cells = [cell for cell in cells if cell.runs]
     if not cells:
-        raise ConadvError(f"{path} has no confirmation run yet. Let `conadv sweep` go on, then report it.")
+        raise ConadvError(f"{printable(path)} has no confirmation run yet. Let `conadv sweep` go on, then report it.")
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     if baseline is not None and baseline not in arms:
         raise unknown("baseline arm", baseline, arms)
