@@ -383,7 +383,7 @@ def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
     assert (tmp_path / "img" / "a.png").read_bytes().startswith(b"\x89PNG")
     panels = cost_figure(study).axes  # type: ignore[union-attr]
     assert [panel.get_title(loc="left") for panel in panels] == ["batch 20", "batch 100", "batch 300"]
-    assert panels[2].get_xlabel() == "gradient images of the whole training, thousands"
+    assert panels[2].get_xlabel() == "gradient images of the\nwhole training, thousands"
     marks = {float(line.get_xdata()[0]) for line in panels[2].lines if len(line.get_xdata()) == 1}
     assert sorted(marks) == pytest.approx(
         [views * IMAGES / 1e3 for views in (1, 2, 3)]
