@@ -282,6 +282,16 @@ def test_an_edge_is_named_and_two_values_have_none(folder: Path, tmp_path: Path)
     assert "With two values only, which is always an edge and counted as none: eps." in answers.tuned(study)
 
 
+def test_what_has_only_edges_is_not_said_to_be_inside(folder: Path, tmp_path: Path) -> None:
+    """Red when: choices between two values are called "not at the edge", or counted among those that could be."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    for raw in cells:
+        raw["trials"] = raw["trials"][:2]
+    text = " ".join(answers.tuned(load_sweep(edited(folder, tmp_path / "sweep", cells=cells))))
+    assert "at the edge" not in text
+    assert text.count("With two values only, which is always an edge and counted as none: lr.") == 2
+
+
 def test_an_edge_is_that_of_the_arm_it_was_tuned_on(folder: Path, tmp_path: Path) -> None:
     """Red when: a cell without trials is said to be inside."""
     cells = json.loads((folder / "sweep.json").read_text())["cells"]
