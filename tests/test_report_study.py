@@ -282,6 +282,16 @@ def test_an_edge_is_named_and_two_values_have_none(folder: Path, tmp_path: Path)
     assert "With two values only, which is always an edge and counted as none: eps." in answers.tuned(study)
 
 
+def test_what_has_only_edges_is_not_said_to_be_inside(folder: Path, tmp_path: Path) -> None:
+    """Red when: choices between two values are called "not at the edge", or counted among those that could be."""
+    cells = json.loads((folder / "sweep.json").read_text())["cells"]
+    for raw in cells:
+        raw["trials"] = raw["trials"][:2]
+    text = " ".join(answers.tuned(load_sweep(edited(folder, tmp_path / "sweep", cells=cells))))
+    assert "at the edge" not in text
+    assert text.count("With two values only, which is always an edge and counted as none: lr.") == 2
+
+
 def test_an_edge_is_that_of_the_arm_it_was_tuned_on(folder: Path, tmp_path: Path) -> None:
     """Red when: a cell without trials is said to be inside."""
     cells = json.loads((folder / "sweep.json").read_text())["cells"]
@@ -383,7 +393,7 @@ def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
     assert (tmp_path / "img" / "a.png").read_bytes().startswith(b"\x89PNG")
     panels = cost_figure(study).axes  # type: ignore[union-attr]
     assert [panel.get_title(loc="left") for panel in panels] == ["batch 20", "batch 100", "batch 300"]
-    assert panels[2].get_xlabel() == "gradient images of the whole training, thousands"
+    assert panels[2].get_xlabel() == "gradient images of the\nwhole training, thousands"
     marks = {float(line.get_xdata()[0]) for line in panels[2].lines if len(line.get_xdata()) == 1}
     assert sorted(marks) == pytest.approx(
         [views * IMAGES / 1e3 for views in (1, 2, 3)]

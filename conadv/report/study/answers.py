@@ -112,9 +112,14 @@ def _choices(study: Study, line: str) -> list[str]:
     found = [f"{line} at {'; '.join(parts)}."]
     if edges:
         found.append(f"At the edge, so a better value may lie outside: {', '.join(edges)}.")
-    elif any(cell.trials for cell in cells):
+    elif any(cell.trials and _has_inside(cell) for cell in cells):
         found.append("No choice is at the edge of what was tried.")
     return found + _two_values(cells)
+
+
+def _has_inside(cell: Cell) -> bool:
+    """Whether a setting was chosen among more than two numbers, so that its choice could have been off the edge."""
+    return bool(cell.chosen.keys() - set(cell.only_edges))
 
 
 def short(names: Iterable[str]) -> str:
@@ -170,14 +175,15 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
 
 
 def _edges(study: Study, cells: list[Cell]) -> list[str]:
-    """How many choices are at the edge, and of which setting."""
+    """How many choices are at the edge, of those that could be elsewhere, and of which setting."""
+    cells = [cell for cell in cells if _has_inside(cell)]
     found = [
         f"{short(cell.at_edge)} of {cell.line} at {place(study, cell.x)}, {setting_words(cell.chosen)}"
         for cell in cells
         if cell.at_edge
     ]
     names = f" ({'; '.join(found)})" if found else ""
-    return [f"Their choices at the edge: {len(found)} of {len(cells)}{names}."]
+    return [f"Their choices at the edge: {len(found)} of {len(cells)}{names}."] if cells else []
 
 
 def _seed_overlap(study: Study) -> list[str]:

@@ -168,7 +168,7 @@ def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, flo
         _mean(axes, total, mean, spread, line_look(study, cell.line), size=size)
     axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
     axes.set_xlim(0, right)
-    axes.set_xlabel(f"gradient images of the whole training, {word}")
+    axes.set_xlabel(f"gradient images of the\nwhole training, {word}")  # three panels stand side by side
     axes.set_ylabel("test accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid()
