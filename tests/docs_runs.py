@@ -40,7 +40,8 @@ LAST: dict[str, str] = {
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
     "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
     "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2 --dropped 1",
-    "conadv bench data": "--images 16 --batch 8 --rounds 1 --photo-size 32 --image-size 32 --num-workers 0",
+    "conadv bench data": "--images 16 --batch 8 --accumulation 1 --pause 0 --rounds 1 --photo-size 32 --image-size 32 "
+    "--num-workers 0",
     "python benchmarks/repeat_folder.py": "--images 16",
 }
 UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
