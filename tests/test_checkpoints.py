@@ -324,11 +324,14 @@ def test_there_may_be_no_best(tmp_path: Path) -> None:
         load_run(tmp_path, CPU, best=True)
 
 
-def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others() -> None:
-    # Red when: the state goes to the device before the images are dealt out, or load_run takes them along.
+def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the images of all go to every rank before each takes its own, or a rank's go to the device with the rest.
     waiting = {"images": [torch.rand(2, 3), torch.rand(2, 3)], "labels": [torch.zeros(2)] * 2, "weight_version": 0}
     state = {"step": 1, "model": {"w": torch.ones(3)}, "engine": {"version": 1, "pending": {"1": waiting}}}
-    dealt = _deal(state, Comm(device=torch.device("meta")))
+    comm, shared = Comm(device=torch.device("meta")), []
+    monkeypatch.setattr(comm, "share", lambda value: shared.append(value) or value)
+    dealt = _deal(state, comm)
+    assert [value["engine"]["pending"] for value in shared] == [{}]
     assert dealt["model"]["w"].device.type == "meta"
     assert [image.device.type for image in dealt["engine"]["pending"]["1"]["images"]] == ["cpu", "cpu"]
 
