@@ -325,7 +325,7 @@ def test_there_may_be_no_best(tmp_path: Path) -> None:
 
 
 def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: the images of all go to every rank before each takes its own, or a rank's go to the device with the rest.
+    # Red when: the images of all go to every rank before each takes its own, or a rank's to the device with the rest.
     waiting = {"images": [torch.rand(2, 3), torch.rand(2, 3)], "labels": [torch.zeros(2)] * 2, "weight_version": 0}
     state = {"step": 1, "model": {"w": torch.ones(3)}, "engine": {"version": 1, "pending": {"1": waiting}}}
     comm, shared = Comm(device=torch.device("meta")), []

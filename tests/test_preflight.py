@@ -246,6 +246,8 @@ def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
     tensors = checkpoint_tensors(out, 2)
     assert seen.disk.checkpoint == pytest.approx(tensors, rel=0.01)
     assert seen.disk.files == 2
+    # two batches of 64 images, half of them attacked, 8 x 8 pixels in float32 and a label each
+    assert seen.disk.waiting == 2 * 32 * (64 * 4 + 8)
     lines = [line for line in read_lines(out / "record.jsonl") if line["type"] == "step"]
     assert [dict(seen.curves)["learning rate"](step) for step in range(4)] == [line["lr"] for line in lines]
     header = read_lines(out / "record.jsonl")[0]["parameter_groups"]
@@ -365,4 +367,5 @@ def test_a_preview_fits_a_small_screen(tmp_path: Path) -> None:
     lines = (tmp_path / "screen").read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 80
     assert any("eps of the attack" in line for line in lines)
+    assert "of it images that wait" in " ".join(" ".join(lines).split())
     assert json.dumps(lines)

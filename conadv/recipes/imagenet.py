@@ -88,6 +88,8 @@ def _imagenet(recipe: str, batch: int, micro: int, model: ModelConfig) -> Config
         model=model,
         data=_photographs("basic"),
         eval__every_epochs=4,
+        # conadv's have a batch of adversarial images in them, 20 GB at 32K
+        checkpoint=CheckpointConfig(every_epochs=10, background=True),
     )
     return shared
 
