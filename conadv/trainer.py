@@ -41,7 +41,7 @@ from .probe import Probe, check_duration
 from .progress import Guarded, Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
-from .signals import INTERRUPT, TERMINATE, Signals, Stopped
+from .signals import INTERRUPT, TERMINATE, Patience, Signals, Stopped, granted_seconds
 from .summary import summarize
 from .types import Attack, Batch, Schedule, Span, StepRecord
 from .writer import Writer
@@ -111,6 +111,7 @@ def train(
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
     with run.alone() as lock:
         with comm.agreed():
+            granted_seconds()  # what is wrong with the environment is said before any training
             if comm.first and run.path.is_dir():
                 lock.take()
         config, resume = admit(
@@ -724,6 +725,7 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
     spans: Timelines = []
     keep, background = parts.config.checkpoint.keep, parts.config.checkpoint.background
     writer = Writer(run.checkpoints, keep, background=background, before=log.sync)
+    patience = Patience(granted_seconds(), observer.message)
     # signals outermost: one that reaches this rank when the others already leave must not end it in between
     with (
         Signals(observer.message) as signals,
@@ -745,10 +747,13 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
             _log_attack_losses(parts, log, observer)
             observer.step(done)
             better = _evaluate_if_due(parts, log, begin, observer)
+            patience.turn()
             if better or parts.engine.stop or _checkpoint_is_due(parts):
                 _log_bad_images(parts, log, observer, everyones=True)
                 _log_attack_losses(parts, log, observer, everyones=True)
                 save(parts, writer)
+                patience.saved()
+            patience.judge(writer.background_seconds)
             if parts.engine.stop:
                 return
 

@@ -214,7 +214,7 @@ def test_what_is_not_run_has_a_reason() -> None:
             assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*ROOT.glob("*/*.sh"), *ROOT.glob("conadv/*/*.sh")}), ids=lambda p: p.name)
 def test_scripts_are_bash(path: Path) -> None:
     # Red when: an `if` of a script loses its `fi`.
     subprocess.run(["bash", "-n", str(path)], check=True)

@@ -66,13 +66,13 @@ def modules() -> set[str]:
 
 
 def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
-    # Red when: package-data leaves out *.css or py.typed, or packages.find takes tests along.
+    # Red when: package-data leaves out *.css, *.sh or py.typed, or packages.find takes tests along.
     with zipfile.ZipFile(built[1]) as wheel:
         names, info = set(wheel.namelist()), f"conadv-{__version__}.dist-info"
         metadata = wheel.read(f"{info}/METADATA").decode()
         assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert {name for name in names if not name.startswith(info)} == modules()
-    assert {"conadv/py.typed", "conadv/report/report.html.j2"} <= names
+    assert {"conadv/py.typed", "conadv/report/report.html.j2", "conadv/recipes/slurm_imagenet.sh"} <= names
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
     assert re.search(r"^Requires-Python: >=3.10$", metadata, re.M)
 
@@ -105,6 +105,7 @@ def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path
     assert Path(where.strip()).is_relative_to(tmp_path / "environment")
     conadv = str(python.parent / "conadv")
     assert run(conadv, "--version", cwd=here).strip() == __version__
+    assert run(conadv, "slurm", cwd=here) == (ROOT / "conadv" / "recipes" / "slurm_imagenet.sh").read_text()
     run(conadv, "demo", "--seeds", "1", "--epochs", "4", "--jobs", "2", "--quiet", cwd=here)
     out = here / "runs" / "demo"
     assert "<svg" in (out / "report.html").read_text()
