@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from conadv.cli import main
 from conadv.config import Config, dump_yaml, load_yaml, replace, resolve
 from conadv.data import build_data
 from conadv.engine import Comm
+from conadv.plan.profile import load
 from conadv.plan.search import divisors
 from conadv.preflight import dryrun, estimate, memory, microbatch, picture
 from conadv.preflight.microbatch import candidates, largest
@@ -336,6 +338,26 @@ def test_time_from_a_profile(tmp_path: Path) -> None:
     twice = look(config(micro_batch_size=16, global_batch_size=128), tmp_path / "run", profile=profile)
     assert 1.5 < twice.time.step / seen.time.step <= 2
     assert any("model" in note for note in seen.time.notes)
+
+
+def test_a_plan_measured_here_says_how_long_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: the command that measures and the one that reads do not fit together, the time is that of one step or of
+    # one micro-batch, or what it leaves out is not said.
+    data, node, shown = photographs(tmp_path / "data", bad=False), tmp_path / "node.json", "--workload."
+    measure = f"{shown}model resnet8 {shown}width 4 {shown}image-size 16 {shown}batches 1,2 {shown}rounds 1"
+    assert main(["plan", str(node), "--measure", "phases", *measure.split()]) == 0
+    args = ["train", "imagefolder", "--data", str(data), *PHOTOS, "--steps", "3000", "--micro-batch-size", "2"]
+    capsys.readouterr()
+    assert main([*args, "--out", str(tmp_path / "run"), "--dry-run", "--profile", str(node)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"time about ([\d.]+) (s|min): 3,000 steps of ([\d.]+) s, predicted from the profile", said)
+    assert found is not None, said
+    total, step = float(found[1]) * {"s": 1, "min": 60}[found[2]], float(found[3])
+    assert 3000 * step == pytest.approx(total, rel=0.02, abs=60 if found[2] == "min" else 1)
+    point = next(p for p in load(node).measured("conadv").points if p.micro_batch == 2)  # the same arithmetic
+    assert step == pytest.approx(2 * (point.gradient + point.attack) + point.rest, rel=0.01)
+    assert "evaluation and checkpoints come on top; without loading images" in said
+    assert "the profile is of" not in said
 
 
 # ---- the picture

@@ -212,6 +212,7 @@ def _differences(parts: Parts, profile: Profile) -> Iterator[str]:
     for name, measured, mine in pairs:
         if measured != mine:
             yield f"the profile is of {name} {measured}, the run has {mine}: measure one of its own"
+    yield "without loading images"
     plain = config.attack.num_steps == 1 and config.attack.share == 1 and config.attack.every == 1
     if not plain or config.data.aug_view is not None:
         yield "a profile knows FGSM on every image and no third view: this run's step takes another time"
