@@ -95,7 +95,7 @@ def commands_of(language: str, body: str) -> Iterator[list[str]]:
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
         for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ")):
-            words = shlex.split(part)
+            words = shlex.split(re.sub(r"\s>\s*\S+\s*$", "", part))  # what it prints may go into a file
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)  # a variable set for this command
             if words:
