@@ -33,9 +33,8 @@ build_meta.build_wheel(out)
 
 def run(*words: str, cwd: Path, **environment: str) -> str:
     """The output of a command; the test fails with its error output."""
-    done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
-    )
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}  # or a checkout would come first
+    done = subprocess.run(words, cwd=cwd, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
