@@ -79,7 +79,7 @@ def _metadata(config: Config, found: dict[str, dict[str, Any]]) -> dict[str, Any
     about: dict[str, Any] = {
         "library_name": "timm" if name.startswith(TIMM) else "pytorch",
         "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "conadv", "large-batch", config.method],
+        "tags": list(dict.fromkeys(["image-classification", "conadv", "large-batch", config.method])),
         "metrics": ["accuracy"],
     }
     if config.data.download and source in HUB_DATASETS:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -33,6 +34,7 @@ usage: conadv COMMAND [options]
 Large-batch training with concurrent adversarial learning.
 
   recipes                  list the recipes
+  slurm                    print a Slurm script for the ImageNet recipes: conadv slurm > job.sh
   train RECIPE [options]   train; `conadv train RECIPE --help` lists every setting with the recipe's values
   train --config FILE      train again by a saved config.yaml
   eval RUN                 evaluate a trained run, clean and under attack
@@ -217,6 +219,13 @@ def _recipes(args: Sequence[str]) -> None:
     width = max(map(len, recipes.RECIPES))
     for name in recipes.RECIPES:
         _say(f"{name:<{width}}  {recipes.summary(name)}")
+
+
+def _slurm(args: Sequence[str]) -> None:
+    """Print the Slurm script that comes with the package."""
+    about = "Print a Slurm script that trains an ImageNet recipe on several nodes. conadv slurm > job.sh, and read it."
+    tyro.cli(_no_arguments, args=args, prog="conadv slurm", description=about)
+    _say((files("conadv.recipes") / "slurm_imagenet.sh").read_text(encoding="utf-8"))
 
 
 def _no_arguments() -> None:
@@ -577,6 +586,7 @@ def _check(args: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "recipes": _recipes,
+    "slurm": _slurm,
     "train": _train,
     "eval": _eval,
     "analyze": _analyze,

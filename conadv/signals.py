@@ -12,9 +12,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from .errors import ConadvError
 
 INTERRUPT, TERMINATE = 1, 2
 """Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
@@ -73,8 +76,68 @@ class Signals:
             threading.Thread(target=self._tell, args=(text,), daemon=True).start()
 
 
-GRACE_SECONDS = 20
-"""How long a loader's worker goes on after a signal: as long as a checkpoint may take."""
+GRACE_SECONDS = 600
+"""How long a loader's worker goes on after a signal: as long as a step, an evaluation and a checkpoint may take."""
+
+
+def granted_seconds() -> float | None:
+    """How long after SIGTERM this process is killed, None where nobody has said so.
+
+    CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30 seconds, newer ones
+    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is no number.
+    """
+    names = ["CONADV_GRACE_SECONDS"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names.append("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    for name in names:
+        if text := os.environ.get(name):
+            try:
+                return float(text)
+            except ValueError as error:
+                raise ConadvError(f"The environment variable {name} is {text!r}, not a number of seconds.") from error
+    return 30.0 if len(names) > 1 else None
+
+
+class Patience:
+    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved itself.
+
+    ``granted``: seconds from the request to the kill, None if they are not known. A request may come just after a step
+    has begun: what counts is the longest time between two moments at which it is looked for (:meth:`turn`), the first
+    step with its compilation left out, then what saving last took (:meth:`saved`, and ``writing`` in the background).
+    """
+
+    def __init__(self, granted: float | None, tell: Callable[[str], None]) -> None:
+        self._granted, self._tell = granted, tell
+        self._since: float | None = None
+        self._longest = 0.0
+        self._saving: float | None = None
+
+    def turn(self) -> None:
+        """The run looks for a request now."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._longest = max(self._longest, now - self._since)
+        self._since = now
+
+    def saved(self) -> None:
+        """The run goes on after it has saved itself at the last turn."""
+        assert self._since is not None
+        now = time.monotonic()
+        self._saving, self._since = now - self._since, now
+
+    def judge(self, writing: float | None) -> None:
+        """``writing``: seconds that a write in the background took, 0 without; None while that is not known."""
+        if self._granted is None or self._saving is None or writing is None:
+            return
+        needed = self._longest + self._saving + writing
+        if needed > self._granted:
+            self._tell(
+                f"to stop takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but this process is "
+                f"killed {self._granted:g} s after SIGTERM: what is new since the last checkpoint would be lost. Have "
+                "it signalled earlier (Slurm: --signal=TERM@SECONDS and CONADV_GRACE_SECONDS) or killed later "
+                "(torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
+            )
+            self._granted = None
 
 
 def outlive_stop(_: int = 0) -> None:

@@ -25,7 +25,7 @@ from .data.loader import naming_lost_workers
 from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
-from .engine.pending import merge, shard
+from .engine.pending import gather, shard
 from .errors import ConadvError, printable
 from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
@@ -41,7 +41,7 @@ from .probe import Probe, check_duration
 from .progress import Guarded, Observer, Silent
 from .run import RunDir
 from .schedules import WarmupDecay
-from .signals import INTERRUPT, TERMINATE, Signals, Stopped
+from .signals import INTERRUPT, TERMINATE, Patience, Signals, Stopped, granted_seconds
 from .summary import summarize
 from .types import Attack, Batch, Schedule, Span, StepRecord
 from .writer import Writer
@@ -111,6 +111,7 @@ def train(
     restarted = bool(comm.any(torch.tensor([restarted])))  # launchers on several hosts count on their own
     with run.alone() as lock:
         with comm.agreed():
+            granted_seconds()  # what is wrong with the environment is said before any training
             if comm.first and run.path.is_dir():
                 lock.take()
         config, resume = admit(
@@ -447,20 +448,34 @@ def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
 def restore(parts: Parts, state: dict[str, Any]) -> int:
     """Load a checkpoint into model, optimizer and engine; returns the step to go on with.
 
-    Ranks: ``state`` is the same on all, each takes its own share of the images that wait, however many ranks wrote it.
+    Ranks: ``state`` is the same on all but for the images that wait, of which each has its own share (:func:`_deal`).
     """
     with checkpoint.giving(state):
-        engine = state["engine"]
-        pending = shard(engine["pending"], parts.comm.rank, parts.comm.ranks)
         parts.model.load_state_dict(state["model"])
         _restore_optimizer(parts.optimizer, state["optimizer"])
-        parts.engine.load_state_dict({**engine, "pending": pending})
+        parts.engine.load_state_dict(state["engine"])
         if parts.probe is not None:
             parts.probe.load_state_dict(state["probe"])
         parts.best.update(state["best"] or {})
         if parts.ema is not None:
             parts.ema.load_state_dict(state["ema"])
     return parts.engine.version
+
+
+def _deal(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
+    """Rank 0's ``state`` for every rank, on its device; of the images that wait only its own, on the CPU.
+
+    Those of all ranks together may be more than a device holds. Ranks: collective, however many wrote the checkpoint.
+    """
+    shares: list[dict[str, Any]] | None = None
+    with comm.agreed():
+        if comm.first:
+            assert state is not None
+            with checkpoint.giving(state):
+                shares = [shard(state["engine"]["pending"], rank, comm.ranks) for rank in range(comm.ranks)]
+                state = {**state, "engine": {**state["engine"], "pending": {}}}
+    everyones = checkpoint.to_device(comm.share(state), comm.device)
+    return {**everyones, "engine": {**everyones["engine"], "pending": comm.scatter(shares)}}
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -494,7 +509,7 @@ def _start(run: RunDir, parts: Parts, resume: bool, lock: Lock, observer: Observ
             run.claim(parts.config, lock)
             run.start(parts.config)
     if resume and not parts.teams.attacking:
-        restore(parts, checkpoint.to_device(comm.share(state), comm.device))
+        restore(parts, _deal(state, comm))
     with world.agreed():
         if world.first and resume:  # a kill may have come between a checkpoint and the end of older ones
             checkpoint.prune(run.checkpoints, parts.config.checkpoint.keep, parts.best.get("step"))
@@ -509,8 +524,11 @@ def load_run(path: Path, device: torch.device, *, best: bool = False, step: int 
     run = RunDir(path)
     config = replace(run.open(), data__download=False)  # evaluating a stranger's run writes nothing
     parts = build(resolve(config), device)
-    state = load_state(run, device, best=best) if step is None else checkpoint.load_step(run.checkpoints, step, device)
-    restore(parts, state)
+    cpu = torch.device("cpu")
+    state = load_state(run, cpu, best=best) if step is None else checkpoint.load_step(run.checkpoints, step, cpu)
+    with checkpoint.giving(state):
+        state = {**state, "engine": {**state["engine"], "pending": {}}}  # nobody trains here
+    restore(parts, checkpoint.to_device(state, device))
     with checkpoint.giving(state):
         parts.model.load_state_dict(evaluated_state(state))
     return dataclasses.replace(parts, ema=None)
@@ -712,6 +730,7 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
     spans: Timelines = []
     keep, background = parts.config.checkpoint.keep, parts.config.checkpoint.background
     writer = Writer(run.checkpoints, keep, background=background, before=log.sync)
+    patience = Patience(granted_seconds(), observer.message)
     # signals outermost: one that reaches this rank when the others already leave must not end it in between
     with (
         Signals(observer.message) as signals,
@@ -733,10 +752,13 @@ def _loop(parts: Parts, run: RunDir, log: record.Record, first: int, begin: floa
             _log_attack_losses(parts, log, observer)
             observer.step(done)
             better = _evaluate_if_due(parts, log, begin, observer)
+            patience.turn()
             if better or parts.engine.stop or _checkpoint_is_due(parts):
                 _log_bad_images(parts, log, observer, everyones=True)
                 _log_attack_losses(parts, log, observer, everyones=True)
                 save(parts, writer)
+                patience.saved()
+            patience.judge(writer.background_seconds)
             if parts.engine.stop:
                 return
 
@@ -900,13 +922,13 @@ def save(parts: Parts, writer: Writer) -> None:
     """
     comm, engine = parts.comm, parts.engine.state_dict()
     comm.at("checkpoint", parts.engine.version)
-    waiting = comm.gather(merge([engine["pending"]]))
+    waiting = gather(engine["pending"], comm)
     with comm.agreed():
         if comm.first:
             state = {
                 "model": parts.model.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),
-                "engine": {**engine, "pending": merge(waiting)},
+                "engine": {**engine, "pending": waiting},
                 "ema": None if parts.ema is None else parts.ema.state_dict(),
                 "channels": parts.data.channels,
                 "image_size": parts.data.image_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ class Writer:
         self._folder, self._keep, self._background, self._before = folder, keep, background, before
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._seconds: float | None = None
+
+    @property
+    def background_seconds(self) -> float | None:
+        """What the last write beside the training took: 0 if there is none such, None before the first has ended."""
+        return self._seconds if self._background else 0.0
 
     @property
     def failed(self) -> bool:
@@ -59,8 +66,10 @@ class Writer:
         checkpoint.save(self._folder, step, state, self._keep, best)
 
     def _try(self, step: int, state: dict[str, Any], best: int | None) -> None:
+        begin = time.monotonic()
         try:
             self._write(step, state, best)
+            self._seconds = time.monotonic() - begin
         except ConadvError as error:
             self._error = error
         except BaseException as error:  # a thread's traceback would go unseen, and the run on without checkpoints

@@ -40,7 +40,8 @@ LAST: dict[str, str] = {
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
     "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
     "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2 --dropped 1",
-    "conadv bench data": "--images 16 --batch 8 --rounds 1 --photo-size 32 --image-size 32 --num-workers 0",
+    "conadv bench data": "--images 16 --batch 8 --accumulation 1 --pause 0 --rounds 1 --photo-size 32 --image-size 32 "
+    "--num-workers 0",
     "python benchmarks/repeat_folder.py": "--images 16",
 }
 UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
@@ -71,8 +72,10 @@ NOT_RUN: dict[str, str] = {
     "benchmarks/two_hosts.sh": "needs root; tests/test_two_hosts.py::test_namespaces_and_processes_go_with_the_script",
     "benchmarks/attack_ranks.sh": "takes many minutes; bash -n below",
     "benchmarks/gpu.sh": "needs a GPU; bash -n below",
+    "python benchmarks/plan_check.py": "takes many minutes, and root for its links; its parts: tests/test_plan.py",
     "python benchmarks/readme.py": "tests/test_results.py::test_readme_tables_are_drawn_from_the_records",
     "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
+    "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_job_is_stopped_requeued_and_goes_on",
     "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",
     **(
         {} if HAS_WANDB else {"conadv train digits --method conadv --tensorboard --wandb": "the extra wandb is missing"}
@@ -80,6 +83,21 @@ NOT_RUN: dict[str, str] = {
     **({} if HAS_ONNX else {"conadv export RUN --format onnx": "the extra onnx is missing; tests/test_export.py"}),
     "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
 }
+
+
+NO_CODE: dict[str, tuple[str, ...]] = {
+    "how folders are laid out": ("DIR/train/<class>/", "conadv/"),
+    "formulas": (
+        *("L = mean of ", "L_t = mean of ", "v_{t+1} = ", "g = grad L", "x^_i = "),
+        *("gradient = a g(b)", "T(S, N) = ", "disadv, noise: ", "own   = ", "hidden = "),
+    ),
+}
+"""How Markdown's code blocks without a fence begin, where nothing in them could be run."""
+
+
+def no_code(line: str) -> bool:
+    """Whether a block without a fence that begins so may stay without one."""
+    return line.startswith(tuple(start for starts in NO_CODE.values() for start in starts))
 
 
 def why_not(words: list[str]) -> str | None:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,22 @@ def test_check_of_a_clean_folder(root: Path, capsys: pytest.CaptureFixture[str])
     for words in ("38 images", "nothing wrong", "1 x EXIF orientation", "1 x mode CMYK", "1 x several frames"):
         assert words in shown
     assert "1 x ignored file" in shown
+
+
+def test_check_of_imagenet_as_it_unpacks(root: Path) -> None:
+    # Red when: check reads the test folder without classes that training passes over, or lists every class of train as
+    # missing in a flat val.
+    (root / "test").rename(root / "val")
+    (root / "test").mkdir()
+    picture(1).save(root / "test" / "no label.png")
+    assert check_folder(root).bad == []
+    for path in list((root / "val").glob("*/*.png")):
+        path.rename(root / "val" / f"{path.parent.name}-{path.name}")
+        with suppress(OSError):
+            path.parent.rmdir()
+    (found,) = check_folder(root).bad
+    assert (found.path, found.kind) == ("val", "not sorted by class")
+    assert "valprep.sh" in found.reason
 
 
 @pytest.mark.parametrize("args", [["nowhere"], [".", "--workers", "0"], ["."], []])

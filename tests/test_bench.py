@@ -327,12 +327,31 @@ def test_both_loaders_give_batches_of_the_same_kind(tmp_path: Path) -> None:
     chosen = data.DataArgs(batch=8, images=16, photo_size=64, image_size=32)
     with data.with_images(chosen) as found:
         ours = next(data.ours(found)(1)).micro[0]
-        theirs, labels = next(data.plain(found)(1))
+        ((theirs, labels),) = next(data.plain(found)(1))
     x = ours.views["clean"]
     assert (x.shape, x.dtype) == (theirs.shape, theirs.dtype) == (torch.Size([8, 3, 32, 32]), torch.uint8)
     assert ours.y_N.shape == labels.shape
     assert found.data is not None
     assert not found.data.exists()
+
+
+@pytest.mark.parametrize("make", [data.ours, data.plain])
+def test_a_step_has_all_its_micro_batches(make: Any) -> None:
+    # Red when: the plain loader yields single batches, or the images of a step count one micro-batch.
+    chosen = data.DataArgs(source="digits", batch=8, accumulation=3, images=50)
+    steps = list(make(chosen)(2))
+    assert [len(getattr(step, "micro", step)) for step in steps] == [3, 3]
+    taken: list[int] = []
+    data.timed_batches(lambda count: iter(taken.append(count) or range(count)), chosen)()
+    assert taken == [1 + 3]  # one to start with, then 50 images of 24 each
+    row = harness.Row("x", 100.0, 100.0, "x", 1.0, 1.0, 1.0, 0.95, [100.0], {}, {}, {})
+    assert data.rates(row, chosen) == {"images_per_second": 240.0}
+
+
+def test_a_pause_is_part_of_the_time() -> None:
+    # Red when: nobody pauses, or the pause comes once and not after each step.
+    chosen = data.DataArgs(source="digits", batch=8, images=24, pause=0.02)
+    assert data.timed_batches(lambda count: iter(range(count)), chosen)().seconds >= 0.02
 
 
 def test_command_leaves_out_where_the_result_went() -> None:

@@ -70,8 +70,10 @@ def test_it_says_what_was_done_to_the_weights_and_what_they_take(tmp_path: Path)
 
 
 def test_the_header_is_what_hubs_read(run: RunDir) -> None:
-    # Red when: the accuracy is written in percent, or the header is not the first thing in the file.
+    # Red when: the accuracy is written in percent, the header is not the first thing in the file, or a tag comes twice
+    # (the method's name is that of the library).
     about, summary = front(run.card.read_text()), json.loads(run.summary.read_text())
+    assert about["tags"] == ["image-classification", "conadv", "large-batch"]
     assert about["pipeline_tag"] == "image-classification"
     (result,) = about["model-index"][0]["results"]
     assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}

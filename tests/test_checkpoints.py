@@ -18,9 +18,10 @@ from conadv import ConadvError, checkpoint
 from conadv.checkpoint import DamagedCheckpoint, find_newest, load, load_newest, load_step, save, steps, verify
 from conadv.cli import main
 from conadv.config import dump_yaml, replace, resolve
+from conadv.engine import Comm
 from conadv.record import Record, read_lines, truncate
 from conadv.run import RunDir
-from conadv.trainer import build, load_run, train
+from conadv.trainer import _deal, build, load_run, train
 from conadv.writer import Writer
 
 from .test_trainer import config, weights, without_times
@@ -321,6 +322,18 @@ def test_there_may_be_no_best(tmp_path: Path) -> None:
     train(config(steps=4, epochs=None), tmp_path)
     with pytest.raises(ConadvError, match="keep-best"):
         load_run(tmp_path, CPU, best=True)
+
+
+def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the images of all go to every rank before each takes its own, or a rank's to the device with the rest.
+    waiting = {"images": [torch.rand(2, 3), torch.rand(2, 3)], "labels": [torch.zeros(2)] * 2, "weight_version": 0}
+    state = {"step": 1, "model": {"w": torch.ones(3)}, "engine": {"version": 1, "pending": {"1": waiting}}}
+    comm, shared = Comm(device=torch.device("meta")), []
+    monkeypatch.setattr(comm, "share", lambda value: shared.append(value) or value)
+    dealt = _deal(state, comm)
+    assert [value["engine"]["pending"] for value in shared] == [{}]
+    assert dealt["model"]["w"].device.type == "meta"
+    assert [image.device.type for image in dealt["engine"]["pending"]["1"]["images"]] == ["cpu", "cpu"]
 
 
 # ---- runs

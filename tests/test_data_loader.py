@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from conadv.config import Config
-from conadv.data import Data, build_data, windows
+from conadv.data import Data, build_data, loader, windows
 from conadv.data.loader import _stream
 from conadv.errors import ConadvError
 from conadv.types import Batch
@@ -151,6 +153,42 @@ def test_worker_processes_change_nothing(photos: Path) -> None:
     assert all_same(in_place.train_batches(1, 8, VIEWS), workers.train_batches(1, 8, VIEWS))
     in_place, workers = (build_data(config(50, 25, num_workers=count)) for count in (0, 2))
     assert all_same(in_place.train_batches(0, 3, VIEWS), workers.train_batches(0, 3, VIEWS))
+
+
+@dataclass(frozen=True)
+class Touch:
+    """Leaves a file for every key that was loaded, in whatever process."""
+
+    folder: Path
+
+    def __call__(self, key: int) -> int:
+        (self.folder / str(key)).touch()
+        return key
+
+
+def test_workers_go_on_until_they_are_ahead(tmp_path: Path) -> None:
+    # Red when: prefetch_factor is fixed at 2 (5 files), or has no bound.
+    stream = _stream(Touch(tmp_path), range(100), 2, ahead=8)
+    assert next(stream) == 0
+    end = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 1 + 2 * 8:
+        assert time.monotonic() < end, list(tmp_path.iterdir())
+        time.sleep(0.01)
+    time.sleep(0.2)  # long for a worker: one that had no bound would go on
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * 8
+
+
+@pytest.mark.parametrize(("workers", "micro", "ahead"), [(2, 5, 8), (3, 5, 6), (2, 40, 2), (0, 5, 0)])
+def test_the_next_step_is_read_as_a_whole(
+    workers: int, micro: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: the loader reads two micro-batches ahead whatever the accumulation, or counts those of other ranks.
+    seen: list[int] = []
+    monkeypatch.setattr(loader, "_stream", lambda load, keys, count, ahead: iter(seen.append(ahead) or ()))
+    for ranks in (1, 2):
+        data = build_data(config(80 * ranks, micro, num_workers=workers), rank=ranks - 1, ranks=ranks)
+        list(data.train_batches(0, 0))
+    assert seen == [ahead, ahead]
 
 
 def test_workers_run_one_thread_each() -> None:

@@ -271,15 +271,49 @@ def other_classes(root: Path) -> str:
     return "different classes.*only in train: dog; only in test: wolf"
 
 
+def flatten(split: Path) -> None:
+    """All images of a split directly in it, as ImageNet's validation and test images come."""
+    for path in list(split.glob("*/*.png")):
+        path.rename(split / f"{path.parent.name}-{path.name}")
+    for folder in list(split.iterdir()):
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def flat_val(root: Path) -> str:
+    flatten(root / "test")
+    shutil.copytree(root / "test", root / "val")
+    return rf"{root / 'val'} is not sorted by class: 6 image files.*valprep\.sh.*LOC_val_solution.*datasets\.ImageNet"
+
+
+def archive_around_it(root: Path) -> str:
+    shutil.copytree(root, root / "Data" / "CLS-LOC")
+    shutil.rmtree(root / "train")
+    return f"{root} has no folder train.*Did you mean {root / 'Data' / 'CLS-LOC'}"
+
+
+SPOILT = [no_folder, nothing_in_it, no_train, no_test, no_class_folders, class_without_image, one_class, other_classes]
+
+
 @pytest.mark.parametrize("source", ["cifar10", "folder"])
-@pytest.mark.parametrize(
-    "spoil",
-    [no_folder, nothing_in_it, no_train, no_test, no_class_folders, class_without_image, one_class, other_classes],
-)
+@pytest.mark.parametrize("spoil", [*SPOILT, flat_val, archive_around_it])
 def test_a_folder_that_cannot_be_trained_on_is_an_error(root: Path, source: str, spoil: Any) -> None:
     message = spoil(root)
     with pytest.raises(ConadvError, match=message):
         build_source(config(source, root))
+
+
+@pytest.mark.parametrize("test_folder", ["flat", "empty"])
+def test_a_test_folder_without_classes_leaves_the_evaluation_to_val(root: Path, test_folder: str) -> None:
+    # Red when: test is taken because it is there (ImageNet's has neither class folders nor labels).
+    (root / "test").rename(root / "val")
+    (root / "test").mkdir()
+    if test_folder == "flat":
+        shutil.copytree(root / "val", root / "test", dirs_exist_ok=True)
+        flatten(root / "test")
+    source = build_source(config("folder", root))
+    assert isinstance(source.test, PhotoSplit)
+    assert (source.test.listing.root, len(source.test.labels)) == (root / "val", 6)
 
 
 def truncated(path: Path) -> None:

@@ -10,10 +10,12 @@ and scripts must exist. Lines that a ```diff block leaves alone stand in the cod
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -73,13 +75,32 @@ _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=ind
 _LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
+def in_order(text: str) -> Iterator[tuple[str, str]]:
+    """(language, body) of the fenced blocks from the top of a page to its end, those within lists too.
+
+    A line number in an error is that of the page.
+    """
+    for match in _FENCE.finditer(text):
+        body = textwrap.dedent(match["body"])
+        yield match["language"], "\n" * text.count("\n", 0, match.start("body")) + body
+
+
 def blocks(text: str, *languages: str) -> list[str]:
-    """The bodies of the fenced blocks in one of ``languages``; a line number in an error is that of the page."""
-    return [
-        "\n" * text.count("\n", 0, match.start("body")) + match["body"]
-        for match in _FENCE.finditer(text)
-        if match["language"] in languages
-    ]
+    """The bodies of the fenced blocks in one of ``languages``."""
+    return [body for language, body in in_order(text) if language in languages]
+
+
+def indented(text: str) -> Iterator[str]:
+    """The first lines of Markdown's other code blocks: four spaces after an empty line, six and more in a list."""
+    before, item = "", False
+    for line in _FENCE.sub("", text).splitlines():
+        if re.match(r" *(?:[*-]|\d+\.) ", line):
+            item = True
+        elif line[:1].strip():
+            item = False
+        if not before.strip() and re.match(" {6}" if item else " {4}", line):
+            yield line.strip()
+        before = line if line.strip() or not before.startswith("    ") else before
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -95,7 +116,7 @@ def commands_of(language: str, body: str) -> Iterator[list[str]]:
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
         for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ")):
-            words = shlex.split(part)
+            words = shlex.split(re.sub(r"\s>\s*\S+\s*$", "", part))  # what it prints may go into a file
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)  # a variable set for this command
             if words:
@@ -139,12 +160,6 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs") / "run"
     docs_runs.short_run(folder)
     return folder
-
-
-def in_order(text: str) -> Iterator[tuple[str, str]]:
-    """(language, body) of the fenced blocks from the top of a page to its end."""
-    for match in _FENCE.finditer(text):
-        yield match["language"], "\n" * text.count("\n", 0, match.start("body")) + match["body"]
 
 
 def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -193,6 +208,13 @@ def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_code_without_a_fence_is_none_that_runs(name: str) -> None:
+    # Red when: a command or a program stands indented instead of fenced, where nothing runs it.
+    for line in indented((ROOT / name).read_text()):
+        assert docs_runs.no_code(line), f"{name}: put this into a fence, or say in docs_runs.py why: {line}"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_diffs_and_specs_fit_the_repository(name: str) -> None:
     # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec has an unknown key.
     text = (ROOT / name).read_text()
@@ -212,9 +234,12 @@ def test_what_is_not_run_has_a_reason() -> None:
         assert any(docs_runs.why_not(words) == reason for words in shown), f"no page has {start}"
         for file, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", reason):
             assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"
+    plain = [line for name in NAMES for line in indented((ROOT / name).read_text())]
+    for start in itertools.chain(*docs_runs.NO_CODE.values()):
+        assert any(line.startswith(start) for line in plain), f"no page has {start}"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*ROOT.glob("*/*.sh"), *ROOT.glob("conadv/*/*.sh")}), ids=lambda p: p.name)
 def test_scripts_are_bash(path: Path) -> None:
     # Red when: an `if` of a script loses its `fi`.
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -268,6 +293,10 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     text += "```python\n1 / 0\n```\nSee [a](b.md#c) and `[no](link)`.\n"
     assert list(commands(text)) == [["conadv", "train", "digits", "--lr", "3"], ["make", "test"]]
     assert blocks(text, "python")[0].strip() == "1 / 0"
+    listed = "* a\n\n  ```python\n  if 1:\n      1 / 0\n  ```\n\n      conadv train\n      more\n"
+    listed += "* b\n\n  text\n\nx\n\n    make a\n\n    b\n"
+    assert blocks(listed, "python")[0].lstrip("\n") == "if 1:\n    1 / 0\n"
+    assert list(indented(listed)) == ["conadv train", "make a"]
     assert [match["target"] for match in _LINK.finditer(prose(text))] == ["b.md#c"]
     assert anchors("## `run(x)`, then stop\n") == {"runx-then-stop"}
     config = parse(["conadv", "train", "digits", "--method", "conadv", "--eps", "4/255"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -31,9 +33,8 @@ build_meta.build_wheel(out)
 
 def run(*words: str, cwd: Path, **environment: str) -> str:
     """The output of a command; the test fails with its error output."""
-    done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
-    )
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}  # or a checkout would come first
+    done = subprocess.run(words, cwd=cwd, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -66,13 +67,13 @@ def modules() -> set[str]:
 
 
 def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
-    # Red when: package-data leaves out *.css or py.typed, or packages.find takes tests along.
+    # Red when: package-data leaves out *.css, *.sh or py.typed, or packages.find takes tests along.
     with zipfile.ZipFile(built[1]) as wheel:
         names, info = set(wheel.namelist()), f"conadv-{__version__}.dist-info"
         metadata = wheel.read(f"{info}/METADATA").decode()
         assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert {name for name in names if not name.startswith(info)} == modules()
-    assert {"conadv/py.typed", "conadv/report/report.html.j2"} <= names
+    assert {"conadv/py.typed", "conadv/report/report.html.j2", "conadv/recipes/slurm_imagenet.sh"} <= names
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
     assert re.search(r"^Requires-Python: >=3.10$", metadata, re.M)
 
@@ -94,6 +95,7 @@ def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Pat
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
 def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
     # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound), or the entry point is gone.
+    # --no-deps: the tests download nothing. That what is declared suffices is the test below.
     here, archive = tmp_path / "elsewhere", dict(zip(("sdist", "wheel"), built, strict=True))[kind]
     here.mkdir()
     python = environment(tmp_path / "environment")
@@ -105,12 +107,59 @@ def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path
     assert Path(where.strip()).is_relative_to(tmp_path / "environment")
     conadv = str(python.parent / "conadv")
     assert run(conadv, "--version", cwd=here).strip() == __version__
+    assert run(conadv, "slurm", cwd=here) == (ROOT / "conadv" / "recipes" / "slurm_imagenet.sh").read_text()
     run(conadv, "demo", "--seeds", "1", "--epochs", "4", "--jobs", "2", "--quiet", cwd=here)
     out = here / "runs" / "demo"
     assert "<svg" in (out / "report.html").read_text()
     runs = [json.loads(path.read_text()) for path in out.glob("*/summary.json")]
     assert len(runs) == 7
     assert {summary["version"] for summary in runs} == {__version__}
+
+
+def imported(tree: ast.AST, always: bool = True) -> Iterator[tuple[str, bool]]:
+    """(top-level module, whether importing the file imports it) for every import statement below ``tree``.
+
+    Not always: within functions, under TYPE_CHECKING, and where an ImportError is caught.
+    """
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.partition(".")[0], always) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield (node.module or "").partition(".")[0], always
+        later = (
+            isinstance(node, ast.FunctionDef)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            or (isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h) for h in node.handlers))
+        )
+        yield from imported(node, always and not later)
+
+
+def distribution(requirement: str) -> str:
+    """``"Torch>=2.9"`` -> ``"torch"``, as indexes spell it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+OWNERS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+"""Whose modules have another name than their distribution."""
+
+
+def test_the_declared_dependencies_are_what_the_package_imports() -> None:
+    # Red when: a module is imported whose distribution is not in pyproject.toml's dependencies (in its extras, for
+    # imports within functions), or a dependency is imported nowhere.
+    text = (ROOT / "pyproject.toml").read_text()  # tomllib is not in Python 3.10
+    dependencies, extra = re.findall(
+        r"^dependencies = (\[.*?^\])|^\[project.optional-dependencies\]\n(.*?)^\[", text, re.M | re.S
+    )
+    declared = {distribution(each) for each in re.findall(r'"(.*?)"', dependencies[0])}
+    extras = {distribution(each) for each in re.findall(r'"(.*?)"', extra[1])}
+    seen: dict[str, set[str]] = {}
+    for path in (ROOT / "conadv").rglob("*.py"):
+        for module, always in imported(ast.parse(path.read_text())):
+            owner = OWNERS.get(module, module).lower()
+            if module != "conadv" and module not in sys.stdlib_module_names:
+                seen.setdefault(owner, set()).add(path.name)
+                assert owner in (declared if always else declared | extras), f"{path.name} imports {module}"
+    assert declared <= seen.keys(), declared - seen.keys()
 
 
 def environment(folder: Path) -> Path:

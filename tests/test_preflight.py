@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from conadv.cli import main
 from conadv.config import Config, dump_yaml, load_yaml, replace, resolve
 from conadv.data import build_data
 from conadv.engine import Comm
+from conadv.plan.profile import load
 from conadv.plan.search import divisors
 from conadv.preflight import dryrun, estimate, memory, microbatch, picture
 from conadv.preflight.microbatch import candidates, largest
@@ -246,6 +248,8 @@ def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
     tensors = checkpoint_tensors(out, 2)
     assert seen.disk.checkpoint == pytest.approx(tensors, rel=0.01)
     assert seen.disk.files == 2
+    # two batches of 64 images, half of them attacked, 8 x 8 pixels in float32 and a label each
+    assert seen.disk.waiting == 2 * 32 * (64 * 4 + 8)
     lines = [line for line in read_lines(out / "record.jsonl") if line["type"] == "step"]
     assert [dict(seen.curves)["learning rate"](step) for step in range(4)] == [line["lr"] for line in lines]
     header = read_lines(out / "record.jsonl")[0]["parameter_groups"]
@@ -336,6 +340,26 @@ def test_time_from_a_profile(tmp_path: Path) -> None:
     assert any("model" in note for note in seen.time.notes)
 
 
+def test_a_plan_measured_here_says_how_long_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: the command that measures and the one that reads do not fit together, the time is that of one step or of
+    # one micro-batch, or what it leaves out is not said.
+    data, node, shown = photographs(tmp_path / "data", bad=False), tmp_path / "node.json", "--workload."
+    measure = f"{shown}model resnet8 {shown}width 4 {shown}image-size 16 {shown}batches 1,2 {shown}rounds 1"
+    assert main(["plan", str(node), "--measure", "phases", *measure.split()]) == 0
+    args = ["train", "imagefolder", "--data", str(data), *PHOTOS, "--steps", "3000", "--micro-batch-size", "2"]
+    capsys.readouterr()
+    assert main([*args, "--out", str(tmp_path / "run"), "--dry-run", "--profile", str(node)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"time about ([\d.]+) (s|min): 3,000 steps of ([\d.]+) s, predicted from the profile", said)
+    assert found is not None, said
+    total, step = float(found[1]) * {"s": 1, "min": 60}[found[2]], float(found[3])
+    assert 3000 * step == pytest.approx(total, rel=0.02, abs=60 if found[2] == "min" else 1)
+    point = next(p for p in load(node).measured("conadv").points if p.micro_batch == 2)  # the same arithmetic
+    assert step == pytest.approx(2 * (point.gradient + point.attack) + point.rest, rel=0.01)
+    assert "evaluation and checkpoints come on top; without loading images" in said
+    assert "the profile is of" not in said
+
+
 # ---- the picture
 
 
@@ -365,4 +389,5 @@ def test_a_preview_fits_a_small_screen(tmp_path: Path) -> None:
     lines = (tmp_path / "screen").read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 80
     assert any("eps of the attack" in line for line in lines)
+    assert "of it images that wait" in " ".join(" ".join(lines).split())
     assert json.dumps(lines)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +21,22 @@ import tyro
 from PIL import Image
 
 from conadv import recipes
+from conadv.checkpoint import steps
 from conadv.cli import RunOptions, TrainArgs, _base_config, given_settings
 from conadv.config import Config, ModelConfig, accumulation, override, replace, resolve, scaled_lr
 from conadv.data.order import Order
 from conadv.methods import METHODS
+from conadv.record import read_lines
 from conadv.schedules import WarmupDecay
+from conadv.signals import GRACE_SECONDS
 from conadv.trainer import _schedule, train
 
+from .ranks.launch import started, until, workers
 from .test_two_hosts import load
 
-SLURM = Path(__file__).parent.parent / "examples" / "slurm_imagenet.sh"
+ROOT = Path(__file__).parent.parent
+SLURM = ROOT / "conadv" / "recipes" / "slurm_imagenet.sh"
+IMAGENET_PAGE = ROOT / "docs" / "imagenet.md"
 
 TRAIN_IMAGES = 1_281_167
 IMAGENET = [name for name in recipes.RECIPES if name.startswith("imagenet_")]
@@ -172,47 +180,166 @@ def test_lamb_for_resnet50_as_its_docstring_says() -> None:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
-    # Red when: a docstring loses a command, plans another batch, a recipe names another in its config, or a number of
-    # devices does not divide.
+    # Red when: a docstring loses a command, plans another batch, or a recipe names another in its config.
     doc = recipes.RECIPES[name].__doc__ or ""
     assert "Not run by us" in doc
     config = resolve(recipes.get(name))
-    devices = "8,32" if config.global_batch_size == 4096 else "8,64"
     plan = f"--global-batch-size {config.global_batch_size} --micro-batch-size {config.micro_batch_size}"
     for command in (
         f"torchrun --nproc-per-node 8 -m conadv train {name} --data DIR",
         f"--rdzv-endpoint HOST:29500 \\\n        -m conadv train {name} --data DIR",
-        f"RECIPE={name} DATA=DIR sbatch examples/slurm_imagenet.sh",
-        f"conadv plan NODE.json --devices {devices} {plan}",
+        f"RECIPE={name} DATA=DIR sbatch ",
+        f" {plan}",
     ):
         assert command in doc
-    for ranks in map(int, devices.split(",")):
-        accumulation(config, ranks)
     assert config.recipe == name
     assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
+    assert (config.checkpoint.every_epochs, config.checkpoint.keep, config.checkpoint.background) == (10, 2, True)
     for method in METHODS:
         resolve(replace(recipes.get(name), method=method))
 
 
+def ranks_of(doc: str) -> list[int]:
+    """The number of ranks of every command in a recipe's docstring, in the order of the commands."""
+    default = int(re.findall(r"#SBATCH --nodes=(\d+)", SLURM.read_text())[0])
+    found: list[int] = []
+    for line in map(str.strip, doc.splitlines()):
+        nodes = re.search(r"--nodes (\d+)|--nnodes (\d+)", line)
+        count = int(nodes[1] or nodes[2]) if nodes else None
+        if line.startswith("torchrun "):
+            found.append((count or 1) * int(re.findall(r"--nproc-per-node (\d+)", line)[0]))
+        elif " sbatch " in line:
+            found.append((count or default) * 8)
+        elif line.startswith("conadv plan "):
+            found += map(int, re.findall(r"--devices ([\d,]+)", line)[0].split(","))
+    return found
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
+    # Red when: a 4K recipe is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm; its plan
+    # is for other numbers of devices than its commands; or the page's table names another accumulation.
+    config = resolve(recipes.get(name))
+    one_node, several, slurm, *planned = ranks_of(recipes.RECIPES[name].__doc__ or "")
+    assert one_node == 8
+    assert several == slurm
+    assert planned == [one_node, several]
+    for ranks in planned:  # accumulation() raises where the numbers do not divide
+        assert accumulation(config, ranks) * ranks * (config.micro_batch_size or 0) == config.global_batch_size
+    row = next(line for line in IMAGENET_PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
+    at_64 = str(accumulation(config, 64)) if several == 64 else "-"
+    assert f"| {accumulation(config, 8)} / {at_64} |" in row
+
+
+# ---- the Slurm script
+
+TOOL = "#!/bin/bash\nset -u\n{}\n"
+SCONTROL = """case "$1" in
+hostnames|show) for ((i = 1; i <= HOSTS_NAMED; i++)); do echo "${NODE:-node$i}"; done ;;
+requeue) echo "$2" > "$DATA/requeued" ;;
+esac"""
+SRUN_SHOWS = """printf '%s\\n' "$@"; echo "master $MASTER_ADDR:$MASTER_PORT"; exit "${SRUN_EXIT:-0}\""""
+SRUN_STARTS = """while [[ $1 == --* ]]; do shift; done
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+done
+code=0
+for ((i = 0; i < SLURM_NTASKS; i++)); do wait -n || code=$?; done
+exit $code"""
+
+
+def slurm_job(folder: Path, srun: str, **job: str) -> tuple[list[object], dict[str, str]]:
+    """The script as a job of a Slurm that is played by two small programs: the command and its environment."""
+    for name, body in (("srun", srun), ("scontrol", SCONTROL)):
+        (folder / name).write_text(TOOL.format(body))
+        (folder / name).chmod(0o755)
+    around = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "HOSTS_NAMED": "2"}
+    around |= {"SLURM_CPUS_PER_TASK": "12", "DATA": str(folder), "PYTHON": sys.executable, "OUT": str(folder / "run")}
+    return ["bash", SLURM], {**around, "PATH": f"{folder}:{os.environ['PATH']}", **job}
+
+
+def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[str]:
+    """The job at its end; ``stdout`` is its log."""
+    command, environment = slurm_job(folder, srun, **job)
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, stdout=pipe, stderr=both, text=True, check=False
+    )
+
+
 def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> None:
     # Red when: the script's recipe is renamed, an option is misspelt, a requeued job would not go on, or the task gets
-    # one core.
-    for name, line in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo node1; echo node2")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
-    around = {**job, "SLURM_CPUS_PER_TASK": "96", "DATA": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(SLURM)], env=around, cwd=tmp_path, capture_output=True, text=True, check=True)
-    words = done.stdout.splitlines()
-    assert {"--cpus-per-task=96", "node1:20007", "--auto-resume"} <= set(words)
-    args = words[words.index("train") + 1 :]
+    # one core; `head` is given more hosts than a pipe holds and the script ends with its SIGPIPE.
+    many = {"SLURM_JOB_NUM_NODES": "20000", "HOSTS_NAMED": "20000"}
+    job = ended(tmp_path, SRUN_SHOWS, **many)
+    words = job.stdout.splitlines()
+    assert job.returncode == 0, words
+    assert {"--cpus-per-task=12", "--export=ALL", "master node1:10007", "--auto-resume"} <= set(words)
+    args = words[words.index("train") + 1 : -1]
     text = SLURM.read_text()
     base, _, rest = _base_config(args, recipes.get)
     parsed = tyro.cli(TrainArgs, default=TrainArgs(base, RunOptions()), args=rest)
     config = resolve(override(base, parsed.config, given_settings(rest)))
-    nodes = re.search(r"#SBATCH --nodes=(\d+)", text)
-    assert nodes
-    assert accumulation(config, 8 * int(nodes[1])) == 4
+    nodes, tasks, gpus = (int(re.findall(rf"#SBATCH --{what}=(\d+)", text)[0]) for what in SIZES)
+    assert tasks == gpus == 8
+    assert accumulation(config, tasks * nodes) == 4
+
+
+SIZES = ("nodes", "ntasks-per-node", "gpus-per-node")
+
+
+def test_slurm_script_grants_what_workers_outlive() -> None:
+    # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and how long the
+    # loader's workers go on after a signal to all processes.
+    text = SLURM.read_text()
+    (lead,), (told,) = (re.findall(pattern, text) for pattern in (r"--signal=TERM@(\d+)", r"GRACE_SECONDS=(\d+)"))
+    assert int(lead) == int(told) == GRACE_SECONDS
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
+def test_slurm_script_requeues_what_was_stopped_and_nothing_else(code: int, requeued: bool, tmp_path: Path) -> None:
+    # Red when: an error is requeued for ever, or the exit code is scontrol's.
+    job = ended(tmp_path, SRUN_SHOWS, SRUN_EXIT=str(code))
+    assert job.returncode == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_slurm_script_does_not_start_on_hosts_that_it_does_not_know(tmp_path: Path) -> None:
+    # Red when: the number of hosts is not compared (mapfile does not see that scontrol failed).
+    job = ended(tmp_path, SRUN_SHOWS, HOSTS_NAMED="1")
+    assert job.returncode == 1
+    assert "names 1 hosts of 2" in job.stdout
+    assert "train" not in job.stdout
+
+
+def test_slurm_job_is_stopped_requeued_and_goes_on(tmp_path: Path) -> None:
+    # Red when: a task's RANK is not its SLURM_PROCID, a signal to all tasks does not end in a checkpoint and exit code
+    # 143, or the requeued job starts again from the beginning.
+    for split, count in (("train", 16), ("val", 2)):
+        for label, name in enumerate("ab"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(count):
+                Image.new("RGB", (16, 16), (100 * label, 5 * n, 0)).save(tmp_path / split / name / f"{n}.png")
+    options = "--method conadv --model resnet8 --model.width 4 --data.image-size 8 --data.num-workers 1 --lr 0.1 "
+    options += "--global-batch-size 8 --micro-batch-size 2 --schedule.warmup-epochs 0 --eval.robust-images 0 --quiet "
+    options += "--eval.every-epochs 1000 --checkpoint.every-epochs 1000 --device cpu --epochs 25"
+    job = {"RECIPE": "imagefolder", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "NODE": "localhost"}
+    job |= {"SLURM_JOB_ID": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo", "OPTIONS": options}
+    command, environment = slurm_job(tmp_path, SRUN_STARTS, **job)
+    record, log = tmp_path / "run" / "record.jsonl", tmp_path / "log"
+    with started(command, log, **environment) as process:
+        until(lambda: record.exists() and record.read_bytes().count(b'"type": "step"') > 2, 120, "the first steps")
+        for task in workers(process.pid).values():
+            os.kill(task, signal.SIGTERM)
+        assert process.wait(60) == 143, log.read_text()
+    assert (tmp_path / "requeued").read_text().strip() == job["SLURM_JOB_ID"]
+    (saved,) = steps(tmp_path / "run" / "checkpoints")
+    assert saved < 100
+    with started(command, log, **environment) as process:
+        assert process.wait(120) == 0, log.read_text()
+    lines = read_lines(record)
+    assert [line["step"] for line in lines if line["type"] == "step"] == list(range(100))
+    assert [(line["step"], line["ranks"]) for line in lines if line["type"] == "resume"] == [(saved, 2)]
 
 
 def test_repeated_photographs_make_a_large_batch(tmp_path: Path) -> None:

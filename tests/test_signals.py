@@ -16,9 +16,10 @@ import pytest
 
 from conadv.checkpoint import steps
 from conadv.config import dump_yaml
+from conadv.errors import ConadvError
 from conadv.progress import Silent
 from conadv.record import read_lines
-from conadv.signals import INTERRUPT, TERMINATE, Signals, Stopped
+from conadv.signals import INTERRUPT, TERMINATE, Patience, Signals, Stopped, granted_seconds
 from conadv.trainer import train
 
 from .ranks.launch import started, until
@@ -173,6 +174,75 @@ def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> Non
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < end, "a worker is left"
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({}, None),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}, None),  # not under torchrun
+        ({"TORCHELASTIC_RUN_ID": "x"}, 30.0),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}, 300.0),
+        ({"TORCHELASTIC_RUN_ID": "x", "CONADV_GRACE_SECONDS": "600"}, 600.0),
+        ({"CONADV_GRACE_SECONDS": "60"}, 60.0),
+    ],
+)
+def test_how_long_a_launcher_waits(
+    environment: dict[str, str], seconds: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: torchrun's own 30 seconds are not known, or the job script's word does not come first.
+    for name in ("CONADV_GRACE_SECONDS", "TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert granted_seconds() == seconds
+
+
+def test_a_time_that_is_no_number_ends_the_run_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: the variable is looked at by the first step only.
+    monkeypatch.setenv("CONADV_GRACE_SECONDS", "ten")
+    with pytest.raises(ConadvError, match="CONADV_GRACE_SECONDS is 'ten'"):
+        train(config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("granted", "said"), [(14.9, 1), (15.1, 0), (None, 0)])
+def test_stopping_takes_the_longest_turn_and_what_saving_takes(
+    granted: float | None, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: the first step counts (it compiles), saving counts as a step, the write in the background is left out,
+    # or it is said at every step.
+    now, heard = [0.0], list[str]()
+    monkeypatch.setattr("conadv.signals.time.monotonic", lambda: now[0])
+    patience = Patience(granted, heard.append)
+    for step, saving in ((100, 0), (2, 3), (5, 3), (4, 0)):
+        now[0] += step
+        patience.turn()
+        now[0] += saving
+        if saving:
+            patience.saved()
+        patience.judge(None if saving else 7)  # while it is being written nobody knows
+    assert len(heard) == said  # 5 + 3 + 7
+    patience.judge(7)
+    assert len(heard) == said
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_says_that_it_would_be_killed_before_it_has_saved(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: the loop does not judge, or the writer never says what a write in the background took.
+    seen = Sends(0, -1)
+    settings = config(checkpoint__every_epochs=0.5, checkpoint__background=background, eval__every_epochs=None)
+    monkeypatch.setenv("CONADV_GRACE_SECONDS", "1e-9")
+    train(settings, tmp_path / "short", observer=seen)
+    assert sum("killed 1e-09 s after SIGTERM" in text for text in seen.heard) == 1
+    seen = Sends(0, -1)
+    monkeypatch.setenv("CONADV_GRACE_SECONDS", "600")
+    train(settings, tmp_path / "long", observer=seen)
+    assert not any("SIGTERM" in text for text in seen.heard)
 
 
 def program(out: Path, *options: str, **changes: Any) -> list[object]:

@@ -240,7 +240,7 @@ def _set(state: Any, path: tuple[Any, ...], value: object) -> None:
     [
         (("ema",), {"module.a": 1}),
         (("engine", "guard", "in_a_row"), float("inf")),
-        (("engine", "pending"), {"2": {"images": 3}}),
+        (("engine", "guard"), None),
         (("optimizer", "param_groups", 0, "lr"), "x"),
         (("optimizer", "param_groups", 0, "momentum"), [1]),
         (("optimizer", "param_groups", 0, "momentum"), torch.ones(2)),
@@ -254,6 +254,16 @@ def test_values_that_do_not_fit_are_errors(path: tuple[Any, ...], value: object,
     checkpoint.save(copy / "checkpoints", state["step"], state, 1)
     with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
         load_run(copy, CPU)
+
+
+def test_waiting_images_that_do_not_fit_end_a_resume(copy: Path) -> None:
+    # Red when: the images are dealt out outside of giving. Whoever only reads the run does not look at them.
+    state = checkpoint.load_newest(copy / "checkpoints", CPU)
+    _set(state, ("engine", "pending"), {"2": {"images": 3}})
+    checkpoint.save(copy / "checkpoints", state["step"], state, 1)
+    assert len(load_run(copy, CPU).engine.pending) == 0
+    with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
+        train(RunDir(copy).open(), copy, resume=True)
 
 
 # Configs

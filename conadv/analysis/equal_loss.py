@@ -39,8 +39,8 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
     if best is None or apart[best] > math.log(FACTOR):
         nearest = "none has a loss above 0" if best is None else f"the nearest is {losses[best]:.3g}, at step {best}"
         raise ConadvError(
-            f"{printable(path)} has no checkpoint with a training loss within a factor of {FACTOR:g} of {target:g} among "
-            f"{len(losses)}: {nearest}. Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose "
+            f"{printable(path)} has no checkpoint with a training loss within a factor of {FACTOR:g} of {target:g} "
+            f"among {len(losses)}: {nearest}. Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose "
             "another loss, one that all runs pass."
         )
     return best

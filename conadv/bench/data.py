@@ -63,7 +63,7 @@ def with_images(options: DataArgs) -> Iterator[DataArgs]:
         return
     with tempfile.TemporaryDirectory(prefix="conadv-bench-") as folder:
         size = 32 if options.source == "cifar10" else options.photo_size
-        per_class = max(PER_CLASS, -(-options.batch // CLASSES))
+        per_class = max(PER_CLASS, -(-options.step // CLASSES))
         for split, count in (("train", per_class), ("test", 1)):
             for label in range(CLASSES):
                 _draw_class(Path(folder) / split / f"class{label}", count, size, label)
@@ -82,13 +82,11 @@ def _draw_class(folder: Path, count: int, size: int, seed: int) -> None:
 # ---- the loaders
 
 Batches = Callable[[int], Iterator[Any]]
-"""number of batches -> a fresh iterator over that many."""
+"""number of steps -> a fresh iterator over that many, each with all its micro-batches."""
 
 
 def ours(options: DataArgs) -> Batches:
-    config = Config(
-        data=_data_config(options), global_batch_size=options.batch, micro_batch_size=options.batch, steps=1
-    )
+    config = Config(data=_data_config(options), global_batch_size=options.step, micro_batch_size=options.batch, steps=1)
     data = build_data(config)
     return lambda count: data.train_batches(0, count)
 
@@ -97,8 +95,9 @@ def plain(options: DataArgs) -> Batches:
     images = _plain_images(options)
 
     def batches(count: int) -> Iterator[Any]:
-        sampler = RandomSampler(images, replacement=True, num_samples=count * options.batch)  # type: ignore[arg-type]
-        return iter(DataLoader(images, options.batch, sampler=sampler, num_workers=options.num_workers))
+        sampler = RandomSampler(images, replacement=True, num_samples=count * options.step)  # type: ignore[arg-type]
+        parts = iter(DataLoader(images, options.batch, sampler=sampler, num_workers=options.num_workers))
+        return (list(islice(parts, options.accumulation)) for _ in range(count))
 
     return batches
 
@@ -165,9 +164,9 @@ def _data_config(options: DataArgs) -> DataConfig:
 
 
 def timed_batches(batches: Batches, options: DataArgs) -> Callable[[], Sample]:
-    """Seconds per batch once the loader runs: starting workers and what they have read ahead is not counted."""
-    ahead = 2 * options.num_workers + 1
-    count = -(-options.images // options.batch)
+    """Seconds per step once the loader runs: starting workers and what they have read ahead is not counted."""
+    ahead = -(-2 * options.num_workers // options.accumulation) + 1
+    count = -(-options.images // options.step)
 
     def run() -> Sample:
         stream = batches(ahead + count)
@@ -175,7 +174,7 @@ def timed_batches(batches: Batches, options: DataArgs) -> Callable[[], Sample]:
             pass
         start = time.perf_counter()
         for _ in stream:
-            pass
+            time.sleep(options.pause)
         return Sample((time.perf_counter() - start) / count)
 
     return run
@@ -191,17 +190,17 @@ def peak_memory(name: str, options: DataArgs) -> dict[str, float | None]:
     torch.set_num_threads(options.threads)
     before = private_memory()
     with Peak() as peak:
-        for _ in LOADERS[name](options)(-(-options.images // options.batch)):
+        for _ in LOADERS[name](options)(-(-options.images // options.step)):
             pass
     return {"peak_mib": peak.bytes and peak.bytes / MIB, "start_mib": before and before / MIB}
 
 
 def rates(row: Row, options: DataArgs) -> dict[str, float]:
-    return {"images_per_second": 1e3 * options.batch / row.median_ms}
+    return {"images_per_second": 1e3 * options.step / row.median_ms}
 
 
 def table(rows: list[Row], complete: list[dict[str, Any]]) -> str:
-    head = ["", "images/s", "ms per batch", "ratio", "to", "peak MiB", "MiB at start"]
+    head = ["", "images/s", "ms per step", "ratio", "to", "peak MiB", "MiB at start"]
     cells = []
     for row, values in zip(rows, complete, strict=True):
         memory = [f"{values[name]:.0f}" if values[name] else "-" for name in ("peak_mib", "start_mib")]

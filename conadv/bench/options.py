@@ -153,7 +153,8 @@ class OptimArgs(BenchArgs):
 class DataArgs(BenchArgs):
     """Images per second and peak memory of the loader, beside a plain DataLoader with the same torchvision transforms.
 
-    Without --data, `folder` and `cifar10` read images made at random in a temporary folder.
+    Without --data, `folder` and `cifar10` read images made at random in a temporary folder. To see what a training step
+    leaves of it, give the step's --accumulation and the seconds that it computes as --pause: workers read on meanwhile.
     """
 
     rounds: int = 5
@@ -162,6 +163,11 @@ class DataArgs(BenchArgs):
     """Image folder DIR/{train,test}/<class>/*."""
     augment: AugmentName = "basic"
     batch: int = 64
+    """Images of a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches that are taken at once, as a training step takes those of one rank."""
+    pause: float = 0.0
+    """Seconds after each accumulation in which nothing is taken, as while a step computes; part of the time."""
     images: int = 1024
     """Images that are timed in each round, once the loader is running."""
     image_size: int | None = None
@@ -170,15 +176,21 @@ class DataArgs(BenchArgs):
     photo_size: int = 256
     """Height and width of the images made where no --data is given."""
 
+    @property
+    def step(self) -> int:
+        """Images that are taken at once."""
+        return self.batch * self.accumulation
+
     def check(self) -> None:
         super().check()
-        for name in ("batch", "images"):
+        for name in ("batch", "accumulation", "images"):
             _at_least(name, getattr(self, name), 1)
         _at_least("num-workers", self.num_workers, 0)
+        _at_least("pause", self.pause, 0)
         if self.data is not None and self.source == "digits":
             raise ConadvError("--data has no effect with --source digits. Leave it out.")
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def _at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise ConadvError(f"--{name} {value} must be {least} or more.")

@@ -17,7 +17,19 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import ConadvError, printable
 from ..record import write_atomic
-from .files import FORMATS, BadImage, Progress, class_folders, cores, is_folder, read_rgb, unreadable_folder, why
+from .files import (
+    FORMATS,
+    BadImage,
+    Progress,
+    class_folders,
+    cores,
+    evaluation_folder,
+    flat,
+    is_folder,
+    read_rgb,
+    unreadable_folder,
+    why,
+)
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
@@ -78,8 +90,8 @@ class Report:
 
 def check_folder(folder: Path, workers: int | None = None, progress: Progress | None = None) -> Report:
     """Read every image below ``folder`` in ``workers`` threads. Raises ConadvError if there is nothing to check."""
-    splits = [folder / name for name in ("train", "test", "val") if (folder / name).is_dir()]
-    if not folder.is_dir() or not splits:
+    splits = _splits(folder)
+    if not splits:
         raise ConadvError(
             f"{printable(folder)} is no image folder. Expected {printable(folder)}/train/<class>/<image files>, and "
             "the same below test or val."
@@ -94,6 +106,13 @@ def check_folder(folder: Path, workers: int | None = None, progress: Progress | 
     return Report(printable(folder), len(files), tuple(sorted(below, key=lambda f: (not f.bad, f.path, f.kind))))
 
 
+def _splits(folder: Path) -> list[Path]:
+    """The folders that training would read, and those only."""
+    train = [folder / "train"] if (folder / "train").is_dir() else []
+    held = evaluation_folder(folder)
+    return train if held is None else [*train, held]
+
+
 def _below(folder: Path, path: str) -> str:
     return printable(os.path.relpath(path, folder))
 
@@ -105,11 +124,15 @@ def _structure(folder: Path, splits: Sequence[Path]) -> tuple[list[Finding], lis
     classes = {}
     if splits[0].name != "train" or len(splits) == 1:
         findings.append(Finding(str(folder), "missing split", "it needs a folder train, and test or val"))
-    for split in splits[:2]:
+    for split in splits:
         try:
             classes[split.name] = set(class_folders(split))
         except ConadvError as error:
             findings.append(Finding(str(split), "unreadable folder", str(error)))
+            continue
+        if not classes[split.name] and (unsorted := flat(split)):
+            findings.append(Finding(str(split), "not sorted by class", unsorted))
+            del classes[split.name]  # or every class of the other one would be listed as missing here
             continue
         if len(classes[split.name]) < 2:
             findings.append(Finding(str(split), "too few classes", "training needs two or more class folders"))

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, NamedTuple
@@ -80,16 +81,21 @@ class Listing:
 
 
 def scan_folder(directory: Path) -> tuple[Listing, Listing]:
-    """The listings of DIR/train and DIR/test (or DIR/val), which must hold the same classes, two or more."""
+    """The listings of DIR/train and DIR/test (or DIR/val), which must hold the same classes, two or more.
+
+    Of test and val the first counts that has class folders: ImageNet's own test folder has none, nor any labels.
+    """
     layout = f"Expected {printable(directory)}/train/<class>/<image files>, and the same below test or val."
     if not directory.is_dir():
         raise ConadvError(f"The data folder {printable(directory)} does not exist. {layout}")
-    found = [directory / name for name in ("train", "test", "val") if (directory / name).is_dir()]
-    if not found or found[0].name != "train":
-        raise ConadvError(f"The data folder {printable(directory)} has no folder train. {layout}")
-    if len(found) == 1:
+    if not (directory / "train").is_dir():
+        inside = directory / "Data" / "CLS-LOC"  # as ImageNet's archive unpacks
+        hint = f" Did you mean {printable(inside)}?" if (inside / "train").is_dir() else ""
+        raise ConadvError(f"The data folder {printable(directory)} has no folder train. {layout}{hint}")
+    held = evaluation_folder(directory)
+    if held is None:
         raise ConadvError(f"The data folder {printable(directory)} has neither a folder test nor val. {layout}")
-    train, test = scan_split(found[0]), scan_split(found[1])
+    train, test = scan_split(directory / "train"), scan_split(held)
     if train.class_names != test.class_names:
         only_train, only_test = (
             _some(set(a.class_names) - set(b.class_names)) for a, b in ((train, test), (test, train))
@@ -101,12 +107,39 @@ def scan_folder(directory: Path) -> tuple[Listing, Listing]:
     return train, test
 
 
+def evaluation_folder(directory: Path) -> Path | None:
+    """DIR/test or DIR/val: the first with class folders; val before test where neither has any; None without both."""
+    there = [directory / name for name in ("test", "val") if (directory / name).is_dir()]
+    return next(filter(_has_folders, there), there[-1] if there else None)
+
+
+def _has_folders(root: Path) -> bool:
+    with suppress(OSError):  # whoever reads the folder says so
+        return any(entry.is_dir() for entry in root.iterdir())
+    return False
+
+
+def flat(root: Path) -> str | None:
+    """What to do about a folder of images that are not sorted by class, None where there is no such image."""
+    count = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
+    if not count:
+        return None
+    return (
+        f"{count:,} image files lie in it and no class folders. ImageNet's validation images come like that, their "
+        "classes in a list of their own. Move each into a folder named by its class as in train (n01440764, ...): by "
+        "a script such as valprep.sh, by LOC_val_solution.csv of Kaggle's copy, or let "
+        "torchvision.datasets.ImageNet(DIR, 'val') unpack the original archives"
+    )
+
+
 def scan_split(root: Path) -> Listing:
     """Every image file below ``root``/<class>, sorted by class and path. Links to files and folders are followed.
 
     Raises ConadvError where a class has no image, a folder cannot be read, or a link leads back to its own folder.
     """
     classes = class_folders(root)
+    if not classes and (unsorted := flat(root)):
+        raise ConadvError(f"{root} is not sorted by class: {unsorted}.")
     if not classes:
         raise ConadvError(f"{root} is empty: it has no class folder. Put the images in {root}/<class>/.")
     if len(classes) == 1:

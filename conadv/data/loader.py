@@ -88,6 +88,16 @@ class Data:
         return self.source.image_size
 
     @property
+    def ahead(self) -> int:
+        """Micro-batches that each worker prepares ahead; 0 without workers.
+
+        Enough for a whole step: its micro-batches are taken at once, and workers that had stopped after fewer would
+        leave the next step waiting for the rest. Bytes of a rank: ahead x num_workers x views x micro_batch_size
+        x channels x image_size^2.
+        """
+        return max(2, -(-len(self.mine) // self.num_workers)) if self.num_workers else 0
+
+    @property
     def train_size(self) -> int:
         return len(self.source.train.labels)
 
@@ -101,10 +111,10 @@ class Data:
         "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
         data.aug_view. Step t is the same wherever one starts, for any number of workers, and whichever other views are
         drawn. With data.mixup or data.cutmix labels are probabilities N,K. Pinned memory where CUDA is present.
-        Worker processes live as long as the iterator. In flight: at most two micro-batches per worker. Raises
-        ConadvError for a view that the configuration has not and, while iterating, for an image that cannot be read;
-        with data.on_bad_image skip it is noted in ``bad``, and another image of its class stands in for it in all
-        views and epochs.
+        Worker processes live as long as the iterator. In flight: ``ahead`` micro-batches per worker, which is all of
+        the next step and at least two per worker. Raises ConadvError for a view that the configuration has not and,
+        while iterating, for an image that cannot be read; with data.on_bad_image skip it is noted in ``bad``, and
+        another image of its class stands in for it in all views and epochs.
         """
         for view in views:
             if view not in self.augments:
@@ -119,7 +129,7 @@ class Data:
             self.skip_bad,
             self.mix,
         )
-        return self._assemble(_stream(load, keys, self.num_workers), range(start_step, stop_step))
+        return self._assemble(_stream(load, keys, self.num_workers, self.ahead), range(start_step, stop_step))
 
     def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
         for step in steps:
@@ -266,8 +276,11 @@ class _Caught(Dataset[Any]):
             return error
 
 
-def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """load(key) for each key, in order, by torch's DataLoader (which gives each of its workers one thread)."""
+def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, ahead: int = 2) -> Iterator[Any]:
+    """load(key) for each key, in order, by torch's DataLoader (which gives each of its workers one thread).
+
+    ``ahead``: keys that each worker may be ahead of what was taken.
+    """
     loader: DataLoader[Any] = DataLoader(
         _Caught(load),
         batch_size=None,
@@ -275,7 +288,7 @@ def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -
         num_workers=num_workers,
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if num_workers else None,
+        prefetch_factor=ahead if num_workers else None,
         worker_init_fn=outlive_stop if num_workers else None,
         generator=torch.Generator(),  # or it would draw from the global one and move the caller's random stream
     )

@@ -1,7 +1,7 @@
 """Ranks: who this process is among those that torchrun started, and the few collectives that a run needs.
 
 One code path serves 1 to N ranks. A :class:`Comm` of one rank starts no process group; every method returns at once.
-All collectives are torch.distributed's own (gloo on CPU, NCCL on CUDA).
+All collectives are torch.distributed's own: gloo for what lies on the CPU, plain values among it, NCCL on CUDA.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ TIMEOUT_SECONDS = 600.0
 LONGEST_TIMEOUT = 1e7
 """Seconds: about four months; torch counts them in the nanoseconds of 64 bits."""
 MOST_RANKS = 2**20
+BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+"""What a process group is made with. With NCCL alone, plain values and tensors on the CPU, such as the images of a
+checkpoint, would travel through the GPU's memory."""
 CLOCK_ROUNDS = 8
 
 
@@ -144,7 +147,8 @@ class Comm:
         with comm.guard():
             found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
             store = meet(found, rank, ranks, limit)
-            dist.init_process_group(comm.backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+            assert comm.backend is not None
+            dist.init_process_group(BACKENDS[comm.backend], store=store, rank=rank, world_size=ranks, timeout=limit)
             comm._roll = RollCall(store, rank, ranks)
         return comm
 
@@ -266,10 +270,20 @@ class Comm:
             dist.gather_object(value, found, self.members[0], self.group)
         return found or []
 
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """This rank's one of rank 0's ``values``, one per rank: tensors on the CPU and plain values."""
+        found: list[Any] = [values[0] if values else None]
+        if self.ranks > 1:
+            with self.guard():
+                dist.scatter_object_list(found, list(values) if values else None, self.members[0], self.group)
+        mine: T = found[0]
+        return mine
+
     def new_group(self, members: Iterable[int]) -> Any:
         """A process group of some of the world's ranks. Collective over the world, members or not."""
         with self.guard():
-            return dist.new_group(list(members), timedelta(seconds=self.timeout), self.backend)
+            backend = None if self.backend is None else BACKENDS[self.backend]
+            return dist.new_group(list(members), timedelta(seconds=self.timeout), backend)
 
     def new_line(self) -> int:
         """A number for :meth:`send` and :meth:`receive` that nobody else uses. Collective.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from torch import Tensor
 from ..attacks import PixelSpace
 from ..errors import ConadvError
 from ..types import ExtraBatch
+
+if TYPE_CHECKING:
+    from .comm import Comm
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
 
@@ -113,15 +115,20 @@ class Pending:
         }
 
 
-def merge(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks, in rank order, as that of one rank: micro-batches in their global order, on the CPU."""
-    return {
-        step: {
-            **entry,
-            **{part: [t.cpu() for state in states for t in state[step][part]] for part in ("images", "labels")},
-        }
-        for step, entry in states[0].items()
-    }
+def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:
+    """The states of all ranks, in rank order, as that of one rank: micro-batches in their global order, on the CPU.
+
+    Ranks: collective; the result is rank 0's. One micro-batch of each rank travels at a time: rank 0 then holds
+    little more than the result, which may be tens of GB.
+    """
+    merged = {}
+    for step in comm.share(list(pending)):
+        entry = dict(pending[step])
+        for part in ("images", "labels"):
+            rows = [comm.gather(tensor.cpu()) for tensor in entry[part]]
+            entry[part] = [tensor for column in zip(*rows, strict=True) for tensor in column]
+        merged[step] = entry
+    return merged
 
 
 def shard(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def preview(
             raise ConadvError(
                 f"The checkpoints take {gib(disk.needed)} ({disk.files} of {gib(disk.checkpoint)}), and "
                 f"{printable(out)} has {gib(disk.free)} left. Free some space, choose another --out, or a smaller "
-                "--checkpoint.keep."
+                f"--checkpoint.keep. {gib(disk.waiting)} of each are images that wait (--pending-dtype)."
             )
         time = _time(parts, needs.rehearsal, measured)
     slowest = max(comm.gather(time.step), default=0.0)

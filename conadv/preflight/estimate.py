@@ -140,23 +140,30 @@ def _pending_bytes(config: Config) -> int:
     return {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}[config.pending_dtype or "float32"]
 
 
-def checkpoint_bytes(parts: Parts, found: Sizes) -> int:
-    """One checkpoint: weights and buffers, their average, optimizer state, and all images that wait on all ranks."""
+def waiting_bytes(parts: Parts, found: Sizes) -> int:
+    """The images, with labels, that wait on all ranks between two steps: every checkpoint holds them."""
     config, method = parts.config, parts.method
-    model = sum(value.nbytes for value in parts.model.state_dict().values() if isinstance(value, Tensor))
-    waiting = method.ahead or int(method.needs_input_gradient)
+    batches = method.ahead or int(method.needs_input_gradient)
     pixels = found.image // 4 * _pending_bytes(config)
-    images = config.global_batch_size * waiting * (config.attack.share * (pixels + 8))
-    return int(model * (1 + (config.ema.decay is not None)) + found.optimizer_state + images)
+    return int(config.global_batch_size * batches * (config.attack.share * (pixels + 8)))
+
+
+def checkpoint_bytes(parts: Parts, found: Sizes) -> int:
+    """One checkpoint: weights and buffers, their average, optimizer state, and the images that wait."""
+    model = sum(value.nbytes for value in parts.model.state_dict().values() if isinstance(value, Tensor))
+    averaged = parts.config.ema.decay is not None
+    return model * (1 + averaged) + found.optimizer_state + waiting_bytes(parts, found)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes for the checkpoints of a run and what is free where they go. ``files``: how many lie there at a time."""
+    """Bytes for the checkpoints of a run and what is free where they go. ``files``: how many lie there at a time;
+    ``waiting``: what of a checkpoint is images that wait."""
 
     checkpoint: int
     files: int
     free: int
+    waiting: int
 
     @property
     def needed(self) -> int:
@@ -172,7 +179,8 @@ def disk(parts: Parts, found: Sizes, out: Path) -> Disk:
         period = max(1, round(settings.every_epochs * parts.data.order.steps_per_epoch))
         planned = -(-parts.num_steps // period)
     files = min(settings.keep + 1, planned) + settings.keep_best
-    return Disk(checkpoint_bytes(parts, found), files, shutil.disk_usage(existing).free)
+    free = shutil.disk_usage(existing).free
+    return Disk(checkpoint_bytes(parts, found), files, free, waiting_bytes(parts, found))
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,7 @@ def _differences(parts: Parts, profile: Profile) -> Iterator[str]:
     for name, measured, mine in pairs:
         if measured != mine:
             yield f"the profile is of {name} {measured}, the run has {mine}: measure one of its own"
+    yield "without loading images"
     plain = config.attack.num_steps == 1 and config.attack.share == 1 and config.attack.every == 1
     if not plain or config.data.aug_view is not None:
         yield "a profile knows FGSM on every image and no third view: this run's step takes another time"

@@ -71,7 +71,8 @@ def needs_table(shown: Preview) -> Table:
     free = "not known" if shown.memory_free is None else gib(shown.memory_free)
     memory = f"a step needs at least {gib(shown.memory_needed)}; {free} free on {shown.device}"
     one, files = gib(shown.disk.checkpoint), shown.disk.files
-    disk = f"{files} checkpoint{'s' * (files > 1)} of about {one}; {gib(shown.disk.free)} free"
+    waiting = f", {gib(shown.disk.waiting)} of it images that wait" if shown.disk.waiting else ""
+    disk = f"{files} checkpoint{'s' * (files > 1)} of about {one}{waiting}; {gib(shown.disk.free)} free"
     cost = shown.cost
     images = f"{cost.steps:,} steps, {cost.total:.4g} gradient images ({cost.per_clean_image:.3f} per clean image)"
     left = cost.steps - shown.first_step

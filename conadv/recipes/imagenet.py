@@ -3,17 +3,21 @@
 **None of the ImageNet recipes has been run by us**: we have neither the data nor the machines. Each names the source of
 its numbers and says what is our own choice. They train with every ``--method``; without one they are the baseline.
 
-On one node of 8 GPUs, and on several (examples/slurm_imagenet.sh is the same as a Slurm script):
+On one node of 8 GPUs, and on several, each of which gets the same command:
 
     torchrun --nproc-per-node 8 -m conadv train RECIPE --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
         -m conadv train RECIPE --data DIR --method conadv --lookahead
 
-DIR has train/<class>/* and val/<class>/*. Give every node the same command. Accumulation makes up for a smaller number
-of devices: the global batch, and the images that batch norm sees (micro_batch_size), stay what they are.
+On Slurm `conadv slurm > job.sh` prints a script for as many nodes as each recipe names below.
 
-Time: measure the profile NODE.json of one node for the recipe's network (docs/imagenet.md), and each recipe's last
-command says how long it will take; no time is stated here that nobody has measured.
+DIR has train/<class>/* and val/<class>/*; ImageNet's own val has to be sorted first (docs/data.md). Accumulation makes
+up for a smaller number of devices: the global batch, and the images that batch norm sees (micro_batch_size), stay what
+they are. So the number of ranks times micro_batch_size must divide the global batch: at 4K with 128, 32 ranks at most.
+
+Time: `conadv plan NODE.json --measure all` on one node, with the recipe's network (docs/imagenet.md has the commands),
+then the first command above with `--dry-run --profile NODE.json` says how long the whole training takes, and each
+recipe's last command what a step takes on other numbers of devices. No time is stated here that nobody has measured.
 
 Warm-up: an epoch is floor(1,281,167 / batch) steps. The reference implementation rounds up, so its warm-up is up to 5 %
 longer at 64K. Its decay has ``decay_steps`` steps after the warm-up; so have these.
@@ -88,6 +92,8 @@ def _imagenet(recipe: str, batch: int, micro: int, model: ModelConfig) -> Config
         model=model,
         data=_photographs("basic"),
         eval__every_epochs=4,
+        # conadv's have a batch of adversarial images in them, 20 GB at 32K
+        checkpoint=CheckpointConfig(every_epochs=10, background=True),
     )
     return shared
 
@@ -112,7 +118,7 @@ def resnet50_8k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_8k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_resnet50_8k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_resnet50_8k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_resnet50_8k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 8192 --micro-batch-size 64
 
     Expected of plain LARS: 75.9 % after 42.0 epochs on average (10 runs; mlcommons/logging, training_2.0.0,
@@ -127,15 +133,16 @@ def resnet50_32k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_32k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_resnet50_32k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_resnet50_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_resnet50_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     Expected of plain LARS: 75.9 % after 56.0 epochs on average (10 runs; rcps_resnet.json, resnet_ref_32768). 128
     images per batch norm, so accumulation 32 on 8 devices and 4 on 64.
 
-    LAMB at the same batch (the authors' code, fastalgo/imagenet_resnet50_lamb, run.sh: 76.3 % after 3,519 steps):
-    --optimizer lamb --lr 0.04 --optim.weight-decay 1.5 --steps 3519 --schedule.warmup-epochs 20 --schedule.power 1
-    --schedule.end-lr 0. They also clip the gradient's norm to 1, which LAMB's step hardly depends on.
+    LAMB at the same batch, by the code of LAMB's first author (github.com/fastalgo/imagenet_resnet50_lamb, run.sh of
+    commit e0fba5c; 76.3 % after 3,519 steps by that repository): --optimizer lamb --lr 0.04 --optim.weight-decay 1.5
+    --steps 3519 --schedule.warmup-epochs 20 --schedule.power 1 --schedule.end-lr 0. That code also clips the
+    gradient's norm to 1, which LAMB's step hardly depends on.
     """
     return _mlperf("imagenet_resnet50_32k", 32_768, 128, 16, 2_267, _lars(21.2, 0.94, 2.5e-5))
 
@@ -146,7 +153,7 @@ def resnet50_64k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_64k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_resnet50_64k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_resnet50_64k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_resnet50_64k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 65536 --micro-batch-size 128
 
     Expected of plain LARS: 75.9 % after 84.5 epochs on average (10 runs; rcps_resnet.json, resnet_ref_65536). So the
@@ -166,7 +173,7 @@ def resnet50_96k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_resnet50_96k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_resnet50_96k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_resnet50_96k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_resnet50_96k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 98304 --micro-batch-size 96
 
     Their result: 75.3 % with ConAdv, 76.2 % with AutoAugment as a third view (--aug-view autoaugment), arXiv
@@ -200,15 +207,15 @@ def efficientnet_b0_4k() -> Config:
     r"""ImageNet, EfficientNet-B0, LAMB at batch 4,096. Not run by us, and by nobody whom we know of.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_efficientnet_b0_4k --data DIR --method conadv --lookahead
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_efficientnet_b0_4k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_efficientnet_b0_4k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_efficientnet_b0_4k DATA=DIR sbatch --nodes 4 job.sh
     conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
 
     For comparison: 77.1 % with RMSProp at batch 4,096 in 350 epochs (Tan and Le 2019, arXiv 1905.11946). The learning
-    rate is LAMB's at 32K for ResNet-50 (0.04, linear decay, 20 of 90 epochs warm-up: the authors' code, see
-    imagenet_resnet50_32k) times sqrt(1/8), the square-root rule of You et al. 2019, arXiv 1904.00962. Our choice:
-    warm-up epochs in proportion to the batch, weight decay 0.02, 128 images per batch norm, 350 epochs, AutoAugment.
+    rate is LAMB's at 32K for ResNet-50 (0.04, linear decay, 20 of 90 epochs warm-up: see imagenet_resnet50_32k) times
+    sqrt(1/8), the square-root rule of You et al. 2019, arXiv 1904.00962. Our choice: warm-up epochs in proportion to
+    the batch, weight decay 0.02, 128 images per batch norm, 350 epochs, AutoAugment.
     """
     return _efficientnet_b0("imagenet_efficientnet_b0_4k", 4_096, 2.5)
 
@@ -219,7 +226,7 @@ def efficientnet_b0_32k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_efficientnet_b0_32k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_efficientnet_b0_32k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_efficientnet_b0_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_efficientnet_b0_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     The 32K point of imagenet_efficientnet_b0_4k, where the sources are: lr 0.04, 20 epochs warm-up.
@@ -243,9 +250,9 @@ def vit_s_4k() -> Config:
     r"""ImageNet, ViT-S/16, LAMB at batch 4,096 (needs timm). Not run by us.
 
     torchrun --nproc-per-node 8 -m conadv train imagenet_vit_s_4k --data DIR --method conadv --lookahead
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_vit_s_4k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_vit_s_4k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_vit_s_4k DATA=DIR sbatch --nodes 4 job.sh
     conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
 
     No batch norm: all routes share the normalisation. From DeiT III (Touvron et al. 2022, arXiv 2204.07118, README of
@@ -263,7 +270,7 @@ def vit_s_32k() -> Config:
     torchrun --nproc-per-node 8 -m conadv train imagenet_vit_s_32k --data DIR --method conadv --lookahead
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         -m conadv train imagenet_vit_s_32k --data DIR --method conadv --lookahead
-    RECIPE=imagenet_vit_s_32k DATA=DIR sbatch examples/slurm_imagenet.sh
+    RECIPE=imagenet_vit_s_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
 
     imagenet_vit_s_4k by the same two rules: lr 4e-3 x sqrt(32,768 / 2,048) = 0.016, 80 epochs warm-up.

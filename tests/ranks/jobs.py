@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
 from conadv.config import Config
 from conadv.engine.comm import Handle
+from conadv.engine.pending import gather
 from conadv.evaluation import evaluate
 from conadv.execution import Execution
 from conadv.norm import check_sync, frozen_stats, route
@@ -384,3 +385,22 @@ def skipped(comm: Comm, policy: str) -> Any:
         found.append(engine(batch, future).skipped)
         states.append(state(engine.model))
     return found, states[1], states[2], states[3]
+
+
+def scattered(comm: Comm) -> str:
+    return comm.scatter([f"for {rank}" for rank in range(comm.ranks)] if comm.first else None)
+
+
+def gathered_pending(comm: Comm) -> tuple[dict[str, Any], int]:
+    """Two micro-batches per rank, gathered; and the largest tensor that one message of this rank had."""
+    sent: list[int] = []
+    plain = comm.gather
+
+    def noted(value: Tensor) -> list[Tensor]:
+        sent.append(value.numel())
+        return plain(value)
+
+    mine = [torch.full((1000,), 10.0 * comm.rank + m) for m in range(2)]
+    waiting = {"5": {"images": mine, "labels": [image[:1].long() for image in mine], "weight_version": 4}}
+    with mock.patch.object(comm, "gather", noted):
+        return gather(waiting, comm), max(sent)

@@ -227,6 +227,39 @@ def test_processes_of_a_host_are_a_number(value: str, monkeypatch: pytest.Monkey
     assert processes_here(3) == 3
 
 
+def test_each_rank_gets_its_own_of_rank_0s_values(two: Ranks) -> None:
+    # Red when: every rank gets the first value, or all values travel to all.
+    assert two.run(jobs.scattered) == ["for 0", "for 1"]
+    assert ALONE.scatter(["for 0"]) == "for 0"
+
+
+def test_waiting_images_of_all_ranks_are_those_of_one_in_their_order(two: Ranks) -> None:
+    # Red when: micro-batches are ordered by number and not by rank first, or a rank sends one message with all.
+    (gathered, largest), (elsewhere, _) = two.run(jobs.gathered_pending)
+    images, labels = (gathered["5"][part] for part in ("images", "labels"))
+    assert [int(image[0]) for image in images] == [0, 1, 10, 11]
+    assert [int(label[0]) for label in labels] == [0, 1, 10, 11]
+    assert gathered["5"]["weight_version"] == 4
+    assert elsewhere["5"]["images"] == []
+    assert largest == 1000
+
+
+def test_plain_values_do_not_travel_through_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: a process group on CUDA has NCCL alone (object collectives then put all bytes on the GPU).
+    made: list[str] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda members, limit, backend: made.append(backend))
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(None, 0, 2)]))
+    monkeypatch.setattr("conadv.engine.comm.meet", lambda store, rank, ranks, limit: store)
+    monkeypatch.setattr("conadv.engine.comm.RollCall", lambda store, rank, ranks: None)
+    monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    Comm.from_environment("cuda").new_group([0])
+    assert made == ["cpu:gloo,cuda:nccl"] * 2
+
+
 def test_one_process_starts_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     # Red when: from_environment initialises torch.distributed for a world of one.
     monkeypatch.setenv("WORLD_SIZE", "1")
