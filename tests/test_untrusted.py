@@ -60,7 +60,7 @@ def alarm() -> Iterator[None]:
         raise AssertionError("it waits for ever")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(60)
+    signal.alarm(30)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
