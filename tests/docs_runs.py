@@ -35,7 +35,7 @@ LAST: dict[str, str] = {
     "conadv train digits": SHORT,
     "conadv train cifar10": PHOTOS,
     "conadv train imagefolder": PHOTOS,
-    "conadv train imagenet": PHOTOS,
+    "conadv train imagenet": f"{PHOTOS} --data.num-workers 0",
     "conadv analyze": "--images 16 --iterations 2 --eigenvalues 1",
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
     "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
