@@ -37,7 +37,7 @@ _POSITIVE = (
     ),
     *("micro_batch_size", "images", "batch", "seeds"),
 )
-LEAST = dict.fromkeys(_POSITIVE, 1)
+LEAST = {**dict.fromkeys(_POSITIVE, 1), "photo_size": 8}  # torch's resizing asserts on pictures of one pixel
 
 
 def check_numbers(options: Any) -> None:

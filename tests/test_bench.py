@@ -367,6 +367,7 @@ def test_command_leaves_out_where_the_result_went() -> None:
 WRONG = {
     "what": (["nrm"], "Did you mean 'norm'"),
     "rounds": (["norm", "--rounds", "0"], "--rounds 0 must be 1 or more"),
+    "photo size": (["data", "--photo-size", "7"], "--photo-size 7 must be 8 or more"),
     "threads": (["engine", "--threads", "0"], "--threads 0"),
     "out": (["optim", "--out", "."], "is a folder"),
     "burst": (["attack-cost", "--burst", "2", "--dropped", "2"], "--dropped 2"),
