@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from conadv.report import table as cells
 from conadv.report.stats import holm, paired_difference
@@ -56,6 +57,29 @@ def decide(summary: Json) -> Table:
     head = ["arm", "gradient images, times LARS's", "test accuracy, %"]
     head += [f"against {other.removeprefix('+ ')}" for other in REFERENCES]
     return head, rows
+
+
+FLATNESS = ("largest Hessian eigenvalue", "Hessian trace", "SAM sharpness", "Keskar sharpness")
+
+
+def ranks(summary: Json) -> Table:
+    """Spearman's correlation over the arms: mean test accuracy against each mean measure of sharpness.
+
+    Below 0 the flatter arms are the more accurate, which is what the flatter-minimum story says.
+    """
+    content = summary["tables"]["sharpness"]
+    columns = {name: [_mean(row[content["head"].index(name)]) for row in content["rows"]] for name in FLATNESS}
+    reached = [_mean(row[content["head"].index("test accuracy, %")]) for row in content["rows"]]
+    rows = []
+    for name, values in columns.items():
+        found = spearmanr(reached, values)
+        rows.append([name, str(len(values)), f"{found.statistic:+.2f}".replace("-", "−"), f"{found.pvalue:.2f}"])
+    return ["measure", "arms", "rank correlation with test accuracy", "p"], rows
+
+
+def _mean(text: str) -> float:
+    """12.3 of "12.3 ± 4.5"."""
+    return float(text.partition("±")[0].replace("−", "-").replace(",", ""))
 
 
 def gain(summary: Json, whole: str, base: str = "LARS") -> Table:

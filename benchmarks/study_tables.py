@@ -25,7 +25,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, kept, decide, gain, predictors, or a table of the report.
+    """``what``: questions, made, kept, decide, ranks, gain, predictors, or a table of the report.
 
     "accuracy 500" is the table where its first column is 500.
     """
@@ -38,6 +38,8 @@ def section(studies: Path, name: str, what: str) -> str:
         return kept(summary["tables"]["staleness"])
     if what == "decide":
         return drawn(*study_contrasts.decide(summary))
+    if what == "ranks":
+        return drawn(*study_contrasts.ranks(summary))
     if what == "gain":
         return drawn(*study_contrasts.gain(summary, "ConAdv"))
     if what == "predictors":

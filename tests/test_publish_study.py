@@ -118,6 +118,24 @@ def test_the_decisive_arms_are_compared_by_seed() -> None:
         contrasts.decide({"cells": content["cells"][:1]})
 
 
+def test_sharpness_is_ranked_against_accuracy() -> None:
+    # Red when: the sign is turned, another column is read, or values are taken in place of ranks.
+    contrasts = load("study_contrasts")
+    head = ["batch", "arm", "test accuracy, %", *contrasts.FLATNESS]
+    rows = [
+        ["1", "a", "90.00 ± 1.00", "1e+03 ± 9", "1 ± 0", "2 ± 0", "1 ± 0"],
+        ["1", "b", "91.00 ± 1.00", "10 ± 9", "2 ± 0", "1 ± 0", "2 ± 0"],
+        ["1", "c", "92.00 ± 1.00", "9 ± 9", "1e+03 ± 0", "3 ± 0", "0 ± 0"],
+    ]
+    found = contrasts.ranks({"tables": {"sharpness": {"head": head, "rows": rows}}})[1]
+    assert [row[:3] for row in found] == [
+        ["largest Hessian eigenvalue", "3", "−1.00"],
+        ["Hessian trace", "3", "+1.00"],
+        ["SAM sharpness", "3", "+0.50"],
+        ["Keskar sharpness", "3", "−0.50"],
+    ]
+
+
 def test_predictors_are_compared_at_the_same_staleness() -> None:
     # Red when: a predictor is compared with the stale weights of another tau, or Holm's family is one row.
     contrasts = load("study_contrasts")
