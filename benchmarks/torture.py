@@ -3,7 +3,9 @@
 python -m benchmarks.torture                     list the campaigns
 python -m benchmarks.torture all                 every campaign in full (`make torture`)
 python -m benchmarks.torture NAME... [--short]   some of them; --short is the form that CI runs
-    [--out FOLDER]                               default results/reliability
+    [--out FOLDER]                               default results/reliability (--short: another, or it is replaced)
+
+`all --short` also writes FOLDER/short.json: what each took, and all together.
 
 A campaign is a module benchmarks/torture_<name>.py whose docstring begins with what it does, with
 
@@ -79,6 +81,13 @@ def run(name: str, short: bool, folder: Path) -> Json:
     return result
 
 
+def together(found: Sequence[Json]) -> Json:
+    """What all campaigns took, one after the other, with the machine they ran on."""
+    seconds = {result["campaign"]: result["seconds_of_the_last_start"] for result in found}
+    facts = {name: found[0][name] for name in ("form", "time", "versions", "machine", "git")}
+    return {**facts, "seconds": seconds, "seconds_in_all": round(sum(seconds.values()), 1)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description="Torture campaigns.")
     parser.add_argument("names", nargs="*", choices=[*campaigns(), "all", []], metavar="NAME")
@@ -90,14 +99,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             doc = importlib.import_module(module).__doc__ or ""
             print(f"{name:<14}{doc.strip().splitlines()[0]}")
         return 0
-    failed = []
+    failed, found = [], []
+    options.out.mkdir(parents=True, exist_ok=True)
     for name in campaigns() if "all" in options.names else options.names:
         print(f"== {name}", flush=True)
         try:
-            print(json.dumps(run(name, options.short, options.out.resolve()), indent=1), flush=True)
+            found.append(run(name, options.short, options.out.resolve()))
+            print(json.dumps(found[-1], indent=1), flush=True)
         except AssertionError as error:
             failed.append(name)
             print(f"FAILED: {error}", flush=True)
+    if options.short and not failed and "all" in options.names:
+        (options.out / "short.json").write_text(json.dumps(together(found), indent=1) + "\n")
     print(f"failed: {', '.join(failed) or 'none'}")
     return bool(failed)
 

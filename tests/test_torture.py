@@ -80,6 +80,25 @@ def test_a_campaign_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert torture.Progress(tmp_path).done == [{"n": 1}, {"n": 3}]
 
 
+def test_what_all_short_forms_take_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the last one counts alone; a failed campaign is left out of a total that is written all the same.
+    facts = {"form": "short", "time": "t", "versions": {}, "machine": {}, "git": {}}
+    seconds = {name: 1.5 + number for number, name in enumerate(torture.campaigns())}
+
+    def run(name: str, short: bool, folder: Path) -> dict[str, object]:
+        assert name != failing
+        return {"campaign": name, "seconds_of_the_last_start": seconds[name], **facts}
+
+    monkeypatch.setattr(torture, "run", run)
+    failing = "soak"
+    assert torture.main(["all", "--short", "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "short.json").exists()
+    failing = ""
+    assert torture.main(["all", "--short", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "short.json").read_text())
+    assert (found["seconds"], found["seconds_in_all"]) == (seconds, sum(seconds.values()))
+
+
 def test_every_campaign_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert torture.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
