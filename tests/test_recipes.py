@@ -180,7 +180,8 @@ def test_lamb_for_resnet50_as_its_docstring_says() -> None:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
-    # Red when: a docstring loses a command, plans another batch, or a recipe names another in its config.
+    # Red when: a docstring loses a command or where its two files come from, plans another batch, or a recipe names
+    # another in its config.
     doc = recipes.RECIPES[name].__doc__ or ""
     assert "Not run by us" in doc
     config = resolve(recipes.get(name))
@@ -190,6 +191,8 @@ def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
         f"--rdzv-endpoint HOST:29500 \\\n        -m conadv train {name} --data DIR",
         f"RECIPE={name} DATA=DIR sbatch ",
         f" {plan}",
+        "conadv slurm > job.sh",
+        "conadv plan NODE.json --measure all ..., see docs/imagenet.md",
     ):
         assert command in doc
     assert config.recipe == name
@@ -286,6 +289,20 @@ def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> N
 
 
 SIZES = ("nodes", "ntasks-per-node", "gpus-per-node")
+
+
+def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> None:
+    # Red when: the folder names a method that OPTIONS may not have chosen, or has the job's number in it (a job that is
+    # sent once more would start again), or two job names share a folder.
+    def folder(**job: str) -> str:
+        words = ended(tmp_path, SRUN_SHOWS, OUT="", OPTIONS="--method noise", **job).stdout.splitlines()
+        return words[words.index("--out") + 1]
+
+    found = folder(SLURM_JOB_NAME="noise", RECIPE="imagenet_vit_s_4k")
+    assert found == str(tmp_path / "runs" / "imagenet_vit_s_4k" / "noise")
+    assert folder(SLURM_JOB_NAME="noise", RECIPE="imagenet_vit_s_4k", SLURM_JOB_ID="8") == found
+    (default,) = re.findall(r"--job-name=(.+)", SLURM.read_text())
+    assert default not in METHODS
 
 
 def test_slurm_script_grants_what_workers_outlive() -> None:
