@@ -221,7 +221,8 @@ def ranks_of(doc: str) -> list[int]:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     # Red when: a 4K recipe is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm; its plan
-    # is for other numbers of devices than its commands; or the page's table names another accumulation.
+    # is for other numbers of devices than its commands; or the page's table names another accumulation or
+    # number of steps.
     config = resolve(recipes.get(name))
     one_node, several, slurm, *planned = ranks_of(recipes.RECIPES[name].__doc__ or "")
     assert one_node == 8
@@ -232,6 +233,14 @@ def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     row = next(line for line in IMAGENET_PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
     at_64 = str(accumulation(config, 64)) if several == 64 else "-"
     assert f"| {accumulation(config, 8)} / {at_64} |" in row
+    per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
+    assert row.split(" | ")[3] == f"{config.steps or round((config.epochs or 0) * per_epoch):,}"
+
+
+def test_the_plan_of_the_page_is_for_the_steps_of_its_recipe() -> None:
+    # Red when: the recipe's steps change and the page's command does not.
+    (steps,) = re.findall(r"--global-batch-size 32768 .*--steps (\d+)", IMAGENET_PAGE.read_text())
+    assert int(steps) == recipes.get("imagenet_resnet50_32k").steps
 
 
 # ---- the Slurm script
