@@ -602,10 +602,11 @@ def test_the_command_says_how_long_so_many_steps_take(
     # Red when: the total is that of other steps, is missing from the file or a narrow table, or makes one too wide.
     monkeypatch.setenv("COLUMNS", width)
     rows = tmp_path / "plan.json"
-    options = ["--method", "noise", "--devices", "1", "--global-batch-size", "32", "--json", str(rows)]
+    methods = ["--method", "noise,conadv-lookahead", "--executor", "inline"]
+    options = [*methods, "--devices", "1", "--global-batch-size", "32", "--json", str(rows)]
     status, out, err = run(capsys, *options, "--steps", "50000")
     assert (status, err) == (0, "")
-    (row,) = json.loads(rows.read_text())["rows"]
+    row, _ = json.loads(rows.read_text())["rows"]
     step = 0.22 + 0.004 + 0.01
     assert (row["steps"], row["total_seconds"]) == (50_000, pytest.approx(50_000 * step))
     assert f"{step * 1e3:.0f} ms" in out
