@@ -419,6 +419,7 @@ def test_a_plan_measured_here_says_how_long_a_run_takes(tmp_path: Path, capsys: 
     # one micro-batch, or what it leaves out is not said.
     data, node, shown = photographs(tmp_path / "data", bad=False), tmp_path / "node.json", "--workload."
     measure = f"{shown}model resnet8 {shown}width 4 {shown}image-size 16 {shown}batches 1,2 {shown}rounds 1"
+    measure += f" {shown}num-classes 2"
     assert main(["plan", str(node), "--measure", "phases", *measure.split()]) == 0
     args = ["train", "imagefolder", "--data", str(data), *PHOTOS, "--steps", "3000", "--micro-batch-size", "2"]
     capsys.readouterr()
