@@ -1,6 +1,6 @@
 """Fuzzing: mutated configs, records, checkpoints, command lines, profiles and specs end in a result or a ConadvError.
 
-With atheris (pip install 'conadv[fuzz]') each target runs guided by coverage, in a process of its own; without it the
+With atheris (pip install '.[fuzz]') each target runs guided by coverage, in a process of its own; without it the
 same targets get mutations of the same seeds. ``TARGETS`` says how many inputs each gets; all go through the functions
 that the program itself calls. A crash is any other exception, a death of the process, or an input that takes longer
 than SLOW seconds; its input is kept beside the result.

@@ -86,6 +86,10 @@ class RunOptions:
     the first step. Writes nothing."""
     profile: Path | None = None
     """With --dry-run: take the time from this profile of `conadv plan`, instead of a few synthetic steps."""
+    link_gbit: float | None = None
+    """With --profile: the link between ranks has this many Gbit/s per rank, instead of the measured one."""
+    latency_us: float | None = None
+    """With --profile: this latency per step of an all-reduce, in microseconds."""
     figure: Path | None = None
     """With --dry-run: also write the schedule as this PNG."""
     tensorboard: bool = False
@@ -258,10 +262,10 @@ def _train(args: Sequence[str]) -> None:
     execution = Execution(
         options.executor, options.attack_ranks, options.late, options.on_attack_loss, options.timeline_steps
     )
+    _check_dry_run(options)
     if options.dry_run:
         _dry_run(config, out, options, execution)
         return
-    _only_with_dry_run(options)
     observer = _observer(config, options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:
@@ -283,10 +287,17 @@ def _train(args: Sequence[str]) -> None:
         _say(f"run directory: {printable(out)}")
 
 
-def _only_with_dry_run(options: RunOptions) -> None:
-    for name in ("profile", "figure"):
-        if getattr(options, name) is not None:
-            raise ConadvError(f"--{name} has no effect without --dry-run. Give it as well, or leave --{name} out.")
+def _check_dry_run(options: RunOptions) -> None:
+    """ConadvError for options that have no effect without others."""
+    for name, needed in {
+        "profile": "dry_run",
+        "figure": "dry_run",
+        "link_gbit": "profile",
+        "latency_us": "profile",
+    }.items():
+        if getattr(options, name) is not None and not getattr(options, needed):
+            option, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
+            raise ConadvError(f"{option} has no effect without {other}. Give it as well, or leave {option} out.")
 
 
 def _dry_run(config: Config, out: Path, options: RunOptions, execution: Execution) -> None:
@@ -309,6 +320,8 @@ def _dry_run(config: Config, out: Path, options: RunOptions, execution: Executio
             execution=execution,
             observer=observer,
             profile=options.profile,
+            link_gbit=options.link_gbit,
+            latency_us=options.latency_us,
         )
         with comm.agreed():
             if comm.first and options.figure is not None:

@@ -34,6 +34,11 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:
     return ConadvError(f"Unknown {kind} {shown!r}. {hint}")
 
 
+def install(*extras: str) -> str:
+    """The command that installs these extras; docs/index.md says where. No index of packages has conadv."""
+    return f"pip install '.[{','.join(extras)}]' in conadv's checkout"
+
+
 def printable(text: object) -> str:
     """``text`` on one line: control characters, line ends and bytes of no encoding are written as escapes.
 

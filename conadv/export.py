@@ -18,7 +18,7 @@ from .card import model_card
 from .checkpoint import giving
 from .config import Config, resolve
 from .ema import evaluated_state
-from .errors import ConadvError, unknown
+from .errors import ConadvError, install, unknown
 from .norm import strip
 from .record import sync_folder, write_atomic
 from .run import RunDir
@@ -111,7 +111,7 @@ def _onnx(model: nn.Module, about: dict[str, str], shape: tuple[int, ...]) -> by
         import onnxruntime
         import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
-        raise ConadvError(f"ONNX needs more packages ({error}): pip install 'conadv[onnx]'") from error
+        raise ConadvError(f"ONNX needs more packages ({error}): {install('onnx')}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own notes on its version of opsets
         program = torch.onnx.export(

@@ -35,7 +35,7 @@ _POSITIVE = (
         "num_classes",
         "width",
     ),
-    *("micro_batch_size", "images", "batch", "seeds"),
+    *("micro_batch_size", "images", "batch", "seeds", "steps"),
 )
 LEAST = {**dict.fromkeys(_POSITIVE, 1), "photo_size": 8}  # torch's resizing asserts on pictures of one pixel
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import ConadvError, printable, printable_lines
+from .errors import ConadvError, install, printable, printable_lines
 from .types import StepRecord
 
 _GROUPS = {"train": "train_eval"}  # "train/loss" is the loss of a step
@@ -135,7 +135,7 @@ class TensorBoard(Silent):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConadvError("--tensorboard needs the extra: pip install 'conadv[tensorboard]'.") from error
+            raise ConadvError(f"--tensorboard needs the extra: {install('tensorboard')}.") from error
         self._open = lambda: SummaryWriter(str(folder))
         self._writer: Any = None
 
@@ -166,7 +166,7 @@ class WandB(Silent):
         try:
             import wandb
         except ImportError as error:
-            raise ConadvError("--wandb needs the extra: pip install 'conadv[wandb]'.") from error
+            raise ConadvError(f"--wandb needs the extra: {install('wandb')}.") from error
         self._wandb, self._folder, self._config = wandb, folder, config
         self._run: Any = None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -93,6 +94,18 @@ def test_the_attack_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
     train(METHODS["conadv"][0], 2, compile=True)
     assert sorted(graphs.weight_gradients()) == [0, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "conadv-lookahead"])
+def test_resnet18_is_a_graph_per_route_and_none_after_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: a split batch norm breaks the graph, or counts its calls in Python (a graph per step).
+    method, graphs = METHODS[name]
+    torch.manual_seed(0)
+    model = split_batchnorm(torchvision.models.resnet18(num_classes=5), "adv")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    train(method, 5, model, compile=True)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
 
 
 class Breaks(nn.Module):

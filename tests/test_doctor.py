@@ -47,7 +47,7 @@ CPU: dict[str, Any] = {"cuda": (), "nvidia_driver": False}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"versions": {"torch": "2.14.1", "torchvision": "0.24.1"}}, "wrong", "0.29"),
     ({"versions": {"torch": "2.8.0", "torchvision": "0.23.0"}}, "wrong", "older than 2.9"),
-    ({"extras": {"wandb": None, "timm": "1.0"}}, "note", r"conadv[wandb]"),
+    ({"extras": {"wandb": None, "timm": "1.0"}}, "note", "pip install '.[wandb]' in conadv's checkout"),
     ({"cuda": ()}, "wrong", "sees no device"),
     ({"cuda": (), "cuda_built": None}, "wrong", "without CUDA"),
     ({"cuda": (), "variables": {"CUDA_VISIBLE_DEVICES": ""}}, "note", "hides all"),

@@ -30,7 +30,7 @@ NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "timm
 def load(name: str) -> Any:
     """The example as a module, or a skip where what it is an example for is not installed."""
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed: pip install 'conadv[{NEEDS[name]}]'")
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed: pip install '.[{NEEDS[name]}]'")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

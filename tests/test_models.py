@@ -59,7 +59,7 @@ def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConadvError, match="Unknown timm model"):
         make("timm:hf-hub:someone/model")  # timm itself would download it
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConadvError, match=r"pip install 'conadv\[timm\]'"):
+    with pytest.raises(ConadvError, match=r"pip install '\.\[timm\]' in conadv's checkout"):
         make("timm:resnet50")
     with pytest.raises(ConadvError, match="Did you mean 'resnet50'"):
         make("resnet50d")  # no hint at what is not there

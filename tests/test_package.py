@@ -43,7 +43,7 @@ def run(*words: str, cwd: Path, **environment: str) -> str:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(source distribution, wheel), the wheel built from a copy of what is committed or would be."""
     if int(_setuptools().split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77 or newer (pip install 'conadv[test]')")
+        pytest.skip("needs setuptools 77 or newer (pip install '.[test]')")
     source = tmp_path_factory.mktemp("source") / "conadv"
     ignored = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "results")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -171,6 +171,23 @@ def environment(folder: Path) -> Path:
     # A .pth file within a folder that a .pth file adds is not read: so an editable installation stays out.
     (site / "shared.pth").write_text(f"{shared}\n")
     return folder / "bin" / "python"
+
+
+def test_extras_are_installed_from_the_checkout_everywhere() -> None:
+    # Red when: a page, a message or a comment installs an extra from an index, or one that pyproject.toml has not.
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[project.")[0]
+    known = set(re.findall(r"^(\w+) = \[", section, re.M))
+    folders = ("conadv", "docs", "tests", "benchmarks", "examples")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    for path in (*files, ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
+        if path.suffix not in (".py", ".md"):
+            continue
+        source = path.read_text(encoding="utf-8")
+        for what, extras in re.findall(r"pip install[\w -]* '?([\w.]+)\[([\w,]+)\]", source):
+            assert what == ".", path
+            assert set(extras.split(",")) <= known, path
+        for extra in re.findall(r"\binstall\('(\w+)'\)", source):
+            assert extra in known, path
 
 
 def test_the_changes_say_what_changes_numbers() -> None:

@@ -22,7 +22,7 @@ from conadv.engine import Comm
 from conadv.engine.reducer import MIB, GradientReducer
 from conadv.errors import ConadvError
 from conadv.plan import KINDS, Layout, Planner, Profile, Rules, best, load, save
-from conadv.plan.command import PAYLOAD, PlanArgs, link_of, plan_of
+from conadv.plan.command import PAYLOAD, PlanArgs, WorkloadArgs, _workload, link_of, plan_of
 from conadv.plan.curve import Curve
 from conadv.plan.link import fit
 from conadv.plan.measure import cut, final_moments, measure_phases
@@ -31,6 +31,7 @@ from conadv.plan.model import LOSSES_BYTES
 from conadv.plan.overlap import Message, beside
 from conadv.plan.profile import Bucket, Workload
 from conadv.plan.search import _splits
+from conadv.plan.workload import config_of
 
 EXAMPLE = Path(__file__).parent / "golden" / "plan_profile.json"
 PROFILE = load(EXAMPLE)
@@ -594,6 +595,35 @@ def test_the_command_prints_a_table_and_writes_figure_and_rows(
     assert all(row["images_per_second"] > 0 for row in written)
 
 
+@pytest.mark.parametrize("width", ["80", "140"])
+def test_the_command_says_how_long_so_many_steps_take(
+    width: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: the total is that of other steps, is missing from the file or a narrow table, or makes one too wide.
+    monkeypatch.setenv("COLUMNS", width)
+    rows = tmp_path / "plan.json"
+    methods = ["--method", "noise,conadv-lookahead", "--executor", "inline"]
+    options = [*methods, "--devices", "1", "--global-batch-size", "32", "--json", str(rows)]
+    status, out, err = run(capsys, *options, "--steps", "50000")
+    assert (status, err) == (0, "")
+    row, _ = json.loads(rows.read_text())["rows"]
+    step = 0.22 + 0.004 + 0.01
+    assert (row["steps"], row["total_seconds"]) == (50_000, pytest.approx(50_000 * step))
+    assert f"{step * 1e3:.0f} ms" in out
+    assert "3.25 h" in out  # 11,700 s
+    assert "…" not in out
+    _, out, _ = run(capsys, *options)
+    assert "total" not in out
+    assert "total_seconds" not in rows.read_text()
+
+
+def test_arguments_of_the_network_are_measured_and_kept() -> None:
+    # Red when: --workload.args does not reach the network or the profile.
+    workload = _workload(WorkloadArgs(model="torchvision:resnet18", args=("zero_init_residual=true",)))
+    assert config_of(workload, "conadv").model.args == workload.args == ("zero_init_residual=true",)
+    assert PROFILE.workload.args == ()
+
+
 def test_the_command_leaves_out_what_does_not_exist_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--devices", "3,4", "--global-batch-size", "64", "--executor", "inline")
     assert status == 0
@@ -615,6 +645,7 @@ def test_the_command_leaves_out_what_does_not_exist_and_says_why(capsys: pytest.
         (["--method", "noise", "--attack-ranks", "2"], "nothing to do with noise"),
         (["--staleness", "0"], "disadv"),
         (["--price", "-1"], "--price"),
+        (["--steps", "0"], "--steps 0 must be 1 or more"),
         (["--latency-us", "-1"], "--latency-us"),
         (["--measure", "link"], "A link is between ranks"),
     ],

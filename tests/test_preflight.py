@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import re
@@ -24,15 +25,18 @@ from conadv.cli import main
 from conadv.config import Config, dump_yaml, load_yaml, replace, resolve
 from conadv.data import build_data
 from conadv.engine import Comm
-from conadv.plan.profile import load
+from conadv.plan import Layout, Planner
+from conadv.plan.command import link_of
+from conadv.plan.profile import load, save
 from conadv.plan.search import divisors
 from conadv.preflight import dryrun, estimate, memory, microbatch, picture
 from conadv.preflight.microbatch import candidates, largest
+from conadv.preflight.profiled import predicted_time
 from conadv.preflight.show import show
 from conadv.record import read_lines
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
-from conadv.trainer import build, train
+from conadv.trainer import Parts, build, train
 
 CPU = torch.device("cpu")
 
@@ -340,11 +344,82 @@ def test_time_from_a_profile(tmp_path: Path) -> None:
     assert any("model" in note for note in seen.time.notes)
 
 
+PLANNED = load(Path(__file__).parent / "golden" / "plan_profile.json")  # micro-batches 8 to 32, a link of two ranks
+THIS = PLANNED.workload.model_copy(update={"model": "resnet8", "width": 4, "image_size": 8, "channels": 1})
+MEASURED: list[tuple[str, dict[str, Any], str]] = [
+    ("workload", {}, ""),
+    ("workload", {"model": "resnet14"}, "model resnet14, the run has resnet8"),
+    ("workload", {"width": None}, "model width as it is by default, the run has 4"),
+    ("workload", {"args": ("drop_rate=0.1",)}, "model.args drop_rate=0.1, the run has none"),
+    ("workload", {"num_classes": 1000}, "classes 1000, the run has 10"),
+    ("workload", {"image_size": 32}, "image size 32, the run has 8"),
+    ("workload", {"channels": 3}, "channels 3, the run has 1"),
+    ("workload", {"precision": "bf16"}, "precision bf16, the run has fp32"),
+    ("workload", {"optimizer": "lamb"}, "optimizer lamb, the run has lars"),
+    ("workload", {"channels_last": True}, "channels_last True, the run has False"),
+    ("profile", {"device": "cuda"}, "device cuda, the run has cpu"),
+    ("profile", {"processes": 2}, "processes per host 2, the run has 1"),
+    ("config", {"compile": True}, "the run compiles, and a profile is measured without torch.compile"),
+    ("config", {"model__args": ("b=2", "a=1")}, "model.args none, the run has a=1 b=2"),
+    ("config", {"micro_batch_size": 4}, "extrapolated: the micro-batch 4 (measured: 8 to 32)"),
+    ("config", {"micro_batch_size": 64}, "extrapolated: the micro-batch 64 (measured: 8 to 32)"),
+    ("config", {"attack__share": 0.5}, "a profile knows FGSM on every image and no third view"),
+]
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return build(resolve(config(micro_batch_size=16)), CPU)
+
+
+@pytest.mark.parametrize(("where", "changes", "message"), MEASURED, ids=[message for *_, message in MEASURED])
+def test_a_dry_run_names_what_the_profile_is_not_of(
+    where: str, changes: dict[str, Any], message: str, parts: Parts
+) -> None:
+    # Red when: a line of the comparison goes, in_range is not asked, or a run is told something of what was measured.
+    work = THIS.model_copy(update=changes if where == "workload" else {})
+    machine = {"processes": 1, **(changes if where == "profile" else {})}
+    if where == "config":
+        parts = dataclasses.replace(parts, config=replace(parts.config, **changes))
+    notes = set(predicted_time(parts, PLANNED.model_copy(update={"workload": work, **machine})).notes)
+    assert "without loading images" in notes
+    (named,) = notes - {"without loading images"} or {""}
+    assert message in named
+    assert bool(message) == bool(named)
+
+
+def test_a_dry_run_of_several_ranks_takes_the_link_that_is_given(parts: Parts) -> None:
+    # Red when: the link is not handed on, ranks or a given link are taken for measured, or one rank stands for all.
+    several = dataclasses.replace(parts, teams=dataclasses.replace(parts.teams, learners=(0, 1, 2, 3)))
+    profile = PLANNED.model_copy(update={"workload": THIS, "processes": 1})
+    measured, given = predicted_time(several, profile), predicted_time(several, profile, 0.1, 1000.0)
+    assert measured.notes[0] == "extrapolated: 4 ranks (the link is of 2)"
+    assert given.notes[0] == "extrapolated: 4 ranks (the link is of 2), the link, as given"
+    layout = Layout(4, 0, 16, 1)
+    assert measured.step == Planner(profile, profile.link).predict("conadv", layout).step
+    assert given.step == Planner(profile, link_of(profile, 0.1, 1000.0)).predict("conadv", layout).step
+    with pytest.raises(ConadvError, match="or give --link-gbit and --latency-us"):
+        predicted_time(several, profile.model_copy(update={"link": None}))
+
+
+def test_a_link_is_given_to_a_profile_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: an option does not get as far as the link, or has no effect in silence.
+    profile = PLANNED.model_copy(update={"workload": THIS, "link": None})
+    save(profile, tmp_path / "node.json")
+    train_digits = ["train", "digits", "--schedule.warmup-epochs", "0", "--out", str(tmp_path / "run"), "--dry-run"]
+    for option in ("--link-gbit", "--latency-us"):
+        assert main([*train_digits, option, "1"]) == 2
+        assert f"{option} has no effect without --profile" in capsys.readouterr().err
+        assert main([*train_digits, "--profile", str(tmp_path / "node.json"), option, "1"]) == 2
+        assert "The profile has no link: give" in capsys.readouterr().err
+
+
 def test_a_plan_measured_here_says_how_long_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: the command that measures and the one that reads do not fit together, the time is that of one step or of
     # one micro-batch, or what it leaves out is not said.
     data, node, shown = photographs(tmp_path / "data", bad=False), tmp_path / "node.json", "--workload."
     measure = f"{shown}model resnet8 {shown}width 4 {shown}image-size 16 {shown}batches 1,2 {shown}rounds 1"
+    measure += f" {shown}num-classes 2"
     assert main(["plan", str(node), "--measure", "phases", *measure.split()]) == 0
     args = ["train", "imagefolder", "--data", str(data), *PHOTOS, "--steps", "3000", "--micro-batch-size", "2"]
     capsys.readouterr()

@@ -180,7 +180,8 @@ def test_lamb_for_resnet50_as_its_docstring_says() -> None:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
-    # Red when: a docstring loses a command, plans another batch, or a recipe names another in its config.
+    # Red when: a docstring loses a command or where its two files come from, plans another batch, or a recipe names
+    # another in its config.
     doc = recipes.RECIPES[name].__doc__ or ""
     assert "Not run by us" in doc
     config = resolve(recipes.get(name))
@@ -190,6 +191,8 @@ def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
         f"--rdzv-endpoint HOST:29500 \\\n        -m conadv train {name} --data DIR",
         f"RECIPE={name} DATA=DIR sbatch ",
         f" {plan}",
+        "conadv slurm > job.sh",
+        "conadv plan NODE.json --measure all ..., see docs/imagenet.md",
     ):
         assert command in doc
     assert config.recipe == name
@@ -218,7 +221,8 @@ def ranks_of(doc: str) -> list[int]:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     # Red when: a 4K recipe is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm; its plan
-    # is for other numbers of devices than its commands; or the page's table names another accumulation.
+    # is for other numbers of devices than its commands; or the page's table names another accumulation or
+    # number of steps.
     config = resolve(recipes.get(name))
     one_node, several, slurm, *planned = ranks_of(recipes.RECIPES[name].__doc__ or "")
     assert one_node == 8
@@ -229,6 +233,14 @@ def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     row = next(line for line in IMAGENET_PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
     at_64 = str(accumulation(config, 64)) if several == 64 else "-"
     assert f"| {accumulation(config, 8)} / {at_64} |" in row
+    per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
+    assert row.split(" | ")[3] == f"{config.steps or round((config.epochs or 0) * per_epoch):,}"
+
+
+def test_the_plan_of_the_page_is_for_the_steps_of_its_recipe() -> None:
+    # Red when: the recipe's steps change and the page's command does not.
+    (steps,) = re.findall(r"--global-batch-size 32768 .*--steps (\d+)", IMAGENET_PAGE.read_text())
+    assert int(steps) == recipes.get("imagenet_resnet50_32k").steps
 
 
 # ---- the Slurm script
@@ -286,6 +298,20 @@ def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> N
 
 
 SIZES = ("nodes", "ntasks-per-node", "gpus-per-node")
+
+
+def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> None:
+    # Red when: the folder names a method that OPTIONS may not have chosen, or has the job's number in it (a job that is
+    # sent once more would start again), or two job names share a folder.
+    def folder(**job: str) -> str:
+        words = ended(tmp_path, SRUN_SHOWS, OUT="", OPTIONS="--method noise", **job).stdout.splitlines()
+        return words[words.index("--out") + 1]
+
+    found = folder(SLURM_JOB_NAME="noise", RECIPE="imagenet_vit_s_4k")
+    assert found == str(tmp_path / "runs" / "imagenet_vit_s_4k" / "noise")
+    assert folder(SLURM_JOB_NAME="noise", RECIPE="imagenet_vit_s_4k", SLURM_JOB_ID="8") == found
+    (default,) = re.findall(r"--job-name=(.+)", SLURM.read_text())
+    assert default not in METHODS
 
 
 def test_slurm_script_grants_what_workers_outlive() -> None:

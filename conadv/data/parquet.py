@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ConadvError, printable
+from ..errors import ConadvError, install, printable
 from .files import BadFile, BadImage, decode_rgb, why
 
 SPLITS = ("train", "test", "validation", "val", "valid")
@@ -103,7 +103,7 @@ def _load(directory: Path, files: Mapping[str, list[str]]) -> Any:
         from datasets.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConadvError(
-            "data.source huggingface needs the package datasets. Install it: pip install 'conadv[huggingface]'."
+            f"data.source huggingface needs the package datasets. Install it: {install('huggingface')}."
         ) from error
     disable_progress_bar()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import install
 from ..preflight.memory import GIB
 from .facts import Facts
 
@@ -56,7 +57,7 @@ def _extras(facts: Facts) -> Found:
         yield Finding(
             "note",
             f"extras that are not installed: {', '.join(missing)}",
-            f"pip install 'conadv[{','.join(missing)}]' if you want them",
+            f"{install(*missing)} if you want them",
         )
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
+WIDTH = 16
+"""Channels of the first stage unless others are asked for, as in the paper."""
 
 
 class BasicBlock(nn.Module):
@@ -57,5 +59,5 @@ class SmallResNet(nn.Module):
 
 
 def build_small(name: str, width: int | None, in_channels: int, num_classes: int) -> nn.Module:
-    """The network of SMALL with this name; ``width`` channels in its first stage (16 where None)."""
-    return SmallResNet(int(name.removeprefix("resnet")), width or 16, in_channels, num_classes)
+    """The network of SMALL with this name; ``width`` channels in its first stage (WIDTH where None)."""
+    return SmallResNet(int(name.removeprefix("resnet")), width or WIDTH, in_channels, num_classes)

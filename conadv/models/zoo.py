@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ..errors import ConadvError, printable, unknown
+from ..errors import ConadvError, install, printable, unknown
 from ..untrusted import parse_yaml
 from .small import SMALL
 
@@ -85,7 +85,7 @@ def build_timm(name: str, in_channels: int, num_classes: int, options: Options) 
     try:
         import timm as zoo
     except ImportError as error:
-        raise ConadvError(f"The model timm:{name} needs timm, which is missing: pip install 'conadv[timm]'") from error
+        raise ConadvError(f"The model timm:{name} needs timm, which is missing: {install('timm')}") from error
     if name not in (names := zoo.list_models()):
         raise unknown("timm model", name, _near(name.partition(".")[0], names))
     return _make(

@@ -28,6 +28,8 @@ class WorkloadArgs:
     model: str = "resnet18"
     width: int | None = None
     """Channels of the first stage of the small-image networks."""
+    args: tuple[str, ...] = ()
+    """More arguments of the network's constructor, as the training's --model.args."""
     image_size: int = 32
     channels: int = 3
     num_classes: int = 10
@@ -84,6 +86,8 @@ class PlanArgs:
     """Of one device for one hour, in any currency: adds the cost of an epoch."""
     images_per_epoch: int = 1_281_167
     """Training images (default: ImageNet's)."""
+    steps: int | None = None
+    """Updates of the whole training: adds the time that they take, loading, evaluation and checkpoints not counted."""
     figure: Path | None = None
     """Write images per second and overhead over devices as PNG."""
     json: Path | None = None
@@ -99,11 +103,11 @@ def command(args: PlanArgs) -> None:
     from .table import show
 
     plan = plan_of(args)
-    show(plan, args.images_per_epoch, args.price)
+    show(plan, args.images_per_epoch, args.price, args.steps)
     if args.figure is not None:
         draw(plan, args.figure)
     if args.json is not None:
-        _write(plan, args.json)
+        _write(plan, args.json, args.steps)
 
 
 def plan_of(args: PlanArgs) -> Plan:
@@ -214,10 +218,10 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _write(plan: Plan, path: Path) -> None:
+def _write(plan: Plan, path: Path, steps: int | None) -> None:
     content = {
         "profile": plan.planner.profile.model_dump(mode="json"),
-        "rows": [row.as_json() for row in plan.rows],
+        "rows": [row.as_json(steps) for row in plan.rows],
         "omitted": [asdict(omitted) for omitted in plan.omitted],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,8 @@ class Workload(Part):
 
     model: str
     width: int | None = None
+    args: tuple[str, ...] = ()
+    """model.args. Profiles that do not name them were measured without any."""
     image_size: Count
     channels: Count
     num_classes: Count

@@ -29,14 +29,16 @@ class Row:
     limit: str
     extrapolated: tuple[str, ...]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, with the derived ones."""
+    def as_json(self, steps: int | None = None) -> dict[str, Any]:
+        """Plain values, with the derived ones; with ``steps`` also the seconds that so many take."""
         prediction, layout = self.prediction, self.prediction.layout
         values = asdict(self) | {"extrapolated": list(self.extrapolated), "executor": layout.executor}
         derived = {
             "images_per_second": prediction.images_per_second,
             "device_seconds_per_image": prediction.device_seconds_per_image,
         }
+        if steps is not None:
+            derived |= {"steps": steps, "total_seconds": prediction.step * steps}
         return values | derived
 
 
@@ -92,11 +94,12 @@ def _row(planner: Planner, choice: Choice, devices: int, link_given: bool) -> Ro
         choice.memory,
         planner.overhead(prediction),
         "memory" if choice.short_of_memory else planner.limit(prediction),
-        _extrapolated(planner, prediction, link_given),
+        extrapolated(planner, prediction, link_given),
     )
 
 
-def _extrapolated(planner: Planner, prediction: Prediction, link_given: bool) -> tuple[str, ...]:
+def extrapolated(planner: Planner, prediction: Prediction, link_given: bool) -> tuple[str, ...]:
+    """What of a prediction lies outside of what was measured, as in :class:`Row`."""
     layout, link = prediction.layout, planner.link
     found = []
     if not planner.in_range(prediction.method, layout.micro_batch):

@@ -12,8 +12,9 @@ from .profile import Profile
 from .rows import Plan, Row
 
 GIB = 2**30
-RIGHT = ("devices", "batch", "step", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
-NEEDS_WIDTH = {"GiB": 125, "micro-batch": 118, "batch": 106, "device-s\nper epoch": 98, "overhead": 86}
+RIGHT = ("devices", "batch", "step", "total", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
+NEEDS_WIDTH = {"GiB": 125, "micro-batch": 118, "batch": 106, "device-s\nper epoch": 98, "overhead": 86, "limit": 78}
+TOTAL_WIDTH = 9
 LEGEND = (
     "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the number of ranks, L the "
     "link.",
@@ -23,19 +24,24 @@ LEGEND = (
 )
 
 
-def show(plan: Plan, epoch_images: int, price: float | None, console: Console | None = None) -> None:
+def show(
+    plan: Plan, epoch_images: int, price: float | None, steps: int | None = None, console: Console | None = None
+) -> None:
     """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
     console = console or Console(highlight=False)
     console.print(printable(_about(plan)), markup=False)
-    console.print(plan_table(plan, epoch_images, price, console.width))
+    console.print(plan_table(plan, epoch_images, price, console.width, steps))
     for line in (*LEGEND, *_stream(plan), *_left_out(plan)):
         console.print(f"- {line}", markup=False)
 
 
-def plan_table(plan: Plan, epoch_images: int, price: float | None = None, width: int = 160) -> Table:
+def plan_table(
+    plan: Plan, epoch_images: int, price: float | None = None, width: int = 160, steps: int | None = None
+) -> Table:
     """One line per row; columns that can wait are left out of a terminal narrower than they need."""
-    names = list(cells(plan.rows[0], epoch_images, price))
-    shown = [name for name in names if width >= NEEDS_WIDTH.get(name, 0)]
+    names = list(cells(plan.rows[0], epoch_images, price, steps))
+    room = width - (TOTAL_WIDTH if steps is not None else 0)
+    shown = [name for name in names if room >= NEEDS_WIDTH.get(name, 0)]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
     for name in shown:
         table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=True)
@@ -44,13 +50,13 @@ def plan_table(plan: Plan, epoch_images: int, price: float | None = None, width:
         if last not in (None, (row.global_batch, row.devices)):
             table.add_section()
         last = row.global_batch, row.devices
-        values = cells(row, epoch_images, price)
+        values = cells(row, epoch_images, price, steps)
         table.add_row(*(values[name] for name in shown))
     return table
 
 
-def cells(row: Row, epoch_images: int, price: float | None = None) -> dict[str, str]:
-    """Column -> text. ``price``: of one device for one hour."""
+def cells(row: Row, epoch_images: int, price: float | None = None, steps: int | None = None) -> dict[str, str]:
+    """Column -> text. ``price``: of one device for one hour; ``steps``: of the whole training."""
     prediction, layout = row.prediction, row.prediction.layout
     epoch = prediction.device_seconds_per_image * epoch_images
     split = f"ranks {layout.learners}:{layout.attack_ranks}" if layout.attack_ranks else f"inline {layout.learners}"
@@ -61,6 +67,7 @@ def cells(row: Row, epoch_images: int, price: float | None = None) -> dict[str, 
         "executor": split,
         "micro-batch": f"{layout.micro_batch} x {layout.accumulation}",
         "step": duration(prediction.step),
+        **({} if steps is None else {"total": duration(prediction.step * steps)}),
         "images/s": f"{prediction.images_per_second:,.0f}",
         "overhead": f"{row.overhead:.2f}",
         "device-s\nper epoch": f"{epoch:,.0f}",

@@ -36,7 +36,7 @@ def config_of(workload: Workload, method: str) -> Config:
             precision=workload.precision,
             channels_last=workload.channels_last,
             data=DataConfig(mean=(0.5,), std=(0.25,)),
-            model=ModelConfig(name=workload.model, width=workload.width),
+            model=ModelConfig(name=workload.model, width=workload.width, args=workload.args),
             optim=OptimConfig(name=workload.optimizer, lr=LEARNING_RATE),  # type: ignore[arg-type]
         )
     )

@@ -23,6 +23,7 @@ from ..run import RunDir
 from ..trainer import Parts, admit, build, overview
 from . import estimate, memory, picture
 from .estimate import Cost, Disk, Group, Time, gib
+from .profiled import predicted_time
 from .rehearsal import Rehearsal, Shape
 
 SAMPLE = 512
@@ -73,11 +74,14 @@ def preview(
     execution: Execution | None = None,
     observer: Observer | None = None,
     profile: Path | None = None,
+    link_gbit: float | None = None,
+    latency_us: float | None = None,
 ) -> Preview:
     """Check data, settings, memory and disk as a run into ``out`` would need them; no step is made.
 
-    Writes nothing (data.download aside) and leaves ``out`` as it is. ``profile``: of ``conadv plan``, for the time;
-    without one, a few steps of one micro-batch on synthetic images are timed, in an engine of their own.
+    Writes nothing (data.download aside) and leaves ``out`` as it is. ``profile``: of ``conadv plan``, for the time,
+    with ``link_gbit`` and ``latency_us`` of the link between ranks in place of the measured one; without a profile, a
+    few steps of one micro-batch on synthetic images are timed, in an engine of their own.
     Raises ConadvError for all that :func:`conadv.trainer.train` would stop at before its first step, and where image
     files in the sample cannot be read, memory or disk would not do.
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
@@ -101,7 +105,10 @@ def preview(
                 f"{printable(out)} has {gib(disk.free)} left. Free some space, choose another --out, or a smaller "
                 f"--checkpoint.keep. {gib(disk.waiting)} of each are images that wait (--pending-dtype)."
             )
-        time = _time(parts, needs.rehearsal, measured)
+        if measured is not None:
+            time = predicted_time(parts, measured, link_gbit, latency_us)
+        else:
+            time = estimate.rehearsed_time(parts, needs.rehearsal)
     slowest = max(comm.gather(time.step), default=0.0)
     saved = checkpoint.steps(run.checkpoints) if resume and comm.first else []
     return Preview(
@@ -164,7 +171,7 @@ def _facts(parts: Parts, sampled: int, bad: tuple[str, ...]) -> DataFound:
     )
 
 
-# ---- memory and time
+# ---- memory
 
 
 @dataclass(frozen=True)
@@ -193,12 +200,6 @@ def _memory(parts: Parts, comm: Comm) -> tuple[_Needs, int | None]:
             )
     known = [value for value in comm.gather(free) if value is not None]
     return _Needs(rehearsal, sizes, needed), min(known, default=None)
-
-
-def _time(parts: Parts, rehearsal: Rehearsal, profile: Profile | None) -> Time:
-    if profile is not None:
-        return estimate.predicted_time(parts, profile)
-    return estimate.rehearsed_time(parts, rehearsal)
 
 
 # ---- curves

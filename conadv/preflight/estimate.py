@@ -5,21 +5,16 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..config import Config, accumulation, micro_batch
-from ..errors import ConadvError
 from ..norm import has_batchnorm
-from ..plan.command import link_of
 from ..plan.measure import activations
 from ..plan.memory import step_bytes
-from ..plan.model import KINDS, Layout, Planner
-from ..plan.profile import Profile, Sizes
+from ..plan.profile import Sizes
 from ..trainer import Parts
 from .memory import GIB
 from .rehearsal import Rehearsal
@@ -190,41 +185,6 @@ class Time:
     step: float
     source: str
     notes: tuple[str, ...] = ()
-
-
-def predicted_time(parts: Parts, profile: Profile) -> Time:
-    """By ``conadv plan``'s model of a measured profile. Raises ConadvError for what it cannot predict."""
-    config = parts.config
-    method = config.method + ("-lookahead" if config.lookahead else "")
-    if method == "conadv" and config.staleness == 0:
-        method = "disadv"
-    if method not in KINDS:
-        raise ConadvError(f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out.")
-    learners = len(parts.teams.learners)
-    layout = Layout(learners, len(parts.teams.attackers), micro_batch(config), accumulation(config, learners))
-    prediction = Planner(profile, link_of(profile, None, None), config.staleness or 1).predict(method, layout)
-    return Time(prediction.step, "predicted from the profile", tuple(_differences(parts, profile)))
-
-
-def _differences(parts: Parts, profile: Profile) -> Iterator[str]:
-    """Where the profile was measured on something else than this run, and what it does not count."""
-    config, work = parts.config, profile.workload
-    pairs: Sequence[tuple[str, Any, Any]] = (
-        ("model", work.model, config.model.name),
-        ("image size", work.image_size, parts.data.image_size),
-        ("channels", work.channels, parts.data.channels),
-        ("precision", work.precision, config.precision),
-        ("optimizer", work.optimizer, config.optim.name),
-        ("channels_last", work.channels_last, config.channels_last),
-        ("device", profile.device, parts.engine.device.type),
-    )
-    for name, measured, mine in pairs:
-        if measured != mine:
-            yield f"the profile is of {name} {measured}, the run has {mine}: measure one of its own"
-    yield "without loading images"
-    plain = config.attack.num_steps == 1 and config.attack.share == 1 and config.attack.every == 1
-    if not plain or config.data.aug_view is not None:
-        yield "a profile knows FGSM on every image and no third view: this run's step takes another time"
 
 
 def rehearsed_time(parts: Parts, rehearsal: Rehearsal) -> Time:

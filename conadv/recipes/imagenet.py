@@ -120,6 +120,7 @@ def resnet50_8k() -> Config:
         -m conadv train imagenet_resnet50_8k --data DIR --method conadv --lookahead
     RECIPE=imagenet_resnet50_8k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 8192 --micro-batch-size 64
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     Expected of plain LARS: 75.9 % after 42.0 epochs on average (10 runs; mlcommons/logging, training_2.0.0,
     rcps_resnet.json, resnet_ref_8192). 64 images per batch norm, so accumulation 16 on 8 devices and 2 on 64.
@@ -135,6 +136,7 @@ def resnet50_32k() -> Config:
         -m conadv train imagenet_resnet50_32k --data DIR --method conadv --lookahead
     RECIPE=imagenet_resnet50_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     Expected of plain LARS: 75.9 % after 56.0 epochs on average (10 runs; rcps_resnet.json, resnet_ref_32768). 128
     images per batch norm, so accumulation 32 on 8 devices and 4 on 64.
@@ -155,6 +157,7 @@ def resnet50_64k() -> Config:
         -m conadv train imagenet_resnet50_64k --data DIR --method conadv --lookahead
     RECIPE=imagenet_resnet50_64k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 65536 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     Expected of plain LARS: 75.9 % after 84.5 epochs on average (10 runs; rcps_resnet.json, resnet_ref_65536). So the
     75.3 % of the paper's LARS at 64K is less than a tuned one reaches. 128 images per batch norm: accumulation 64 on 8
@@ -175,6 +178,7 @@ def resnet50_96k() -> Config:
         -m conadv train imagenet_resnet50_96k --data DIR --method conadv --lookahead
     RECIPE=imagenet_resnet50_96k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 98304 --micro-batch-size 96
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     Their result: 75.3 % with ConAdv, 76.2 % with AutoAugment as a third view (--aug-view autoaugment), arXiv
     2106.00221; LARS alone 74.3 % as the VRGD paper quotes them. 1,301 steps are 99.8 epochs. 96 images per batch norm
@@ -211,6 +215,7 @@ def efficientnet_b0_4k() -> Config:
         -m conadv train imagenet_efficientnet_b0_4k --data DIR --method conadv --lookahead
     RECIPE=imagenet_efficientnet_b0_4k DATA=DIR sbatch --nodes 4 job.sh
     conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     For comparison: 77.1 % with RMSProp at batch 4,096 in 350 epochs (Tan and Le 2019, arXiv 1905.11946). The learning
     rate is LAMB's at 32K for ResNet-50 (0.04, linear decay, 20 of 90 epochs warm-up: see imagenet_resnet50_32k) times
@@ -228,6 +233,7 @@ def efficientnet_b0_32k() -> Config:
         -m conadv train imagenet_efficientnet_b0_32k --data DIR --method conadv --lookahead
     RECIPE=imagenet_efficientnet_b0_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     The 32K point of imagenet_efficientnet_b0_4k, where the sources are: lr 0.04, 20 epochs warm-up.
     """
@@ -254,6 +260,7 @@ def vit_s_4k() -> Config:
         -m conadv train imagenet_vit_s_4k --data DIR --method conadv --lookahead
     RECIPE=imagenet_vit_s_4k DATA=DIR sbatch --nodes 4 job.sh
     conadv plan NODE.json --devices 8,32 --global-batch-size 4096 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     No batch norm: all routes share the normalisation. From DeiT III (Touvron et al. 2022, arXiv 2204.07118, README of
     facebookresearch/deit): its ViT-S with LayerScale, LAMB, lr 4e-3 at batch 2,048, weight decay 0.05, cosine, 5 epochs
@@ -272,6 +279,7 @@ def vit_s_32k() -> Config:
         -m conadv train imagenet_vit_s_32k --data DIR --method conadv --lookahead
     RECIPE=imagenet_vit_s_32k DATA=DIR sbatch job.sh
     conadv plan NODE.json --devices 8,64 --global-batch-size 32768 --micro-batch-size 128
+    (Before: conadv slurm > job.sh; conadv plan NODE.json --measure all ..., see docs/imagenet.md)
 
     imagenet_vit_s_4k by the same two rules: lr 4e-3 x sqrt(32,768 / 2,048) = 0.016, 80 epochs warm-up.
     """

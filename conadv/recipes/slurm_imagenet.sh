@@ -1,8 +1,9 @@
 #!/bin/bash
 # ImageNet at a large batch on nodes of 8 GPUs. conadv slurm > job.sh, set the lines below for your cluster, then:
 #     DATA=/folder/with/train/and/val sbatch job.sh
+#     DATA=/folder/with/train/and/val OPTIONS='--method noise' sbatch --job-name noise job.sh
 # Every setting of sbatch may also be given there: sbatch --nodes 1 --time 2-00:00:00 --partition NAME job.sh
-#SBATCH --job-name=conadv
+#SBATCH --job-name=train
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -17,7 +18,9 @@ set -euo pipefail
 
 RECIPE=${RECIPE:-imagenet_resnet50_32k}  # conadv recipes
 DATA=${DATA:?folder with train/ and val/, the same images on every node}
-OUT=${OUT:-$PWD/runs/$RECIPE-conadv}     # on a file system that all nodes share; `conadv train --dry-run` says how large
+# The run: on a file system that all nodes share; `conadv train --dry-run` says how large. Not named by the job's number,
+# so that a job sent once more goes on; another method or recipe's settings need a job name (or OUT) of their own.
+OUT=${OUT:-$PWD/runs/$RECIPE/$SLURM_JOB_NAME}
 OPTIONS=${OPTIONS---method conadv --lookahead}    # any option of: conadv train RECIPE --help
 PYTHON=${PYTHON:-python}                 # or activate an environment in this line
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0    # where host names do not lead to the fast network
