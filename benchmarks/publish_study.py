@@ -4,8 +4,9 @@
     python benchmarks/publish_study.py --again NAME...
 
 SWEEP is the folder that `conadv sweep` wrote. Its report is made anew; `results/studies/NAME/` gets `sweep.json` (the
-spec, every trial and choice), `summary.json` (the report's numbers and tables) and `runs.jsonl` (one line per run). Of
-the figures those are taken that a page shows. `benchmarks/readme.py` draws the pages from these.
+spec, every trial and choice), `summary.json` (the report's numbers and tables), `runs.jsonl` (one line per run) and,
+where runs were analysed, `analysis.jsonl`. Of the figures those are taken that a page shows. `benchmarks/readme.py`
+draws the pages from these.
 
 With --again the report is made anew from what is published of the study NAME (a folder of results/studies/): for a
 report that says or draws something new, when the sweep's folder is gone.
@@ -20,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import study_flatness
 import study_records
 
 from conadv.report.study import write_sweep_report
@@ -47,6 +49,8 @@ def publish(sweep: Path) -> Path:
         json.dumps(run_line(run)) for run in sorted((sweep / "runs").iterdir()) if (run / "summary.json").is_file()
     ]
     (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
+    if analysed := study_flatness.lines(sweep):
+        (numbers / study_flatness.FILE).write_text("".join(f"{json.dumps(line)}\n" for line in analysed))
     copy_pictures(sweep, name)
     return numbers
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from scipy.special import stdtrit  # type: ignore[import-untyped]
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
 from conadv.report import table as cells
 from conadv.report.stats import holm, paired_difference
@@ -59,31 +58,11 @@ def decide(summary: Json) -> Table:
     return head, rows
 
 
-FLATNESS = ("largest Hessian eigenvalue", "Hessian trace", "SAM sharpness", "Keskar sharpness")
+def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "LARS") -> Table:
+    """What each cheaper attack keeps of the gain of ``whole``, with the interval of that share.
 
-
-def ranks(summary: Json) -> Table:
-    """Spearman's correlation over the arms: mean test accuracy against each mean measure of sharpness.
-
-    Below 0 the flatter arms are the more accurate, which is what the flatter-minimum story says.
+    ``rival``: the name and the accuracies by seed of an arm of another study with the same settings and seeds.
     """
-    content = summary["tables"]["sharpness"]
-    columns = {name: [_mean(row[content["head"].index(name)]) for row in content["rows"]] for name in FLATNESS}
-    reached = [_mean(row[content["head"].index("test accuracy, %")]) for row in content["rows"]]
-    rows = []
-    for name, values in columns.items():
-        found = spearmanr(reached, values)
-        rows.append([name, str(len(values)), f"{found.statistic:+.2f}".replace("-", "−"), f"{found.pvalue:.2f}"])
-    return ["measure", "arms", "rank correlation with test accuracy", "p"], rows
-
-
-def _mean(text: str) -> float:
-    """12.3 of "12.3 ± 4.5"."""
-    return float(text.partition("±")[0].replace("−", "-").replace(",", ""))
-
-
-def gain(summary: Json, whole: str, base: str = "LARS") -> Table:
-    """What each cheaper attack keeps of the gain of ``whole``, with the interval of that share."""
     spent = cell(summary, base)["cost"]["total"]
     full = _gains(summary, whole, base)
     rows = []
@@ -95,9 +74,10 @@ def gain(summary: Json, whole: str, base: str = "LARS") -> Table:
             "–" if kept is None else "yes" if kept[0] >= TARGET else "no" if kept[1] < TARGET else "cannot be told"
         )
         cost = cell(summary, arm)["cost"]["total"] / spent
-        rows.append([arm, f"{cost:.3g}", points(summary, arm, base), text, reached])
+        above = cells.difference(paired_difference(accuracies(summary, arm), rival[1]))
+        rows.append([arm, f"{cost:.3g}", points(summary, arm, base), text, reached, above])
     head = ["arm", f"gradient images, times {base}'s", f"gain over {base}", "share of the gain kept [95 %]"]
-    return [*head, f"at least {100 * TARGET:.0f} %?"], rows
+    return [*head, f"at least {100 * TARGET:.0f} %?", f"against {rival[0]}"], rows
 
 
 def _gains(summary: Json, arm: str, base: str) -> list[float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import study_contrasts
+import study_flatness
 import study_records
 
 QUESTIONS = {
@@ -25,7 +26,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, kept, decide, ranks, gain, predictors, or a table of the report.
+    """``what``: questions, made, kept, decide, ranks, ratios, gain, predictors, or a table of the report.
 
     "accuracy 500" is the table where its first column is 500.
     """
@@ -39,9 +40,12 @@ def section(studies: Path, name: str, what: str) -> str:
     if what == "decide":
         return drawn(*study_contrasts.decide(summary))
     if what == "ranks":
-        return drawn(*study_contrasts.ranks(summary))
+        return drawn(*study_flatness.ranks(study_flatness.read(studies / name), "LARS, 3 times the epochs"))
+    if what == "ratios":
+        return drawn(*study_flatness.ratios(study_flatness.read(studies / name)))
     if what == "gain":
-        return drawn(*study_contrasts.gain(summary, "ConAdv"))
+        rival = json.loads((studies / "cifar10" / "summary.json").read_text())  # the same settings, images and seeds
+        return drawn(*study_contrasts.gain(summary, "ConAdv", ("LAMB", study_contrasts.accuracies(rival, "LAMB"))))
     if what == "predictors":
         (head, rows), said = study_contrasts.predictors(summary)
         return f"{drawn(head, rows)}\n\n{said}"

@@ -85,7 +85,8 @@ def test_the_interval_of_a_share_holds_what_a_paired_test_does_not_refuse() -> N
 
 
 def test_what_is_kept_of_a_gain_is_said_with_its_aim() -> None:
-    # Red when: the aim is asked of the middle of the interval, or the gain is not over the baseline.
+    # Red when: the aim is asked of the middle of the interval, the gain is not over the baseline, or the rival's
+    # accuracies are taken for another arm's.
     base = [0.40, 0.41, 0.42, 0.40]
     gains = [0.0200, 0.0201, 0.0199, 0.0200]
     arms = {
@@ -95,10 +96,13 @@ def test_what_is_kept_of_a_gain_is_said_with_its_aim() -> None:
         "ConAdv, little": [b + 0.5 * g for b, g in zip(base, gains, strict=True)],
         "recycle": [b + s * g for b, g, s in zip(base, gains, (1.1, 0.6, 0.8, 0.9), strict=True)],
     }
-    head, rows = load("study_contrasts").gain(summary(**arms), "ConAdv")
+    rival = {seed: b + 0.01 for seed, b in enumerate(base)}
+    head, rows = load("study_contrasts").gain(summary(**arms), "ConAdv", ("LAMB", rival))
+    assert head[-1] == "against LAMB"
+    assert [row[-1].split()[0] for row in rows[:3]] == ["+1.00", "+0.90", "+0.00"]
     assert head[1] == "gradient images, times LARS's"
     assert [row[0] for row in rows] == list(arms)[1:]
-    assert [row[-1] for row in rows] == ["–", "yes", "no", "cannot be told"]
+    assert [row[-2] for row in rows] == ["–", "yes", "no", "cannot be told"]
     assert rows[1][1] == "3"
     assert rows[2][3].startswith("50 % [50, 50]")
 
@@ -116,24 +120,6 @@ def test_the_decisive_arms_are_compared_by_seed() -> None:
     assert rows[6][:3] == ["+ ConAdv, no split", "7", "50.00 ± 1.00"]
     with pytest.raises(SystemExit, match="0 cells of the arm 'LAMB'"):
         contrasts.decide({"cells": content["cells"][:1]})
-
-
-def test_sharpness_is_ranked_against_accuracy() -> None:
-    # Red when: the sign is turned, another column is read, or values are taken in place of ranks.
-    contrasts = load("study_contrasts")
-    head = ["batch", "arm", "test accuracy, %", *contrasts.FLATNESS]
-    rows = [
-        ["1", "a", "90.00 ± 1.00", "1e+03 ± 9", "1 ± 0", "2 ± 0", "1 ± 0"],
-        ["1", "b", "91.00 ± 1.00", "10 ± 9", "2 ± 0", "1 ± 0", "2 ± 0"],
-        ["1", "c", "92.00 ± 1.00", "9 ± 9", "1e+03 ± 0", "3 ± 0", "0 ± 0"],
-    ]
-    found = contrasts.ranks({"tables": {"sharpness": {"head": head, "rows": rows}}})[1]
-    assert [row[:3] for row in found] == [
-        ["largest Hessian eigenvalue", "3", "−1.00"],
-        ["Hessian trace", "3", "+1.00"],
-        ["SAM sharpness", "3", "+0.50"],
-        ["Keskar sharpness", "3", "−0.50"],
-    ]
 
 
 def test_predictors_are_compared_at_the_same_staleness() -> None:
@@ -213,3 +199,59 @@ def test_a_published_study_is_reported_again(tmp_path: Path) -> None:
     records.restore(wrong, tmp_path / "again")
     with pytest.raises(SystemExit, match="are not those"):
         records.report_again(wrong, tmp_path / "again")
+
+
+def analysed(arm: str, seed: int, sharp: float, final: float, here: float) -> dict[str, object]:
+    measures = dict.fromkeys(("eigenvalue", "trace", "sam", "keskar"), sharp)
+    return {"arm": arm, "seed": seed, **measures, "final_test_accuracy": final, "test_accuracy": here}
+
+
+def test_sharpness_is_ranked_against_accuracy() -> None:
+    # Red when: the sign is turned, accuracies of the finished run and the checkpoint are exchanged, the arm to leave
+    # out stays, or values are taken in place of ranks.
+    runs = [
+        *(analysed("a", seed, 1000.0, 0.9, 0.3) for seed in (0, 1)),
+        *(analysed("b", seed, 10.0, 0.8, 0.2) for seed in (0, 1)),
+        *(analysed("c", seed, 9.0, 0.95, 0.1) for seed in (0, 1)),
+    ]
+    head, rows = load("study_flatness").ranks(runs, "c")
+    assert head[1:3] == ["3 arms", "without c"]
+    assert [row[0] for row in rows] == list(load("study_flatness").MEASURES.values())
+    assert [cell.split()[0] for cell in rows[0][1:]] == ["−0.50", "+1.00", "+1.00"]
+
+
+def test_flatter_by_how_much_is_a_ratio_of_paired_seeds() -> None:
+    # Red when: the ratio is turned, seeds are not paired, or the interval is that of the values and not of their logs.
+    base = [analysed("LARS", seed, 8.0 * 2**seed, 0.9, 0.9) for seed in (0, 1, 2)]
+    flat = [analysed("a", seed, 2.0 * 2**seed, 0.9, 0.9) for seed in (2, 0, 1)]
+    wide = [analysed("b", seed, 8.0 * 2**seed / 4.0**seed, 0.9, 0.9) for seed in (0, 1, 2)]
+    rows = load("study_flatness").ratios([*base, *flat, *wide])[1]
+    assert rows[0][:2] == ["a", "4 [4, 4]"]
+    middle, low, high = (float(text.strip("[],")) for text in rows[1][1].split())
+    assert (middle, low * high) == (4.0, pytest.approx(16.0, rel=0.1))
+    assert low < 1 < high
+
+
+def test_what_is_published_of_an_analysis(tmp_path: Path) -> None:
+    # Red when: tuning runs or runs without an analysis are taken, or the accuracy is not that at alpha = 0.
+    cells = [{"arm": "a", "runs": ["runs/x", "runs/y"], "seeds": [3, 4]}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells}))
+    for name in ("x", "y", "tuning"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "summary.json").write_text('{"test_accuracy": 0.9}')
+    document = {
+        "at_loss": 0.1,
+        "step": 5,
+        "newest_step": 9,
+        "images": 8,
+        "loss": 0.11,
+        "accuracy": 1.0,
+        "landscape_1d": {"alphas": [-1.0, 0.0, 1.0], "test_accuracy": [0.1, 0.7, 0.2]},
+        "hessian": {"eigenvalues": [4.0, 1.0], "trace": 6.0},
+        "sharpness": {"sam": {"value": 0.2}, "keskar": {"value": 3.0}},
+    }
+    for name in ("x", "tuning"):
+        (tmp_path / "runs" / name / "analysis.json").write_text(json.dumps(document))
+    (found,) = load("study_flatness").lines(tmp_path)
+    assert (found["run"], found["seed"], found["step"], found["eigenvalue"], found["keskar"]) == ("x", 3, 5, 4.0, 3.0)
+    assert (found["test_accuracy"], found["final_test_accuracy"]) == (0.7, 0.9)
