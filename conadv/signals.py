@@ -8,16 +8,18 @@ whatever the process waits for.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from .errors import ConadvError
+from .errors import ConadvError, printable
 
 INTERRUPT, TERMINATE = 1, 2
 """Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
