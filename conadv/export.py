@@ -19,6 +19,7 @@ from .checkpoint import giving
 from .config import Config, resolve
 from .ema import evaluated_state
 from .errors import ConadvError, install, unknown
+from .fits import load_weights
 from .norm import strip
 from .record import sync_folder, write_atomic
 from .run import RunDir
@@ -42,7 +43,7 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     state = load_state(run, torch.device("cpu"), best=best)
     with giving(state):
         model = make_model(config, state["channels"], len(state["class_names"]))
-        model.load_state_dict(evaluated_state(state))
+        load_weights(model, evaluated_state(state))
         if config.data.image_size not in (None, state.get("image_size", config.data.image_size)):
             raise ValueError(
                 f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConadvError
+from .fits import check_count, check_keys, shown
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTACK_SCALE = 2.0**10
@@ -74,4 +76,9 @@ class LossScale:
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scale, self.good_steps = state["scale"], state["good_steps"]
+        check_keys(state, ("scale", "good_steps"), "its loss scale")
+        scale = state["scale"]
+        if not isinstance(scale, float) or not 1 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
+            raise ConadvError(f"its loss scale is {shown(scale)}, not a power of two")
+        self.good_steps = check_count(state["good_steps"], "its good_steps", self.growth_interval - 1)
+        self.scale = scale

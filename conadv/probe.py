@@ -21,6 +21,7 @@ from .data import Data
 from .engine import TrainStep
 from .engine.lookahead import LookAhead
 from .errors import ConadvError
+from .fits import check_count, check_keys, check_like, check_mapping
 from .methods.base import attack_from_config
 from .schedules import WarmupDecay
 from .types import MicroBatch
@@ -94,12 +95,25 @@ class Probe:
         return {"waiting": self._waiting, "ahead": {name: ahead.state_dict() for name, ahead in self._ahead.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_keys(state, ("waiting", "ahead"), "its probe")
+        check_keys(state["ahead"], self._ahead, "its probe's look-ahead")
+        self._check_waiting(state["waiting"])
         self._waiting = {
             step: {tau: {name: _on_host(weights) for name, weights in made.items()} for tau, made in taus.items()}
             for step, taus in state["waiting"].items()
         }
         for name, ahead in self._ahead.items():
             ahead.load_state_dict(state["ahead"][name])
+
+    def _check_waiting(self, waiting: Any) -> None:
+        what, own = "its probe", self._engine.trainable()
+        for step, taus in check_mapping(waiting, what).items():
+            check_count(step, f"{what}'s step", self._num_steps)
+            for tau, made in check_mapping(taus, what).items():
+                check_count(tau, f"{what}'s staleness", step)
+                for name, weights in check_keys(made, (STALE, *self._ahead), what).items():
+                    for part, value in check_keys(weights, own, f"{what}'s {name}").items():
+                        check_like(value, own[part], f"{part} of {what}'s {name}")
 
     # ---- when
 

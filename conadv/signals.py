@@ -8,16 +8,18 @@ whatever the process waits for.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-from .errors import ConadvError
+from .errors import ConadvError, printable
 
 INTERRUPT, TERMINATE = 1, 2
 """Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
@@ -84,17 +86,17 @@ def granted_seconds() -> float | None:
     """How long after SIGTERM this process is killed, None where nobody has said so.
 
     CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30 seconds, newer ones
-    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is no number.
+    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is no number of seconds.
     """
     names = ["CONADV_GRACE_SECONDS"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         names.append("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
     for name in names:
         if text := os.environ.get(name):
-            try:
-                return float(text)
-            except ValueError as error:
-                raise ConadvError(f"The environment variable {name} is {text!r}, not a number of seconds.") from error
+            with suppress(ValueError):
+                if 0 <= (seconds := float(text)) < math.inf:
+                    return seconds
+            raise ConadvError(f"The environment variable {name} is {printable(text)[:80]!r}, not a number of seconds.")
     return 30.0 if len(names) > 1 else None
 
 

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from . import checkpoint, record, rng
 from ._version import __version__
 from .attacks import PGD, AttackPlan, PixelSpace
-from .config import Config, accumulation, differences, parse, replace, resolve, scaled_lr
+from .config import Config, accumulation, differences, micro_batch, parse, replace, resolve, scaled_lr
 from .data import Data, build_data, build_source, windows
 from .data.loader import naming_lost_workers
 from .ema import EMA, evaluated_state
 from .engine import Comm, Executor, Teams, TrainStep
 from .engine.comm import pick_device
-from .engine.pending import gather, shard
+from .engine.pending import Expected, gather, shard
 from .errors import ConadvError, printable
 from .evaluation import Result, evaluate, stop_if_diverged
 from .execution import Choice, Execution, choose
+from .fits import load_optimizer, load_weights
 from .lock import Lock
 from .methods import build_method, method_class
 from .methods.base import Method, space_from_config
@@ -451,9 +452,9 @@ def restore(parts: Parts, state: dict[str, Any]) -> int:
     Ranks: ``state`` is the same on all but for the images that wait, of which each has its own share (:func:`_deal`).
     """
     with checkpoint.giving(state):
-        parts.model.load_state_dict(state["model"])
-        _restore_optimizer(parts.optimizer, state["optimizer"])
-        parts.engine.load_state_dict(state["engine"])
+        load_weights(parts.model, state["model"])
+        parts.engine.load_state_dict(state["engine"], _images_that_wait(parts))
+        load_optimizer(parts.optimizer, state["optimizer"], parts.engine.version, some=parts.engine.has_updated)
         if parts.probe is not None:
             parts.probe.load_state_dict(state["probe"])
         parts.best.update(state["best"] or {})
@@ -478,16 +479,16 @@ def _deal(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
     return {**everyones, "engine": {**everyones["engine"], "pending": comm.scatter(shares)}}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load its state. But for the learning rate its settings are the config's, in a checkpoint too."""
-
-    def settings() -> list[dict[str, Any]]:
-        return [{**group, "params": None, "lr": math.isfinite(group["lr"])} for group in optimizer.param_groups]
-
-    ours = settings()
-    optimizer.load_state_dict(state)
-    if settings() != ours:
-        raise ConadvError("its optimizer has other settings")
+def _images_that_wait(parts: Parts) -> Expected:
+    """What this rank's share of the images of one step looks like."""
+    config, method = parts.config, parts.engine.method
+    count = method.plan.count(micro_batch(config))
+    return Expected(
+        micro_batches=accumulation(config, len(parts.teams.learners)),
+        images=(count, parts.data.channels, parts.data.image_size, parts.data.image_size),
+        classes=parts.data.num_classes,
+        ahead=max(method.ahead, 1),  # recycle keeps them for the next step
+    )
 
 
 def _start(run: RunDir, parts: Parts, resume: bool, lock: Lock, observer: Observer) -> tuple[int, list[str]]:
@@ -530,7 +531,7 @@ def load_run(path: Path, device: torch.device, *, best: bool = False, step: int 
         state = {**state, "engine": {**state["engine"], "pending": {}}}  # nobody trains here
     restore(parts, checkpoint.to_device(state, device))
     with checkpoint.giving(state):
-        parts.model.load_state_dict(evaluated_state(state))
+        load_weights(parts.model, evaluated_state(state))
     return dataclasses.replace(parts, ema=None)
 
 

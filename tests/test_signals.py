@@ -198,12 +198,13 @@ def test_how_long_a_launcher_waits(
     assert granted_seconds() == seconds
 
 
+@pytest.mark.parametrize("text", ["ten", "nan", "-1", "inf"])
 def test_a_time_that_is_no_number_ends_the_run_before_it_begins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: the variable is looked at by the first step only.
-    monkeypatch.setenv("CONADV_GRACE_SECONDS", "ten")
-    with pytest.raises(ConadvError, match="CONADV_GRACE_SECONDS is 'ten'"):
+    # Red when: the variable is looked at by the first step only, or a time may be infinite or below 0.
+    monkeypatch.setenv("CONADV_GRACE_SECONDS", text)
+    with pytest.raises(ConadvError, match=f"CONADV_GRACE_SECONDS is '{text}'"):
         train(config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -295,6 +295,34 @@ YAMLS = {
     "infinity": "optim: {lr: .inf}",
     "long value": f"method: {'x' * 100_000}",
     "long key": f"{'k' * 100_000}: 1",
+    "empty int": 'steps: !!int ""',
+    "empty float": 'epochs: !!float ""',
+    "sign": "steps: !!int +",
+    "no bool": "steps: !!bool x",
+    "no timestamp": "steps: !!timestamp x",
+    "list as int": "steps: !!int [1]",
+    "hexadecimal": f"steps: 0x{'f' * 5000}",
+    "octal": f"steps: 0{'7' * 5000}",
+    "binary number": f"steps: 0b{'1' * 5000}",
+    "21 digits": "data: {mean: [100000000000000000000]}",
+    "base 60": "steps: 1:30",
+    "base 60 float": "epochs: 1:30.5",
+    "long float": f"epochs: 0.{'1' * 5000}",
+    "number as key": "foo: {0xffff: 1}",
+    "long number as key": f"? 0x{'f' * 5000}\n: 1",
+    "date as key": "2024-01-01: 3",
+    "truth as key": "on: 1",
+    "nothing as key": "~: 1",
+    "set of numbers": "steps: !!set {1, 2}",
+}
+MANY: dict[str, str] = {  # of a size that took more than 10 s of processor time, or more values than are allowed
+    "keys twice": "{" + ",".join(f"a{i % 10}: 1" for i in range(25_000)) + "}",
+    "many keys": "{" + ",".join(f"a{i}: 1" for i in range(12_000)) + ", a1: 2}",
+    "many merges": "{" + "<<: {}," * 12_000 + "}",
+    "base 60": "steps: 1" + ":1" * 120_000,
+    "list": "[" + "0," * 120_000 + "]",
+    "tags": "- !!str a\n" * 25_000,
+    "escapes": 'a: "' + "\\x41" * 65_000 + '"',
 }
 
 
@@ -311,6 +339,50 @@ def test_hostile_configs_are_short_errors(name: str, tmp_path: Path, monkeypatch
     assert len(str(caught.value)) < 2000
     assert ("anchors" in str(caught.value)) == (name in ("alias bomb", "recursive alias", "merge"))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_no_config_takes_long(name: str, tmp_path: Path) -> None:
+    # Red when: each key is looked for in a list of those before it, or values are not counted (list); without a limit
+    # on numbers, of base 60: they take the square of their length.
+    file = tmp_path / "config.yaml"
+    file.write_text(MANY[name])
+    assert file.stat().st_size <= untrusted.YAML_BYTES
+    begin = time.process_time()
+    with pytest.raises(ConadvError):
+        load_yaml(file)
+    assert time.process_time() - begin < 5
+
+
+def test_a_yaml_number_may_have_20_digits() -> None:
+    # Red when: 20 digits are refused, or 21 in a key or a list are not.
+    assert untrusted.parse_yaml("a: [99999999999999999999, -0x10, 0b11, 1_000, .inf, 1.5e+3]")["a"][0] == 10**20 - 1
+    with pytest.raises(yaml.YAMLError, match=r"'100000000000000000000' has more than 20 digits"):
+        untrusted.parse_yaml("- -1\n- 100000000000000000000")
+
+
+@pytest.mark.parametrize("text", ['!!int ""', '!!float ""', "!!bool x", "1:30", "0x" + "f" * 5000, "{1: 2}"])
+def test_values_of_a_tag_that_they_do_not_fit_are_errors_of_the_command_line(
+    text: str, run: Path, tmp_path: Path
+) -> None:
+    # Red when: parse_yaml catches no LookupError or TypeError, or keys that are not text pass: exit code 70.
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_yaml(tiny()))
+    options = [
+        "--model.name",
+        "torchvision:resnet18",
+        "--model.args",
+        f"a={text[:900]}",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["train", "--config", str(config), *options]) == 2
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"steps: {text}")
+    assert main(["sweep", str(spec), "--out", str(tmp_path / "sweep")]) == 2
+    mine = Path(shutil.copytree(run, tmp_path / "run"))
+    (mine / "config.yaml").write_text(f"{config.read_text()}\nfoo: {text}\n")
+    assert main(["report", str(mine), "--out", str(tmp_path / "report.html")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "latin-1"])

@@ -10,6 +10,7 @@ import torch
 from .. import checkpoint
 from ..ema import evaluated_state
 from ..errors import ConadvError, printable
+from ..fits import load_weights
 from ..run import RunDir
 from ..trainer import Parts, load_run
 from .model import images
@@ -48,7 +49,7 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
 
 def _loss(parts: Parts, state: dict[str, object], count: int) -> float:
     with checkpoint.giving(state):
-        parts.model.load_state_dict(evaluated_state(state))
+        load_weights(parts.model, evaluated_state(state))
     try:
         train = clean_objective(parts.model, *images(parts.data, "train", count), parts.space)
         return train.value(train.theta).loss

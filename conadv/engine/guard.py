@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConadvError, unknown
+from ..fits import check_count, check_keys
 from ..precision import LossScale
 
 
@@ -78,7 +80,15 @@ class Guard:
     def state_dict(self) -> dict[str, object]:
         return {"in_a_row": self._in_a_row, "scale": self.scale.state_dict() if self.scale else {}}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self._in_a_row = int(state["in_a_row"])  # type: ignore[call-overload]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_keys(state, ("in_a_row", "scale"), "its guard")
+        self._in_a_row = check_count(state["in_a_row"], "its guard's in_a_row")
         if self.scale is not None:
-            self.scale.load_state_dict(state["scale"])  # type: ignore[arg-type]
+            self.scale.load_state_dict(state["scale"])
+        else:
+            check_keys(state["scale"], (), "its loss scale")
+
+    @property
+    def in_a_row(self) -> int:
+        """How many of the last steps were left out, one after the other."""
+        return self._in_a_row

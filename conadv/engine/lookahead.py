@@ -35,12 +35,14 @@ from torch import Tensor, nn
 
 from ..config import PredictorName
 from ..errors import unknown
+from ..fits import check_keys, check_like, check_mapping
 from ..optim import LAMB, LARS
 from ..optim.lars import VARIANTS
 
 Group = dict[str, Any]
 Lrs = Sequence[float]
 CONSTANT = "-constant-lr"
+_WHAT = "its look-ahead"
 Advance = Callable[[Tensor, Tensor, dict[str, Any], Group, Lrs], None]
 """(out, parameter, optimizer state of the parameter, its group, lr of each coming step): write the prediction."""
 
@@ -255,8 +257,12 @@ class LookAhead:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        named = {name: p for p, name in self._names.items()}
+        if self._rehearsal is None or not set(check_mapping(state, _WHAT)) <= set(named):  # some have no gradient yet
+            check_keys(state, self._previous or {}, _WHAT)
+        for name, value in state.items():
+            check_like(value, named[name], f"{name} of {_WHAT}")
         if self._rehearsal is not None:
-            named = {name: p for p, name in self._names.items()}
             self._rehearsal.gradients = {named[name]: value.clone() for name, value in state.items()}
         elif self._previous is not None:
             for name, value in state.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +11,59 @@ from torch import Tensor
 
 from ..attacks import PixelSpace
 from ..errors import ConadvError
+from ..fits import check_count, check_keys, check_mapping, check_tensor, shown
 from ..types import ExtraBatch
 
 if TYPE_CHECKING:
     from .comm import Comm
 
+_WHAT = "its images that wait"
+_KEYS = ("images", "labels", "weight_version", "dtype")
+_STEP = re.compile(r"[0-9]{1,10}")
+_MADE_AS = ["float32", "float16", "bfloat16", "float64"]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the images that wait for one step are, as :meth:`Pending.state_dict` saves them."""
+
+    micro_batches: int
+    images: tuple[int, int, int, int]
+    """(attacked images of a micro-batch, C, H, W)"""
+    classes: int
+    ahead: int
+    """How many steps before their use they are made, at most."""
+
+    def check(self, state: object, version: int, dtype: torch.dtype | None) -> None:
+        """Raise ConadvError unless ``state`` could wait at ``version``. ``dtype``: as they are stored, None as made."""
+        for step, entry in check_mapping(state, _WHAT).items():
+            if not isinstance(step, str) or not _STEP.fullmatch(step) or int(step) >= version + self.ahead:
+                raise ConadvError(f"{_WHAT} are for step {shown(step)}, not one up to {version + self.ahead - 1}")
+            self._check_entry(check_keys(entry, _KEYS, _WHAT), version, dtype)
+
+    def _check_entry(self, entry: dict[str, Any], version: int, dtype: torch.dtype | None) -> None:
+        made_as, made_at = entry["dtype"], entry["weight_version"]
+        if made_as not in _MADE_AS:
+            raise ConadvError(f"{_WHAT} are of {shown(made_as)}, not of {', '.join(_MADE_AS)}")
+        if made_at is not None:
+            check_count(made_at, f"the weights of {_WHAT}", version)
+        for part in ("images", "labels"):
+            if not isinstance(entry[part], list) or len(entry[part]) != self.micro_batches:
+                raise ConadvError(f"{_WHAT} have no {part} for {self.micro_batches} micro-batches")
+        for image in entry["images"]:
+            check_tensor(image, torch.Size(self.images), dtype or getattr(torch, made_as), _WHAT)
+        for label in entry["labels"]:
+            self._check_labels(label)
+
+    def _check_labels(self, label: object) -> None:
+        what, count = f"the labels of {_WHAT}", self.images[0]
+        if isinstance(label, Tensor) and label.is_floating_point():  # probabilities, of mixed images
+            check_tensor(label, torch.Size((count, self.classes)), label.dtype, what)
+            return
+        found = check_tensor(label, torch.Size((count,)), torch.int64, what)
+        if bool(((found < 0) | (found >= self.classes)).any()):
+            raise ConadvError(f"{what} are not classes from 0 to {self.classes - 1}")
 
 
 class Pending:

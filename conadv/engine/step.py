@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import norm, rng
 from ..attacks import PixelSpace
 from ..errors import ConadvError, unknown
+from ..fits import check_count, check_keys
 from ..methods.base import Method
 from ..methods.vanilla import Vanilla
 from ..precision import LossScale, amplify, autocast, low_type
@@ -25,7 +26,7 @@ from .comm import Comm, Handle
 from .executor import Executor, Inline, Served
 from .guard import Guard, NonFiniteError
 from .lookahead import LookAhead
-from .pending import Pending
+from .pending import Expected, Pending
 from .reducer import GradientReducer
 
 RawBatch = Batch | Sequence[Tensor]
@@ -354,12 +355,26 @@ class TrainStep:
         pending, guard = self.pending.state_dict(), self._guard.state_dict()
         return {"version": self.version, "pending": pending, "lookahead": ahead, "guard": guard}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.version = state["version"]
+    def load_state_dict(self, state: dict[str, Any], images: Expected | None = None) -> None:
+        """Go on from a saved state. Raises ConadvError where it is none of this engine.
+
+        ``images``: what those that wait must look like, for a state that somebody else may have written.
+        """
+        check_keys(state, ("version", "pending", "lookahead", "guard"), "its engine")
+        self.version = check_count(state["version"], "its engine's version")
+        if images is not None:
+            images.check(state["pending"], self.version, self.pending.dtype)
         self.pending.load_state_dict(state["pending"], self.device)
         self._guard.load_state_dict(state["guard"])
         if self._lookahead is not None:
             self._lookahead.load_state_dict(state["lookahead"])
+        else:
+            check_keys(state["lookahead"], (), "its look-ahead")
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether there was an update for certain: not every step so far may have been left out."""
+        return self._guard.scale is None and self.version > self._guard.in_a_row
 
     # ---- internals
 

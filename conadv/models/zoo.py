@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import keyword
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ _TAKEN = frozenset(
     "num_classes in_channels in_chans weights pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path "
     "cache_dir features_only scriptable exportable progress aux_logits".split()
 )
+
+
+_MANY_DIGITS = re.compile(r"[-+]?(0[xb])?[0-9a-f_]{20,}")
+"""A whole number that is not even read."""
 
 
 def arguments(args: Sequence[str]) -> Options:
@@ -49,7 +54,7 @@ def _value(name: str, text: str) -> bool | int | float | str:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError:  # a lone bracket is text as well
-        return text
+        value = math.inf if _MANY_DIGITS.fullmatch(text) else text
     if not isinstance(value, (bool, int, float)):
         return text
     if not (math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from ..config import OptimConfig
+from ..errors import ConadvError
 from .groups import DEFAULT_RULES, MODEL_RULES, Rule, describe, parameter_groups
 from .lamb import LAMB
 from .lars import LARS
@@ -61,7 +62,12 @@ def _prepare_fused(optimizer: Optimizer, *_: object) -> None:
             if group.get("momentum") and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(p)
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape and not flat_alike(p, value):
+                if isinstance(value, Tensor) and key != "step" and not flat_alike(p, value):
+                    if value.shape != p.shape:
+                        raise ConadvError(
+                            f"The optimizer's {key} has the shape {tuple(value.shape)}, its parameter "
+                            f"{tuple(p.shape)}: load the state of this model."
+                        )
                     state[key] = _like(p, value)
 
 

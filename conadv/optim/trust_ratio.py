@@ -81,11 +81,12 @@ def spread(rate: Rate, count: int) -> list[Any]:
 def flat_alike(*tensors: Tensor) -> bool:
     """Whether element i in memory is the same element of all tensors, as the fused CPU kernels take for granted.
 
-    torch's fused CPU kernels do not look at strides and give wrong weights where gradient and weight differ in them.
+    torch's fused CPU kernels look neither at strides, and give wrong weights where gradient and weight differ in them,
+    nor at shapes, and read and write beyond the end of the smaller one.
     """
     first, *others = tensors
     for x in others:
-        if x.dtype != first.dtype:
+        if x.dtype != first.dtype or x.shape != first.shape:
             return False
     return any(_all_contiguous(tensors, f) for f in (torch.contiguous_format, _CHANNELS_LAST.get(first.dim())) if f)
 

@@ -1,0 +1,289 @@
+"""A stranger's checkpoint on resume: state of other shapes, types and numbers is refused before anything uses it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conadv import checkpoint
+from conadv.config import Config, replace, resolve
+from conadv.errors import ConadvError
+from conadv.fits import check_tensor
+from conadv.optim import LAMB, LARS, flat_alike
+from conadv.precision import LossScale
+from conadv.run import RunDir
+from conadv.trainer import load_run, train
+
+State = dict[str, Any]
+CPU = torch.device("cpu")
+OPTIMIZERS = {"sgd": 0.1, "adamw": 0.001, "lars": 0.1, "lamb": 0.01}
+
+
+def tiny(name: str, **changes: Any) -> Config:
+    config = Config(method="conadv", staleness=1, steps=3, global_batch_size=4, micro_batch_size=2)
+    settings = {
+        "model__width": 2,
+        "data__train_images": 40,
+        "eval__robust_images": 0,
+        "eval__train_images": 4,
+        "checkpoint__every_epochs": 0.2,
+        "optim__name": name,
+        "optim__lr": OPTIMIZERS[name],
+        **changes,
+    }
+    return resolve(replace(config, **settings))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of a config after two of three steps, trained once."""
+    folder, made = tmp_path_factory.mktemp("runs"), dict[str, Path]()
+
+    def run(name: str, **changes: Any) -> Path:
+        key = f"{name}-more" if changes else name
+        if key not in made:
+            made[key] = folder / key
+            train(tiny(name, **changes), made[key])
+            (made[key] / "checkpoints" / "step_00000003.pt").unlink()
+        return made[key]
+
+    return run
+
+
+def resumed(run: Path, tmp_path: Path, change: Callable[[State], object]) -> None:
+    """Resume a copy of ``run`` whose checkpoint has been changed."""
+    mine = Path(shutil.copytree(run, tmp_path / "run"))
+    state = copy.deepcopy(checkpoint.load_newest(mine / "checkpoints", CPU))
+    change(state)
+    checkpoint._write(mine / "checkpoints" / f"step_{state['step']:08d}.pt", state)
+    train(RunDir(mine).open(), mine, resume=True)
+
+
+def put(state: Any, *path: Any) -> None:
+    *keys, last, value = path
+    for key in keys:
+        state = state[key]
+    state[last] = value
+
+
+TENSORS: dict[str, Callable[[torch.Tensor], object]] = {
+    "too small": lambda x: torch.zeros(1),
+    "too large": lambda x: torch.zeros(2 * x.numel() + 2),
+    "another shape": lambda x: x.reshape(1, *x.shape),
+    "expanded": lambda x: torch.zeros(1).expand(x.shape) if x.dim() else x.expand(5),
+    "huge": lambda x: torch.zeros(1).expand(2**33),
+    "complex": lambda x: x.to(torch.complex64),
+    "whole numbers": lambda x: x.to(torch.int64),
+    "text": lambda x: "x",
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("kind", [*TENSORS, "missing", "one more"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_state_that_its_optimizer_would_not_make_is_refused(
+    name: str, kind: str, runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Red when: load_optimizer leaves out _check_states (too small: the process may die), check_tensor its test of
+    # shape, dtype, layout or _is_dense, or check_keys lets a missing or unknown key pass.
+    keys = {"sgd": 1, "lars": 1, "adamw": 3, "lamb": 3}[name]
+
+    for number in range(keys):
+
+        def change(state: State, number: int = number) -> None:
+            first = max(state["optimizer"]["state"].values(), key=lambda one: next(iter(one.values())).dim())
+            assert len(first) == keys
+            key = list(first)[number]
+            if kind == "missing" and keys == 1:
+                for one in state["optimizer"]["state"].values():  # one alone could be of a layer without a gradient
+                    one.clear()
+            elif kind == "missing":
+                del first[key]
+            elif kind == "one more":
+                first[f"{key}_"] = first[key]
+            else:
+                first[key] = TENSORS[kind](first[key])
+
+        with pytest.raises(ConadvError, match=r"fit the run's config: its optimizer('s state \d| has no state)"):
+            resumed(runs(name), tmp_path / str(number), change)
+
+
+def _optimizer(*path: Any) -> Callable[[State], None]:
+    return lambda state: put(state, "optimizer", *path)
+
+
+def _nan_step(value: float) -> Callable[[State], None]:
+    return lambda state: put(state, "optimizer", "state", 0, "step", torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _nan_step(float("nan")),
+        _nan_step(0.0),
+        _nan_step(-1.0),
+        _nan_step(1.5),
+        _nan_step(3.0),
+        _optimizer("state", {}),
+        _optimizer("state", 10_000, {}),
+        _optimizer("state", "x"),
+        _optimizer("state", 0, "x"),
+        _optimizer("param_groups", []),
+        _optimizer("param_groups", 0, "params", 0, 1),
+        _optimizer("param_groups", 0, "lr", "x"),
+        _optimizer("param_groups", 0, "lr", torch.ones(10)),
+        _optimizer("param_groups", 0, "eps", torch.tensor(1e-6)),
+        _optimizer("param_groups", 0, "foreach", "x"),
+        _optimizer("param_groups", 0, "maximize", True),
+        _optimizer("more", 1),
+    ],
+)
+def test_an_optimizer_with_other_numbers_and_groups_is_refused(
+    change: Callable[[State], None], runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Red when: the range of step, the keys of states or groups, `some`, or the values of a group are not looked at.
+    with pytest.raises(ConadvError, match=r"does not fit the run's config: its optimizer"):
+        resumed(runs("lamb"), tmp_path, change)
+
+
+def test_how_a_step_is_carried_out_is_the_device_s(runs: Callable[..., Path], tmp_path: Path) -> None:
+    # Red when: `fused`, which a checkpoint of another device has otherwise, is compared, or taken from the checkpoint.
+    mine = Path(shutil.copytree(runs("sgd"), tmp_path / "run"))
+    state = checkpoint.load_newest(mine / "checkpoints", CPU)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    checkpoint._write(mine / "checkpoints" / f"step_{state['step']:08d}.pt", state)
+    assert all(group["fused"] for group in load_run(mine, CPU).optimizer.param_groups)
+
+
+def _waiting(part: str, value: Any) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        (entry,) = state["engine"]["pending"].values()
+        assert [x.shape for x in entry["images"]] == [(2, 1, 8, 8)] * 2
+        if part in ("images", "labels"):
+            entry[part][1] = value(entry[part][1]) if callable(value) else value
+        else:
+            entry[part] = value
+
+    return change
+
+
+ENGINE: dict[str, Callable[[State], object]] = {
+    "images (1,)": _waiting("images", torch.zeros(1)),
+    "images (4,)": _waiting("images", torch.zeros(4)),
+    "images smaller": _waiting("images", lambda x: x[..., :4]),
+    "images float64": _waiting("images", lambda x: x.double()),
+    "images expanded": _waiting("images", lambda x: x[:1, :, :1, :1].expand(x.shape)),
+    "images text": _waiting("images", "x"),
+    "labels large": _waiting("labels", torch.full((2,), 10**6)),
+    "labels negative": _waiting("labels", torch.full((2,), -1)),
+    "labels float": _waiting("labels", torch.zeros(2)),
+    "labels short": _waiting("labels", torch.zeros(1, dtype=torch.int64)),
+    "dtype": _waiting("dtype", "int8"),
+    "dtype of torch": _waiting("dtype", "nn"),
+    "version": _waiting("weight_version", 10**30),
+    "more": _waiting("more", 1),
+    "one micro-batch": lambda s: next(iter(s["engine"]["pending"].values()))["images"].pop(),
+    "far ahead": lambda s: put(s, "engine", "pending", "9", next(iter(s["engine"]["pending"].values()))),
+    "odd step": lambda s: put(s, "engine", "pending", "x", next(iter(s["engine"]["pending"].values()))),
+    "in_a_row low": lambda s: put(s, "engine", "guard", "in_a_row", -(10**30)),
+    "in_a_row nan": lambda s: put(s, "engine", "guard", "in_a_row", float("nan")),
+    "in_a_row true": lambda s: put(s, "engine", "guard", "in_a_row", True),
+    "scale": lambda s: put(s, "engine", "guard", "scale", {"scale": 1.0, "good_steps": 0}),
+    "lookahead": lambda s: put(s, "engine", "lookahead", "x"),
+    "lookahead more": lambda s: put(s, "engine", "lookahead", {"conv1.weight": torch.zeros(1)}),
+    "engine more": lambda s: put(s, "engine", "more", 1),
+    "complex weights": lambda s: put(s, "model", "conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)),
+    "expanded weights": lambda s: put(s, "model", "conv1.weight", torch.zeros(1).expand(2, 1, 3, 3)),
+    "whole weights": lambda s: put(s, "model", "conv1.weight", s["model"]["conv1.weight"].long()),
+    "text weights": lambda s: put(s, "model", "conv1.weight", "x"),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_an_engine_s_state_that_is_not_of_this_run_is_refused(
+    name: str, runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Red when: Expected.check, check_count or check_keys is left out at that place, or load_weights compares nothing.
+    with pytest.raises(ConadvError, match=r"does not fit the run's config"):
+        resumed(runs("sgd"), tmp_path, ENGINE[name])
+
+
+EXTRAS: dict[str, Callable[[State], object]] = {
+    "lookahead x": lambda s: put(s, "engine", "lookahead", "x"),
+    "lookahead gone": lambda s: put(s, "engine", "lookahead", {}),
+    "lookahead small": lambda s: put(s, "engine", "lookahead", "conv1.weight", torch.zeros(1)),
+    "lookahead complex": lambda s: put(
+        s, "engine", "lookahead", "conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)
+    ),
+    "average small": lambda s: put(s, "ema", "module.conv1.weight", torch.zeros(1)),
+    "average complex": lambda s: put(s, "ema", "module.conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)),
+    "average of -10": lambda s: put(s, "ema", "n_averaged", torch.tensor(-10)),
+    "average x": lambda s: put(s, "ema", "x"),
+    "probe x": lambda s: put(s, "probe", "x"),
+    "probe step": lambda s: put(s, "probe", "waiting", "x", {}),
+    "probe weights": lambda s: put(s, "probe", "waiting", {3: {1: {"stale": {}}}}),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_a_look_ahead_an_average_and_a_probe_are_those_of_this_run(
+    name: str, runs: Callable[..., Path], tmp_path: Path
+) -> None:
+    # Red when: LookAhead, EMA or Probe load what they are given without a comparison (-10: a division by zero).
+    probe = {"probe__every_epochs": 0.1, "probe__staleness": (1,), "probe__images": 4}
+    run = runs("sgd", lookahead=True, predictor="last-update", ema__decay=0.9, **probe)
+    with pytest.raises(ConadvError, match=r"does not fit the run's config"):
+        resumed(run, tmp_path, EXTRAS[name])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"scale": 3.0, "good_steps": 0},
+        {"scale": 0.0, "good_steps": 0},
+        {"scale": float("inf"), "good_steps": 0},
+        {"scale": "x", "good_steps": 0},
+        {"scale": 2.0, "good_steps": -1},
+        {"scale": 2.0, "good_steps": 2000},
+        {"scale": 2.0},
+    ],
+)
+def test_a_loss_scale_is_a_power_of_two(state: State) -> None:
+    # Red when: load_state_dict takes what it gets.
+    scale = LossScale()
+    with pytest.raises(ConadvError, match=r"its (loss scale|good_steps)"):
+        scale.load_state_dict(state)
+    assert scale == LossScale()
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_the_fused_kernels_never_see_another_shape(kind: type[LARS] | type[LAMB]) -> None:
+    # Red when: flat_alike compares no shapes; the kernel then writes outside of the one element.
+    w = torch.nn.Parameter(torch.ones(4096))
+    assert not flat_alike(w, torch.zeros(1))
+    optimizer = kind([w], 0.1)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    for key, value in optimizer.state[w].items():
+        if value.dim():
+            optimizer.state[w][key] = torch.zeros(1)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+
+
+def test_dense_means_one_place_for_each_element() -> None:
+    # Red when: _is_dense asks for contiguous memory only, or lets overlapping elements pass.
+    like = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    check_tensor(like, like.shape, like.dtype, "x")
+    check_tensor(torch.zeros(0, 3), torch.Size((0, 3)), torch.float32, "x")
+    with pytest.raises(ConadvError, match="a sparse float32 tensor of shape 3, not a float32 one of shape 3"):
+        check_tensor(torch.zeros(3).to_sparse(), torch.Size((3,)), torch.float32, "x")
+    with pytest.raises(ConadvError, match="x is an expanded view"):
+        check_tensor(torch.zeros(9).as_strided((3, 3), (1, 1)), torch.Size((3, 3)), torch.float32, "x")
