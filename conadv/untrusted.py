@@ -36,7 +36,8 @@ _OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2"
 class _Loader(yaml.SafeLoader):
     """Plain values only: no anchors (a few lines can stand for a billion), no duplicate keys, no deep nesting.
 
-    Keys are text, or as the reader has it; whole numbers have at most 20 digits, and none is of base 60 (1:30 is 90 in YAML 1.1).
+    Keys are text, or as the reader has it. Whole numbers have at most 20 digits, and none is of base 60 (in YAML 1.1
+    1:30 is 90).
     """
 
     depth = 0
