@@ -36,11 +36,13 @@ _OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2"
 class _Loader(yaml.SafeLoader):
     """Plain values only: no anchors (a few lines can stand for a billion), no duplicate keys, no deep nesting.
 
-    Keys are text; whole numbers have at most 20 digits, and none is of base 60 (1:30 is 90 in YAML 1.1).
+    Keys are text, or as the reader has it. Whole numbers have at most 20 digits, and none is of base 60 (in YAML 1.1
+    1:30 is 90).
     """
 
     depth = 0
     nodes = 0
+    keys: tuple[type, ...] = (str,)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -68,7 +70,7 @@ class _Loader(yaml.SafeLoader):
             if name.tag == "tag:yaml.org,2002:merge":
                 raise yaml.YAMLError(f"{where}: keys are merged")
             key = self.construct_object(name, deep=True)
-            if not isinstance(key, str):
+            if isinstance(key, bool) or not isinstance(key, self.keys):
                 raise yaml.YAMLError(f"{where}: the key {repr(key)[:60]} is not text")
             if key in seen:
                 raise yaml.YAMLError(f"{where}: the key {repr(key)[:60]} stands twice")
@@ -104,10 +106,16 @@ for _kind in ("int", "float"):  # yaml keeps the functions, not their names
     _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}"))
 
 
-def parse_yaml(text: str) -> Any:
+class _NumbersLoader(_Loader):
+    """Numbers are keys as well: a spec has choices by batch size."""
+
+    keys = (str, int, float)
+
+
+def parse_yaml(text: str, *, number_keys: bool = False) -> Any:
     """Plain values of a YAML text. Raises yaml.YAMLError for all that is wrong with it."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _NumbersLoader if number_keys else _Loader)
     except yaml.YAMLError:
         raise
     except MemoryError:
@@ -116,10 +124,10 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
 
 
-def read_yaml(path: Path, what: str = "config") -> Any:
+def read_yaml(path: Path, what: str = "config", *, number_keys: bool = False) -> Any:
     """Plain values of a YAML file. Raises ConadvError that names ``what`` and the file."""
     try:
-        return parse_yaml(read_text(path, YAML_BYTES))
+        return parse_yaml(read_text(path, YAML_BYTES), number_keys=number_keys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         problem = " ".join(line.strip() for line in str(error).splitlines())
         raise ConadvError(f"Cannot read the {what} {printable(path)}: {printable(problem)[:500]}") from error

@@ -153,7 +153,7 @@ def number(value: object) -> float | None:
 
 def load_spec(path: Path) -> Spec:
     """Read and check a spec; a ConadvError names the file and what is wrong in it."""
-    values = read_yaml(path, "spec")
+    values = read_yaml(path, "spec", number_keys=True)
     if not isinstance(values, dict):
         raise ConadvError(f"The spec {printable(path)} is not a mapping. See docs/sweep.md for an example.")
     return parse_spec(values, str(path))
