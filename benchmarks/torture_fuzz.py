@@ -35,13 +35,14 @@ from conadv import analyze, checkpoint, cli, config, recipes, record, staleness,
 from conadv.analysis.staleness import table, text
 from conadv.analysis.timeline import timeline
 from conadv.card import _constructor, model_card
+from conadv.engine import Comm
 from conadv.errors import ConadvError, printable
 from conadv.export import _image_shape, export
 from conadv.report import compare, load_run, write_report
 from conadv.report.study import StudySummary, load_sweep, write_sweep_report
 from conadv.report.summary import Summary
 from conadv.run import RunDir
-from conadv.trainer import train
+from conadv.trainer import Parts, _deal, build, restore, train
 from conadv.watch.command import folder, one_run
 
 from . import fuzz_structure as structure
@@ -167,26 +168,54 @@ def fuzz_train(data: bytes) -> None:
 
 
 def fuzz_state(data: bytes) -> None:
-    """A genuine checkpoint with a few plain values changed, sealed again, through export and model card.
+    """A genuine checkpoint with a few values changed, sealed again, through export, model card and resume.
 
-    Every second input changes what it says of itself; one in 200 is traced as well.
+    Half of the inputs change what it says of itself, some only numbers; one in 200 is traced as well. A state that is
+    taken up has to survive an update. The first error is raised at the end.
     """
     import torch
 
     run, source = RunDir(_trained()), structure.Bytes(data)
     state, tensor = _state(), torch.zeros(2)
     more = (tensor, tensor.long(), {"a": tensor}, list(range(10)), dict.fromkeys(range(10)), 8.0, 2)
-    if source.below(2):
+    if source.below(8) == 7:  # nothing but other numbers
+        name = list(state["model"])[source.below(len(state["model"]))]
+        number = (0.0, -1e30, float("inf"), float("nan"))[source.below(4)]
+        filled = state["model"][name].detach().clone()
+        broken = {**state, "model": {**state["model"], name: filled.fill_(number if filled.is_floating_point() else 1)}}
+    elif source.below(2):
         said = {key: state[key] for key in ("step", "channels", "image_size", "class_names", "best")}
         broken = {key: value for key, value in state.items() if key not in said} | structure.changed(said, source, more)
     else:
         broken = structure.changed(state, source, more)
     checkpoint._write(run.checkpoints / "step_00000002.pt", broken)
     loaded, _ = checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
-    export(run.path)
-    _image_shape(config.resolve(run.open()), loaded)
-    if source.below(200) == 199:
-        export(run.path, kind="torch-export")
+    errors: list[ConadvError] = []
+    traced = [lambda: export(run.path, kind="torch-export")] if source.below(200) == 199 else []
+    shape = lambda: _image_shape(config.resolve(run.open()), loaded)  # noqa: E731
+    for use in (lambda: export(run.path), shape, *traced, lambda: _go_on(loaded)):
+        try:
+            use()
+        except ConadvError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _go_on(state: dict[str, Any]) -> None:
+    """What --resume does with a checkpoint, and an update with it."""
+    parts = _parts()
+    restore(parts, _deal(state, Comm()))
+    for parameter in parts.model.parameters():
+        parameter.grad = parameter.detach().clone()
+    parts.optimizer.step()
+
+
+@functools.cache
+def _parts() -> Parts:
+    import torch
+
+    return build(config.resolve(RunDir(_trained()).open()), torch.device("cpu"))
 
 
 def fuzz_args(data: bytes) -> None:
@@ -330,6 +359,8 @@ _CONFIG = "method: vanilla\nseed: 0\nsteps: 2\n"
 def _config_seeds() -> list[bytes]:
     whole = config.dump_yaml(config.resolve(config.Config(method="conadv", steps=3)))
     small = ["steps: 1\n", "epochs: 0.5\nattack: {eps: 4/255}\n", "data:\n  mean: [0.1, 0.2]\n", "a: &a [*a]\n"]
+    small += ['steps: !!int ""\n', 'epochs: !!float ""\n', "steps: !!bool x\n", "seed: 0x1f\nsteps: 0b11\nlr: 0o17\n"]
+    small += ["steps: 1:30:00\n", "0xffff: 1\n2024-01-01: 3\n", "? [a]\n: !!timestamp x\n", "a: {<<: {b: 1}}\n"]
     return [whole.encode(), *(text.encode() for text in small)]
 
 
@@ -452,6 +483,7 @@ WORDS = [
     *(
         b"[" * 300,
         b"!!python/name:os.system",
+        *(b'!!int ""', b"!!float x", b"!!bool x", b"!!binary x", b"!!set {a}", b"0x" + b"f" * 300, b"1:" * 30 + b"1"),
         b"&a",
         b"*a",
         b"<<: ",
@@ -501,6 +533,21 @@ def worker(name: str, count: int, seed: int, result: Path, guided: bool) -> None
             one(mutate(draw.choice(seeds), seeds, draw))
 
 
+def _functions() -> list[Any]:
+    """What tells libFuzzer of new code: functions and methods of the modules that read what somebody else wrote."""
+    from conadv import documents, fits
+    from conadv.plan import profile
+    from conadv.report import load
+    from conadv.sweep import spec
+
+    found: list[Any] = []
+    for module in (untrusted, config, record, checkpoint, cli, documents, fits, profile, load, spec):
+        own = [member for member in vars(module).values() if getattr(member, "__module__", "") == module.__name__]
+        methods = [method for member in own if isinstance(member, type) for method in vars(member).values()]
+        found += [member for member in (*own, *methods) if hasattr(member, "__code__")]
+    return found
+
+
 def _guided(one: Callable[[bytes], None], seeds: list[bytes], count: int, seed: int) -> None:
     """By atheris: libFuzzer's mutations, kept where they reach new code. Ends the process."""
     import atheris
@@ -509,14 +556,8 @@ def _guided(one: Callable[[bytes], None], seeds: list[bytes], count: int, seed: 
     corpus.mkdir(exist_ok=True)
     for number, data in enumerate(seeds):
         (corpus / str(number)).write_bytes(data)
-    for function in (untrusted, config, record, checkpoint):
-        for member in vars(function).values():
-            if (
-                callable(member)
-                and getattr(member, "__module__", "") == function.__name__
-                and hasattr(member, "__code__")
-            ):
-                atheris.instrument_func(member)
+    for function in _functions():
+        atheris.instrument_func(function)
     options = [
         f"-runs={count}",
         f"-seed={seed}",

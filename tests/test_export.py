@@ -115,7 +115,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConadvError, match="format"):
         export(run, kind="onxx")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(ConadvError, match=r"conadv\[onnx\]"):
+    with pytest.raises(ConadvError, match=r"pip install '\.\[onnx\]'"):
         export(run, kind="onnx")
     (run / "model.pt2").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConadvError, match="link"):
