@@ -54,7 +54,7 @@ def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_without_wandb_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConadvError, match=r"conadv\[wandb\]"):
+    with pytest.raises(ConadvError, match=r"pip install '\.\[wandb\]'"):
         progress.WandB(tmp_path, {})
 
 
