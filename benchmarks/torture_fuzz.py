@@ -424,7 +424,7 @@ def _image_seeds() -> list[bytes]:
 TARGETS = {
     "config": Target(fuzz_config, _config_seeds, 120_000, 800),
     "spec": Target(fuzz_spec, _spec_seeds, 60_000, 500),
-    "yaml": Target(fuzz_yaml, _config_seeds, 165_000, 2_000),
+    "yaml": Target(fuzz_yaml, _config_seeds, 120_000, 2_000),
     "record": Target(fuzz_record, _record_seeds, 250_000, 2_000),
     "report": Target(fuzz_report, _report_seeds, 1_500, 12),
     "checkpoint": Target(fuzz_checkpoint, _checkpoint_seeds, 150_000, 2_000),
@@ -433,8 +433,8 @@ TARGETS = {
     "command": Target(fuzz_command, _command_seeds, 6_000, 60),
     "args": Target(fuzz_args, _args_seeds, 40_000, 1_000),
     "train": Target(fuzz_train, _command_seeds, 2_000, 20),
-    "state": Target(fuzz_state, lambda: structure.seeds(40), 4_000, 60),
-    "fields": Target(fuzz_fields, lambda: structure.seeds(60), 15_000, 100),
+    "state": Target(fuzz_state, lambda: structure.seeds(40), 1_000, 60),
+    "fields": Target(fuzz_fields, lambda: structure.seeds(60), 2_000, 100),
     "profile": Target(fuzz_profile, _profile_seeds, 100_000, 1_000),
     "image": Target(fuzz_image, _image_seeds, 150_000, 2_000),
 }
