@@ -37,6 +37,7 @@ LAST: dict[str, str] = {
     "conadv train imagefolder": PHOTOS,
     "conadv train imagenet": f"{PHOTOS} --data.num-workers 0",
     "conadv analyze": "--images 16 --iterations 2 --eigenvalues 1",
+    "conadv analyze runs/sharpness": "--at-loss 2.4",  # that of a run of a few steps
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
     "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
     "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2 --dropped 1",
