@@ -192,14 +192,18 @@ def fuzz_state(data: bytes) -> None:
     loaded, _ = checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
     errors: list[ConadvError] = []
     traced = [lambda: export(run.path, kind="torch-export")] if source.below(200) == 199 else []
-    shape = lambda: _image_shape(config.resolve(run.open()), loaded)  # noqa: E731
-    for use in (lambda: export(run.path), shape, *traced, lambda: _go_on(loaded)):
+    for use in (lambda: _exported(run, loaded), *traced, lambda: _go_on(loaded)):
         try:
             use()
         except ConadvError as error:
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _exported(run: RunDir, state: dict[str, Any]) -> None:
+    export(run.path)
+    _image_shape(config.resolve(run.open()), state)  # as the other kinds do
 
 
 def _go_on(state: dict[str, Any]) -> None:
@@ -433,8 +437,8 @@ TARGETS = {
     "command": Target(fuzz_command, _command_seeds, 6_000, 60),
     "args": Target(fuzz_args, _args_seeds, 40_000, 1_000),
     "train": Target(fuzz_train, _command_seeds, 2_000, 20),
-    "state": Target(fuzz_state, lambda: structure.seeds(40), 1_000, 60),
-    "fields": Target(fuzz_fields, lambda: structure.seeds(60), 2_000, 100),
+    "state": Target(fuzz_state, lambda: structure.seeds(40), 400, 60),
+    "fields": Target(fuzz_fields, lambda: structure.seeds(60), 500, 100),
     "profile": Target(fuzz_profile, _profile_seeds, 100_000, 1_000),
     "image": Target(fuzz_image, _image_seeds, 150_000, 2_000),
 }
