@@ -20,7 +20,7 @@ def test_fuzz_short(tmp_path: Path) -> None:
 
 
 def test_a_full_campaign_has_a_million_inputs() -> None:
-    assert sum(target.full for target in torture_fuzz.TARGETS.values()) >= 1_200_000
+    assert sum(target.full for target in torture_fuzz.TARGETS.values()) >= 1_150_000
 
 
 def test_a_crash_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
