@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import IO, Any
 
 import torch
 
-from .config import MOST
 from .errors import ConadvError, printable
+from .fits import is_count, shown
 from .record import sync_folder
 from .untrusted import check_archive
 
@@ -214,7 +214,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise ConadvError(
             f"Cannot read the checkpoint {printable(path)}: {error}. Delete it to resume from an older one."
         ) from error
-    if not isinstance(state, dict) or not _is_step(state.get("format")) or state["format"] != FORMAT:
+    if not isinstance(state, dict) or not is_count(state.get("format")) or state["format"] != FORMAT:
         raise ConadvError(f"{printable(path)} is not a checkpoint of this version of conadv.")
     if problem := _envelope_problem(state):
         raise ConadvError(
@@ -226,18 +226,14 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _is_step(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
-
-
 def _envelope_problem(state: dict[str, Any]) -> str | None:
     """What is wrong with the plain values that are used before the state is given to a model."""
     step, engine = state.get("step"), state.get("engine")
-    if not _is_step(step):
-        return f"its step is {_shown(step)}, not a whole number"
+    if not is_count(step):
+        return f"its step is {shown(step)}, not a whole number"
     version = engine.get("version") if isinstance(engine, dict) else None
-    if not _is_step(version) or version != step:
-        return f"it is of step {step}, its engine of {_shown(version)}"
+    if not is_count(version) or version != step:
+        return f"it is of step {step}, its engine of {shown(version)}"
     if "best" not in state:
         return "it does not say which checkpoint is the best"
     return _best_problem(state, step) or _images_problem(state)
@@ -247,25 +243,21 @@ def _best_problem(state: dict[str, Any], step: int) -> str | None:
     best = state["best"]
     if best is None:
         return None
-    if not isinstance(best, dict) or not _is_step(best.get("step")) or best["step"] > step:
-        return f"its best checkpoint is {_shown(best)}, none of steps 0 to {step}"
+    if not isinstance(best, dict) or not is_count(best.get("step")) or best["step"] > step:
+        return f"its best checkpoint is {shown(best)}, none of steps 0 to {step}"
     accuracy = best.get("accuracy")
-    return None if isinstance(accuracy, float) and 0 <= accuracy <= 1 else f"its best accuracy is {_shown(accuracy)}"
+    return None if isinstance(accuracy, float) and 0 <= accuracy <= 1 else f"its best accuracy is {shown(accuracy)}"
 
 
 def _images_problem(state: dict[str, Any]) -> str | None:
     """What is wrong with what it says of images and classes; a state of an older version may say less."""
     for name in ("channels", "image_size"):
-        if name in state and not (_is_step(state[name]) and 1 <= state[name] <= LARGEST_IMAGE):
-            return f"its {name} is {_shown(state[name])}, not a whole number from 1 to {LARGEST_IMAGE}"
+        if name in state and not (is_count(state[name]) and 1 <= state[name] <= LARGEST_IMAGE):
+            return f"its {name} is {shown(state[name])}, not a whole number from 1 to {LARGEST_IMAGE}"
     names = state.get("class_names", ["?"])
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        return f"its class_names are {_shown(names)}, not a list of words"
+        return f"its class_names are {shown(names)}, not a list of words"
     return None
-
-
-def _shown(value: object) -> str:
-    return printable(repr(value))[:80]
 
 
 @contextmanager
