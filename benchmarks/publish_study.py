@@ -14,9 +14,9 @@ report that says or draws something new, when the sweep's folder is gone.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,14 @@ def run_line(run: Path) -> dict[str, Any]:
     return {"run": run.name, **{name: summary[name] for name in FIELDS if summary.get(name) is not None}}
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("given", nargs="+", metavar="SWEEP", help="a sweep's folder, with --again a study's name")
+    parser.add_argument("--again", action="store_true", help="from what is published already")
+    options = parser.parse_args()
+    for given in options.given:
+        print(again(given) if options.again else publish(Path(given)))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    for given in [argument for argument in sys.argv[1:] if argument != "--again"]:
-        print(again(given) if "--again" in sys.argv else publish(Path(given)))
+    main()

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import attack_ranks as splitting
+import study_answers
+import study_prose
 import study_tables
 import two_hosts as link
 
@@ -211,6 +213,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "attack-ranks": lambda: f"{attack_ranks()}\n\n{made_by('attack_ranks.json', 'benchmarks/attack_ranks.sh')}",
     "plan": plan_check,
     "fuzz": fuzz,
+    "answers": lambda: table(*study_answers.answers(RESULTS / "studies")),
 }
 
 
@@ -230,6 +233,21 @@ def drawn(text: str) -> str:
     return MARK.sub(lambda found: f"{found[1]}{section(found['name'])}\n{found[3]}", text)
 
 
+def check_prose(pages: dict[Path, str]) -> None:
+    """SystemExit where a sentence types an interval that is in no record of a study."""
+    known = study_prose.figures(RESULTS / "studies")
+    told = {
+        page: text
+        for page, text in pages.items()
+        if page.stem in ("README", "results") or page.parent.name == "results"
+    }
+    wrong = {
+        page.name: found for page, text in told.items() if (found := study_prose.unknown(MARK.sub("", text), known))
+    }
+    if wrong:
+        raise SystemExit(f"Intervals in no record of a study: {wrong}")
+
+
 def main() -> None:
     pages = {page: page.read_text() for page in (*PAGES, *sorted((DOCS / "results").glob("*.md")))}
     names = [mark["name"] for text in pages.values() for mark in MARK.finditer(text)]
@@ -241,6 +259,7 @@ def main() -> None:
         if "--check" in sys.argv and after != before:
             raise SystemExit(f"{page.name} is not what results/ says: run benchmarks/readme.py")
         page.write_text(after)
+    check_prose(pages)
 
 
 if __name__ == "__main__":

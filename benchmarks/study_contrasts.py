@@ -10,7 +10,7 @@ from typing import Any
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from conadv.report import table as cells
-from conadv.report.stats import holm, paired_difference
+from conadv.report.stats import Difference, holm, paired_difference
 
 Json = dict[str, Any]
 Accuracies = Mapping[int, float]
@@ -26,21 +26,27 @@ TARGET = 0.8
 """Which share of the attack's gain a cheaper attack should keep."""
 
 
-def cell(summary: Json, arm: str) -> Json:
-    found: list[Json] = [one for one in summary["cells"] if one["arm"] == arm]
+def cell(summary: Json, arm: str, batch: int | None = None) -> Json:
+    """The only cell of ``arm``, or its cell at ``batch``."""
+    every: list[Json] = [one for one in summary["cells"] if one["arm"] == arm]
+    found = every if batch is None else [one for one in every if one["settings"]["global_batch_size"] == batch]
     if len(found) != 1:
         raise SystemExit(f"{len(found)} cells of the arm {arm!r}, wanted one.")
     return found[0]
 
 
-def accuracies(summary: Json, arm: str) -> Accuracies:
+def accuracies(summary: Json, arm: str, batch: int | None = None) -> Accuracies:
     """seed -> test accuracy in [0, 1]."""
-    return {int(seed): value for seed, value in cell(summary, arm)["test_accuracy"]["values"].items()}
+    return {int(seed): value for seed, value in cell(summary, arm, batch)["test_accuracy"]["values"].items()}
+
+
+def paired(summary: Json, arm: str, reference: str, batch: int | None = None) -> Difference | None:
+    return paired_difference(accuracies(summary, arm, batch), accuracies(summary, reference, batch))
 
 
 def points(summary: Json, arm: str, reference: str) -> str:
     """The paired difference with its 95 % interval in points."""
-    return cells.difference(paired_difference(accuracies(summary, arm), accuracies(summary, reference)))
+    return cells.difference(paired(summary, arm, reference))
 
 
 def decide(summary: Json) -> Table:
@@ -68,8 +74,7 @@ def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "
     rows = []
     for arm in (one["arm"] for one in summary["cells"] if "onAdv" in one["arm"] or one["arm"] == "recycle"):
         kept = None if arm == whole else ratio_interval(_gains(summary, arm, base), full)
-        share = statistics.fmean(_gains(summary, arm, base)) / statistics.fmean(full)
-        text = "100 %" if kept is None else f"{100 * share:.0f} % [{_percent(kept[0])}, {_percent(kept[1])}]"
+        text = "100 %" if kept is None else share(summary, arm, whole, base)
         reached = (
             "–" if kept is None else "yes" if kept[0] >= TARGET else "no" if kept[1] < TARGET else "cannot be told"
         )
@@ -78,6 +83,14 @@ def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "
         rows.append([arm, f"{cost:.3g}", points(summary, arm, base), text, reached, above])
     head = ["arm", f"gradient images, times {base}'s", f"gain over {base}", "share of the gain kept [95 %]"]
     return [*head, f"at least {100 * TARGET:.0f} %?", f"against {rival[0]}"], rows
+
+
+def share(summary: Json, part: str, whole: str, base: str = "LARS") -> str:
+    """The share of the gain of ``whole`` over ``base`` that ``part`` has: "80 % [22, 167]", the interval Fieller's."""
+    above, below = _gains(summary, part, base), _gains(summary, whole, base)
+    low, high = ratio_interval(above, below)
+    middle = 100 * statistics.fmean(above) / statistics.fmean(below)
+    return f"{middle:.0f} % [{_percent(low)}, {_percent(high)}]"
 
 
 def _gains(summary: Json, arm: str, base: str) -> list[float]:

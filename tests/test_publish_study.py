@@ -255,3 +255,44 @@ def test_what_is_published_of_an_analysis(tmp_path: Path) -> None:
     (found,) = load("study_flatness").lines(tmp_path)
     assert (found["run"], found["seed"], found["step"], found["eigenvalue"], found["keskar"]) == ("x", 3, 5, 4.0, 3.0)
     assert (found["test_accuracy"], found["final_test_accuracy"]) == (0.7, 0.9)
+
+
+def test_an_interval_that_no_record_has_is_found_in_a_sentence(tmp_path: Path) -> None:
+    # Red when: the middle, or the interval, is not compared, or an interval over a line's end is not seen.
+    (tmp_path / "x").mkdir()
+    content = summary(LARS=[0.40, 0.42, 0.41], LAMB=[0.43, 0.44, 0.42])
+    (tmp_path / "x" / "summary.json").write_text(json.dumps(content))
+    prose = load("study_prose")
+    known = prose.figures(tmp_path)
+    assert known == {("2.00", "[−0.48, +4.48]"), ("2.00", "[−4.48, +0.48]")}
+    said = (
+        "LAMB is 2.00 points above LARS [−0.48,\n  +4.48], LARS −2.00 [−4.48, +0.48] to LAMB; [2.00](x.md) [12](y.md)."
+    )
+    assert prose.unknown(said, known) == []
+    wrong = "It gains +2.01 [−0.48, +4.48], or 2.00 points [−0.47, +4.48], or 80 % [22, 167]."
+    assert prose.unknown(wrong, known) == ["2.01 [−0.48, +4.48]", "2.00 [−0.47, +4.48]", "80 [22, 167]"]
+
+
+def test_a_claim_that_a_record_does_not_bear_stops_the_table(tmp_path: Path) -> None:
+    # Red when: the verdict is not asked, or the cell of another batch is taken.
+    arms = {"A": [0.50, 0.51, 0.52], "B": [0.401, 0.409, 0.42], "C": [0.41, 0.40, 0.415]}
+    cells = [
+        {**cell, "settings": {"global_batch_size": batch}} for batch in (4, 8) for cell in summary(**arms)["cells"]
+    ]
+    for cell in cells[3:]:
+        cell["test_accuracy"]["values"] = {str(seed): 0.3 for seed in range(3)}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "summary.json").write_text(json.dumps({"cells": cells}))
+    study = load("study_answers").Study(tmp_path, "x")
+    assert study.above("A", "B", 4) == "10.00 [+9.75, +10.25]"
+    with pytest.raises(SystemExit, match=r"x: A to B is \+0.00 .*, not 'higher'"):
+        study.above("A", "B", 8)
+    with pytest.raises(SystemExit, match="2 cells of the arm 'A'"):
+        study.above("A", "B")
+    study.not_above(["B", "C"], "A", 4)
+    with pytest.raises(SystemExit, match="A is above C"):
+        study.not_above(["B", "A"], "C", 4)
+    study.summary["cells"] = cells[:3]
+    assert study.alike("B", "C").startswith("+0.17 [")
+    with pytest.raises(SystemExit, match="not 'not distinguishable'"):
+        study.alike("A", "B")

@@ -1,0 +1,172 @@
+"""The table of questions in README.md: every figure comes from a record, and what is said of it has to hold there.
+
+Where a record no longer says what a sentence does ("above", "not distinguishable"), drawing the table stops with that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import study_contrasts as contrasts
+
+from conadv.report import table as cells
+from conadv.report.stats import Difference
+
+Json = dict[str, Any]
+HEAD = ["question", "answer", "evidence"]
+
+
+class Study:
+    """The published numbers of one study, in the forms that a sentence needs."""
+
+    def __init__(self, studies: Path, name: str) -> None:
+        self.name = name
+        self.summary: Json = json.loads((studies / name / "summary.json").read_text())
+
+    def difference(self, arm: str, reference: str, batch: int | None = None) -> Difference:
+        """``arm`` minus ``reference``, paired by seed."""
+        found = contrasts.paired(self.summary, arm, reference, batch)
+        if found is None:
+            raise SystemExit(f"{self.name}: {arm} and {reference} have no seed in common.")
+        return found
+
+    def above(self, arm: str, reference: str, batch: int | None = None) -> str:
+        """ "1.03 [+0.65, +1.42]": points that ``arm`` is above ``reference``. SystemExit where the interval holds 0."""
+        return self._said(arm, reference, batch, "higher").removeprefix("+")
+
+    def alike(self, arm: str, reference: str) -> str:
+        """ "+0.34 [-0.11, +0.79]". SystemExit where the interval does not hold 0."""
+        return self._said(arm, reference, None, "not distinguishable")
+
+    def p(self, arm: str, reference: str) -> str:
+        return f"{self.difference(arm, reference).p:.1g}"
+
+    def accuracy(self, arm: str) -> str:
+        stat = contrasts.cell(self.summary, arm)["test_accuracy"]
+        return f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f} %"
+
+    def cost(self, arm: str, reference: str) -> float:
+        """Gradient images of a whole training, times those of ``reference``."""
+        own, other = (contrasts.cell(self.summary, name)["cost"]["total"] for name in (arm, reference))
+        return float(own / other)
+
+    def share(self, part: str, whole: str) -> str:
+        return contrasts.share(self.summary, part, whole)
+
+    def trials(self, arm: str) -> tuple[int, float, bool]:
+        """How many settings were tried, the learning rate chosen, and whether it is at the edge of those tried."""
+        own = contrasts.cell(self.summary, arm)
+        return own["trials"], own["chosen"]["optim.lr"], "optim.lr" in own["at_edge"]
+
+    def not_above(self, arms: Sequence[str], reference: str, batch: int | None = None) -> None:
+        """SystemExit where one of ``arms`` is above ``reference``."""
+        for arm in arms:
+            if self.difference(arm, reference, batch).verdict == "higher":
+                raise SystemExit(f"{self.name}: {arm} is above {reference}.")
+
+    def _said(self, arm: str, reference: str, batch: int | None, verdict: str) -> str:
+        found = self.difference(arm, reference, batch)
+        if found.verdict != verdict:
+            raise SystemExit(f"{self.name}: {arm} to {reference} is {cells.difference(found)}, not {verdict!r}.")
+        return cells.difference(found)
+
+
+def answers(studies: Path) -> tuple[list[str], list[list[str]]]:
+    """The rows of the table."""
+    overfit, fresh, beside, cheaper, digits = (
+        Study(studies, name)
+        for name in ("cifar10", "no-split-cifar10", "augmentation-cifar10", "cheaper-cifar10", "digits")
+    )
+    rows = [tuned(overfit), attack_or_images(fresh), at_equal_cost(fresh, overfit), won_back(overfit)]
+    return HEAD, [*rows, augmented(beside), saved(cheaper, overfit), too_few_steps(digits)]
+
+
+def tuned(overfit: Study) -> list[str]:
+    arms = {arm: overfit.trials(arm) for arm in ("LARS", "LAMB", "+ random-sign noise", "+ ConAdv, tau = 1")}
+    (count,) = {trials for trials, _, _ in arms.values()}
+    if [arm for arm, (_, _, edge) in arms.items() if edge] != ["LAMB"]:
+        raise SystemExit(f"{overfit.name}: other choices than LAMB's are at an edge.")
+    said = (
+        f"Yes: LARS, LAMB, noise and ConAdv with {count} trials each, on held-out images and another seed. LARS's "
+        f"choice is enclosed by worse ones; LAMB's ({arms['LAMB'][1]:g}) is the largest tried, so LAMB may do better "
+        'than here. "No split" was not tuned and has the settings of its split arm'
+    )
+    return ["Was the baseline tuned?", said, "[tuning](docs/results/cifar10.md#what-was-tried-in-tuning)"]
+
+
+def attack_or_images(fresh: Study) -> list[str]:
+    split, without = ("+ ConAdv", "+ random-sign noise"), ("+ ConAdv, no split", "+ random-sign noise, no split")
+    said = (
+        f"The attack: ConAdv is {fresh.above(*split)} above random signs (p = {fresh.p(*split)}), and without the "
+        f"split {fresh.above(*without)} above random signs without it"
+    )
+    return ["Is it the attack, or just the extra images?", said, "[fresh seeds](docs/results/variants.md)"]
+
+
+def at_equal_cost(fresh: Study, overfit: Study) -> list[str]:
+    third = 1 / fresh.cost("+ ConAdv", "LAMB")
+    if round(third, 2) != 0.33:
+        raise SystemExit(f"{fresh.name}: LAMB costs {third:.2f} of ConAdv, not a third.")
+    for rate in ("", ", lr 0.08"):
+        fresh.above("LAMB", f"LAMB, 3 times the epochs{rate}")
+    overfit.alike("LARS, 3 times the epochs", "LARS")
+    said = (
+        f"As published not distinguishable from LAMB, which costs a third ({fresh.alike('+ ConAdv', 'LAMB')}). With "
+        "one batch norm for both views (`--adv-route clean`, found among seven changes on the same test images) "
+        f"{fresh.above('+ ConAdv, no split', 'LAMB')} above LAMB. Three times the epochs, as many gradient images as "
+        "the attack, win nothing with LARS (tuned), nor with LAMB at the two rates tried"
+    )
+    return [
+        "At equal cost?",
+        said,
+        "[fresh seeds](docs/results/variants.md), [all arms](docs/results/cifar10.md)",
+    ]
+
+
+def won_back(overfit: Study) -> list[str]:
+    small, attack = "small batch 50, SGD-Nesterov", "+ ConAdv, tau = 1"
+    said = (
+        f"In part: ConAdv wins back {overfit.share(attack, small)} of it; batch 50 has {overfit.accuracy(small)} (five "
+        f"other seeds), there {overfit.above(small, attack)} above ConAdv"
+    )
+    return ["Is the loss to the small batch won back?", said, "[all arms](docs/results/cifar10.md)"]
+
+
+def augmented(beside: Study) -> list[str]:
+    beside.not_above(["crops + ConAdv"], "crops")
+    beside.not_above(["+ ConAdv and AutoAugment view"], "+ AutoAugment view")
+    said = (
+        f"Crops and flips gain {beside.above('crops', 'LARS')} without a gradient image more. The attack on top, with "
+        "settings tuned without augmentation, shows no gain"
+    )
+    return ["Beside augmentation?", said, "[augmentation](docs/results/augmentation.md)"]
+
+
+def saved(cheaper: Study, overfit: Study) -> list[str]:
+    quarter, recycled = "ConAdv, share 0.25", "recycle"
+    half, thirds = (cheaper.cost(arm, "ConAdv") for arm in (quarter, recycled))
+    if (round(half, 1), round(thirds, 2)) != (0.5, 0.67):
+        raise SystemExit(f"{cheaper.name}: a quarter costs {half:.2f} and recycle {thirds:.2f} of ConAdv.")
+    lamb = contrasts.accuracies(overfit.summary, "LAMB")
+    for arm in (quarter, recycled):
+        beside = contrasts.paired_difference(contrasts.accuracies(cheaper.summary, arm), lamb)
+        if beside is None or beside.verdict != "not distinguishable":
+            raise SystemExit(f"{cheaper.name}: {arm} can be told from LAMB.")
+    said = (
+        "Nothing is near the cost of a step without an attack. Attacking a quarter of the batch (half the cost) keeps "
+        f"{cheaper.share(quarter, 'ConAdv')} of the gain, recycling the step's gradient (two thirds) "
+        f"{cheaper.share(recycled, 'ConAdv')}; neither can be told from LAMB, which costs less than both"
+    )
+    return ["Cheaper?", said, "[cheaper attacks](docs/results/cheaper.md)"]
+
+
+def too_few_steps(digits: Study) -> list[str]:
+    attacks = ["+ sequential attack", "+ ConAdv, tau = 1", "+ ConAdv, tau = 1, look-ahead", "+ recycled gradient"]
+    for batch in (187, 374):
+        digits.not_above(attacks, "LARS", batch)
+    longer = digits.above("LARS, 3 times the epochs", "LARS", 374)
+    said = f"On digits no attack is above LARS, and longer training wins ({longer} at the full batch)"
+    return ["Too few steps in place of overfitting?", said, "[digits](docs/results/digits.md)"]
