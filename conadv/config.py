@@ -115,9 +115,11 @@ class DataConfig(Section):
     image_size: int | None = Field(None, ge=4, le=1024)
     """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
     train_images: Count | None = Field(None, ge=2)
-    """Train on this many images, the same share of every class, chosen by seed 0; None takes all."""
+    """Train on this many images, the same share of every class, chosen by subset_seed; None takes all."""
     validation_images: Count | None = Field(None, ge=1)
     """Hold so many of these out of training, the same share of every class, to choose settings by; None holds none."""
+    subset_seed: int | None = Field(0, ge=0, le=LARGEST_SEED)
+    """Chooses train_images and validation_images. None takes the run's seed: every seed then has images of its own."""
     augment: Annotated[AugmentName, tyro.conf.arg(aliases=["--augment"])] = "none"
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, tyro.conf.arg(aliases=["--aug-view"])] = None
@@ -351,6 +353,7 @@ def resolve(config: Config) -> Config:
     _check_eps(config)
     _check_probe(config.probe)
     _check_optimizer(config.optim, config.global_batch_size)
+    _check_subset(config.data)
     _check_keep_best(config)
     _check_nonfinite(config)
     config = replace(config, **_method_defaults(config))
@@ -506,6 +509,13 @@ def _check_optimizer(optim: OptimConfig, global_batch_size: int) -> None:
 def _check_nonfinite(config: Config) -> None:
     if config.on_nonfinite == "stop" and config.nonfinite_limit != Config.model_fields["nonfinite_limit"].default:
         raise _without_effect("nonfinite_limit", "on_nonfinite", "stop")
+
+
+def _check_subset(data: DataConfig) -> None:
+    if data.subset_seed != 0 and data.train_images is None and data.validation_images is None:
+        raise ConadvError(
+            "data.subset_seed has no effect without data.train_images or data.validation_images. Leave it out."
+        )
 
 
 def _check_keep_best(config: Config) -> None:

@@ -318,7 +318,7 @@ def build(
     teams = world.split(execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
     with world.agreed():
-        source = build_source(config.data, observer.loading)
+        source = build_source(config.data, observer.loading, config.seed)
     if config.micro_batch_size == "auto":
         from .preflight.microbatch import settle  # tries engines that this module builds
 

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 from torchvision import datasets
 
-from conadv.config import DataConfig
-from conadv.data import MemorySplit, PhotoSplit, Split, build_source
+from conadv.config import Config, DataConfig, resolve
+from conadv.data import MemorySplit, PhotoSplit, Split, build_data, build_source
 from conadv.data.files import read_rgb
 from conadv.data.splits import choose
 from conadv.errors import ConadvError
@@ -161,6 +162,36 @@ def test_a_subset_is_drawn_at_random_from_each_class() -> None:
     assert torch.equal(chosen, chosen.unique())
     assert 150 < chosen[:50].double().mean() < 350
     assert 650 < chosen[50:].double().mean() < 850
+
+
+@pytest.mark.parametrize("source", ["digits", "cifar10", "folder"])
+def test_the_subset_seed_chooses_the_images(root: Path, source: str) -> None:
+    # Red when: the seed does not reach the choice of the subset, or that of the held-out images.
+    directory, count = (None, 100) if source == "digits" else (root, 6)
+
+    def images(subset_seed: int, **fields: int) -> list[Tensor]:
+        data = build_source(config(source, directory, image_size=8, subset_seed=subset_seed, **fields))
+        return [split.plain(torch.arange(len(split.labels))) for split in (data.train, data.validation) if split]
+
+    for fields, part in (({"train_images": count}, 0), ({"validation_images": count // 2}, 1)):
+        first, again, other = (images(seed, **fields)[part] for seed in (0, 0, 5))
+        assert torch.equal(first, again)
+        assert first.shape == other.shape
+        assert not torch.equal(first, other)
+
+
+def test_the_subset_may_follow_the_seed() -> None:
+    # Red when: the run's seed is not handed on, or is taken where a subset_seed is given.
+    def labels(seed: int, subset_seed: int | None) -> Tensor:
+        data = DataConfig(source="digits", train_images=100, subset_seed=subset_seed)
+        return build_data(resolve(Config(epochs=1, seed=seed, global_batch_size=10, data=data))).source.train.labels
+
+    assert torch.equal(labels(7, None), labels(0, 7))
+    assert not torch.equal(labels(7, None), labels(7, 0))
+    with pytest.raises(ConadvError, match="takes the run's seed"):
+        build_source(DataConfig(source="digits", train_images=100, subset_seed=None))
+    with pytest.raises(ConadvError, match="no effect without"):
+        resolve(Config(epochs=1, data=DataConfig(source="digits", subset_seed=1)))
 
 
 @pytest.mark.parametrize("source", ["digits", "cifar10", "folder"])

@@ -186,7 +186,7 @@ def build_data(
     settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).
     """
     count = accumulation(config, ranks)
-    source = source or build_source(config.data, progress)
+    source = source or build_source(config.data, progress, config.seed)
     order = Order(len(source.train.labels), config.global_batch_size, config.seed)
     augments: dict[str, AugmentName] = {"clean": config.data.augment, "second": config.data.augment}
     if config.data.aug_view is not None:

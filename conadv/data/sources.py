@@ -35,21 +35,35 @@ class Source:
     validation: Split | None = None
 
 
-def build_source(config: DataConfig, progress: Progress | None = None) -> Source:
+def build_source(config: DataConfig, progress: Progress | None = None, seed: int | None = None) -> Source:
     """The source that ``config`` names. Raises ConadvError for whatever is wrong with the folder or the settings.
 
-    Nothing here depends on the run's seed. ``progress`` hears of images decoded into memory.
+    ``seed``: the run's, which nothing here depends on but a data.subset_seed of None. ``progress`` hears of images
+    decoded into memory.
     """
     if config.source not in SOURCES:
         raise unknown("data source", config.source, SOURCES)
     if config.on_bad_image == "skip" and (config.download or config.source not in _ENCODED):
         raise ConadvError("data.on_bad_image has no effect without files of images. Leave it out.")
+    config = _with_subset_seed(config, seed)
     source = SOURCES[config.source](config, progress)
     _check_normalisation(config, source.channels)
     if config.validation_images is None:
         return source
-    train, validation = hold_out(source.train, config.validation_images, source.class_names)
+    train, validation = hold_out(source.train, config.validation_images, source.class_names, config.subset_seed or 0)
     return replace(source, train=train, validation=validation)
+
+
+def _with_subset_seed(config: DataConfig, seed: int | None) -> DataConfig:
+    if config.subset_seed is not None:
+        return config
+    if seed is None:
+        raise ConadvError("data.subset_seed None takes the run's seed. Give build_source that seed.")
+    return config.model_copy(update={"subset_seed": seed})
+
+
+def _choose(labels_N: Tensor, config: DataConfig, class_names: tuple[str, ...]) -> Tensor:
+    return choose(labels_N, config.train_images, class_names, config.subset_seed or 0)
 
 
 def digits(config: DataConfig, progress: Progress | None = None) -> Source:
@@ -71,7 +85,7 @@ def cifar10(config: DataConfig, progress: Progress | None = None) -> Source:
     if config.download:
         return _torchvision(datasets.CIFAR10, config)
     train, test = scan_folder(_directory(config))
-    train = train.subset(choose(train.labels, config.train_images, train.class_names))
+    train = train.subset(_choose(train.labels, config, train.class_names))
     bad: list[dict[int, BadFile]] = [{}, {}]
     skip = config.on_bad_image == "skip"
     images = [
@@ -110,7 +124,7 @@ def _refuse_download(config: DataConfig) -> None:
 
 
 def _photos(train: Photos, test: Photos, config: DataConfig) -> Source:
-    train = train.subset(choose(train.labels, config.train_images, train.class_names))
+    train = train.subset(_choose(train.labels, config, train.class_names))
     size = config.image_size or 224
     return Source(PhotoSplit(train, size), PhotoSplit(test, size), train.class_names, channels=3, image_size=size)
 
@@ -160,7 +174,7 @@ def _in_memory(
 ) -> Source:
     """A source from (uint8 images_NCHW, labels_N) of train and test: subset, then one resize."""
     (x, y), test = parts
-    chosen = choose(y, config.train_images, class_names)
+    chosen = _choose(y, config, class_names)
     train, test = (_resized(x[chosen], config.image_size), y[chosen]), (_resized(test[0], config.image_size), test[1])
     splits = (MemorySplit(*train, flip), MemorySplit(*test, flip))
     return Source(*splits, class_names, channels=x.shape[1], image_size=train[0].shape[-1])

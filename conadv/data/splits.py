@@ -175,9 +175,13 @@ class PhotoSplit:
 
 
 def choose(
-    labels_N: Tensor, count: int | None, class_names: tuple[str, ...], setting: str = "data.train_images"
+    labels_N: Tensor,
+    count: int | None,
+    class_names: tuple[str, ...],
+    seed: int = 0,
+    setting: str = "data.train_images",
 ) -> Tensor:
-    """Sorted indices of a stratified subset of ``count`` samples, chosen by seed 0; all of them for None.
+    """Sorted indices of a stratified subset of ``count`` samples, chosen by ``seed``; all of them for None.
 
     Every class keeps its share to within less than one sample: what rounding down leaves over goes to the classes with
     the largest remainders. Raises ConadvError for more samples than there are, and for a class left without any.
@@ -198,18 +202,18 @@ def choose(
             f"{setting} {count} leaves no image of class {class_names[int(taken.argmin())]!r}. "
             f"Take more: there are {len(class_names)} classes."
         )
-    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(0))
+    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
     place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values
 
 
-def hold_out(train: Split, count: int, class_names: tuple[str, ...]) -> tuple[Split, Split]:
-    """(what is left to train on, ``count`` validation images): a stratified choice by seed 0.
+def hold_out(train: Split, count: int, class_names: tuple[str, ...], seed: int = 0) -> tuple[Split, Split]:
+    """(what is left to train on, ``count`` validation images): a stratified choice by ``seed``.
 
     Raises ConadvError where either side would be left without a class.
     """
-    chosen = choose(train.labels, count, class_names, "data.validation_images")
+    chosen = choose(train.labels, count, class_names, seed, "data.validation_images")
     kept = torch.ones(len(train.labels), dtype=torch.bool)
     kept[chosen] = False
     rest = kept.nonzero().flatten()

@@ -31,6 +31,7 @@ _WORDS = {
     "data.augment": "augment {}",
     "data.aug_view": "aug view {}",
     "data.train_images": "{} training images",
+    "data.subset_seed": "subset {}",
     "model.width": "width {}",
     "epochs": "{} epochs",
     "steps": "{} steps",
