@@ -129,8 +129,9 @@ def at_equal_cost(fresh: Study, overfit: Study) -> list[str]:
 def won_back(overfit: Study) -> list[str]:
     small, attack = "small batch 50, SGD-Nesterov", "+ ConAdv, tau = 1"
     said = (
-        f"In part: ConAdv wins back {overfit.share(attack, small)} of it; batch 50 has {overfit.accuracy(small)} (five "
-        f"other seeds), there {overfit.above(small, attack)} above ConAdv"
+        f"In part: ConAdv wins back {overfit.share(attack, small)} of it; batch 50 has {overfit.accuracy(small)} "
+        f"(five other seeds), there {overfit.above(small, attack)} above ConAdv. Batch norm sees 50 images there and "
+        "125 here, and the optimizers differ: the loss is of more than the batch"
     )
     return ["Is the loss to the small batch won back?", said, "[all arms](docs/results/cifar10.md)"]
 
@@ -168,5 +169,7 @@ def too_few_steps(digits: Study) -> list[str]:
     for batch in (187, 374):
         digits.not_above(attacks, "LARS", batch)
     longer = digits.above("LARS, 3 times the epochs", "LARS", 374)
-    said = f"On digits no attack is above LARS, and longer training wins ({longer} at the full batch)"
+    said = (
+        f"On digits (study A, eps 0.2) no attack is above LARS, and longer training wins ({longer} at the full batch)"
+    )
     return ["Too few steps in place of overfitting?", said, "[digits](docs/results/digits.md)"]

@@ -61,17 +61,17 @@ def read(study: Path) -> list[Json]:
 def ranks(found: list[Json], without: str) -> Table:
     """Spearman's correlation over the arms of mean accuracy with the mean logarithm of each measure.
 
-    Below 0 the flatter arms are the more accurate, which is what the flatter-minimum story says. Three times: with the
-    accuracy of the finished runs, without the arm ``without``, and with the accuracy of the checkpoints analysed.
+    Below 0 the flatter arms are the more accurate, which is what the flatter-minimum story says. Four times: with the
+    accuracy of the finished runs, and with the accuracy of the checkpoints analysed; each with and without ``without``.
     """
     every = _by_arm(found)
     fewer = {arm: runs for arm, runs in every.items() if arm != without}
     rows = []
     for name, title in MEASURES.items():
-        asked = ((every, "final_test_accuracy"), (fewer, "final_test_accuracy"), (every, "test_accuracy"))
+        asked = [(arms, when) for when in ("final_test_accuracy", "test_accuracy") for arms in (every, fewer)]
         rows.append([title, *(_correlation(arms, name, accuracy) for arms, accuracy in asked)])
-    head = ["rank correlation (p) of test accuracy with", f"{len(every)} arms", f"without {without}"]
-    return [*head, "accuracy of the same checkpoints"], rows
+    head = ["rank correlation (p) of test accuracy with", "finished runs", f"without {without}"]
+    return [*head, "the same checkpoints", f"without {without}"], rows
 
 
 def ratios(found: list[Json], base: str = "LARS") -> Table:

@@ -2,7 +2,8 @@
 
 A difference of two arms is in the pages as "1.03 [+0.65, +1.42]", "+1.03 points [+0.65, +1.42]" or "1.40 lower [...]";
 a share of a gain as "80 % [22, 167]". Every such interval has to be one of a study under results/studies/, with that
-middle: a figure that a new record has overtaken is found.
+middle, and with its sign where it has one: a figure that a new record has overtaken is found. That it belongs to the
+arms that the sentence names, and numbers without an interval, are for the reader of a change to check.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import study_contrasts as contrasts
 from conadv.report import table as cells
 from conadv.report.stats import paired_difference
 
-TYPED = re.compile(r"(?P<middle>\d+(?:\.\d+)?)(?: %|(?: \w+){1,3})?\s+(?P<interval>\[[^\]]*\d\])(?!\()")
+TYPED = re.compile(r"(?P<sign>[+−]?)(?P<middle>\d+(?:\.\d+)?)(?: %|(?: \w+){1,3})?\s+(?P<interval>\[[^\]]*\d\])(?!\()")
 SHARES = {
     "cheaper-cifar10": [(arm, "ConAdv") for arm in ("ConAdv, share 0.25", "ConAdv, every 4th step", "recycle")],
     "cifar10": [
@@ -30,7 +31,7 @@ SHARES = {
 
 
 def figures(studies: Path) -> set[tuple[str, str]]:
-    """(middle without its sign, interval) of every paired difference within a study, and of the SHARES."""
+    """(middle, interval) of every paired difference within a study, and of the SHARES."""
     said = []
     for file in sorted(studies.glob("*/summary.json")):
         summary = json.loads(file.read_text())
@@ -41,15 +42,19 @@ def figures(studies: Path) -> set[tuple[str, str]]:
         ]
         said += [cells.difference(paired_difference(arm, other)) for arm, other in permutations(arms, 2)]
         said += [contrasts.share(summary, *pair) for pair in SHARES.get(file.parent.name, ())]
-    return {(middle.lstrip(f"+{cells.MINUS}").removesuffix(" %"), f"[{rest}") for middle, rest in map(_halves, said)}
+    return set(map(_halves, said))
 
 
 def _halves(text: str) -> tuple[str, str]:
     middle, _, rest = text.partition(" [")
-    return middle, rest
+    return middle.removesuffix(" %"), f"[{rest}"
 
 
 def unknown(text: str, known: set[tuple[str, str]]) -> list[str]:
     """The typed intervals of ``text`` that are in no record."""
-    found = [(mark["middle"], " ".join(mark["interval"].split())) for mark in TYPED.finditer(text)]
-    return [" ".join(one) for one in found if one not in known]
+    found = [(mark["sign"], mark["middle"], " ".join(mark["interval"].split())) for mark in TYPED.finditer(text)]
+    return [
+        f"{sign}{middle} {interval}"
+        for sign, middle, interval in found
+        if known.isdisjoint((one + middle, interval) for one in ([sign] if sign else ["", "+", cells.MINUS]))
+    ]

@@ -212,12 +212,12 @@ def test_sharpness_is_ranked_against_accuracy() -> None:
     runs = [
         *(analysed("a", seed, 1000.0, 0.9, 0.3) for seed in (0, 1)),
         *(analysed("b", seed, 10.0, 0.8, 0.2) for seed in (0, 1)),
-        *(analysed("c", seed, 9.0, 0.95, 0.1) for seed in (0, 1)),
+        *(analysed("c", seed, 9.0, 0.95, 0.25) for seed in (0, 1)),
     ]
     head, rows = load("study_flatness").ranks(runs, "c")
-    assert head[1:3] == ["3 arms", "without c"]
+    assert head[1:] == ["finished runs", "without c", "the same checkpoints", "without c"]
     assert [row[0] for row in rows] == list(load("study_flatness").MEASURES.values())
-    assert [cell.split()[0] for cell in rows[0][1:]] == ["−0.50", "+1.00", "+1.00"]
+    assert [cell.split()[0] for cell in rows[0][1:]] == ["−0.50", "+1.00", "+0.50", "+1.00"]
 
 
 def test_flatter_by_how_much_is_a_ratio_of_paired_seeds() -> None:
@@ -258,19 +258,20 @@ def test_what_is_published_of_an_analysis(tmp_path: Path) -> None:
 
 
 def test_an_interval_that_no_record_has_is_found_in_a_sentence(tmp_path: Path) -> None:
-    # Red when: the middle, or the interval, is not compared, or an interval over a line's end is not seen.
+    # Red when: the middle, its sign or the interval is not compared, or an interval over a line's end is not seen.
     (tmp_path / "x").mkdir()
     content = summary(LARS=[0.40, 0.42, 0.41], LAMB=[0.43, 0.44, 0.42])
     (tmp_path / "x" / "summary.json").write_text(json.dumps(content))
     prose = load("study_prose")
     known = prose.figures(tmp_path)
-    assert known == {("2.00", "[−0.48, +4.48]"), ("2.00", "[−4.48, +0.48]")}
+    assert known == {("+2.00", "[−0.48, +4.48]"), ("−2.00", "[−4.48, +0.48]")}
     said = (
         "LAMB is 2.00 points above LARS [−0.48,\n  +4.48], LARS −2.00 [−4.48, +0.48] to LAMB; [2.00](x.md) [12](y.md)."
     )
     assert prose.unknown(said, known) == []
+    assert prose.unknown("LAMB: −2.00 [−0.48, +4.48].", known) == ["−2.00 [−0.48, +4.48]"]
     wrong = "It gains +2.01 [−0.48, +4.48], or 2.00 points [−0.47, +4.48], or 80 % [22, 167]."
-    assert prose.unknown(wrong, known) == ["2.01 [−0.48, +4.48]", "2.00 [−0.47, +4.48]", "80 [22, 167]"]
+    assert prose.unknown(wrong, known) == ["+2.01 [−0.48, +4.48]", "2.00 [−0.47, +4.48]", "80 [22, 167]"]
 
 
 def test_a_claim_that_a_record_does_not_bear_stops_the_table(tmp_path: Path) -> None:

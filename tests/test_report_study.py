@@ -257,6 +257,18 @@ def test_nothing_above_is_not_corrected(folder: Path, tmp_path: Path) -> None:
     assert "Holm" not in text
 
 
+def test_arms_that_do_not_attack_are_not_called_adversarial(folder: Path, tmp_path: Path) -> None:
+    """Red when: the baseline's other rivals are called adversarial arms, or a control is asked for."""
+    study = load_sweep(edited(folder, tmp_path / "sweep", controls=[]))
+    plain = changed(study, cells=tuple(c for c in study.cells if c.arm in ("LARS", CONTROLS[0])))
+    text = " ".join(answers.attack_or_images(plain) + answers.at_equal_cost(plain))
+    assert text.startswith("No arm attacks. ")
+    assert " of 1 arms are above LARS" in text
+    assert "adversarial" not in text
+    assert "No control" not in text
+    assert "adversarial arms are above" in " ".join(answers.attack_or_images(study))
+
+
 def test_one_difference_is_not_counted(study: Any) -> None:
     """Red when: _corrected() counts one difference as several, or calls it kept without looking."""
     only = changed(study, controls=(), cells=tuple(c for c in study.at(300) if c.arm in ("LARS", "+ ConAdv, tau = 1")))

@@ -26,7 +26,7 @@ from conadv.sweep import command
 from conadv.sweep.cells import Plan, expand
 from conadv.sweep.choose import Result, at_edge, choose, only_edges
 from conadv.sweep.command import _schedule
-from conadv.sweep.display import Display, Workload, duration
+from conadv.sweep.display import Display, Lines, Workload, duration
 from conadv.sweep.document import document
 from conadv.sweep.estimate import Estimate, relative_cost
 from conadv.sweep.folder import Folder
@@ -352,6 +352,17 @@ def test_estimate() -> None:
     work = Workload(lambda: [noise], 1, estimate, done=1, seconds=6.0)
     assert work.share() == pytest.approx(6 / 18)
     assert [duration(s) for s in (45, 700, 11_100)] == ["45 s", "12 min", "3 h 05 min"]
+
+
+def test_a_run_that_failed_at_once_tells_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    # Red when: the time left is said before any run gave a speed (it was 1456 hours).
+    config = Config(epochs=1)
+    display = Lines(Workload(lambda: [config], 1))
+    display.started(0, "a", config)
+    display.finished(0, 0.1, "no data")
+    display.started(1, "b", config)
+    display.finished(1, 2.0, None)
+    assert capsys.readouterr().out.splitlines() == ["[1/2] a: failed: no data", "[2/3] b: 2.0 s, about 2 s left"]
 
 
 # ---- whole sweeps

@@ -93,7 +93,8 @@ class Lines(Display):
 
     def ended(self, run: Going, seconds: float, error: str | None) -> None:
         work = self.work
-        left = f", about {duration(work.left())} left" if work.done < work.total else ""
+        known = work.estimate.known and work.done < work.total  # a run that failed at once tells nothing
+        left = f", about {duration(work.left())} left" if known else ""
         how = f"failed: {error.splitlines()[0]}" if error else f"{seconds:.1f} s"
         sys.stdout.write(printable(f"[{work.done}/{work.total}] {run.label}: {how}{left}") + "\n")
         sys.stdout.flush()

@@ -236,19 +236,18 @@ def equal_mark(found: EqualCost) -> Mark:
 
 def attack_or_images(study: Study) -> list[str]:
     """How many adversarial arms stand out from the baseline, from every control, and after Holm's correction."""
-    where, arms = place(study, study.largest), study.adversarial(study.largest)
+    where, arms, called = place(study, study.largest), study.adversarial(study.largest), study.called(study.largest)
     contrasts = [c for c in differences(study, study.largest) if any(c.cell is cell for cell in arms)]
     if not arms or not contrasts:
         return [f"Nothing to compare at {where} yet: no adversarial arm and reference have a seed in common."]
-    said = []
+    attacks = any(cell.attacks for cell in arms)
+    said = [] if attacks else ["No arm attacks."]
     if study.baseline:
         own = [c for c in contrasts if c.reference.arm == study.baseline]
         unknown = _without_interval(arms, own)
-        said.append(
-            f"{sum(map(_above, own))} of {len(arms)} adversarial arms are above {study.baseline} at {where}{unknown}."
-        )
+        said.append(f"{sum(map(_above, own))} of {len(arms)} {called} are above {study.baseline} at {where}{unknown}.")
     if not study.controls:
-        return [*said, "No control was run, so the attack cannot be told from the extra images."]
+        return said + (["No control was run, so the attack cannot be told from the extra images."] if attacks else [])
     winners = [cell for cell in arms if _beats_all(study, contrasts, cell)]
     names = f": {'; '.join(cell.line for cell in winners)}" if winners else ""
     unknown = _without_interval(arms, [c for c in contrasts if c.reference.arm in study.controls])
@@ -296,7 +295,8 @@ def at_equal_cost(study: Study) -> list[str]:
     unknown = verdicts["no interval"]
     said = [
         f"Against the best arm without an attack that costs no more in total, {verdicts['higher']} of {len(known)} "
-        f"adversarial arms are higher, {verdicts['lower']} lower, {verdicts['not distinguishable']} not distinguishable"
+        f"{study.called(study.largest)} are higher, {verdicts['lower']} lower, {verdicts['not distinguishable']} not "
+        "distinguishable"
         f"{f', {unknown} without an interval (one seed in common, or a diverged run)' if unknown else ''}."
     ]
     if share < 0.9:

@@ -288,6 +288,7 @@ def _content(summary: StudySummary) -> dict[str, Any]:
         "command": summary.command,
         "lead": answers.lead(study),
         "where": answers.place(study, study.largest),
+        "called": study.called(study.largest).capitalize(),
         "tuned": answers.tuned(study),
         "attack": answers.attack_or_images(study),
         "equal": answers.at_equal_cost(study),

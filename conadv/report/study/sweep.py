@@ -135,6 +135,10 @@ class Study:
         tested = self.tested(x)
         return [cell for cell in tested if cell.attacks] or tested
 
+    def called(self, x: float) -> str:
+        """What :meth:`adversarial` gives, in a word."""
+        return "adversarial arms" if any(cell.attacks for cell in self.tested(x)) else "arms"
+
     def last(self, line: str) -> Cell:
         """The cell of a line with the largest x."""
         return max((cell for cell in self.cells if cell.line == line), key=lambda cell: cell.x)
