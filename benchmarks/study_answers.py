@@ -45,8 +45,7 @@ class Study:
         return f"{self.difference(arm, reference).p:.1g}"
 
     def accuracy(self, arm: str) -> str:
-        stat = contrasts.cell(self.summary, arm)["test_accuracy"]
-        return f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f} %"
+        return f"{contrasts.percent(self.summary, arm)} %"
 
     def cost(self, arm: str, reference: str) -> float:
         """Gradient images of a whole training, times those of ``reference``."""

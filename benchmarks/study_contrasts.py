@@ -22,6 +22,7 @@ DECISIVE = (
     *("+ ConAdv", "+ ConAdv, no split"),
 )
 REFERENCES = ("LARS", "LAMB", "+ random-sign noise")
+TEST, HELD_OUT = "test_accuracy", "validation_accuracy"
 TARGET = 0.8
 """Which share of the attack's gain a cheaper attack should keep."""
 
@@ -35,13 +36,19 @@ def cell(summary: Json, arm: str, batch: int | None = None) -> Json:
     return found[0]
 
 
-def accuracies(summary: Json, arm: str, batch: int | None = None) -> Accuracies:
-    """seed -> test accuracy in [0, 1]."""
-    return {int(seed): value for seed, value in cell(summary, arm, batch)["test_accuracy"]["values"].items()}
+def accuracies(summary: Json, arm: str, batch: int | None = None, on: str = TEST) -> Accuracies:
+    """seed -> accuracy in [0, 1], ``on`` the images of TEST or of HELD_OUT."""
+    return {int(seed): value for seed, value in cell(summary, arm, batch)[on]["values"].items()}
 
 
-def paired(summary: Json, arm: str, reference: str, batch: int | None = None) -> Difference | None:
-    return paired_difference(accuracies(summary, arm, batch), accuracies(summary, reference, batch))
+def paired(summary: Json, arm: str, reference: str, batch: int | None = None, on: str = TEST) -> Difference | None:
+    return paired_difference(accuracies(summary, arm, batch, on), accuracies(summary, reference, batch, on))
+
+
+def percent(summary: Json, arm: str, batch: int | None = None, on: str = TEST) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    stat = cell(summary, arm, batch)[on]
+    return f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
 
 
 def points(summary: Json, arm: str, reference: str) -> str:
@@ -55,13 +62,29 @@ def decide(summary: Json) -> Table:
     rows = []
     for arm in DECISIVE:
         own = cell(summary, arm)
-        stat = own["test_accuracy"]
-        accuracy = f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
+        accuracy = percent(summary, arm)
         against = [cells.NONE if arm == other else points(summary, arm, other) for other in REFERENCES]
         rows.append([arm, f"{own['cost']['total'] / base:.3g}", accuracy, *against])
     head = ["arm", "gradient images, times LARS's", "test accuracy, %"]
     head += [f"against {other.removeprefix('+ ')}" for other in REFERENCES]
     return head, rows
+
+
+def held_out(summary: Json) -> Table:
+    """Every arm of a study at one batch on the images held out of its training, beside its test accuracy."""
+    base = cell(summary, summary["baseline"])["cost"]["total"]
+    references = [summary["baseline"], *summary["controls"]]
+    rows = []
+    for own in summary["cells"]:
+        arm = own["arm"]
+        against = [
+            cells.NONE if arm == other else cells.difference(paired(summary, arm, other, on=HELD_OUT))
+            for other in references
+        ]
+        accuracy = [percent(summary, arm, on=images) for images in (HELD_OUT, TEST)]
+        rows.append([arm, f"{own['cost']['total'] / base:.3g}", *accuracy, *against])
+    head = ["arm", f"gradient images, times {summary['baseline']}'s", "held-out accuracy, %", "test accuracy, %"]
+    return head + [f"against {other.removeprefix('+ ')}, held-out" for other in references], rows
 
 
 def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "LARS") -> Table:

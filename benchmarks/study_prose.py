@@ -35,12 +35,13 @@ def figures(studies: Path) -> set[tuple[str, str]]:
     said = []
     for file in sorted(studies.glob("*/summary.json")):
         summary = json.loads(file.read_text())
-        arms = [
-            {int(seed): value for seed, value in one["test_accuracy"]["values"].items()}
-            for one in summary["cells"]
-            if one["test_accuracy"]
-        ]
-        said += [cells.difference(paired_difference(arm, other)) for arm, other in permutations(arms, 2)]
+        for on in (contrasts.TEST, contrasts.HELD_OUT):
+            arms = [
+                {int(seed): value for seed, value in one[on]["values"].items()}
+                for one in summary["cells"]
+                if one.get(on)
+            ]
+            said += [cells.difference(paired_difference(arm, other)) for arm, other in permutations(arms, 2)]
         said += [contrasts.share(summary, *pair) for pair in SHARES.get(file.parent.name, ())]
     return set(map(_halves, said))
 

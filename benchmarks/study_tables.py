@@ -26,7 +26,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, kept, decide, ranks, ratios, gain, predictors, or a table of the report.
+    """``what``: questions, made, kept, held-out, decide, ranks, ratios, gain, predictors, or a table of the report.
 
     "accuracy 500" is the table where its first column is 500.
     """
@@ -37,6 +37,8 @@ def section(studies: Path, name: str, what: str) -> str:
         return f"{made(summary)}{shared(studies, name)}"
     if what == "kept":
         return kept(summary["tables"]["staleness"])
+    if what == "held-out":
+        return drawn(*study_contrasts.held_out(summary))
     if what == "decide":
         return drawn(*study_contrasts.decide(summary))
     if what == "ranks":
@@ -76,7 +78,8 @@ def made(summary: dict[str, Any]) -> str:
         commits += "; dirty is with changes that were not committed"
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     facts = "; ".join([*summary["machines"], *summary["software"]])
-    return f"{count} seeds, mean ± standard deviation; `{summary['command']}` at commit {commits}; {escape(facts)}."
+    spread = "1 seed" if count == "1" else f"{count} seeds, mean ± standard deviation"
+    return f"{spread}; `{summary['command']}` at commit {commits}; {escape(facts)}."
 
 
 def commit(said: str) -> str:

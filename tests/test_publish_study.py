@@ -122,6 +122,21 @@ def test_the_decisive_arms_are_compared_by_seed() -> None:
         contrasts.decide({"cells": content["cells"][:1]})
 
 
+def test_held_out_images_have_a_table_of_their_own() -> None:
+    # Red when: differences are of the test images, or the baseline's cost is not the yardstick.
+    content = summary(A=[0.1, 0.1], B=[0.3, 0.3]) | {"baseline": "A", "controls": ["B"]}
+    for number, cell in enumerate(content["cells"], 5):
+        cell["test_accuracy"] |= {"mean": 0.2, "std": 0.01}
+        values = {"0": number / 10, "1": number / 10 + 0.01 * (number - 5)}
+        cell["validation_accuracy"] = {"values": values, "mean": number / 10, "std": 0.02}
+    head, rows = load("study_contrasts").held_out(content)
+    assert head[1:] == ["gradient images, times A's", "held-out accuracy, %", "test accuracy, %"] + [
+        f"against {arm}, held-out" for arm in "AB"
+    ]
+    assert rows[0] == ["A", "1", "50.00 ± 2.00", "20.00 ± 1.00", "–", "−10.50 [−16.85, −4.15]"]
+    assert rows[1][:2] == ["B", "2"]
+
+
 def test_predictors_are_compared_at_the_same_staleness() -> None:
     # Red when: a predictor is compared with the stale weights of another tau, or Holm's family is one row.
     contrasts = load("study_contrasts")
