@@ -1,6 +1,7 @@
-"""The table of questions in README.md: every figure comes from a record, and what is said of it has to hold there.
+"""The table of questions in README.md: accuracies, intervals and shares are those of records.
 
 Where a record no longer says what a sentence does ("above", "not distinguishable"), drawing the table stops with that.
+What describes a study's design (its batches, how many seeds) is typed.
 """
 
 from __future__ import annotations
@@ -61,10 +62,10 @@ class Study:
         return own["trials"], own["chosen"]["optim.lr"], "optim.lr" in own["at_edge"]
 
     def not_above(self, arms: Sequence[str], reference: str, batch: int | None = None) -> None:
-        """SystemExit where one of ``arms`` is above ``reference``."""
+        """SystemExit where one of ``arms`` is above ``reference``, or has no interval."""
         for arm in arms:
-            if self.difference(arm, reference, batch).verdict == "higher":
-                raise SystemExit(f"{self.name}: {arm} is above {reference}.")
+            if self.difference(arm, reference, batch).verdict not in ("lower", "not distinguishable"):
+                raise SystemExit(f"{self.name}: that {arm} is not above {reference} is not shown.")
 
     def _said(self, arm: str, reference: str, batch: int | None, verdict: str) -> str:
         found = self.difference(arm, reference, batch)

@@ -46,9 +46,12 @@ def paired(summary: Json, arm: str, reference: str, batch: int | None = None, on
 
 
 def percent(summary: Json, arm: str, batch: int | None = None, on: str = TEST) -> str:
-    """Mean and standard deviation over seeds, in percent."""
+    """Mean and standard deviation over seeds in percent, without the latter for a single seed."""
     stat = cell(summary, arm, batch)[on]
-    return f"{100 * stat['mean']:.2f} ± {100 * stat['std']:.2f}"
+    if stat is None:
+        return cells.NONE
+    spread = "" if stat["std"] is None else f" ± {100 * stat['std']:.2f}"
+    return f"{100 * stat['mean']:.2f}{spread}"
 
 
 def points(summary: Json, arm: str, reference: str) -> str:
@@ -97,7 +100,7 @@ def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "
     rows = []
     for arm in (one["arm"] for one in summary["cells"] if "onAdv" in one["arm"] or one["arm"] == "recycle"):
         kept = None if arm == whole else ratio_interval(_gains(summary, arm, base), full)
-        text = "100 %" if kept is None else share(summary, arm, whole, base)
+        text = "100 %" if arm == whole else share(summary, arm, whole, base)
         reached = (
             "–" if kept is None else "yes" if kept[0] >= TARGET else "no" if kept[1] < TARGET else "cannot be told"
         )
@@ -113,7 +116,7 @@ def share(summary: Json, part: str, whole: str, base: str = "LARS") -> str:
     above, below = _gains(summary, part, base), _gains(summary, whole, base)
     low, high = ratio_interval(above, below)
     middle = 100 * statistics.fmean(above) / statistics.fmean(below)
-    return f"{middle:.0f} % [{_percent(low)}, {_percent(high)}]"
+    return f"{middle:.0f} % [{_whole_percent(low)}, {_whole_percent(high)}]"
 
 
 def _gains(summary: Json, arm: str, base: str) -> list[float]:
@@ -121,7 +124,7 @@ def _gains(summary: Json, arm: str, base: str) -> list[float]:
     return [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
 
 
-def _percent(value: float) -> str:
+def _whole_percent(value: float) -> str:
     """Without the digits of what only says that nothing is known."""
     return f"below {cells.MINUS}100" if value < -1 else f"{100 * value:.0f}".replace("-", cells.MINUS)
 

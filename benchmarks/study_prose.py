@@ -18,7 +18,9 @@ import study_contrasts as contrasts
 from conadv.report import table as cells
 from conadv.report.stats import paired_difference
 
-TYPED = re.compile(r"(?P<sign>[+−]?)(?P<middle>\d+(?:\.\d+)?)(?: %|(?: \w+){1,3})?\s+(?P<interval>\[[^\]]*\d\])(?!\()")
+INTERVAL = re.compile(r"(?!\[0, 1\])\[[^\[\]]*\d,\s+[^\[\]]*\d\](?!\()")
+MIDDLE = re.compile(r"(?P<sign>[+−]?)(?P<middle>\d+(?:\.\d+)?)(?: %)?[^\d\[\]]{0,60}$")
+"""The number before an interval, with words between them."""
 SHARES = {
     "cheaper-cifar10": [(arm, "ConAdv") for arm in ("ConAdv, share 0.25", "ConAdv, every 4th step", "recycle")],
     "cifar10": [
@@ -52,10 +54,15 @@ def _halves(text: str) -> tuple[str, str]:
 
 
 def unknown(text: str, known: set[tuple[str, str]]) -> list[str]:
-    """The typed intervals of ``text`` that are in no record."""
-    found = [(mark["sign"], mark["middle"], " ".join(mark["interval"].split())) for mark in TYPED.finditer(text)]
-    return [
-        f"{sign}{middle} {interval}"
-        for sign, middle, interval in found
-        if known.isdisjoint((one + middle, interval) for one in ([sign] if sign else ["", "+", cells.MINUS]))
-    ]
+    """The typed intervals of ``text`` that are in no record, or stand behind no number."""
+    return [said for interval in INTERVAL.finditer(text) if (said := _unknown(text, interval, known))]
+
+
+def _unknown(text: str, found: re.Match[str], known: set[tuple[str, str]]) -> str:
+    interval = " ".join(found[0].split())
+    before = MIDDLE.search(text[: found.start()])
+    if before is None:
+        return interval
+    signs = [before["sign"]] if before["sign"] else ["", "+", cells.MINUS]
+    in_records = any((sign + before["middle"], interval) in known for sign in signs)
+    return "" if in_records else f"{before['sign']}{before['middle']} {interval}"

@@ -285,6 +285,8 @@ def test_an_interval_that_no_record_has_is_found_in_a_sentence(tmp_path: Path) -
     )
     assert prose.unknown(said, known) == []
     assert prose.unknown("LAMB: −2.00 [−0.48, +4.48].", known) == ["−2.00 [−0.48, +4.48]"]
+    assert prose.unknown("LAMB gains 2.00 of all points, over the line\n  that LARS has [−0.48, +4.48].", known) == []
+    assert prose.unknown("None [−0.48, +4.48].", known) == ["[−0.48, +4.48]"]
     wrong = "It gains +2.01 [−0.48, +4.48], or 2.00 points [−0.47, +4.48], or 80 % [22, 167]."
     assert prose.unknown(wrong, known) == ["+2.01 [−0.48, +4.48]", "2.00 [−0.47, +4.48]", "80 [22, 167]"]
 
@@ -306,7 +308,7 @@ def test_a_claim_that_a_record_does_not_bear_stops_the_table(tmp_path: Path) -> 
     with pytest.raises(SystemExit, match="2 cells of the arm 'A'"):
         study.above("A", "B")
     study.not_above(["B", "C"], "A", 4)
-    with pytest.raises(SystemExit, match="A is above C"):
+    with pytest.raises(SystemExit, match="A is not above C is not shown"):
         study.not_above(["B", "A"], "C", 4)
     study.summary["cells"] = cells[:3]
     assert study.alike("B", "C").startswith("+0.17 [")

@@ -354,6 +354,19 @@ def test_settings_without_effect_do_not_split_an_arm() -> None:
     assert settings.effective(c.model_dump(mode="json")) != settings.effective(d.model_dump(mode="json"))
 
 
+def test_the_seed_of_the_subset_is_0_where_a_record_has_none() -> None:
+    """Red when: an older record or a setting without effect makes an arm of its own, or null is taken for nothing."""
+    config = make_config("vanilla", data__train_images=100)
+    old = config.model_dump(mode="json")
+    del old["data"]["subset_seed"]
+    assert settings.effective(old) == settings.effective(config.model_dump(mode="json"))
+    each = replace(config, data__subset_seed=None).model_dump(mode="json")
+    names = settings.labels([settings.effective(old), settings.effective(each)])
+    assert names == ["vanilla, subset 0", "vanilla, subset of each seed"]
+    whole = make_config("vanilla").model_dump(mode="json")
+    assert settings.effective(whole)["data.subset_seed"] is None
+
+
 def test_given_names_and_baseline(tmp_path: Path) -> None:
     names = {}
     for seed in range(2):

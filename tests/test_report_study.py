@@ -266,6 +266,8 @@ def test_arms_that_do_not_attack_are_not_called_adversarial(folder: Path, tmp_pa
     assert " of 1 arms are above LARS" in text
     assert "adversarial" not in text
     assert "No control" not in text
+    apart = changed(plain, baseline=None, cells=tuple(c for c in plain.cells if c.arm != "LARS"))
+    assert "adversarial" not in " ".join(answers.attack_or_images(apart) + answers.at_equal_cost(apart))
     assert "adversarial arms are above" in " ".join(answers.attack_or_images(study))
 
 

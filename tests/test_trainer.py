@@ -25,6 +25,7 @@ from conadv import (
 )
 from conadv.checkpoint import load, load_newest, save, steps
 from conadv.config import Config, load_yaml, replace, resolve
+from conadv.data import build_source
 from conadv.evaluation import Result
 from conadv.export import export, load_plain_model
 from conadv.models import build_model
@@ -236,6 +237,20 @@ def test_validation_is_measured_on_the_images_held_out(tmp_path: Path) -> None:
     held = next(line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation")
     assert (held["images"], held["accuracy"]) == (98, summary["validation_accuracy"])
     assert summary["steps"] == 2
+
+
+def test_images_drawn_by_the_seed_are_the_same_when_a_run_is_read_again(tmp_path: Path) -> None:
+    # Red when: trainer.build gives the data no seed, or another one than the run's.
+    own = config(
+        data__train_images=600, data__validation_images=80, data__subset_seed=None, global_batch_size=64, seed=3
+    )
+    summary = train(own, tmp_path)
+    parts = load_run(tmp_path, torch.device("cpu"))
+    assert measure(parts)["train"].loss == summary["train_loss"]
+    given = build_source(replace(own, data__subset_seed=3).data)
+    for name in ("train", "validation"):
+        found, want = getattr(parts.data.source, name), getattr(given, name)
+        assert torch.equal(found.plain(torch.arange(80)), want.plain(torch.arange(80)))
 
 
 def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def build_data(
     """Everything that a run reads, checked before any training. ``progress`` hears of images decoded into memory.
 
     ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
-    ``ranks``. ``source``: what :func:`build_source` has made of ``config.data``, where the caller has it already.
+    ``ranks``. ``source``: what :func:`build_source` has made of ``config.data`` and the seed, where the caller
+    has it already.
 
     Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on, for
     settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).

@@ -50,7 +50,8 @@ def build_source(config: DataConfig, progress: Progress | None = None, seed: int
     _check_normalisation(config, source.channels)
     if config.validation_images is None:
         return source
-    train, validation = hold_out(source.train, config.validation_images, source.class_names, config.subset_seed or 0)
+    assert config.subset_seed is not None
+    train, validation = hold_out(source.train, config.validation_images, source.class_names, seed=config.subset_seed)
     return replace(source, train=train, validation=validation)
 
 
@@ -63,7 +64,8 @@ def _with_subset_seed(config: DataConfig, seed: int | None) -> DataConfig:
 
 
 def _choose(labels_N: Tensor, config: DataConfig, class_names: tuple[str, ...]) -> Tensor:
-    return choose(labels_N, config.train_images, class_names, config.subset_seed or 0)
+    assert config.subset_seed is not None  # build_source puts the run's seed there
+    return choose(labels_N, config.train_images, class_names, seed=config.subset_seed)
 
 
 def digits(config: DataConfig, progress: Progress | None = None) -> Source:

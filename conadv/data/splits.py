@@ -178,6 +178,7 @@ def choose(
     labels_N: Tensor,
     count: int | None,
     class_names: tuple[str, ...],
+    *,
     seed: int = 0,
     setting: str = "data.train_images",
 ) -> Tensor:
@@ -208,12 +209,12 @@ def choose(
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values
 
 
-def hold_out(train: Split, count: int, class_names: tuple[str, ...], seed: int = 0) -> tuple[Split, Split]:
+def hold_out(train: Split, count: int, class_names: tuple[str, ...], *, seed: int = 0) -> tuple[Split, Split]:
     """(what is left to train on, ``count`` validation images): a stratified choice by ``seed``.
 
     Raises ConadvError where either side would be left without a class.
     """
-    chosen = choose(train.labels, count, class_names, seed, "data.validation_images")
+    chosen = choose(train.labels, count, class_names, seed=seed, setting="data.validation_images")
     kept = torch.ones(len(train.labels), dtype=torch.bool)
     kept[chosen] = False
     rest = kept.nonzero().flatten()

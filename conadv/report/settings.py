@@ -50,8 +50,17 @@ def effective(config: dict[str, Any], ranks: int = 1) -> Settings:
         flat["micro_batch_size"] = None
     if flat.get("attack.step_size") == _default_step_size(flat):
         flat["attack.step_size"] = None
+    flat["data.subset_seed"] = _subset_seed(flat)
     without_effect = [name for name in flat if _belongs_to_methods(name) and not _has_effect(name, method)]
     return {**flat, **dict.fromkeys(without_effect), "ranks": ranks}
+
+
+def _subset_seed(flat: Settings) -> int | str | None:
+    """0 in records that are older than the setting; null follows the seed, which is no value missing."""
+    if flat.get("data.train_images") is None and flat.get("data.validation_images") is None:
+        return None
+    seed = flat.get("data.subset_seed", 0)
+    return "of each seed" if seed is None else int(str(seed))
 
 
 def _belongs_to_methods(name: str) -> bool:

@@ -239,7 +239,7 @@ def attack_or_images(study: Study) -> list[str]:
     where, arms, called = place(study, study.largest), study.adversarial(study.largest), study.called(study.largest)
     contrasts = [c for c in differences(study, study.largest) if any(c.cell is cell for cell in arms)]
     if not arms or not contrasts:
-        return [f"Nothing to compare at {where} yet: no adversarial arm and reference have a seed in common."]
+        return [f"Nothing to compare at {where} yet: none of the {called} has a seed in common with a reference."]
     attacks = any(cell.attacks for cell in arms)
     said = [] if attacks else ["No arm attacks."]
     if study.baseline:
@@ -289,7 +289,8 @@ def at_equal_cost(study: Study) -> list[str]:
     compared = [equal_cost(study, cell) for cell in study.adversarial(study.largest)]
     known = [found for found in compared if found.difference is not None]
     if not known:
-        return ["Unknown: no arm without an attack cost as little as the adversarial ones at this batch."]
+        called = study.called(study.largest)
+        return [f"Unknown: no other arm without an attack cost as little as the {called} compared at this batch."]
     verdicts = Counter(found.difference.verdict for found in known if found.difference)
     share = max(found.share or 0.0 for found in known)
     unknown = verdicts["no interval"]

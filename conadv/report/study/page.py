@@ -138,7 +138,7 @@ class StudySummary:
 
 
 def _answers(study: Study) -> tables.Table:
-    """The referee's table: adversarial arms at the largest x."""
+    """The referee's table: the adversarial arms at the largest x, or all where none attacks."""
     rows = [[answers.Mark(line), *marks] for line, marks in answers.rows(study)]
     return tables.Table(answers.head(study), rows, texts=1)
 
