@@ -26,7 +26,7 @@ def table(head: list[str], rows: list[list[str]], texts: int | None = None) -> s
 
 
 def section(studies: Path, name: str, what: str) -> str:
-    """``what``: questions, made, kept, held-out, decide, ranks, ratios, gain, predictors, or a table of the report.
+    """``what``: questions, made, kept, held-out, primary, ranks, ratios, gain, predictors, or a table of the report.
 
     "accuracy 500" is the table where its first column is 500.
     """
@@ -39,8 +39,8 @@ def section(studies: Path, name: str, what: str) -> str:
         return kept(summary["tables"]["staleness"])
     if what == "held-out":
         return drawn(*study_contrasts.held_out(summary))
-    if what == "decide":
-        return drawn(*study_contrasts.decide(summary))
+    if what == "primary":
+        return drawn(*study_contrasts.primary(summary))
     if what == "ranks":
         return drawn(*study_flatness.ranks(study_flatness.read(studies / name), "LARS, 3 times the epochs"))
     if what == "ratios":

@@ -107,21 +107,6 @@ def test_what_is_kept_of_a_gain_is_said_with_its_aim() -> None:
     assert rows[2][3].startswith("50 % [50, 50]")
 
 
-def test_the_decisive_arms_are_compared_by_seed() -> None:
-    # Red when: the reference is subtracted from itself, or columns change places.
-    contrasts = load("study_contrasts")
-    arms = {arm: [0.4 + number / 100, 0.41 + number / 100] for number, arm in enumerate(contrasts.DECISIVE)}
-    content = summary(**arms)
-    for cell in content["cells"]:
-        cell["test_accuracy"] |= {"mean": 0.5, "std": 0.01}
-    head, rows = contrasts.decide(content)
-    assert head[3:] == ["against LARS", "against LAMB", "against random-sign noise"]
-    assert rows[0][3:] == ["–", "−1.00 [−1.00, −1.00]", "−3.00 [−3.00, −3.00]"]
-    assert rows[6][:3] == ["+ ConAdv, no split", "7", "50.00 ± 1.00"]
-    with pytest.raises(SystemExit, match="0 cells of the arm 'LAMB'"):
-        contrasts.decide({"cells": content["cells"][:1]})
-
-
 def test_held_out_images_have_a_table_of_their_own() -> None:
     # Red when: differences are of the test images, or the baseline's cost is not the yardstick.
     content = summary(A=[0.1, 0.1], B=[0.3, 0.3]) | {"baseline": "A", "controls": ["B"]}
@@ -135,6 +120,23 @@ def test_held_out_images_have_a_table_of_their_own() -> None:
     ]
     assert rows[0] == ["A", "1", "50.00 ± 2.00", "20.00 ± 1.00", "–", "−10.50 [−16.85, −4.15]"]
     assert rows[1][:2] == ["B", "2"]
+
+
+def test_primary_comparisons_are_corrected_together() -> None:
+    # Red when: the test images are taken, or p is corrected over fewer comparisons.
+    contrasts = load("study_contrasts")
+    names = dict.fromkeys(arm for pair in contrasts.PRIMARY for arm in pair)
+    noise = np.random.default_rng(2).normal(0, 0.01, (len(names), 5))
+    content = summary(**{arm: [0.5, 0.5] for arm in names})
+    for cell, offsets in zip(content["cells"], noise, strict=True):
+        high = 0.03 if "ConAdv" in cell["arm"] else 0.0
+        cell["validation_accuracy"] = {"values": {str(seed): 0.4 + high + x for seed, x in enumerate(offsets)}}
+    rows = contrasts.primary(content)[1]
+    raw = [stats.ttest_rel(*(noise[list(names).index(arm)] + 0.03 * ("ConAdv" in arm) for arm in pair)).pvalue
+           for pair in contrasts.PRIMARY]  # fmt: skip
+    assert [row[3] for row in rows] == [f"{p:.2g}" for p in raw]
+    assert float(rows[int(np.argmin(raw))][4]) == pytest.approx(4 * min(raw), rel=0.05)
+    assert {row[5] for row in rows} == {"+0.00 [+0.00, +0.00]"}
 
 
 def test_predictors_are_compared_at_the_same_staleness() -> None:
