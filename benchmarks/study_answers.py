@@ -105,8 +105,10 @@ def tuned(decay: Study) -> list[str]:
 
 def attack_or_images(win: Study) -> list[str]:
     said = (
-        f"The attack: ConAdv is {win.above('LAMB + ConAdv', 'LAMB + random-sign noise')} above random signs with LAMB, "
-        f"{win.above('LARS + ConAdv', 'LARS + random-sign noise')} with LARS"
+        f"With LAMB the attack: it is {win.above('LAMB + ConAdv', 'LAMB + random-sign noise')} above random signs. "
+        f"With LARS that cannot be told: {win.alike('LARS + ConAdv', 'LARS + random-sign noise')}. Random signs are "
+        f"above neither: {win.alike('LAMB + random-sign noise', 'LAMB')} with LAMB, "
+        f"{win.alike('LARS + random-sign noise', 'LARS')} with LARS"
     )
     return ["Is it the attack, or just the extra images?", said, "[other images](docs/results/win.md)"]
 

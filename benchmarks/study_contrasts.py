@@ -16,7 +16,7 @@ Json = dict[str, Any]
 Accuracies = Mapping[int, float]
 Table = tuple[list[str], list[list[str]]]
 
-# What results/studies/win-cifar10 was run for, named before its results were read.
+# What results/studies/win-cifar10 was run for (docs/results/win.md says when they were named).
 PRIMARY = (
     *(("LARS + ConAdv", "LARS"), ("LAMB + ConAdv", "LAMB")),
     *(("LARS + ConAdv", "LARS + random-sign noise"), ("LAMB + ConAdv", "LAMB + random-sign noise")),
