@@ -43,10 +43,6 @@ class Study:
         """ "+0.34 [-0.11, +0.79]". SystemExit where the interval does not hold 0."""
         return self._said(arm, reference, None, "not distinguishable")
 
-    def said(self, arm: str, reference: str) -> str:
-        """ "+0.34 [-0.11, +0.79]", whatever it says."""
-        return cells.difference(self.difference(arm, reference))
-
     def accuracy(self, arm: str) -> str:
         return f"{contrasts.percent(self.summary, arm, on=self.on)} %"
 
@@ -122,7 +118,7 @@ def at_equal_cost(win: Study, overfit: Study) -> list[str]:
         f"LAMB with ConAdv is {win.above('LAMB + ConAdv', 'LAMB')} above LAMB, and LARS with ConAdv "
         f"{win.above('LARS + ConAdv', 'LARS')} above LARS, at three times the cost; random signs cost two times. "
         "Nothing that costs as much was found to do as well: three times the epochs win nothing with LARS (tuned, "
-        "study B), and lose with LAMB at two rates"
+        "study B), and lose with LAMB at two rates; neither was run with the decay tuned"
     )
     return [
         "At equal cost?",
