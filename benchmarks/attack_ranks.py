@@ -20,7 +20,13 @@ from conadv.bench.stats import median_interval
 
 def combine(out: str, *files: str) -> None:
     alike = ("machine", "versions")
-    write(out, "attack-ranks", read(files, alike), alike, ("command", "date", "git", "options", "ranks", "tables"))
+    write(
+        out,
+        "attack-ranks",
+        read(files, alike),
+        alike,
+        ("command", "date", "git", "options", "ranks", "tables"),
+    )
 
 
 def table(file: str) -> None:
@@ -28,7 +34,9 @@ def table(file: str) -> None:
     content = json.loads(Path(file).read_text())
     splits: dict[tuple[int, int], list[Json]] = {}
     for point in content["points"]:
-        splits.setdefault((point["ranks"]["learners"], point["ranks"]["attack_ranks"]), []).append(point)
+        splits.setdefault((point["ranks"]["learners"], point["ranks"]["attack_ranks"]), []).append(
+            point
+        )
     print(
         f"{'split':<6}{'':42} {'step ms':>8} {'over noise':>22} {'over busy noise':>22} {'images/s':>9} {'per core':>9}"
     )

@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torchvision.models import resnet18
 
-from conadv import FGSM, LARS, Concurrent, PixelSpace, TrainStep, record, split_batchnorm
-from conadv.allocator import keep_freed_memory
+from conadv import FGSM, LARS, Concurrent, PixelSpace, TrainStep, split_batchnorm
 from conadv.bench.stats import median_interval
-from conadv.writer import Writer
+from conadv.training import record
+from conadv.training.allocator import keep_freed_memory
+from conadv.training.writer import Writer
 
 ARMS = ("none", "foreground", "background")
 LIMIT = 0.02  # what a background checkpoint may add to the steps between it and the next one
@@ -74,12 +75,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     space = PixelSpace((0.0,), (1.0,))
     model = split_batchnorm(resnet18(num_classes=10), "adv")
-    engine = TrainStep(model, LARS(model.parameters(), 0.1), Concurrent(FGSM(4 / 255, space=space)), space=space)
+    engine = TrainStep(
+        model, LARS(model.parameters(), 0.1), Concurrent(FGSM(4 / 255, space=space)), space=space
+    )
     batch = torch.rand(options.batch, 3, 32, 32), torch.arange(options.batch) % 10
     turns: dict[str, list[Turn]] = {arm: [] for arm in ARMS}
     order = random.Random(0)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        writers = {arm: Writer(Path(folder) / arm, 1, background=arm == "background") for arm in ARMS[1:]}
+        writers = {
+            arm: Writer(Path(folder) / arm, 1, background=arm == "background") for arm in ARMS[1:]
+        }
         for _ in range(options.rounds + 1):
             for arm in order.sample(ARMS, len(ARMS)):
                 turns[arm].append(turn(engine, batch, options.turn, writers.get(arm)))
@@ -107,7 +112,9 @@ def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[s
     null where it is not, or where a turn ended before its checkpoint was written.
     """
     none = turns["none"]
-    added = {arm: [t.total - n.total for t, n in zip(turns[arm], none, strict=True)] for arm in ARMS[1:]}
+    added = {
+        arm: [t.total - n.total for t, n in zip(turns[arm], none, strict=True)] for arm in ARMS[1:]
+    }
     between = [n.total / steps * every for n in none]  # seconds from one checkpoint to the next
     shares = {
         arm: median_interval([extra / time for extra, time in zip(found, between, strict=True)])
@@ -117,10 +124,17 @@ def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[s
     share = shares["background"]
     sure = not unfinished and not share.low <= LIMIT <= share.high
     return {
-        "step_seconds": {arm: statistics.median(each.total for each in found) / steps for arm, found in turns.items()},
+        "step_seconds": {
+            arm: statistics.median(each.total for each in found) / steps
+            for arm, found in turns.items()
+        },
         "added_to_a_step": {arm: asdict(interval) for arm, interval in shares.items()},
-        "seconds_of_a_checkpoint": {arm: asdict(median_interval(values)) for arm, values in added.items()},
-        "call_seconds": {arm: statistics.median(each.call for each in turns[arm]) for arm in ARMS[1:]},
+        "seconds_of_a_checkpoint": {
+            arm: asdict(median_interval(values)) for arm, values in added.items()
+        },
+        "call_seconds": {
+            arm: statistics.median(each.call for each in turns[arm]) for arm in ARMS[1:]
+        },
         "unfinished_turns": unfinished,
         "limit": LIMIT,
         "under_limit": share.high < LIMIT if sure else None,
@@ -135,7 +149,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write (default: the temporary folder)"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     found = measure(options)

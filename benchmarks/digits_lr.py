@@ -15,12 +15,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from conadv import recipes
-from conadv.config import replace
-from conadv.demo import ARMS, Job, run_all
+from conadv.cli.demo import ARMS, Job, run_all
+from conadv.config import recipes
+from conadv.config.schema import replace
 
 SEEDS = (100, 101, 102)
-GRID = {"full batch, LARS": (0.5, 1.0, 2.0, 3.0, 4.0), "small batch 32, SGD": (0.02, 0.05, 0.1, 0.2, 0.4)}
+GRID = {
+    "full batch, LARS": (0.5, 1.0, 2.0, 3.0, 4.0),
+    "small batch 32, SGD": (0.02, 0.05, 0.1, 0.2, 0.4),
+}
 
 
 def jobs(out: Path) -> list[Job]:
@@ -28,9 +31,16 @@ def jobs(out: Path) -> list[Job]:
     for seed in SEEDS:
         for arm, rates in GRID.items():
             for lr in rates:
-                changes: dict[str, Any] = {**ARMS[arm], "optim__lr": lr, "seed": seed, "eval__robust_images": 0}
+                changes: dict[str, Any] = {
+                    **ARMS[arm],
+                    "optim__lr": lr,
+                    "seed": seed,
+                    "eval__robust_images": 0,
+                }
                 config = replace(recipes.get("digits"), **changes)
-                made.append(Job(f"{arm}, lr {lr:g}", config, out / f"{arm.split()[0]}-lr{lr:g}-seed{seed}"))
+                made.append(
+                    Job(f"{arm}, lr {lr:g}", config, out / f"{arm.split()[0]}-lr{lr:g}-seed{seed}")
+                )
     return made
 
 
@@ -45,8 +55,12 @@ def main() -> None:
         accuracy = json.loads((job.out / "summary.json").read_text())["test_accuracy"]
         accuracies.setdefault(job.arm, []).append(accuracy)
     for arm, values in sorted(accuracies.items()):
-        print(f"{arm:32} {100 * mean(values):6.2f} %   {[round(100 * value, 2) for value in values]}")
-    (out / "summary.json").write_text(json.dumps({"seeds": SEEDS, "test_accuracy": accuracies}, indent=1) + "\n")
+        print(
+            f"{arm:32} {100 * mean(values):6.2f} %   {[round(100 * value, 2) for value in values]}"
+        )
+    (out / "summary.json").write_text(
+        json.dumps({"seeds": SEEDS, "test_accuracy": accuracies}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

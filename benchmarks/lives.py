@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["benchmarks.lives", "conadv.trainer", "conadv.cli", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(
+    ["benchmarks.lives", "conadv.training.trainer", "conadv.cli.program", "sklearn.datasets"]
+)
 Fault = tuple[str, float]
 LIMIT = 180.0
 
@@ -31,7 +33,14 @@ def die() -> None:
     os.kill(os.getpid(), END[0])
 
 
-def _at(owner: Any, name: str, count: float, before: Callable[..., None] | None = None, *, after: bool = False) -> None:
+def _at(
+    owner: Any,
+    name: str,
+    count: float,
+    before: Callable[..., None] | None = None,
+    *,
+    after: bool = False,
+) -> None:
     """Kill this process at the count-th call of owner.name: before it (and after ``before``), or after it."""
     original, calls = getattr(owner, name), [0]
 
@@ -61,8 +70,9 @@ def _half_a_line(record: Any, kind: str, **_: Any) -> None:
 
 def arm(fault: Fault) -> None:
     """Set the fault in this process."""
-    from conadv import checkpoint, record, run, trainer
     from conadv.engine import pending, step
+    from conadv.training import checkpoint, record, trainer
+    from conadv.training import run_dir as run
 
     site, count = fault
     if site == "timer":
@@ -113,7 +123,9 @@ SITES = {  # how often a process may come there in a run of about 12 steps
 }
 
 
-def _live(arguments: list[str], environment: dict[str, str], fault: Fault | None, log: str, end: int) -> None:
+def _live(
+    arguments: list[str], environment: dict[str, str], fault: Fault | None, log: str, end: int
+) -> None:
     """What a process does: become the program."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -122,7 +134,7 @@ def _live(arguments: list[str], environment: dict[str, str], fault: Fault | None
     os.environ.update(environment)
     import torch
 
-    from conadv.cli import main
+    from conadv.cli.program import main
 
     torch.set_num_threads(1)
     END[0] = signal.Signals(end)
@@ -137,7 +149,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def live(arguments: list[str], ranks: int, log: Path, fault: Fault | None = None, victim: int = 0) -> list[int]:
+def live(
+    arguments: list[str], ranks: int, log: Path, fault: Fault | None = None, victim: int = 0
+) -> list[int]:
     """Run the program on ``ranks`` processes, of which ``victim`` has the fault; returns their exit codes.
 
     As a launcher does, the others are killed when one has died. AssertionError if a process outlives LIMIT seconds.
@@ -174,15 +188,26 @@ def _await_loss(pid: int, lost: list[float]) -> None:
 
 
 def _begin(
-    arguments: list[str], ranks: int, log: Path, fault: Fault | None, victim: int, end: signal.Signals
+    arguments: list[str],
+    ranks: int,
+    log: Path,
+    fault: Fault | None,
+    victim: int,
+    end: signal.Signals,
 ) -> list[Any]:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     common |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(ranks):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         mine = fault if rank == victim else None
-        processes.append(CONTEXT.Process(target=_live, args=(arguments, environment, mine, str(log), int(end))))
+        processes.append(
+            CONTEXT.Process(target=_live, args=(arguments, environment, mine, str(log), int(end)))
+        )
         processes[-1].start()
     return processes
 
@@ -192,7 +217,9 @@ def _end(processes: list[Any], log: Path, alone: int | None) -> list[int]:
     end = time.monotonic() + LIMIT
     others = [process for rank, process in enumerate(processes) if rank != alone]
     try:
-        while any(p.is_alive() for p in others) and (alone is not None or not any(p.exitcode for p in processes)):
+        while any(p.is_alive() for p in others) and (
+            alone is not None or not any(p.exitcode for p in processes)
+        ):
             assert time.monotonic() < end, f"alive after {LIMIT:g} s: {log.read_text()[-2000:]}"
             multiprocessing.connection.wait([p.sentinel for p in others if p.is_alive()], timeout=1)
     finally:

@@ -44,7 +44,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        split = f" {self.processes - self.attack_ranks}:{self.attack_ranks}" if self.attack_ranks else ""
+        split = (
+            f" {self.processes - self.attack_ranks}:{self.attack_ranks}"
+            if self.attack_ranks
+            else ""
+        )
         where = f"{self.place} process(es)" if self.place.isdigit() else f"2 hosts, {self.place}"
         return f"{self.method}{split}, {self.micro_batch} x {self.accumulation}, {where}"
 
@@ -70,7 +74,11 @@ def cases(rates: list[str]) -> list[Case]:
         Case("2", "conadv-lookahead", 24, 1, attack_ranks=1),
         Case("3", "conadv", 12, 1, attack_ranks=1),
     ]
-    limited = [Case(rate, method, 12) for rate in rates for method in ("noise", "disadv", "conadv", "conadv-lookahead")]
+    limited = [
+        Case(rate, method, 12)
+        for rate in rates
+        for method in ("noise", "disadv", "conadv", "conadv-lookahead")
+    ]
     return [*alone, *loopback, *split, *limited]
 
 
@@ -81,10 +89,10 @@ def worker(profile_path: Path, out: Path, chosen: list[Case]) -> None:
     """Measure the cases that ``out`` lacks in this process, one of torchrun's; rank 0 writes after each of them."""
     import torch
 
-    from conadv.allocator import keep_freed_memory
-    from conadv.engine import Comm
+    from conadv.distributed.comm import Comm
     from conadv.plan import load
-    from conadv.record import write_atomic
+    from conadv.training.allocator import keep_freed_memory
+    from conadv.training.record import write_atomic
 
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -128,7 +136,9 @@ def measure(case: Case, workload: Any, world: Any) -> list[float]:
 
     def step(last: bool = False) -> None:
         t = engine.version
-        engine(Batch(t, micro), Batch(t + engine.ahead, micro) if engine.ahead and not last else None)
+        engine(
+            Batch(t, micro), Batch(t + engine.ahead, micro) if engine.ahead and not last else None
+        )
 
     seconds = bursts(step, comm)
     step(last=True)
@@ -158,9 +168,15 @@ def bursts(step: Callable[[], None], comm: Any) -> list[float]:
 
 def main() -> None:
     options = _options()
-    chosen = [case for case in cases(options.rates) if not options.only or case.place in options.only]
+    chosen = [
+        case for case in cases(options.rates) if not options.only or case.place in options.only
+    ]
     if options.worker is not None:
-        worker(options.profile, options.worker, [case for case in chosen if case.place == options.place])
+        worker(
+            options.profile,
+            options.worker,
+            [case for case in chosen if case.place == options.place],
+        )
         return
     options.out.mkdir(parents=True, exist_ok=True)
     profiles = {number: profile(options, number) for number in (1, 2)}
@@ -176,8 +192,15 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rates", default="1600,800,400", help="of the link between two hosts, Mbit/s; needs root")
-    parser.add_argument("--only", nargs="*", default=[], help="places: 1, 2 or 3 processes, or a rate such as 400mbit")
+    parser.add_argument(
+        "--rates", default="1600,800,400", help="of the link between two hosts, Mbit/s; needs root"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        help="places: 1, 2 or 3 processes, or a rate such as 400mbit",
+    )
     parser.add_argument("--rounds", type=int, default=4, help="of the profiles")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--two-hosts", type=Path, default=ROOT / "benchmarks" / "two_hosts.sh")
@@ -201,11 +224,18 @@ def profile(options: argparse.Namespace, processes: int) -> Path:
     return path
 
 
-def run_place(options: argparse.Namespace, place: str, here: list[Case], profile_path: Path) -> dict[str, Any]:
+def run_place(
+    options: argparse.Namespace, place: str, here: list[Case], profile_path: Path
+) -> dict[str, Any]:
     """All cases of one place, in one launch for those that are not measured yet."""
     path = options.out / f"cases-{place}.json"
     if missing(path, here):
-        print(f"cases on {place} process(es)" if place.isdigit() else f"cases between two hosts at {place}", flush=True)
+        print(
+            f"cases on {place} process(es)"
+            if place.isdigit()
+            else f"cases between two hosts at {place}",
+            flush=True,
+        )
         asked = [
             str(Path(__file__).resolve()),
             "--out",
@@ -213,7 +243,14 @@ def run_place(options: argparse.Namespace, place: str, here: list[Case], profile
             "--rates",
             ",".join(rate.removesuffix("mbit") for rate in options.rates),
         ]
-        asked += ["--worker", str(path.resolve()), "--place", place, "--profile", str(profile_path.resolve())]
+        asked += [
+            "--worker",
+            str(path.resolve()),
+            "--place",
+            place,
+            "--profile",
+            str(profile_path.resolve()),
+        ]
         if place.isdigit():
             torchrun(int(place), asked)
         else:
@@ -226,18 +263,34 @@ def missing(path: Path, here: list[Case]) -> bool:
 
 
 def torchrun(processes: int, arguments: list[str]) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     subprocess.run([*launcher, *arguments], check=True, env=environment(), cwd=ROOT)
 
 
-def two_hosts(options: argparse.Namespace, place: str, arguments: list[str], done: Callable[[], bool]) -> None:
+def two_hosts(
+    options: argparse.Namespace, place: str, arguments: list[str], done: Callable[[], bool]
+) -> None:
     """Run a worker on each of two hosts with a link of that rate between them: benchmarks/two_hosts.sh makes them."""
     node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
     launcher = f'{shlex.quote(sys.executable)} -m torch.distributed.run --node-rank "$HOST" --master-addr "$MASTER"'
     command = f"{launcher} {shlex.join([*node, *arguments])}"
     scratch = options.out / f"hosts-{place}"
     given = environment() | {"CONADV_TWO_HOSTS_COMMAND": command, "PYTHON": sys.executable}
-    asked = ["bash", str(options.two_hosts), "--out", str(scratch), "--force", place.removesuffix("mbit")]
+    asked = [
+        "bash",
+        str(options.two_hosts),
+        "--out",
+        str(scratch),
+        "--force",
+        place.removesuffix("mbit"),
+    ]
     ran = subprocess.run(asked, env=given, cwd=ROOT, capture_output=True, text=True)
     if not done():  # what the script says of its own benchmark, which did not run, does not matter
         logs = [f"{log}:\n{log.read_text()[-1500:]}" for log in scratch.glob("*.log")]
@@ -258,7 +311,9 @@ def compare(case: Case, found: Any, profiles: dict[int, Path]) -> dict[str, Any]
     rate = None if case.place.isdigit() else gbit(case.place)
     link = link_of(loaded, rate, None) if case.processes > 1 else None
     planner = Planner(loaded, link, processors=os.cpu_count())
-    layout = Layout(case.processes - case.attack_ranks, case.attack_ranks, case.micro_batch, case.accumulation)
+    layout = Layout(
+        case.processes - case.attack_ranks, case.attack_ranks, case.micro_batch, case.accumulation
+    )
     predicted = planner.predict(case.method, layout)
     measured = statistics.median(found["step_seconds"])
     return {
@@ -270,7 +325,8 @@ def compare(case: Case, found: Any, profiles: dict[int, Path]) -> dict[str, Any]
         "limit": planner.limit(predicted),
         "bursts_ms": [1e3 * value for value in found["step_seconds"]],
         "phases_ms": {
-            name: 1e3 * getattr(predicted, name) for name in ("gradient", "attack", "wait", "receive", "rest")
+            name: 1e3 * getattr(predicted, name)
+            for name in ("gradient", "attack", "wait", "receive", "rest")
         },
     }
 
@@ -282,23 +338,36 @@ def gbit(rate: str) -> float:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     errors = [abs(row["error"]) for row in rows]
-    return {"cases": len(rows), "median_error": statistics.median(errors), "worst_error": max(errors)}
+    return {
+        "cases": len(rows),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     width = max(len(row["name"]) for row in rows)
     print(f"{'':{width}} {'measured ms':>12} {'predicted ms':>13} {'error':>8}  limit")
     for row in rows:
-        numbers = f"{row['measured_ms']:12.1f} {row['predicted_ms']:13.1f} {100 * row['error']:+7.1f}%"
+        numbers = (
+            f"{row['measured_ms']:12.1f} {row['predicted_ms']:13.1f} {100 * row['error']:+7.1f}%"
+        )
         print(f"{row['name']:{width}} {numbers}  {row['limit']}")
     found = summary(rows)
-    print(f"median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %")
+    print(
+        f"median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %"
+    )
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from conadv.record import git_state, machine, now, versions
+    from conadv.training.record import git_state, machine, now, versions
 
-    facts = {"machine": machine("cpu", 1), "versions": versions(), "git": git_state(), "measured_at": now()}
+    facts = {
+        "machine": machine("cpu", 1),
+        "versions": versions(),
+        "git": git_state(),
+        "measured_at": now(),
+    }
     content = facts | {"summary": summary(rows), "rows": rows}
     (options.out / "plan_check.json").write_text(json.dumps(content, indent=1) + "\n")
 

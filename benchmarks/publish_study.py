@@ -28,7 +28,16 @@ from conadv.report.study import write_sweep_report
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = (
-    *("seed", "lr", "eps", "steps", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"),
+    *(
+        "seed",
+        "lr",
+        "eps",
+        "steps",
+        "train_loss",
+        "train_accuracy",
+        "validation_loss",
+        "validation_accuracy",
+    ),
     *("test_loss", "test_accuracy", "robust_accuracy", "seconds", "step_seconds_median"),
     "gradient_images_per_clean_image",
 )
@@ -39,18 +48,25 @@ def publish(sweep: Path) -> Path:
     document = json.loads((sweep / "sweep.json").read_text())
     name = str(document["name"]).replace("_", "-")
     write_sweep_report(sweep, command=f"conadv sweep studies/{document['spec_path']}")
-    numbers, pictures = ROOT / "results" / "studies" / name, ROOT / "docs" / "img" / "studies" / name
+    numbers, pictures = (
+        ROOT / "results" / "studies" / name,
+        ROOT / "docs" / "img" / "studies" / name,
+    )
     for folder in (numbers, pictures):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     for file in ("sweep.json", "summary.json"):
         shutil.copy(sweep / file, numbers / file)
     lines = [
-        json.dumps(run_line(run)) for run in sorted((sweep / "runs").iterdir()) if (run / "summary.json").is_file()
+        json.dumps(run_line(run))
+        for run in sorted((sweep / "runs").iterdir())
+        if (run / "summary.json").is_file()
     ]
     (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
     if analysed := study_flatness.lines(sweep):
-        (numbers / study_flatness.FILE).write_text("".join(f"{json.dumps(line)}\n" for line in analysed))
+        (numbers / study_flatness.FILE).write_text(
+            "".join(f"{json.dumps(line)}\n" for line in analysed)
+        )
     copy_pictures(sweep, name)
     return numbers
 
@@ -76,18 +92,27 @@ def copy_pictures(sweep: Path, name: str) -> None:
 def wanted(picture: str) -> bool:
     """Whether a page shows it. Never the gallery: its images belong to the data set and are not ours to pass on."""
     pages = (ROOT / "docs").rglob("*.md")
-    return "gallery" not in picture and any(f"img/studies/{picture}" in page.read_text() for page in pages)
+    return "gallery" not in picture and any(
+        f"img/studies/{picture}" in page.read_text() for page in pages
+    )
 
 
 def run_line(run: Path) -> dict[str, Any]:
     """The results of one run, without what its configuration says anyway."""
     summary = json.loads((run / "summary.json").read_text())
-    return {"run": run.name, **{name: summary[name] for name in FIELDS if summary.get(name) is not None}}
+    return {
+        "run": run.name,
+        **{name: summary[name] for name in FIELDS if summary.get(name) is not None},
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("given", nargs="+", metavar="SWEEP", help="a sweep's folder, with --again a study's name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "given", nargs="+", metavar="SWEEP", help="a sweep's folder, with --again a study's name"
+    )
     parser.add_argument("--again", action="store_true", help="from what is published already")
     options = parser.parse_args()
     for given in options.given:

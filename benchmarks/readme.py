@@ -28,7 +28,10 @@ from conadv.report import words
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("concurrency", "plan", "reliability", "results")))
+PAGES = (
+    ROOT / "README.md",
+    *(DOCS / f"{name}.md" for name in ("concurrency", "plan", "reliability", "results")),
+)
 RESULTS = ROOT / "results"
 table = study_tables.table
 
@@ -41,7 +44,11 @@ def demo(summary: dict[str, Any]) -> str:
 
     def difference(arm: dict[str, Any]) -> str:
         d = arm["difference"]
-        return "baseline" if d is None else f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+        return (
+            "baseline"
+            if d is None
+            else f"{100 * d['mean']:+.2f} [{100 * d['low']:+.2f}, {100 * d['high']:+.2f}]"
+        )
 
     rows = [
         [
@@ -66,7 +73,8 @@ def demo(summary: dict[str, Any]) -> str:
     ]
     settings = summary["common_settings"]
     robust = words.pgd(
-        *(settings[f"eval.robust_{name}"] for name in ("eps", "steps")), f"at most {settings['eval.robust_images']}"
+        *(settings[f"eval.robust_{name}"] for name in ("eps", "steps")),
+        f"at most {settings['eval.robust_images']}",
     )
     made = f"`{summary['command']}`, two runs at a time; {machine}"
     how = f"{seeds} seeds, mean ± standard deviation; robust accuracy: {robust}; {made}"
@@ -76,7 +84,9 @@ def demo(summary: dict[str, Any]) -> str:
 def where(facts: dict[str, Any]) -> str:
     machine, versions = facts["machine"], facts["versions"]
     threads = f"{machine['threads']} thread" + ("s" if machine["threads"] > 1 else "")
-    return f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {versions['torch']}."
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {versions['torch']}."
+    )
 
 
 def timing(file: str) -> str:
@@ -84,7 +94,9 @@ def timing(file: str) -> str:
     facts = json.loads((RESULTS / "benchmarks" / file).read_text())
     (rows,) = facts["tables"].values()
     others = [row for row in rows if row["name"] != row["yardstick"]]
-    cells = [[row["name"], f"{row['median_ms']:.1f}", ratio(row), row["yardstick"]] for row in others]
+    cells = [
+        [row["name"], f"{row['median_ms']:.1f}", ratio(row), row["yardstick"]] for row in others
+    ]
     spread = "95 % interval" if "ratio_low" in rows[0] else "range over rounds"
     rounds = len(rows[0]["samples_ms"]) if "samples_ms" in rows[0] else facts["rounds"]
     how = f"`{facts['command']}` at commit {facts['git']['commit'][:7]}, {rounds} interleaved rounds; {where(facts)}"
@@ -104,8 +116,15 @@ def made_by(file: str, command: str) -> str:
     facts = json.loads((RESULTS / "benchmarks" / file).read_text())
     point = facts["points"][0]
     rows = point["tables"]["attack-cost"]
-    repeats = sum(p.get("ranks") == point.get("ranks") and p.get("link") == point.get("link") for p in facts["points"])
-    rounds = [repeats * len(row["samples_ms"]) for p in facts["points"] for row in p["tables"]["attack-cost"]]
+    repeats = sum(
+        p.get("ranks") == point.get("ranks") and p.get("link") == point.get("link")
+        for p in facts["points"]
+    )
+    rounds = [
+        repeats * len(row["samples_ms"])
+        for p in facts["points"]
+        for row in p["tables"]["attack-cost"]
+    ]
     count = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{min(rounds)}"
     coverage = 100 * splitting.median_interval([float(n) for n in range(min(rounds))]).coverage
     options = facts.get("options") or point["options"]
@@ -124,12 +143,21 @@ def two_hosts(overlap: bool) -> str:
     for point in points:
         noise = link.find(point, "noise", overlap)
         limit = point["link"]["rate_mbit"]
-        name = f"no limit ({point['link']['measured_mbit']:,.0f})" if limit is None else f"{limit:,}"
+        name = (
+            f"no limit ({point['link']['measured_mbit']:,.0f})" if limit is None else f"{limit:,}"
+        )
         times = [
-            f"{ms:,.0f}" for ms in (noise["median_ms"] if noise else 0, link.sum_ms(point), link.attack_ms(point) or 0)
+            f"{ms:,.0f}"
+            for ms in (
+                noise["median_ms"] if noise else 0,
+                link.sum_ms(point),
+                link.attack_ms(point) or 0,
+            )
         ]
         cells = [brackets(link.find(point, method, overlap)) for method in link.METHODS]
-        rows.append([name, *times, *cells, *([brackets(link.find(point, "ddp", True))] if overlap else [])])
+        rows.append(
+            [name, *times, *cells, *([brackets(link.find(point, "ddp", True))] if overlap else [])]
+        )
     head = ["link, Mbit/s", "noise, ms", "sum alone, ms", "attack, ms", *link.METHODS.values()]
     return table([*head, *(["DDP over vanilla"] if overlap else [])], rows)
 
@@ -139,7 +167,9 @@ def attack_ranks() -> str:
     content = json.loads((RESULTS / "benchmarks" / "attack_ranks.json").read_text())
     splits: dict[tuple[int, int], list[Any]] = {}
     for point in content["points"]:
-        splits.setdefault((point["ranks"]["learners"], point["ranks"]["attack_ranks"]), []).append(point)
+        splits.setdefault((point["ranks"]["learners"], point["ranks"]["attack_ranks"]), []).append(
+            point
+        )
     rows = []
     for (learners, attackers), repeats in splits.items():
         for row in repeats[0]["tables"]["attack-cost"]:
@@ -147,12 +177,26 @@ def attack_ranks() -> str:
             if labels["method"] not in CONCURRENT or (labels["executor"] == "inline" and attackers):
                 continue
             busy = f"noise, attack ranks busy, batch {labels['local_batch_size']}"
-            found = [splitting.ratio(repeats, row["name"], other) for other in (row["yardstick"], busy)]
-            per_second = 1e3 * labels["images"] / statistics.median(splitting.samples(repeats, row["name"]))
+            found = [
+                splitting.ratio(repeats, row["name"], other) for other in (row["yardstick"], busy)
+            ]
+            per_second = (
+                1e3 * labels["images"] / statistics.median(splitting.samples(repeats, row["name"]))
+            )
             per_core = per_second / min(labels["ranks"], content["machine"]["cores"])
-            what = [f"{learners}:{attackers}", link.METHODS[labels["method"]], str(labels["local_batch_size"])]
+            what = [
+                f"{learners}:{attackers}",
+                link.METHODS[labels["method"]],
+                str(labels["local_batch_size"]),
+            ]
             rows.append([*what, *found, f"{per_second:.0f}", f"{per_core:.0f}"])
-    head = ["learners : attack ranks", "", "images per learner", "over noise", "over noise beside busy cores"]
+    head = [
+        "learners : attack ranks",
+        "",
+        "images per learner",
+        "over noise",
+        "over noise beside busy cores",
+    ]
     head += ["images/s", "per core in use"]
     return table(head, rows)
 
@@ -183,9 +227,18 @@ def fuzz() -> str:
     """The targets of the recorded fuzzing campaign, in the words of the functions that they are."""
     content = json.loads((RESULTS / "reliability" / "fuzz.json").read_text())
     source = ast.parse((ROOT / "benchmarks" / "torture_fuzz.py").read_text())
-    words = {node.name: ast.get_docstring(node) or "" for node in source.body if isinstance(node, ast.FunctionDef)}
+    words = {
+        node.name: ast.get_docstring(node) or ""
+        for node in source.body
+        if isinstance(node, ast.FunctionDef)
+    }
     rows = [
-        [f"`{name}`", words[f"fuzz_{name}"].splitlines()[0], f"{found['inputs']:,}", f"{found['accepted']:,}"]
+        [
+            f"`{name}`",
+            words[f"fuzz_{name}"].splitlines()[0],
+            f"{found['inputs']:,}",
+            f"{found['accepted']:,}",
+        ]
         for name, found in content["targets"].items()
     ]
     accepted = sum(found["accepted"] for found in content["targets"].values())
@@ -204,13 +257,19 @@ def fuzz() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo(json.loads((RESULTS / "demo" / "summary.json").read_text())),
-    "methods": lambda: "\n\n".join(map(timing, ("attack-cost-resnet20.json", "attack-cost-resnet8.json"))),
+    "methods": lambda: "\n\n".join(
+        map(timing, ("attack-cost-resnet20.json", "attack-cost-resnet8.json"))
+    ),
     "engine": lambda: timing("engine.json"),
     "norm": lambda: timing("norm.json"),
     "optim": lambda: timing("optim.json"),
-    "two-hosts": lambda: f"{two_hosts(True)}\n\n{made_by('two_hosts.json', 'benchmarks/two_hosts.sh')}",
+    "two-hosts": lambda: (
+        f"{two_hosts(True)}\n\n{made_by('two_hosts.json', 'benchmarks/two_hosts.sh')}"
+    ),
     "two-hosts-without": lambda: two_hosts(False),
-    "attack-ranks": lambda: f"{attack_ranks()}\n\n{made_by('attack_ranks.json', 'benchmarks/attack_ranks.sh')}",
+    "attack-ranks": lambda: (
+        f"{attack_ranks()}\n\n{made_by('attack_ranks.json', 'benchmarks/attack_ranks.sh')}"
+    ),
     "plan": plan_check,
     "fuzz": fuzz,
     "answers": lambda: table(*study_answers.answers(RESULTS / "studies")),
@@ -242,7 +301,9 @@ def check_prose(pages: dict[Path, str]) -> None:
         if page.stem in ("README", "results") or page.parent.name == "results"
     }
     wrong = {
-        page.name: found for page, text in told.items() if (found := study_prose.unknown(MARK.sub("", text), known))
+        page.name: found
+        for page, text in told.items()
+        if (found := study_prose.unknown(MARK.sub("", text), known))
     }
     if wrong:
         raise SystemExit(f"Intervals in no record of a study: {wrong}")
@@ -253,7 +314,9 @@ def main() -> None:
     names = [mark["name"] for text in pages.values() for mark in MARK.finditer(text)]
     found = sorted(name for name in names if not name.startswith(STUDY))
     if found != sorted(SECTIONS):
-        raise SystemExit(f"The pages have the sections {found}, wanted {sorted(SECTIONS)}, each once.")
+        raise SystemExit(
+            f"The pages have the sections {found}, wanted {sorted(SECTIONS)}, each once."
+        )
     for page, before in pages.items():
         after = drawn(before)
         if "--check" in sys.argv and after != before:

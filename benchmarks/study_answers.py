@@ -48,7 +48,9 @@ class Study:
 
     def cost(self, arm: str, reference: str) -> float:
         """Gradient images of a whole training, times those of ``reference``."""
-        own, other = (contrasts.cell(self.summary, name)["cost"]["total"] for name in (arm, reference))
+        own, other = (
+            contrasts.cell(self.summary, name)["cost"]["total"] for name in (arm, reference)
+        )
         return float(own / other)
 
     def share(self, part: str, whole: str) -> str:
@@ -62,13 +64,18 @@ class Study:
     def not_above(self, arms: Sequence[str], reference: str, batch: int | None = None) -> None:
         """SystemExit where one of ``arms`` is above ``reference``, or has no interval."""
         for arm in arms:
-            if self.difference(arm, reference, batch).verdict not in ("lower", "not distinguishable"):
+            if self.difference(arm, reference, batch).verdict not in (
+                "lower",
+                "not distinguishable",
+            ):
                 raise SystemExit(f"{self.name}: that {arm} is not above {reference} is not shown.")
 
     def _said(self, arm: str, reference: str, batch: int | None, verdict: str) -> str:
         found = self.difference(arm, reference, batch)
         if found.verdict != verdict:
-            raise SystemExit(f"{self.name}: {arm} to {reference} is {cells.difference(found)}, not {verdict!r}.")
+            raise SystemExit(
+                f"{self.name}: {arm} to {reference} is {cells.difference(found)}, not {verdict!r}."
+            )
         return cells.difference(found)
 
 
@@ -76,7 +83,13 @@ def answers(studies: Path) -> tuple[list[str], list[list[str]]]:
     """The rows of the table."""
     overfit, beside, cheaper, digits, decay = (
         Study(studies, name)
-        for name in ("cifar10", "augmentation-cifar10", "cheaper-cifar10", "digits", "decay-cifar10")
+        for name in (
+            "cifar10",
+            "augmentation-cifar10",
+            "cheaper-cifar10",
+            "digits",
+            "decay-cifar10",
+        )
     )
     win = Study(studies, "win-cifar10", contrasts.HELD_OUT)
     rows = [tuned(decay), attack_or_images(win), at_equal_cost(win, overfit), won_back(overfit)]
@@ -96,7 +109,11 @@ def tuned(decay: Study) -> list[str]:
         f"images ({', '.join(settings)}). Beside random signs and the attack they keep these, and eps is that of an "
         "earlier study: that favours the baselines"
     )
-    return ["Was the baseline tuned?", said, "[tuning](docs/results/win.md#how-the-baselines-were-tuned)"]
+    return [
+        "Was the baseline tuned?",
+        said,
+        "[tuning](docs/results/win.md#how-the-baselines-were-tuned)",
+    ]
 
 
 def attack_or_images(win: Study) -> list[str]:
@@ -106,7 +123,11 @@ def attack_or_images(win: Study) -> list[str]:
         f"above neither: {win.alike('LAMB + random-sign noise', 'LAMB')} with LAMB, "
         f"{win.alike('LARS + random-sign noise', 'LARS')} with LARS"
     )
-    return ["Is it the attack, or just the extra images?", said, "[other images](docs/results/win.md)"]
+    return [
+        "Is it the attack, or just the extra images?",
+        said,
+        "[other images](docs/results/win.md)",
+    ]
 
 
 def at_equal_cost(win: Study, overfit: Study) -> list[str]:
@@ -151,7 +172,9 @@ def saved(cheaper: Study, overfit: Study) -> list[str]:
     quarter, recycled = "ConAdv, share 0.25", "recycle"
     half, thirds = (cheaper.cost(arm, "ConAdv") for arm in (quarter, recycled))
     if (round(half, 1), round(thirds, 2)) != (0.5, 0.67):
-        raise SystemExit(f"{cheaper.name}: a quarter costs {half:.2f} and recycle {thirds:.2f} of ConAdv.")
+        raise SystemExit(
+            f"{cheaper.name}: a quarter costs {half:.2f} and recycle {thirds:.2f} of ConAdv."
+        )
     lamb = contrasts.accuracies(overfit.summary, "LAMB")
     for arm in (quarter, recycled):
         beside = contrasts.paired_difference(contrasts.accuracies(cheaper.summary, arm), lamb)
@@ -166,11 +189,14 @@ def saved(cheaper: Study, overfit: Study) -> list[str]:
 
 
 def too_few_steps(digits: Study) -> list[str]:
-    attacks = ["+ sequential attack", "+ ConAdv, tau = 1", "+ ConAdv, tau = 1, look-ahead", "+ recycled gradient"]
+    attacks = [
+        "+ sequential attack",
+        "+ ConAdv, tau = 1",
+        "+ ConAdv, tau = 1, look-ahead",
+        "+ recycled gradient",
+    ]
     for batch in (187, 374):
         digits.not_above(attacks, "LARS", batch)
     longer = digits.above("LARS, 3 times the epochs", "LARS", 374)
-    said = (
-        f"On digits (study A, eps 0.2) no attack is above LARS, and longer training wins ({longer} at the full batch)"
-    )
+    said = f"On digits (study A, eps 0.2) no attack is above LARS, and longer training wins ({longer} at the full batch)"
     return ["Too few steps in place of overfitting?", said, "[digits](docs/results/digits.md)"]

@@ -29,7 +29,11 @@ TARGET = 0.8
 def cell(summary: Json, arm: str, batch: int | None = None) -> Json:
     """The only cell of ``arm``, or its cell at ``batch``."""
     every: list[Json] = [one for one in summary["cells"] if one["arm"] == arm]
-    found = every if batch is None else [one for one in every if one["settings"]["global_batch_size"] == batch]
+    found = (
+        every
+        if batch is None
+        else [one for one in every if one["settings"]["global_batch_size"] == batch]
+    )
     if len(found) != 1:
         raise SystemExit(f"{len(found)} cells of the arm {arm!r}, wanted one.")
     return found[0]
@@ -40,8 +44,12 @@ def accuracies(summary: Json, arm: str, batch: int | None = None, on: str = TEST
     return {int(seed): value for seed, value in cell(summary, arm, batch)[on]["values"].items()}
 
 
-def paired(summary: Json, arm: str, reference: str, batch: int | None = None, on: str = TEST) -> Difference | None:
-    return paired_difference(accuracies(summary, arm, batch, on), accuracies(summary, reference, batch, on))
+def paired(
+    summary: Json, arm: str, reference: str, batch: int | None = None, on: str = TEST
+) -> Difference | None:
+    return paired_difference(
+        accuracies(summary, arm, batch, on), accuracies(summary, reference, batch, on)
+    )
 
 
 def percent(summary: Json, arm: str, batch: int | None = None, on: str = TEST) -> str:
@@ -66,12 +74,19 @@ def held_out(summary: Json) -> Table:
     for own in summary["cells"]:
         arm = own["arm"]
         against = [
-            cells.NONE if arm == other else cells.difference(paired(summary, arm, other, on=HELD_OUT))
+            cells.NONE
+            if arm == other
+            else cells.difference(paired(summary, arm, other, on=HELD_OUT))
             for other in references
         ]
         accuracy = [percent(summary, arm, on=images) for images in (HELD_OUT, TEST)]
         rows.append([arm, f"{own['cost']['total'] / base:.3g}", *accuracy, *against])
-    head = ["arm", f"gradient images, times {summary['baseline']}'s", "held-out accuracy, %", "test accuracy, %"]
+    head = [
+        "arm",
+        f"gradient images, times {summary['baseline']}'s",
+        "held-out accuracy, %",
+        "test accuracy, %",
+    ]
     return head + [f"against {other.removeprefix('+ ')}, held-out" for other in references], rows
 
 
@@ -82,7 +97,14 @@ def primary(summary: Json) -> Table:
     if len(p) != len(PRIMARY):
         raise SystemExit("A primary comparison has no p.")
     rows = [
-        [arm, other, cells.difference(one), f"{raw:.2g}", f"{adjusted:.2g}", points(summary, arm, other)]
+        [
+            arm,
+            other,
+            cells.difference(one),
+            f"{raw:.2g}",
+            f"{adjusted:.2g}",
+            points(summary, arm, other),
+        ]
         for (arm, other), one, raw, adjusted in zip(PRIMARY, found, p, holm(p), strict=True)
     ]
     return ["arm", "minus", "held-out images, points", "p", "p, Holm", "test images, points"], rows
@@ -96,16 +118,29 @@ def gain(summary: Json, whole: str, rival: tuple[str, Accuracies], base: str = "
     spent = cell(summary, base)["cost"]["total"]
     full = _gains(summary, whole, base)
     rows = []
-    for arm in (one["arm"] for one in summary["cells"] if "onAdv" in one["arm"] or one["arm"] == "recycle"):
+    for arm in (
+        one["arm"] for one in summary["cells"] if "onAdv" in one["arm"] or one["arm"] == "recycle"
+    ):
         kept = None if arm == whole else ratio_interval(_gains(summary, arm, base), full)
         text = "100 %" if arm == whole else share(summary, arm, whole, base)
         reached = (
-            "–" if kept is None else "yes" if kept[0] >= TARGET else "no" if kept[1] < TARGET else "cannot be told"
+            "–"
+            if kept is None
+            else "yes"
+            if kept[0] >= TARGET
+            else "no"
+            if kept[1] < TARGET
+            else "cannot be told"
         )
         cost = cell(summary, arm)["cost"]["total"] / spent
         above = cells.difference(paired_difference(accuracies(summary, arm), rival[1]))
         rows.append([arm, f"{cost:.3g}", points(summary, arm, base), text, reached, above])
-    head = ["arm", f"gradient images, times {base}'s", f"gain over {base}", "share of the gain kept [95 %]"]
+    head = [
+        "arm",
+        f"gradient images, times {base}'s",
+        f"gain over {base}",
+        "share of the gain kept [95 %]",
+    ]
     return [*head, f"at least {100 * TARGET:.0f} %?", f"against {rival[0]}"], rows
 
 
@@ -124,7 +159,9 @@ def _gains(summary: Json, arm: str, base: str) -> list[float]:
 
 def _whole_percent(value: float) -> str:
     """Without the digits of what only says that nothing is known."""
-    return f"below {cells.MINUS}100" if value < -1 else f"{100 * value:.0f}".replace("-", cells.MINUS)
+    return (
+        f"below {cells.MINUS}100" if value < -1 else f"{100 * value:.0f}".replace("-", cells.MINUS)
+    )
 
 
 def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float]:
@@ -136,10 +173,14 @@ def ratio_interval(above: list[float], below: list[float]) -> tuple[float, float
     n = len(above)
     factor = float(stdtrit(n - 1, 0.975)) ** 2 / n
     a = statistics.fmean(below) ** 2 - factor * statistics.variance(below)
-    b = statistics.fmean(above) * statistics.fmean(below) - factor * statistics.covariance(above, below)
+    b = statistics.fmean(above) * statistics.fmean(below) - factor * statistics.covariance(
+        above, below
+    )
     c = statistics.fmean(above) ** 2 - factor * statistics.variance(above)
     if a <= 0:
-        raise SystemExit("The whole gain may be 0, so that no share of it has an interval with ends.")
+        raise SystemExit(
+            "The whole gain may be 0, so that no share of it has an interval with ends."
+        )
     half = math.sqrt(max(b * b - a * c, 0.0)) / a
     return b / a - half, b / a + half
 
@@ -150,14 +191,20 @@ PREDICTORS = ("momentum", "last update", "momentum and gradient")
 def predictors(summary: Json, arm: str = "+ ConAdv") -> tuple[Table, str]:
     """Look-ahead against stale weights, and predictors against momentum, at each tau; and what Holm leaves of it."""
     taus = sorted(
-        {int(one["arm"].split("tau = ")[1].split(",")[0]) for one in summary["cells"] if "tau = " in one["arm"]}
+        {
+            int(one["arm"].split("tau = ")[1].split(",")[0])
+            for one in summary["cells"]
+            if "tau = " in one["arm"]
+        }
     )
     pairs = [(by, "") for by in PREDICTORS] + [(by, PREDICTORS[0]) for by in PREDICTORS[1:]]
 
     def name(tau: int, by: str) -> str:
         return f"{arm}, tau = {tau}" + (f", {by}" if by else "")
 
-    rows = [[f"{tau}", *(points(summary, name(tau, a), name(tau, b)) for a, b in pairs)] for tau in taus]
+    rows = [
+        [f"{tau}", *(points(summary, name(tau, a), name(tau, b)) for a, b in pairs)] for tau in taus
+    ]
     tests = [
         paired_difference(accuracies(summary, name(tau, a)), accuracies(summary, name(tau, b)))
         for tau in taus
@@ -166,7 +213,5 @@ def predictors(summary: Json, arm: str = "+ ConAdv") -> tuple[Table, str]:
     known = [test.p for test in tests if test is not None and test.p is not None]
     apart = sum(p < 0.05 for p in known)
     left = sum(p < 0.05 for p in holm(known))
-    said = (
-        f"Of these {len(known)} differences {apart} have an interval without 0; {left} remain after Holm's correction."
-    )
+    said = f"Of these {len(known)} differences {apart} have an interval without 0; {left} remain after Holm's correction."
     return (["tau", *(f"{a} − {b or 'stale'}" for a, b in pairs)], rows), said

@@ -28,7 +28,10 @@ def line(run: Path, arm: str, seed: int) -> Json:
     found = json.loads((run / "analysis.json").read_text())
     along = found["landscape_1d"]
     here = along["test_accuracy"][along["alphas"].index(0.0)] if along else None
-    numbers = {name: found[name] for name in ("at_loss", "step", "newest_step", "images", "loss", "accuracy")}
+    numbers = {
+        name: found[name]
+        for name in ("at_loss", "step", "newest_step", "images", "loss", "accuracy")
+    }
     final = json.loads((run / "summary.json").read_text())["test_accuracy"]
     return {
         "run": run.name,
@@ -68,7 +71,11 @@ def ranks(found: list[Json], without: str) -> Table:
     fewer = {arm: runs for arm, runs in every.items() if arm != without}
     rows = []
     for name, title in MEASURES.items():
-        asked = [(arms, when) for when in ("final_test_accuracy", "test_accuracy") for arms in (every, fewer)]
+        asked = [
+            (arms, when)
+            for when in ("final_test_accuracy", "test_accuracy")
+            for arms in (every, fewer)
+        ]
         rows.append([title, *(_correlation(arms, name, accuracy) for arms, accuracy in asked)])
     head = ["rank correlation (p) of test accuracy with", "finished runs", f"without {without}"]
     return [*head, "the same checkpoints", f"without {without}"], rows
@@ -78,7 +85,11 @@ def ratios(found: list[Json], base: str = "LARS") -> Table:
     """How many times flatter than ``base``: geometric mean over paired seeds with its 95 % interval (t, of logs)."""
     arms = _by_arm(found)
     names = ("eigenvalue", "trace")
-    rows = [[arm, *(_ratio(arms[base], runs, name) for name in names)] for arm, runs in arms.items() if arm != base]
+    rows = [
+        [arm, *(_ratio(arms[base], runs, name) for name in names)]
+        for arm, runs in arms.items()
+        if arm != base
+    ]
     return ["arm", *(f"{base}'s {MEASURES[name]} over its own" for name in names)], rows
 
 

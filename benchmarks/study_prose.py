@@ -22,7 +22,9 @@ INTERVAL = re.compile(r"(?!\[0, 1\])\[[^\[\]]*\d,\s+[^\[\]]*\d\](?!\()")
 MIDDLE = re.compile(r"(?P<sign>[+−]?)(?P<middle>\d+(?:\.\d+)?)(?: %)?[^\d\[\]]{0,60}$")
 """The number before an interval, with words between them."""
 SHARES = {
-    "cheaper-cifar10": [(arm, "ConAdv") for arm in ("ConAdv, share 0.25", "ConAdv, every 4th step", "recycle")],
+    "cheaper-cifar10": [
+        (arm, "ConAdv") for arm in ("ConAdv, share 0.25", "ConAdv, every 4th step", "recycle")
+    ],
     "cifar10": [
         ("+ ConAdv, tau = 1", "small batch 50, SGD-Nesterov"),
         ("+ ConAdv, tau = 1", "+ sequential attack"),
@@ -43,7 +45,10 @@ def figures(studies: Path) -> set[tuple[str, str]]:
                 for one in summary["cells"]
                 if one.get(on)
             ]
-            said += [cells.difference(paired_difference(arm, other)) for arm, other in permutations(arms, 2)]
+            said += [
+                cells.difference(paired_difference(arm, other))
+                for arm, other in permutations(arms, 2)
+            ]
         said += [contrasts.share(summary, *pair) for pair in SHARES.get(file.parent.name, ())]
     return set(map(_halves, said))
 
@@ -55,7 +60,9 @@ def _halves(text: str) -> tuple[str, str]:
 
 def unknown(text: str, known: set[tuple[str, str]]) -> list[str]:
     """The typed intervals of ``text`` that are in no record, or stand behind no number."""
-    return [said for interval in INTERVAL.finditer(text) if (said := _unknown(text, interval, known))]
+    return [
+        said for interval in INTERVAL.finditer(text) if (said := _unknown(text, interval, known))
+    ]
 
 
 def _unknown(text: str, found: re.Match[str], known: set[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conadv.config import Config, dump_yaml
+from conadv.config.schema import Config, dump_yaml
 from conadv.report.study import write_sweep_report
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import parse_spec
@@ -28,7 +28,9 @@ def lines(study: Path) -> list[Json]:
 
 def restore(study: Path, folder: Path) -> None:
     """Make ``folder`` a sweep's with the confirmation runs of the published ``study``."""
-    document, summary = (json.loads((study / file).read_text()) for file in ("sweep.json", "summary.json"))
+    document, summary = (
+        json.loads((study / file).read_text()) for file in ("sweep.json", "summary.json")
+    )
     plan, found = expand(parse_spec(document["spec"])), {line["run"]: line for line in lines(study)}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(study / "sweep.json", folder)
@@ -40,11 +42,19 @@ def restore(study: Path, folder: Path) -> None:
 
 def _write(run: Path, config: Config, line: Json, cost: Json) -> None:
     run.mkdir(parents=True, exist_ok=True)  # two arms with the same settings share their runs
-    header = {"type": "header", "seed": config.seed, "recipe": config.recipe, "steps": line["steps"]}
+    header = {
+        "type": "header",
+        "seed": config.seed,
+        "recipe": config.recipe,
+        "steps": line["steps"],
+    }
     (run / "record.jsonl").write_text(json.dumps(header) + "\n")
     (run / "config.yaml").write_text(dump_yaml(config))
     rate = cost["total"] / line["seconds"]
-    rates = {"clean_images_per_second": rate / cost["per_image"], "gradient_images_per_second": rate}
+    rates = {
+        "clean_images_per_second": rate / cost["per_image"],
+        "gradient_images_per_second": rate,
+    }
     (run / "summary.json").write_text(json.dumps({**line, **rates}))
 
 
@@ -55,9 +65,14 @@ def report_again(study: Path, folder: Path) -> Json:
     """
     write_sweep_report(folder)
     before, after = (json.loads((place / "summary.json").read_text()) for place in (study, folder))
-    accuracies = [[cell["test_accuracy"]["values"] for cell in summary["cells"]] for summary in (before, after)]
+    accuracies = [
+        [cell["test_accuracy"]["values"] for cell in summary["cells"]]
+        for summary in (before, after)
+    ]
     if accuracies[0] != accuracies[1]:
-        raise SystemExit(f"The runs of {study.name} are not those that its summary.json was made of.")
+        raise SystemExit(
+            f"The runs of {study.name} are not those that its summary.json was made of."
+        )
     after |= {name: before.get(name, after[name]) for name in KEPT}
     after["tables"] |= {name: before["tables"][name] for name in KEPT_TABLES}
     return after

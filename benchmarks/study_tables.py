@@ -42,12 +42,20 @@ def section(studies: Path, name: str, what: str) -> str:
     if what == "primary":
         return drawn(*study_contrasts.primary(summary))
     if what == "ranks":
-        return drawn(*study_flatness.ranks(study_flatness.read(studies / name), "LARS, 3 times the epochs"))
+        return drawn(
+            *study_flatness.ranks(study_flatness.read(studies / name), "LARS, 3 times the epochs")
+        )
     if what == "ratios":
         return drawn(*study_flatness.ratios(study_flatness.read(studies / name)))
     if what == "gain":
-        rival = json.loads((studies / "cifar10" / "summary.json").read_text())  # the same settings, images and seeds
-        return drawn(*study_contrasts.gain(summary, "ConAdv", ("LAMB", study_contrasts.accuracies(rival, "LAMB"))))
+        rival = json.loads(
+            (studies / "cifar10" / "summary.json").read_text()
+        )  # the same settings, images and seeds
+        return drawn(
+            *study_contrasts.gain(
+                summary, "ConAdv", ("LAMB", study_contrasts.accuracies(rival, "LAMB"))
+            )
+        )
     if what == "predictors":
         (head, rows), said = study_contrasts.predictors(summary)
         return f"{drawn(head, rows)}\n\n{said}"
@@ -56,7 +64,9 @@ def section(studies: Path, name: str, what: str) -> str:
 
 
 def drawn(head: list[str], rows: list[list[str]]) -> str:
-    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 1)
+    return table(
+        [escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 1
+    )
 
 
 def footnote(summary: dict[str, Any], kind: str) -> str:
@@ -66,7 +76,10 @@ def footnote(summary: dict[str, Any], kind: str) -> str:
 
 
 def questions(summary: dict[str, Any]) -> str:
-    said = [summary["lead"], *(f"**{asked}** {' '.join(summary[name])}" for name, asked in QUESTIONS.items())]
+    said = [
+        summary["lead"],
+        *(f"**{asked}** {' '.join(summary[name])}" for name, asked in QUESTIONS.items()),
+    ]
     return "\n\n".join(map(escape, said))
 
 
@@ -93,7 +106,9 @@ def shared(studies: Path, name: str) -> str:
     own = {_identity(line) for line in study_records.lines(studies / name)}
     counts: Counter[str] = Counter()
     both = set()
-    for other in sorted(path.name for path in studies.iterdir() if path.is_dir() and path.name != name):
+    for other in sorted(
+        path.name for path in studies.iterdir() if path.is_dir() and path.name != name
+    ):
         common = own & {_identity(line) for line in study_records.lines(studies / other)}
         counts[other] += len(common)
         both |= common
@@ -117,19 +132,39 @@ def report_table(content: dict[str, Any], where: str = "") -> str:
         head, texts = head[1:], texts - 1
     if not rows:
         raise SystemExit(f"No rows at {where!r} in the table with the columns {', '.join(head)}.")
-    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], texts)
+    return table(
+        [escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], texts
+    )
 
 
 def kept(content: dict[str, Any], predictors: tuple[str, ...] = ("stale", "momentum")) -> str:
     """The staleness table turned: a row for every arm and phase, its loss increase at each tau and predictor."""
     mark = "loss increase, "
-    phases = {name.removeprefix(mark): column for column, name in enumerate(content["head"]) if name.startswith(mark)}
-    cells = {(row[0], row[2], int(row[1]), phase): row[at] for row in content["rows"] for phase, at in phases.items()}
-    points = [(each, tau) for each in predictors for tau in sorted({tau for _, by, tau, _ in cells if by == each})]
+    phases = {
+        name.removeprefix(mark): column
+        for column, name in enumerate(content["head"])
+        if name.startswith(mark)
+    }
+    cells = {
+        (row[0], row[2], int(row[1]), phase): row[at]
+        for row in content["rows"]
+        for phase, at in phases.items()
+    }
+    points = [
+        (each, tau)
+        for each in predictors
+        for tau in sorted({tau for _, by, tau, _ in cells if by == each})
+    ]
     head = ["arm", "phase", *(f"{by}, tau = {tau}" for by, tau in points)]
     arms = dict.fromkeys(row[0] for row in content["rows"])
-    rows = [[arm, phase, *(cells[arm, by, tau, phase] for by, tau in points)] for arm in arms for phase in phases]
-    return table([escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 2)
+    rows = [
+        [arm, phase, *(cells[arm, by, tau, phase] for by, tau in points)]
+        for arm in arms
+        for phase in phases
+    ]
+    return table(
+        [escape(name) for name in head], [[escape(cell) for cell in row] for row in rows], 2
+    )
 
 
 def slug(text: str) -> str:

@@ -34,7 +34,10 @@ Json = dict[str, Any]
 
 def campaigns() -> dict[str, str]:
     """Campaign -> module, of the files that are there."""
-    return {file.stem.removeprefix("torture_"): f"benchmarks.{file.stem}" for file in sorted(HERE.glob("torture_*.py"))}
+    return {
+        file.stem.removeprefix("torture_"): f"benchmarks.{file.stem}"
+        for file in sorted(HERE.glob("torture_*.py"))
+    }
 
 
 class Progress:
@@ -59,7 +62,7 @@ def run(name: str, short: bool, folder: Path) -> Json:
     """One campaign, from its start or from where it was cut off; returns what was written to FOLDER/<name>.json."""
     import torch
 
-    from conadv import record
+    from conadv.training import record
 
     work = folder / f".{name}{'-short' if short else ''}"
     begin = time.monotonic()
@@ -89,7 +92,9 @@ def together(found: Sequence[Json]) -> Json:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.torture", description="Torture campaigns.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.torture", description="Torture campaigns."
+    )
     parser.add_argument("names", nargs="*", choices=[*campaigns(), "all", []], metavar="NAME")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "reliability")

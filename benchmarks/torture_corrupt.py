@@ -30,7 +30,9 @@ def _place(choices: random.Random, data: bytes, length: int = 1) -> int:
     """A byte to begin at; the ends of the file, where headers and seals lie, are chosen as often as the rest."""
     last = len(data) - length
     near = choices.randrange(min(200, last + 1))
-    return choices.choice([near, last - near, choices.randrange(last + 1), choices.randrange(last + 1)])
+    return choices.choice(
+        [near, last - near, choices.randrange(last + 1), choices.randrange(last + 1)]
+    )
 
 
 def _replaced(data: bytes, at: int, part: bytes) -> bytes:
@@ -81,18 +83,23 @@ MUTATIONS: dict[str, Mutation] = {
 
 
 def settings() -> Any:
-    from conadv import recipes
-    from conadv.config import replace
+    from conadv.config import recipes
+    from conadv.config.schema import replace
 
     from .torture_kill import BASE
 
-    changes = {"steps": STEPS, "checkpoint__every_epochs": 0.2, "checkpoint__keep": 4, "eval__every_epochs": None}
+    changes = {
+        "steps": STEPS,
+        "checkpoint__every_epochs": 0.2,
+        "checkpoint__keep": 4,
+        "eval__every_epochs": None,
+    }
     return replace(recipes.get("digits"), **{**BASE, **changes, "method": "conadv", "staleness": 2})
 
 
 def mutate(choices: random.Random, folder: Path) -> tuple[str, list[int], int]:
     """Damage the newest checkpoints; returns how, which steps, and the newest intact one."""
-    from conadv.checkpoint import steps
+    from conadv.training.checkpoint import steps
 
     saved = steps(folder)
     kind = choices.choice([*MUTATIONS, "files exchanged"])
@@ -118,8 +125,8 @@ def mutate(choices: random.Random, folder: Path) -> tuple[str, list[int], int]:
 def trial(number: int, whole: Path, folder: Path) -> dict[str, Any]:
     import torch
 
-    from conadv.checkpoint import find_newest, load_step
-    from conadv.trainer import train
+    from conadv.training.checkpoint import find_newest, load_step
+    from conadv.training.trainer import train
 
     choices = random.Random(f"{SEED}/{number}")
     out = folder / "cut"
@@ -130,7 +137,9 @@ def trial(number: int, whole: Path, folder: Path) -> dict[str, Any]:
     state, messages = find_newest(out / "checkpoints", torch.device("cpu"))
     assert state["step"] == newest, f"{what}: step {state['step']} was used, not {newest}"
     assert len(messages) == sum(step > newest for step in bad), f"{what}: {messages}"
-    assert same(state, load_step(whole / "checkpoints", newest, torch.device("cpu"))), f"{what}: other bits"
+    assert same(state, load_step(whole / "checkpoints", newest, torch.device("cpu"))), (
+        f"{what}: other bits"
+    )
     if resumed := number % RESUME_EVERY == 0:
         train(settings(), out, resume=True)
         compare(out, whole, what, STEPS)
@@ -138,7 +147,7 @@ def trial(number: int, whole: Path, folder: Path) -> dict[str, Any]:
 
 
 def run(short: bool, out: Path) -> dict[str, Any]:
-    from conadv.trainer import train
+    from conadv.training.trainer import train
 
     progress, whole = Progress(out), out / "whole"
     if not (whole / "summary.json").exists():

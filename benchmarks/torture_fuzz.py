@@ -31,18 +31,23 @@ from typing import Any
 
 from rich.console import Console
 
-from conadv import analyze, checkpoint, cli, config, recipes, record, staleness, untrusted
+from conadv import safe_io as untrusted
 from conadv.analysis.staleness import table, text
 from conadv.analysis.timeline import timeline
-from conadv.card import _constructor, model_card
-from conadv.engine import Comm
+from conadv.cli import analyze, staleness
+from conadv.cli import program as cli
+from conadv.config import recipes
+from conadv.config import schema as config
+from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError, printable
-from conadv.export import _image_shape, export
 from conadv.report import compare, load_run, write_report
 from conadv.report.study import StudySummary, load_sweep, write_sweep_report
 from conadv.report.summary import Summary
-from conadv.run import RunDir
-from conadv.trainer import Parts, _deal, build, restore, train
+from conadv.training import checkpoint, record
+from conadv.training.card import _constructor, model_card
+from conadv.training.export import _image_shape, export
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import Parts, _deal, build, restore, train
 from conadv.watch.command import folder, one_run
 
 from . import fuzz_structure as structure
@@ -118,7 +123,10 @@ def fuzz_checkpoint(data: bytes) -> None:
     import torch
 
     file = _scratch() / "step_00000001.pt"
-    seal = b"\nconadv checkpoint 2 sha256 %s bytes %016d\n" % (hashlib.sha256(data).hexdigest().encode(), len(data))
+    seal = b"\nconadv checkpoint 2 sha256 %s bytes %016d\n" % (
+        hashlib.sha256(data).hexdigest().encode(),
+        len(data),
+    )
     file.write_bytes(data + seal)
     checkpoint.load(file, torch.device("cpu"))
 
@@ -156,10 +164,15 @@ def fuzz_train(data: bytes) -> None:
     import tyro
 
     args = [part for part in data.decode("utf-8", "surrogateescape").split("\0") if part]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as said,
+    ):
         try:
             base, prog, rest = cli._base_config(args, recipes.get)
-            found = tyro.cli(cli.TrainArgs, default=cli.TrainArgs(base, cli.RunOptions()), args=rest, prog=prog)
+            found = tyro.cli(
+                cli.TrainArgs, default=cli.TrainArgs(base, cli.RunOptions()), args=rest, prog=prog
+            )
         except SystemExit as stop:  # how tyro ends
             if stop.code not in (0, 2):
                 raise AssertionError(f"exit code {stop.code}") from stop
@@ -182,10 +195,20 @@ def fuzz_state(data: bytes) -> None:
         name = list(state["model"])[source.below(len(state["model"]))]
         number = (0.0, -1e30, float("inf"), float("nan"))[source.below(4)]
         filled = state["model"][name].detach().clone()
-        broken = {**state, "model": {**state["model"], name: filled.fill_(number if filled.is_floating_point() else 1)}}
+        broken = {
+            **state,
+            "model": {
+                **state["model"],
+                name: filled.fill_(number if filled.is_floating_point() else 1),
+            },
+        }
     elif source.below(2):
-        said = {key: state[key] for key in ("step", "channels", "image_size", "class_names", "best")}
-        broken = {key: value for key, value in state.items() if key not in said} | structure.changed(said, source, more)
+        said = {
+            key: state[key] for key in ("step", "channels", "image_size", "class_names", "best")
+        }
+        broken = {
+            key: value for key, value in state.items() if key not in said
+        } | structure.changed(said, source, more)
     else:
         broken = structure.changed(state, source, more)
     checkpoint._write(run.checkpoints / "step_00000002.pt", broken)
@@ -236,12 +259,17 @@ def fuzz_fields(data: bytes) -> None:
     One input in 200 is drawn as well. The first error is raised at the end: every reader gets every input.
     """
     out, source = _scratch() / "fields", structure.Bytes(data[1:])
-    documents = {"runs/a/record.jsonl": structure.record(), "runs/a/summary.json": structure.summary()}
+    documents = {
+        "runs/a/record.jsonl": structure.record(),
+        "runs/a/summary.json": structure.summary(),
+    }
     documents |= {"sweep.json": structure.sweep(), "runs/a/analysis.json": structure.analysis()}
     name = list(documents)[data[0] % 4 if data else 0]
     for file, content in {**documents, "runs/b/record.jsonl": structure.record()}.items():
         (out / file).parent.mkdir(parents=True, exist_ok=True)
-        (out / file).write_text(structure.text(structure.changed(content, source) if file == name else content))
+        (out / file).write_text(
+            structure.text(structure.changed(content, source) if file == name else content)
+        )
     for run in ("a", "b"):
         (out / "runs" / run / "config.yaml").write_text(_CONFIG)
     errors: list[ConadvError] = []
@@ -300,16 +328,37 @@ def _draw_staleness(out: Path) -> None:
         staleness.command(staleness.StalenessArgs((out / "runs" / "a",)))
 
 
-READERS = (_read_report, _read_sweep, _read_staleness, _read_timeline, _read_watch, _read_card, _read_analysis)
+READERS = (
+    _read_report,
+    _read_sweep,
+    _read_staleness,
+    _read_timeline,
+    _read_watch,
+    _read_card,
+    _read_analysis,
+)
 DRAWERS = (_draw_report, _draw_sweep, _draw_staleness)
-COMMANDS = ("recipes", "check", "export", "eval", "report", "timeline", "staleness", "watch", "analyze", "trian")
+COMMANDS = (
+    "recipes",
+    "check",
+    "export",
+    "eval",
+    "report",
+    "timeline",
+    "staleness",
+    "watch",
+    "analyze",
+    "trian",
+)
 
 
 @functools.cache
 def _trained() -> Path:
     """A run of two steps, whose checkpoint has a batch that waits."""
     run = _scratch() / "trained"
-    small = config.replace(config.Config(method="conadv", steps=2, global_batch_size=8), model__width=2)
+    small = config.replace(
+        config.Config(method="conadv", steps=2, global_batch_size=8), model__width=2
+    )
     train(config.resolve(config.replace(small, eval__robust_images=0, eval__train_images=8)), run)
     return run
 
@@ -362,9 +411,24 @@ _CONFIG = "method: vanilla\nseed: 0\nsteps: 2\n"
 
 def _config_seeds() -> list[bytes]:
     whole = config.dump_yaml(config.resolve(config.Config(method="conadv", steps=3)))
-    small = ["steps: 1\n", "epochs: 0.5\nattack: {eps: 4/255}\n", "data:\n  mean: [0.1, 0.2]\n", "a: &a [*a]\n"]
-    small += ['steps: !!int ""\n', 'epochs: !!float ""\n', "steps: !!bool x\n", "seed: 0x1f\nsteps: 0b11\nlr: 0o17\n"]
-    small += ["steps: 1:30:00\n", "0xffff: 1\n2024-01-01: 3\n", "? [a]\n: !!timestamp x\n", "a: {<<: {b: 1}}\n"]
+    small = [
+        "steps: 1\n",
+        "epochs: 0.5\nattack: {eps: 4/255}\n",
+        "data:\n  mean: [0.1, 0.2]\n",
+        "a: &a [*a]\n",
+    ]
+    small += [
+        'steps: !!int ""\n',
+        'epochs: !!float ""\n',
+        "steps: !!bool x\n",
+        "seed: 0x1f\nsteps: 0b11\nlr: 0o17\n",
+    ]
+    small += [
+        "steps: 1:30:00\n",
+        "0xffff: 1\n2024-01-01: 3\n",
+        "? [a]\n: !!timestamp x\n",
+        "a: {<<: {b: 1}}\n",
+    ]
     return [whole.encode(), *(text.encode() for text in small)]
 
 
@@ -378,14 +442,20 @@ def _record_seeds() -> list[bytes]:
 
 
 def _report_seeds() -> list[bytes]:
-    return [seed + b"\0\0" + structure.text(structure.summary()).encode() for seed in _record_seeds()]
+    return [
+        seed + b"\0\0" + structure.text(structure.summary()).encode() for seed in _record_seeds()
+    ]
 
 
 def _checkpoint_seeds() -> list[bytes]:
     import torch
 
     folder = _scratch() / "seeds"
-    state = {"model": {"weight": torch.arange(3.0)}, "optimizer": {"state": {}}, "class_names": ["a"]}
+    state = {
+        "model": {"weight": torch.arange(3.0)},
+        "optimizer": {"state": {}},
+        "class_names": ["a"],
+    }
     path = checkpoint.save(folder, 1, {**state, "engine": {"version": 1}, "best": None}, 1)
     archive = path.read_bytes()[: -checkpoint.SEAL_BYTES]
     return [archive, archive[:300]]
@@ -396,7 +466,8 @@ def _command_seeds() -> list[bytes]:
         "digits\0--lr\0" + "1",
         "--config\0x.yaml\0--steps=3",
         "--data.dir\0/nowhere\0--no-lookahead",
-        "digits\0--method\0conadv\0--staleness\0" + "2\0--attack.eps=4/255\0--optim.name=lamb\0--no-lookahead",
+        "digits\0--method\0conadv\0--staleness\0"
+        + "2\0--attack.eps=4/255\0--optim.name=lamb\0--no-lookahead",
         "cifar10\0--data.mean\0" + "0.1\0" + "0.2\0" + "0.3\0--steps=None\0--epochs=0.5\0--out\0x",
         "-h",
         "--debug",
@@ -405,7 +476,14 @@ def _command_seeds() -> list[bytes]:
 
 
 def _args_seeds() -> list[bytes]:
-    lines = ["drop_rate=0.1", "img_size=64\0act=gelu", "a=[1, {b: &c 2}]", "a=2024-01-01\0b=", "x=1e999\0y=.nan", "0"]
+    lines = [
+        "drop_rate=0.1",
+        "img_size=64\0act=gelu",
+        "a=[1, {b: &c 2}]",
+        "a=2024-01-01\0b=",
+        "x=1e999\0y=.nan",
+        "0",
+    ]
     return [line.encode() for line in lines]
 
 
@@ -418,7 +496,14 @@ def _image_seeds() -> list[bytes]:
     from PIL import Image
 
     made = []
-    for mode, kind in (("RGB", "PNG"), ("L", "JPEG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP"), ("RGB", "TIFF")):
+    for mode, kind in (
+        ("RGB", "PNG"),
+        ("L", "JPEG"),
+        ("P", "PNG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "WEBP"),
+        ("RGB", "TIFF"),
+    ):
         file = io.BytesIO()
         Image.radial_gradient("L").resize((12, 9)).convert(mode).save(file, kind)
         made.append(file.getvalue())
@@ -483,11 +568,33 @@ def mutate(data: bytes, seeds: list[bytes], draw: random.Random) -> bytes:
 
 
 WORDS = [
-    *(b"NaN", b"1e999", b"-1", b"0", b"null", b"true", b"[]", b"{}", b'""', b"9" * 400, b"\xff\xfe", b"\0", b"\n"),
+    *(
+        b"NaN",
+        b"1e999",
+        b"-1",
+        b"0",
+        b"null",
+        b"true",
+        b"[]",
+        b"{}",
+        b'""',
+        b"9" * 400,
+        b"\xff\xfe",
+        b"\0",
+        b"\n",
+    ),
     *(
         b"[" * 300,
         b"!!python/name:os.system",
-        *(b'!!int ""', b"!!float x", b"!!bool x", b"!!binary x", b"!!set {a}", b"0x" + b"f" * 300, b"1:" * 30 + b"1"),
+        *(
+            b'!!int ""',
+            b"!!float x",
+            b"!!bool x",
+            b"!!binary x",
+            b"!!set {a}",
+            b"0x" + b"f" * 300,
+            b"1:" * 30 + b"1",
+        ),
         b"&a",
         b"*a",
         b"<<: ",
@@ -520,7 +627,10 @@ def worker(name: str, count: int, seed: int, result: Path, guided: bool) -> None
         try:
             tally["accepted"] += accepted(target.check, data)
         except BaseException as error:
-            crash = {"error": f"{type(error).__name__}: {error}", "input": base64.b64encode(data).decode()}
+            crash = {
+                "error": f"{type(error).__name__}: {error}",
+                "input": base64.b64encode(data).decode(),
+            }
             result.write_text(json.dumps({**tally, **crash}))
             raise
         tally["inputs"] += 1
@@ -539,15 +649,33 @@ def worker(name: str, count: int, seed: int, result: Path, guided: bool) -> None
 
 def _functions() -> list[Any]:
     """What tells libFuzzer of new code: functions and methods of the modules that read what somebody else wrote."""
-    from conadv import documents, fits
+    from conadv import documents
+    from conadv.engine import validate as fits
     from conadv.plan import profile
     from conadv.report import load
     from conadv.sweep import spec
 
     found: list[Any] = []
-    for module in (untrusted, config, record, checkpoint, cli, documents, fits, profile, load, spec):
-        own = [member for member in vars(module).values() if getattr(member, "__module__", "") == module.__name__]
-        methods = [method for member in own if isinstance(member, type) for method in vars(member).values()]
+    for module in (
+        untrusted,
+        config,
+        record,
+        checkpoint,
+        cli,
+        documents,
+        fits,
+        profile,
+        load,
+        spec,
+    ):
+        own = [
+            member
+            for member in vars(module).values()
+            if getattr(member, "__module__", "") == module.__name__
+        ]
+        methods = [
+            method for member in own if isinstance(member, type) for method in vars(member).values()
+        ]
         found += [member for member in (*own, *methods) if hasattr(member, "__code__")]
     return found
 
@@ -594,20 +722,46 @@ def run(short: bool, out: Path) -> dict[str, Any]:
             worker(name, count, SEED, file, False) if short else _start(name, count, file, guided)
         found[name] = json.loads(file.read_text())
         assert "error" not in found[name], f"{name}: {found[name]}"
-        assert found[name]["inputs"] >= count, f"{name}: only {found[name]['inputs']} inputs of {count}"
-        assert found[name]["accepted"], f"{name}: nothing was accepted, so nothing past the first check was reached"
+        assert found[name]["inputs"] >= count, (
+            f"{name}: only {found[name]['inputs']} inputs of {count}"
+        )
+        assert found[name]["accepted"], (
+            f"{name}: nothing was accepted, so nothing past the first check was reached"
+        )
     total = sum(part["inputs"] for part in found.values())
-    return {"seed": SEED, "guided_by_coverage": guided, "inputs": total, "crashes": 0, "targets": found}
+    return {
+        "seed": SEED,
+        "guided_by_coverage": guided,
+        "inputs": total,
+        "crashes": 0,
+        "targets": found,
+    }
 
 
 def _start(name: str, count: int, file: Path, guided: bool) -> None:
     """A process, so that a death of it is seen and what libFuzzer does to a process stays there."""
-    command = [sys.executable, "-m", "benchmarks.torture_fuzz", name, str(count), str(file), str(int(guided))]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.torture_fuzz",
+        name,
+        str(count),
+        str(file),
+        str(int(guided)),
+    ]
     begin = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=_memory()) as folder:  # libFuzzer ends a process without Python's way out
+    with tempfile.TemporaryDirectory(
+        dir=_memory()
+    ) as folder:  # libFuzzer ends a process without Python's way out
         environment = {**os.environ, "TMPDIR": folder}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", timeout=4 * 3600
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=4 * 3600,
         )
     tally = json.loads(file.read_text()) if file.exists() else {"inputs": 0, "accepted": 0}
     if done.returncode and "error" not in tally:

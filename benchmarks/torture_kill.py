@@ -39,7 +39,11 @@ BASE: dict[str, Any] = {
 Setup = tuple[int, int, dict[str, Any]]  # ranks, how many of them only attack, settings
 SETUPS: dict[str, Setup] = {
     "1 rank, tau 2, uint8": (1, 0, {"method": "conadv", "staleness": 2, "pending_dtype": "uint8"}),
-    "2 ranks, background": (2, 0, {"method": "conadv", "staleness": 2, "checkpoint__background": True}),
+    "2 ranks, background": (
+        2,
+        0,
+        {"method": "conadv", "staleness": 2, "checkpoint__background": True},
+    ),
     "3 ranks, 1 attacks": (3, 1, {"method": "conadv", "staleness": 1, "lookahead": True}),
     "1 rank, workers, background": (
         1,
@@ -65,15 +69,33 @@ SETUPS: dict[str, Setup] = {
 
 def arguments(setup: str, out: Path) -> list[str]:
     """The program's options for a run of ``setup`` in ``out``; its config lies beside it."""
-    from conadv import recipes
-    from conadv.config import dump_yaml, replace
+    from conadv.config import recipes
+    from conadv.config.schema import dump_yaml, replace
 
     _, attackers, changes = SETUPS[setup]
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.yaml"
     config.write_text(dump_yaml(replace(recipes.get("digits"), **{**BASE, **changes})))
-    options = ["--auto-resume", "--device", "cpu", "--threads", "1", "--comm-timeout", "60", "--quiet"]
-    return ["train", "--config", str(config), "--out", str(out), "--attack-ranks", str(attackers), *options]
+    options = [
+        "--auto-resume",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--comm-timeout",
+        "60",
+        "--quiet",
+    ]
+    return [
+        "train",
+        "--config",
+        str(config),
+        "--out",
+        str(out),
+        "--attack-ranks",
+        str(attackers),
+        *options,
+    ]
 
 
 def whole(setup: str, folder: Path) -> Path:
@@ -106,11 +128,15 @@ def trial(setup: str, number: int, kills: int, folder: Path) -> dict[str, Any]:
         fault, victim = draw(choices, setup)
         codes = live(options, ranks, log, fault, victim)
         if codes[victim] != -9:  # it finished before it came there
-            assert not any(codes), f"{setup}, trial {number}, {fault}: exit codes {codes}; {log.read_text()[-2000:]}"
+            assert not any(codes), (
+                f"{setup}, trial {number}, {fault}: exit codes {codes}; {log.read_text()[-2000:]}"
+            )
             continue
         places.append([fault[0], round(fault[1], 3), victim, check_intact(out)])
     codes = live(options, ranks, log)
-    assert not any(codes), f"{setup}, trial {number}, after {places}: exit codes {codes}; {log.read_text()[-2000:]}"
+    assert not any(codes), (
+        f"{setup}, trial {number}, after {places}: exit codes {codes}; {log.read_text()[-2000:]}"
+    )
     compare(out, whole(setup, folder), f"{setup}, trial {number}, after {places}", BASE["steps"])
     for left in (out, log, out.with_suffix(".yaml")):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -121,7 +147,7 @@ def check_intact(out: Path) -> int:
     """The step of the newest checkpoint after a kill, which must be intact; 0 where there is none yet."""
     import torch
 
-    from conadv.checkpoint import find_newest, steps
+    from conadv.training.checkpoint import find_newest, steps
 
     if not steps(out / "checkpoints"):
         return 0
@@ -134,10 +160,12 @@ def compare(a: Path, b: Path, what: str, num_steps: int) -> None:
     """AssertionError unless two runs have the same bits and the same record."""
     import torch
 
-    from conadv.checkpoint import load_newest, steps
-    from conadv.record import read_lines
+    from conadv.training.checkpoint import load_newest, steps
+    from conadv.training.record import read_lines
 
-    assert steps(a / "checkpoints") == steps(b / "checkpoints"), f"{what}: other checkpoints are kept"
+    assert steps(a / "checkpoints") == steps(b / "checkpoints"), (
+        f"{what}: other checkpoints are kept"
+    )
     states = [load_newest(run / "checkpoints", torch.device("cpu")) for run in (a, b)]
     assert same(*states), f"{what}: the last checkpoints differ"
     records = [numbers(read_lines(run / "record.jsonl")) for run in (a, b)]
@@ -145,14 +173,24 @@ def compare(a: Path, b: Path, what: str, num_steps: int) -> None:
     assert found == list(range(num_steps)), f"{what}: the record has the steps {found}"
     assert records[0] == records[1], f"{what}: the records differ"
     results = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
-    for name in ("train_loss", "test_loss", "test_accuracy", "robust_accuracy", "validation_accuracy"):
+    for name in (
+        "train_loss",
+        "test_loss",
+        "test_accuracy",
+        "robust_accuracy",
+        "validation_accuracy",
+    ):
         assert results[0][name] == results[1][name], f"{what}: {name} differs"
 
 
 def numbers(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Steps and evaluations without times."""
     times = ("time", "phases", "seconds", "spans")
-    return [{k: v for k, v in line.items() if k not in times} for line in lines if line["type"] in ("step", "eval")]
+    return [
+        {k: v for k, v in line.items() if k not in times}
+        for line in lines
+        if line["type"] in ("step", "eval")
+    ]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -181,7 +219,9 @@ def run(short: bool, out: Path) -> dict[str, Any]:
         list(pool.map(lambda setup: whole(setup, out), setups))
         while sum(len(made["kills"]) for made in progress.done) < wanted:
             batch = [next(key for key in order if key not in done) for _ in range(PARALLEL)]
-            for made in pool.map(lambda key: trial(*key, KILLS_SHORT if short else KILLS, out), batch):
+            for made in pool.map(
+                lambda key: trial(*key, KILLS_SHORT if short else KILLS, out), batch
+            ):
                 progress.add(made)
     return count(progress)
 
@@ -194,7 +234,9 @@ def count(progress: Progress) -> dict[str, Any]:
         "runs": len(progress.done),
         "kills_by_site": dict(Counter(kill[0] for kill in kills).most_common()),
         "kills_by_setup": dict(Counter(m["setup"] for m in progress.done for _ in m["kills"])),
-        "kills_by_newest_checkpoint": {str(k): n for k, n in sorted(Counter(kill[3] for kill in kills).items())},
+        "kills_by_newest_checkpoint": {
+            str(k): n for k, n in sorted(Counter(kill[3] for kill in kills).items())
+        },
         "runs_that_differ": 0,
         "damaged_checkpoints": 0,
     }

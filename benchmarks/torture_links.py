@@ -31,7 +31,12 @@ LIMIT = 240.0
 OUTAGE = 5.0
 STEPS = 150
 HOSTS = ("10.178.0.1", "10.178.0.2")
-KINDS = (("five seconds", "learners"), ("for good", "learners"), ("for good", "attack"), ("five seconds", "attack"))
+KINDS = (
+    ("five seconds", "learners"),
+    ("for good", "learners"),
+    ("for good", "attack"),
+    ("five seconds", "attack"),
+)
 
 
 def ip(*args: object) -> None:
@@ -45,7 +50,20 @@ def hosts() -> Iterator[list[str]]:
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "wire",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "wire",
+            "netns",
+            names[1],
+        )
         for name, host in zip(names, HOSTS, strict=True):
             ip("-n", name, "address", "add", f"{host}/24", "dev", "wire")
             ip("-n", name, "link", "set", "wire", "up")
@@ -53,13 +71,27 @@ def hosts() -> Iterator[list[str]]:
         yield names
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
+            subprocess.run(
+                ["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20
+            )
 
 
 def silence(names: list[str]) -> None:
     """Packets leave for an address that no device has: nothing arrives, and nobody is told."""
     for name, other in zip(names, reversed(HOSTS), strict=True):
-        ip("-n", name, "neighbour", "replace", other, "lladdr", "02:00:00:00:00:01", "dev", "wire", "nud", "permanent")
+        ip(
+            "-n",
+            name,
+            "neighbour",
+            "replace",
+            other,
+            "lladdr",
+            "02:00:00:00:00:01",
+            "dev",
+            "wire",
+            "nud",
+            "permanent",
+        )
 
 
 def restore(names: list[str]) -> None:
@@ -69,14 +101,23 @@ def restore(names: list[str]) -> None:
 
 def arguments(who: str, out: Path) -> list[str]:
     """The program's options for two ranks, both of which learn or one of which attacks."""
-    from conadv import recipes
-    from conadv.config import dump_yaml, replace
+    from conadv.config import recipes
+    from conadv.config.schema import dump_yaml, replace
 
     changes = {"method": "conadv", "staleness": 2, "steps": STEPS, "eval__every_epochs": None}
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.yaml"
     config.write_text(dump_yaml(replace(recipes.get("digits"), **{**BASE, **changes})))
-    options = ["--auto-resume", "--device", "cpu", "--threads", "1", "--comm-timeout", str(TIMEOUT), "--quiet"]
+    options = [
+        "--auto-resume",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--comm-timeout",
+        str(TIMEOUT),
+        "--quiet",
+    ]
     roles = ["--attack-ranks", "1", "--on-attack-loss", "continue"] if who == "attack" else []
     return ["train", "--config", str(config), "--out", str(out), *roles, *options]
 
@@ -92,17 +133,32 @@ def whole(who: str, folder: Path) -> Path:
 
 
 @contextmanager
-def started(names: list[str], options: list[str], log: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def started(
+    names: list[str], options: list[str], log: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """A rank in each namespace; killed at the end if they are still there."""
     port, processes = str(free_port()), []
-    common = {**os.environ, "MASTER_ADDR": HOSTS[0], "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common = {
+        **os.environ,
+        "MASTER_ADDR": HOSTS[0],
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     common |= {"GLOO_SOCKET_IFNAME": "wire", "PYTHONPATH": str(HERE.parent)}
     try:
         with log.open("ab") as file:
             for rank, name in enumerate(names):
-                environment = {**common, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+                environment = {
+                    **common,
+                    "RANK": str(rank),
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                }
                 command = ["ip", "netns", "exec", name, sys.executable, "-m", "conadv", *options]
-                processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+                processes.append(
+                    subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+                )
         yield processes
     finally:
         for process in processes:
@@ -119,11 +175,15 @@ def wait_for(processes: list[subprocess.Popen[bytes]], what: Any, log: Path) -> 
 
 def fault(kind: str, who: str, delay: float, out: Path, log: Path) -> tuple[list[int], float]:
     """Exit codes, and the seconds from the fault to the end of both ranks (the learner, where one attacks)."""
-    from conadv.checkpoint import steps
+    from conadv.training.checkpoint import steps
 
     with hosts() as names, started(names, arguments(who, out), log) as ranks:
         ended = [lambda rank=rank: rank.poll() is not None for rank in ranks]
-        wait_for(ranks, lambda: any(end() for end in ended) or (steps(out / "checkpoints") or [0])[-1] >= 6, log)
+        wait_for(
+            ranks,
+            lambda: any(end() for end in ended) or (steps(out / "checkpoints") or [0])[-1] >= 6,
+            log,
+        )
         time.sleep(delay)
         assert not any(end() for end in ended), f"ended before the fault: {log.read_text()[-2000:]}"
         silence(names)
@@ -131,13 +191,19 @@ def fault(kind: str, who: str, delay: float, out: Path, log: Path) -> tuple[list
         if kind == "five seconds":
             time.sleep(OUTAGE)
             restore(names)
-        wait_for(ranks, lambda: all(end() for end in ended[: 1 if kind == "for good" and who == "attack" else 2]), log)
+        wait_for(
+            ranks,
+            lambda: all(
+                end() for end in ended[: 1 if kind == "for good" and who == "attack" else 2]
+            ),
+            log,
+        )
         return [rank.poll() for rank in ranks], time.monotonic() - begin
 
 
 def trial(number: int, folder: Path) -> dict[str, Any]:
     """One fault, and what became of the run."""
-    from conadv.record import read_lines
+    from conadv.training.record import read_lines
 
     (kind, who), choices = KINDS[number % len(KINDS)], random.Random(f"{SEED}/{number}")
     out = folder / str(number)
@@ -146,7 +212,9 @@ def trial(number: int, folder: Path) -> dict[str, Any]:
     log.unlink(missing_ok=True)
     reference = whole(who, folder)
     codes, seconds = fault(kind, who, choices.uniform(0.0, 1.0), out, log)
-    what = f"trial {number}: silent {kind} under {who}; exit codes {codes}; {log.read_text()[-1500:]}"
+    what = (
+        f"trial {number}: silent {kind} under {who}; exit codes {codes}; {log.read_text()[-1500:]}"
+    )
     if (kind, who) == ("for good", "learners"):
         assert codes == [2, 2], what
         assert seconds < TIMEOUT + MARGIN, f"{seconds:.1f} s: {what}"

@@ -23,24 +23,40 @@ SEED = 8
 TIMEOUT = 10.0  # --comm-timeout of runs that lose a rank
 MARGIN = 15.0  # seconds beyond it: 5 for the diagnosis, the rest for the end of a process on a busy machine
 
-SETUPS: dict[str, tuple[int, int, dict[str, Any]]] = {  # ranks, how many of them only attack, settings
+SETUPS: dict[
+    str, tuple[int, int, dict[str, Any]]
+] = {  # ranks, how many of them only attack, settings
     "1 learner, 1 attack rank": (2, 1, {"staleness": 1, "lookahead": True}),
     "2 learners, 1 attack rank": (3, 1, {"staleness": 2, "pending_dtype": "uint8"}),
     "1 learner, 2 attack ranks": (3, 2, {"staleness": 3}),
 }
-LEARNERS_SITES = {"in accumulation": 60, "before the update": 12}  # how often a learner may come there
+LEARNERS_SITES = {
+    "in accumulation": 60,
+    "before the update": 12,
+}  # how often a learner may come there
 
 
 def arguments(setup: str, out: Path, policy: str) -> list[str]:
     """The program's options for a run of ``setup`` in ``out``; its config lies beside it."""
-    from conadv import recipes
-    from conadv.config import dump_yaml, replace
+    from conadv.config import recipes
+    from conadv.config.schema import dump_yaml, replace
 
     _, attackers, changes = SETUPS[setup]
     out.parent.mkdir(parents=True, exist_ok=True)
     config = out.parent / f"{out.name}.yaml"
-    config.write_text(dump_yaml(replace(recipes.get("digits"), **{**BASE, **changes, "method": "conadv"})))
-    options = ["--auto-resume", "--device", "cpu", "--threads", "1", "--comm-timeout", str(TIMEOUT), "--quiet"]
+    config.write_text(
+        dump_yaml(replace(recipes.get("digits"), **{**BASE, **changes, "method": "conadv"}))
+    )
+    options = [
+        "--auto-resume",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--comm-timeout",
+        str(TIMEOUT),
+        "--quiet",
+    ]
     roles = ["--attack-ranks", str(attackers), "--on-attack-loss", policy]
     return ["train", "--config", str(config), "--out", str(out), *roles, *options]
 
@@ -51,7 +67,9 @@ def whole(setup: str, folder: Path) -> Path:
     if not (out / "summary.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         codes = live(arguments(setup, out, "stop"), SETUPS[setup][0], out.with_suffix(".log"))
-        assert not any(codes), f"{setup}: the run that loses nothing ended with {codes}; see {out}.log"
+        assert not any(codes), (
+            f"{setup}: the run that loses nothing ended with {codes}; see {out}.log"
+        )
     return out
 
 
@@ -99,11 +117,15 @@ def trial(number: int, folder: Path) -> dict[str, Any]:
 
 def check_went_on(out: Path, codes: list[int], victim: int, seconds: float, what: str) -> None:
     """The learners have finished, and the record names the attack rank; other attack ranks have ended well."""
-    from conadv.record import read_lines
+    from conadv.training.record import read_lines
 
     assert codes[victim] == -signal.SIGKILL, f"the fault was not reached: {what}"
     assert not any(code for rank, code in enumerate(codes) if rank != victim), what
-    lost = {line["attack_rank"] for line in read_lines(out / "record.jsonl") if line["type"] == "attack_loss"}
+    lost = {
+        line["attack_rank"]
+        for line in read_lines(out / "record.jsonl")
+        if line["type"] == "attack_loss"
+    }
     assert lost == {victim}, f"the record says that {lost} were lost: {what}"
 
 

@@ -46,8 +46,8 @@ SHORT = Form(300, 200, 30, 0.02)
 
 def settings(steps: int, period: int) -> Any:
     """A step of some milliseconds; ten steps are an epoch."""
-    from conadv import recipes
-    from conadv.config import replace
+    from conadv.config import recipes
+    from conadv.config.schema import replace
 
     return replace(
         recipes.get("digits"),
@@ -77,7 +77,7 @@ def turns_of(period: int) -> Any:
     ``busy``: the seconds that the display computed, on the training's thread and on its own, while it was shown for
     ``wall``: under one interpreter lock, the most that it can take from the steps.
     """
-    from conadv.progress import Live
+    from conadv.training.observer import Live
 
     class Turns(Live):
         def __init__(self) -> None:
@@ -154,8 +154,8 @@ def _train(form: Form, steps: int, out: str, terminal: str, leaked: int) -> None
     os.close(screen)
     import torch
 
-    from conadv.allocator import keep_freed_memory
-    from conadv.trainer import train
+    from conadv.training.allocator import keep_freed_memory
+    from conadv.training.trainer import train
 
     keep_freed_memory()  # as the program does
     torch.set_num_threads(1)
@@ -196,14 +196,16 @@ class Follower:
             try:
                 values = json.loads(line)
             except ValueError as error:
-                raise AssertionError(f"line {self.lines + 1} of the record is no JSON: {line[:200]!r}") from error
+                raise AssertionError(
+                    f"line {self.lines + 1} of the record is no JSON: {line[:200]!r}"
+                ) from error
             self.lines += 1
             if values["type"] == "step":
                 self.steps.append(values["step"])
 
     def look_by_the_program(self) -> None:
         """Its own reader must take what is there at any moment; sees no fewer steps than this one has."""
-        from conadv.record import read_lines
+        from conadv.training.record import read_lines
 
         if self.path.exists():
             lines = read_lines(self.path)
@@ -253,7 +255,9 @@ def watch(form: Form, steps: int, out: Path, leaked: int = 0) -> tuple[list[Samp
     ours, theirs = pty.openpty()
     shown, follower, samples = [0], Follower(out / "record.jsonl"), []
     threading.Thread(target=_drain, args=(ours, shown), daemon=True).start()
-    process = CONTEXT.Process(target=_train, args=(form, steps, str(out), os.ttyname(theirs), leaked))
+    process = CONTEXT.Process(
+        target=_train, args=(form, steps, str(out), os.ttyname(theirs), leaked)
+    )
     process.start()
     try:
         while process.is_alive():
@@ -261,7 +265,9 @@ def watch(form: Form, steps: int, out: Path, leaked: int = 0) -> tuple[list[Samp
             follower.look()
             if follower.reads % 100 == 1:
                 follower.look_by_the_program()
-            if follower.steps and len(follower.steps) < steps:  # the last evaluation is another thing
+            if (
+                follower.steps and len(follower.steps) < steps
+            ):  # the last evaluation is another thing
                 try:
                     samples.append(sample(process.pid or 0, follower.steps[-1]))
                 except OSError:
@@ -308,8 +314,12 @@ def run(short: bool, out: Path) -> dict[str, Any]:
 
     samples, follower, shown = watch(form, form.steps, out / "soak")
     grown = growth(samples)
-    assert not not_flat(grown), f"{not_flat(grown)} grew in the second half: {grown}; samples {samples[::20]}"
-    assert follower.steps == list(range(form.steps)), "the reader of the record missed or repeated a step"
+    assert not not_flat(grown), (
+        f"{not_flat(grown)} grew in the second half: {grown}; samples {samples[::20]}"
+    )
+    assert follower.steps == list(range(form.steps)), (
+        "the reader of the record missed or repeated a step"
+    )
     assert shown > 0, "the display was not shown"
     display = display_cost(json.loads((out / "soak" / "turns.json").read_text()))
     # so few steps as in the short form say nothing about time

@@ -24,7 +24,11 @@ PORT = 29501
 CHUNK = bytes(2**20)
 PROBE_SECONDS = 1.0
 ROUND_TRIPS = 200
-METHODS = {"disadv": "disadv (sequential)", "conadv": "conadv", "conadv-lookahead": "conadv + look-ahead"}
+METHODS = {
+    "disadv": "disadv (sequential)",
+    "conadv": "conadv",
+    "conadv-lookahead": "conadv + look-ahead",
+}
 INK = "#7d8590"  # readable on white and on black
 
 
@@ -90,7 +94,10 @@ def join(rate: str, bench: str, link: str, out: str) -> None:
     if not Path(bench).exists():
         raise SystemExit(f"The benchmark left no result for rate {rate}.")
     content = json.loads(Path(bench).read_text())
-    content["link"] = {"rate_mbit": None if rate == "none" else int(rate), **json.loads(Path(link).read_text())}
+    content["link"] = {
+        "rate_mbit": None if rate == "none" else int(rate),
+        **json.loads(Path(link).read_text()),
+    }
     temporary = Path(out).with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(out)
@@ -123,8 +130,14 @@ def table(file: str) -> None:
     """Per rate: the step of noise, the sum over hosts and the attack by themselves, and every method's overhead."""
     content = json.loads(Path(file).read_text())
     for overlap in (True, False):
-        print(f"\nover noise, {'with' if overlap else 'without'} backward overlap [interval of the median ratio]")
-        print(f"{'Mbit/s':>7} {'noise ms':>9} {'sum ms':>7} {'attack ms':>9}", *(f"{m:>21}" for m in METHODS), sep=" ")
+        print(
+            f"\nover noise, {'with' if overlap else 'without'} backward overlap [interval of the median ratio]"
+        )
+        print(
+            f"{'Mbit/s':>7} {'noise ms':>9} {'sum ms':>7} {'attack ms':>9}",
+            *(f"{m:>21}" for m in METHODS),
+            sep=" ",
+        )
         for point in content["points"]:
             print(_line(point, overlap))
     print("\nddp over vanilla (above 1: the engine is faster)")
@@ -136,7 +149,9 @@ def table(file: str) -> None:
 def _line(point: Json, overlap: bool) -> str:
     noise, attack = find(point, "noise", overlap), attack_ms(point)
     step = f"{noise['median_ms']:9.0f}" if noise else f"{'-':>9}"
-    cells = (f"{_ratio(row) if (row := find(point, method, overlap)) else '-':>21}" for method in METHODS)
+    cells = (
+        f"{_ratio(row) if (row := find(point, method, overlap)) else '-':>21}" for method in METHODS
+    )
     return " ".join([f"{_name(point):>7} {step} {sum_ms(point):7.0f} {attack or 0:9.0f}", *cells])
 
 
@@ -173,9 +188,21 @@ def draw(file: str, out: str) -> None:
 
     content = json.loads(Path(file).read_text())
     points = content["points"]
-    names = ["axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color", "grid.color"]
+    names = [
+        "axes.edgecolor",
+        "axes.labelcolor",
+        "text.color",
+        "xtick.color",
+        "ytick.color",
+        "grid.color",
+    ]
     colours = dict.fromkeys(names, INK)
-    look = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "svg.fonttype": "path"}
+    look = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 10,
+        "svg.fonttype": "path",
+    }
     with mpl.rc_context({**colours, **look, "svg.hashsalt": "conadv", "figure.facecolor": "none"}):
         figure = Figure(figsize=(8.2, 3.7), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -184,7 +211,12 @@ def draw(file: str, out: str) -> None:
         panels[0].set_ylabel("step time over noise (no attack)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(out, dpi=130, transparent=True, metadata={"Date": None} if out.endswith(".svg") else None)
+        figure.savefig(
+            out,
+            dpi=130,
+            transparent=True,
+            metadata={"Date": None} if out.endswith(".svg") else None,
+        )
 
 
 def _panel(axes: Any, points: list[Json], overlap: bool) -> None:
@@ -194,16 +226,34 @@ def _panel(axes: Any, points: list[Json], overlap: bool) -> None:
         rows = [(x, row) for x, point in enumerate(points) if (row := find(point, method, overlap))]
         if rows:
             x = [place for place, _ in rows]
-            axes.plot(x, [row["ratio"] for _, row in rows], color=colour, marker=marker, markersize=4.5, label=label)
+            axes.plot(
+                x,
+                [row["ratio"] for _, row in rows],
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                label=label,
+            )
             low, high = ([row[end] for _, row in rows] for end in ("ratio_low", "ratio_high"))
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    longer = [x for x, point in enumerate(points) if sum_ms(point) >= (attack_ms(point) or float("inf"))]
+    longer = [
+        x for x, point in enumerate(points) if sum_ms(point) >= (attack_ms(point) or float("inf"))
+    ]
     if longer:
-        axes.axvspan(-0.4, max(longer) + 0.5, color=INK, alpha=0.12, linewidth=0, label="sum takes longer than attack")
+        axes.axvspan(
+            -0.4,
+            max(longer) + 0.5,
+            color=INK,
+            alpha=0.12,
+            linewidth=0,
+            label="sum takes longer than attack",
+        )
     axes.axhline(1, color=INK, linewidth=1)
     axes.grid(axis="y", alpha=0.25)
     axes.set_xlim(-0.4, len(points) - 0.6)
-    axes.set_xticks(range(len(points)), ["no limit" if name == "none" else name for name in map(_name, points)])
+    axes.set_xticks(
+        range(len(points)), ["no limit" if name == "none" else name for name in map(_name, points)]
+    )
     axes.set_xlabel("link, Mbit/s")
     axes.set_title(f"{'with' if overlap else 'without'} backward overlap", fontsize=10)
 

@@ -24,14 +24,25 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conadv.config import ModelConfig
+from conadv.config.schema import ModelConfig
 from conadv.models import build_model, check_model
-from conadv.norm import CLEAN, SplitBatchNorm, check_routes, route, split_batchnorm, strip
+from conadv.nn.split_batchnorm import (
+    CLEAN,
+    SplitBatchNorm,
+    check_routes,
+    route,
+    split_batchnorm,
+    strip,
+)
 from conadv.optim import MODEL_RULES, parameter_groups
 
 CLASSES, IMAGES = 5, 3
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-SIZES = {"inception_v3": 75, "vit_h_14": 28, "maxvit_t": 224}  # others: 32, and 64 where images are halved often
+SIZES = {
+    "inception_v3": 75,
+    "vit_h_14": 28,
+    "maxvit_t": 224,
+}  # others: 32, and 64 where images are halved often
 ARGS = {"vit_h_14": ("image_size=28",), "maxvit_t": ()}
 
 # One small network of each timm family (a module of timm.models), with the size that it takes.
@@ -147,10 +158,15 @@ def cases() -> list[Case]:
     """All of torchvision's classifiers and the timm families above."""
     import torchvision.models as zoo
 
-    made = [Case(f"torchvision:{name}", "torchvision", *_size(name)) for name in zoo.list_models(module=zoo)]
+    made = [
+        Case(f"torchvision:{name}", "torchvision", *_size(name))
+        for name in zoo.list_models(module=zoo)
+    ]
     for family, (name, size) in TIMM.items():
         args = (SMALLER[name],) if name in SMALLER else ()
-        made.append(Case(f"timm:{name}", family, int(args[0].partition("=")[2]) if args else size, args))
+        made.append(
+            Case(f"timm:{name}", family, int(args[0].partition("=")[2]) if args else size, args)
+        )
     return made
 
 
@@ -159,7 +175,9 @@ def _size(name: str) -> tuple[int, tuple[str, ...]]:
         return SIZES[name], ARGS.get(name, ())
     if name.startswith("vit_"):
         return 32, ("image_size=32",)
-    return (64 if name.startswith(("alexnet", "squeezenet", "densenet", "googlenet", "swin")) else 32), ()
+    return (
+        64 if name.startswith(("alexnet", "squeezenet", "densenet", "googlenet", "swin")) else 32
+    ), ()
 
 
 def build(case: Case) -> nn.Module:
@@ -197,7 +215,14 @@ def check(case: Case, forward: bool = True) -> Row:
     parameters = sum(p.numel() for p in model.parameters())
     kinds = sorted({type(layer).__name__ for layer in layers})
     return Row(
-        case.name, case.family, case.image_size, parameters, len(layers), kinds, forward, time.process_time() - begin
+        case.name,
+        case.family,
+        case.image_size,
+        parameters,
+        len(layers),
+        kinds,
+        forward,
+        time.process_time() - begin,
     )
 
 
@@ -218,7 +243,9 @@ def _check_forward(model: nn.Module, size: int) -> None:
     plain = _logits(model.eval(), x)
     split_batchnorm(model, "adv")
     assert torch.equal(_logits(model, x), plain), "the clean route is the plain model"
-    assert torch.equal(_logits(model, x, "adv"), plain), "a new route is a copy of the clean one, activation and all"
+    assert torch.equal(_logits(model, x, "adv"), plain), (
+        "a new route is a copy of the clean one, activation and all"
+    )
     has_routes = any(".routes." in name for name, _ in model.named_parameters())
     before = {name: value.clone() for name, value in model.named_buffers()}
     _backward(model.train(), x, z)
@@ -232,7 +259,9 @@ def _check_forward(model: nn.Module, size: int) -> None:
         for layer in _split_layers(model):
             for p in layer.routes["adv"].parameters(recurse=False):
                 p.mul_(0.5).add_(0.1)
-    assert torch.equal(_logits(model, x), clean), "the adversarial route must not reach the clean one"
+    assert torch.equal(_logits(model, x), clean), (
+        "the adversarial route must not reach the clean one"
+    )
     assert not torch.equal(_logits(model, x, "adv"), adv), "the adversarial route must be in use"
     with torch.no_grad(), route(model, {CLEAN: IMAGES, "adv": IMAGES}):
         assert model(torch.cat([x, z])).shape == (2 * IMAGES, CLASSES)
@@ -245,10 +274,15 @@ def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
 def _check_own_tensors(model: nn.Module) -> None:
     """A route's parameters and statistics are its own (a child such as a PReLU is shared, by design)."""
     for layer in _split_layers(model):
-        tensors = layer.routes["adv"].parameters(recurse=False), layer.routes["adv"].buffers(recurse=False)
+        tensors = (
+            layer.routes["adv"].parameters(recurse=False),
+            layer.routes["adv"].buffers(recurse=False),
+        )
         clean = layer.parameters(recurse=False), layer.buffers(recurse=False)
         own = {t.data_ptr() for group in tensors for t in group}
-        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), "routes share a tensor"
+        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), (
+            "routes share a tensor"
+        )
 
 
 def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:
@@ -267,7 +301,9 @@ def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:
 
 def _images(size: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
-    return torch.randn(IMAGES, 3, size, size, generator=g), torch.randn(IMAGES, 3, size, size, generator=g) + 1
+    return torch.randn(IMAGES, 3, size, size, generator=g), torch.randn(
+        IMAGES, 3, size, size, generator=g
+    ) + 1
 
 
 def _logits(model: nn.Module, x: Tensor, name: str = CLEAN) -> Tensor:
@@ -288,8 +324,21 @@ def run_all(only: str) -> list[Row]:
             row = check(case)
         except Exception as error:  # one network's trouble is a row, not the end
             traceback.print_exc(limit=-2)
-            row = Row(case.name, case.family, case.image_size, 0, 0, [], True, 0.0, f"{type(error).__name__}: {error}")
-        print(f"{row.name:<45}{row.batch_norms:>5} batch norms {row.seconds:6.1f} s  {row.problem or 'ok'}", flush=True)
+            row = Row(
+                case.name,
+                case.family,
+                case.image_size,
+                0,
+                0,
+                [],
+                True,
+                0.0,
+                f"{type(error).__name__}: {error}",
+            )
+        print(
+            f"{row.name:<45}{row.batch_norms:>5} batch norms {row.seconds:6.1f} s  {row.problem or 'ok'}",
+            flush=True,
+        )
         rows.append(row)
         gc.collect()  # the next network may need the memory of this one
     return rows
@@ -305,7 +354,9 @@ def table(rows: list[dict[str, object]]) -> str:
         kinds = ", ".join(row["kinds"]) or "none: routes share normalisation"  # type: ignore[arg-type]
         result = row["problem"] or "ok"
         millions = int(str(row["parameters"])) / 1e6
-        lines.append(f"| `{row['name']}` | {millions:.1f} | {row['batch_norms'] or '-'} | {kinds} | {result} |")
+        lines.append(
+            f"| `{row['name']}` | {millions:.1f} | {row['batch_norms'] or '-'} | {kinds} | {result} |"
+        )
     return "\n".join(lines)
 
 
@@ -325,18 +376,30 @@ def write_page(content: dict[str, object], page: Path = PAGE) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("results/models"))
-    parser.add_argument("--only", default="", help="networks whose name contains this, in place of their rows so far")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="networks whose name contains this, in place of their rows so far",
+    )
     parser.add_argument("--table-only", action="store_true", help="write the page from zoo.json")
     args = parser.parse_args()
     path = args.out / "zoo.json"
     if not args.table_only:
         import timm
 
-        before = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if args.only else {}
+        before = (
+            {row["name"]: row for row in json.loads(path.read_text())["rows"]} if args.only else {}
+        )
         rows = before | {row.name: asdict(row) for row in run_all(args.only)}
-        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__}
+        versions = {
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        }
         ordered = [rows[case.name] for case in cases() if case.name in rows]
         args.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(versions | {"rows": ordered}, indent=1) + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "FGSM": "attacks",
@@ -21,12 +21,12 @@ _WHERE = {
     "MicroBatch": "types",
     "StepRecord": "types",
     "ConadvError": "errors",
-    "Comm": "engine",
-    "Inline": "engine",
-    "Ranks": "engine",
-    "Stream": "engine",
-    "NonFiniteError": "engine",
-    "TrainStep": "engine",
+    "Comm": "distributed.comm",
+    "Inline": "engine.executors",
+    "Ranks": "engine.attack_ranks.executor",
+    "Stream": "engine.executors",
+    "NonFiniteError": "engine.guard",
+    "TrainStep": "engine.step",
     "Concurrent": "methods.concurrent",
     "MultiView": "methods.controls",
     "Noise": "methods.controls",
@@ -37,14 +37,14 @@ _WHERE = {
     "LAMB": "optim",
     "LARS": "optim",
     "parameter_groups": "optim",
-    "WarmupDecay": "schedules",
-    "EMA": "ema",
-    "evaluate": "evaluation",
-    "frozen_stats": "norm",
-    "recalibrate": "precise_bn",
-    "route": "norm",
-    "split_batchnorm": "norm",
-    "strip": "norm",
+    "WarmupDecay": "optim.schedules",
+    "EMA": "nn.ema",
+    "evaluate": "training.evaluate",
+    "frozen_stats": "nn.split_batchnorm",
+    "recalibrate": "nn.precise_bn",
+    "route": "nn.split_batchnorm",
+    "split_batchnorm": "nn.split_batchnorm",
+    "strip": "nn.split_batchnorm",
     "WindowedLoader": "data",
     "windows": "data",
 }
@@ -52,41 +52,41 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from .attacks import FGSM as FGSM
-    from .attacks import PGD as PGD
-    from .attacks import AttackPlan as AttackPlan
-    from .attacks import PixelSpace as PixelSpace
-    from .attacks import RandomSigns as RandomSigns
-    from .data import WindowedLoader as WindowedLoader
-    from .data import windows as windows
-    from .ema import EMA as EMA
-    from .engine import Comm as Comm
-    from .engine import Inline as Inline
-    from .engine import NonFiniteError as NonFiniteError
-    from .engine import Ranks as Ranks
-    from .engine import Stream as Stream
-    from .engine import TrainStep as TrainStep
-    from .errors import ConadvError as ConadvError
-    from .evaluation import evaluate as evaluate
-    from .methods.concurrent import Concurrent as Concurrent
-    from .methods.controls import MultiView as MultiView
-    from .methods.controls import Noise as Noise
-    from .methods.recycle import Recycle as Recycle
-    from .methods.sam import SAM as SAM
-    from .methods.sequential import Sequential as Sequential
-    from .methods.vanilla import Vanilla as Vanilla
-    from .norm import frozen_stats as frozen_stats
-    from .norm import route as route
-    from .norm import split_batchnorm as split_batchnorm
-    from .norm import strip as strip
-    from .optim import LAMB as LAMB
-    from .optim import LARS as LARS
-    from .optim import parameter_groups as parameter_groups
-    from .precise_bn import recalibrate as recalibrate
-    from .schedules import WarmupDecay as WarmupDecay
-    from .types import Batch as Batch
-    from .types import MicroBatch as MicroBatch
-    from .types import StepRecord as StepRecord
+    from conadv.attacks import FGSM as FGSM
+    from conadv.attacks import PGD as PGD
+    from conadv.attacks import AttackPlan as AttackPlan
+    from conadv.attacks import PixelSpace as PixelSpace
+    from conadv.attacks import RandomSigns as RandomSigns
+    from conadv.data import WindowedLoader as WindowedLoader
+    from conadv.data import windows as windows
+    from conadv.distributed.comm import Comm as Comm
+    from conadv.engine import Inline as Inline
+    from conadv.engine import NonFiniteError as NonFiniteError
+    from conadv.engine import Ranks as Ranks
+    from conadv.engine import Stream as Stream
+    from conadv.engine import TrainStep as TrainStep
+    from conadv.errors import ConadvError as ConadvError
+    from conadv.methods.concurrent import Concurrent as Concurrent
+    from conadv.methods.controls import MultiView as MultiView
+    from conadv.methods.controls import Noise as Noise
+    from conadv.methods.recycle import Recycle as Recycle
+    from conadv.methods.sam import SAM as SAM
+    from conadv.methods.sequential import Sequential as Sequential
+    from conadv.methods.vanilla import Vanilla as Vanilla
+    from conadv.nn.ema import EMA as EMA
+    from conadv.nn.precise_bn import recalibrate as recalibrate
+    from conadv.nn.split_batchnorm import frozen_stats as frozen_stats
+    from conadv.nn.split_batchnorm import route as route
+    from conadv.nn.split_batchnorm import split_batchnorm as split_batchnorm
+    from conadv.nn.split_batchnorm import strip as strip
+    from conadv.optim import LAMB as LAMB
+    from conadv.optim import LARS as LARS
+    from conadv.optim import parameter_groups as parameter_groups
+    from conadv.optim.schedules import WarmupDecay as WarmupDecay
+    from conadv.training.evaluate import evaluate as evaluate
+    from conadv.types import Batch as Batch
+    from conadv.types import MicroBatch as MicroBatch
+    from conadv.types import StepRecord as StepRecord
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import sys
 def program() -> None:
     """The whole process: from the first import on, Ctrl-C ends it without a traceback."""
     try:
-        from .cli import main
+        from conadv.cli.program import main
 
         code = main()
     except KeyboardInterrupt:  # before main() could see to it

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .errors import ConadvError, printable
-from .untrusted import JSON_BYTES, parse_json, read_text
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import JSON_BYTES, parse_json, read_text
 
 LARGEST = 1e15
 """Beyond any time or rate that can be measured. Losses and eigenvalues may be anything whose square is a number."""
@@ -145,7 +145,11 @@ class Line(Document):
 
     @model_validator(mode="after")
     def _of_one_length(self) -> Line:
-        if any(len(losses) != len(self.alphas) for losses in (self.train_loss, self.test_loss) if losses is not None):
+        if any(
+            len(losses) != len(self.alphas)
+            for losses in (self.train_loss, self.test_loss)
+            if losses is not None
+        ):
             raise ValueError("not one loss for each alpha")
         return self
 
@@ -186,7 +190,12 @@ def read_sweep(path: Path) -> Sweep:
         raise ConadvError(
             f"{printable(path)} is not a readable sweep: {printable(error)}. Run `conadv sweep` again to go on."
         ) from error
-    return checked(Sweep, values, path, "Is it of a sweep? `conadv sweep` writes it anew; otherwise leave it out.")
+    return checked(
+        Sweep,
+        values,
+        path,
+        "Is it of a sweep? `conadv sweep` writes it anew; otherwise leave it out.",
+    )
 
 
 def probes(lines: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,11 @@ class ConadvError(ValueError):
 
 
 def _encodable(text: str) -> str:
-    return text if text.isascii() else "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+    return (
+        text
+        if text.isascii()
+        else "".join(_escaped(c) if "\ud800" <= c <= "\udfff" else c for c in text)
+    )
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:

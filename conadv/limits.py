@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from .config import LARGEST_SEED, MOST, WIDEST
-from .errors import ConadvError
+from conadv.config.schema import LARGEST_SEED, MOST, WIDEST
+from conadv.errors import ConadvError
 
 THREADS = 1024
 """More threads or processes no machine starts at once, and OpenMP ends the program where it cannot."""
@@ -37,13 +37,16 @@ _POSITIVE = (
     ),
     *("micro_batch_size", "images", "batch", "seeds", "steps"),
 )
-LEAST = {**dict.fromkeys(_POSITIVE, 1), "photo_size": 8}  # torch's resizing asserts on pictures of one pixel
+LEAST = {
+    **dict.fromkeys(_POSITIVE, 1),
+    "photo_size": 8,
+}  # torch's resizing asserts on pictures of one pixel
 
 
 def check_numbers(options: Any) -> None:
     """Raise ConadvError for a number in ``options``, a dataclass of a command, that is absurdly large or not finite.
 
-    What else a number must be is up to its command. The settings of a run are checked by conadv.config.
+    What else a number must be is up to its command. The settings of a run are checked by conadv.config.schema.
     """
     for name, value in _numbers(options):
         option = f"--{name.replace('_', '-')} {str(value)[:30]}"

@@ -21,7 +21,7 @@ Forward = Callable[[Tensor], Tensor]
 """x_NCHW -> logits_NK. The engine has already set the route and frozen the statistics."""
 
 Span = tuple[str, float, float]
-"""(phase, start, end) in seconds on one clock (see conadv.engine.clock)."""
+"""(phase, start, end) in seconds on one clock (see conadv.distributed.clock)."""
 
 Schedule = Callable[[int], float]
 """step (0-based) -> value. Pure: no state, so that look-ahead may ask for future steps."""
@@ -34,7 +34,9 @@ class Attack(Protocol):
     Ranks: attacks its own images only; nothing is reduced.
     """
 
-    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor: ...
+    def __call__(
+        self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,15 @@ from conadv import FGSM, Concurrent, PixelSpace, TrainStep, split_batchnorm, win
 MEAN, STD = (0.31,) * 3, (0.38,) * 3
 
 
-class Digits(torch.utils.data.Dataset):  # 8x8 digits as photographs; create_loader sets ``transform``
+class Digits(
+    torch.utils.data.Dataset
+):  # 8x8 digits as photographs; create_loader sets ``transform``
     def __init__(self, first: int, last: int) -> None:
         digits = load_digits()
-        self.images = [Image.fromarray((i * 15.9).astype("uint8")).convert("RGB") for i in digits.images[first:last]]
+        self.images = [
+            Image.fromarray((i * 15.9).astype("uint8")).convert("RGB")
+            for i in digits.images[first:last]
+        ]
         self.labels, self.transform = digits.target[first:last].tolist(), None
 
     def __len__(self) -> int:
@@ -35,22 +40,40 @@ class Digits(torch.utils.data.Dataset):  # 8x8 digits as photographs; create_loa
 
 def main(epochs: int = 2, limit: int = 1000) -> float:
     torch.manual_seed(0)
-    common = {"input_size": (3, 32, 32), "batch_size": 50, "mean": MEAN, "std": STD, "use_prefetcher": False}
-    train = create_loader(Digits(0, limit), is_training=True, num_workers=0, hflip=0.0, scale=(0.8, 1.0), **common)
+    common = {
+        "input_size": (3, 32, 32),
+        "batch_size": 50,
+        "mean": MEAN,
+        "std": STD,
+        "use_prefetcher": False,
+    }
+    train = create_loader(
+        Digits(0, limit), is_training=True, num_workers=0, hflip=0.0, scale=(0.8, 1.0), **common
+    )
     test = create_loader(Digits(1000, 1797), is_training=False, num_workers=0, **common)
     mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=0.5, label_smoothing=0.1, num_classes=10)
 
-    model = split_batchnorm(timm.create_model("test_efficientnet", num_classes=10), "adv")  # before the optimizer
+    model = split_batchnorm(
+        timm.create_model("test_efficientnet", num_classes=10), "adv"
+    )  # before the optimizer
     optimizer = create_optimizer_v2(model, opt="lamb", lr=0.02, weight_decay=0.02)
     counted = {"step_on_epochs": False, "updates_per_epoch": len(train)}
     scheduler, _ = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, **counted)
     attack = FGSM(eps=8 / 255, space=PixelSpace(MEAN, STD))
-    step = TrainStep(model, optimizer, Concurrent(attack, staleness=1), loss=SoftTargetCrossEntropy(), clip_norm=1.0)
+    step = TrainStep(
+        model,
+        optimizer,
+        Concurrent(attack, staleness=1),
+        loss=SoftTargetCrossEntropy(),
+        clip_norm=1.0,
+    )
     batches = (mixup(x, y) for _ in range(epochs) for x, y in train)
     for number, (batch, future) in enumerate(windows(batches, step.ahead)):
         record = step(batch, future)
         scheduler.step_update(number + 1)
-    accuracy = sum((model.eval()(x).argmax(1) == y).sum().item() for x, y in test) / len(test.dataset)
+    accuracy = sum((model.eval()(x).argmax(1) == y).sum().item() for x, y in test) / len(
+        test.dataset
+    )
     print(f"loss {record.loss:.3f}, test accuracy {100 * accuracy:.1f} %")
     return accuracy
 

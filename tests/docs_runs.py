@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
-from conadv import cli
+from conadv.cli import program as cli
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--schedule.warmup-epochs 0 --eval.robust-images 16 --eval.train-images 32 --model.width 4 --quiet"
@@ -79,9 +79,17 @@ NOT_RUN: dict[str, str] = {
     "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_job_is_stopped_requeued_and_goes_on",
     "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",
     **(
-        {} if HAS_WANDB else {"conadv train digits --method conadv --tensorboard --wandb": "the extra wandb is missing"}
+        {}
+        if HAS_WANDB
+        else {
+            "conadv train digits --method conadv --tensorboard --wandb": "the extra wandb is missing"
+        }
     ),
-    **({} if HAS_ONNX else {"conadv export RUN --format onnx": "the extra onnx is missing; tests/test_export.py"}),
+    **(
+        {}
+        if HAS_ONNX
+        else {"conadv export RUN --format onnx": "the extra onnx is missing; tests/test_export.py"}
+    ),
     "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
 }
 
@@ -123,7 +131,12 @@ def tiny(words: list[str]) -> list[str]:
         if _begins(words, start):
             given = {word.partition("=")[0] for word in words}
             length = {"--epochs", "--steps"} & given
-            more += [w for o in options if not (o.split()[0] in given or (length and "steps" in o)) for w in o.split()]
+            more += [
+                w
+                for o in options
+                if not (o.split()[0] in given or (length and "steps" in o))
+                for w in o.split()
+            ]
     for start, options in LAST.items():
         if _begins(words, start):
             more += options.split()
@@ -132,7 +145,12 @@ def tiny(words: list[str]) -> list[str]:
     if _begins(words, "conadv timeline") and "--steps" in words:
         more += ["--steps", "0:2"]
     if _begins(words, "conadv plan") and "--measure" in words:
-        more += ["--workload.batches", "8,16", "--measure", "phases"]  # a link needs two ranks: tests/test_plan.py
+        more += [
+            "--workload.batches",
+            "8,16",
+            "--measure",
+            "phases",
+        ]  # a link needs two ranks: tests/test_plan.py
     elif _begins(words, "conadv plan"):
         more = []
     return [*words, *more]
@@ -159,7 +177,9 @@ def _run_python(words: list[str]) -> None:
     module = words[0] == "-m"
     target, *args = words[1:] if module else words
     start: Callable[..., object] = runpy.run_module if module else runpy.run_path
-    imported = sys.modules.pop(target, None)  # by another test; in a process of its own it would not be there
+    imported = sys.modules.pop(
+        target, None
+    )  # by another test; in a process of its own it would not be there
     with mock.patch.object(sys, "argv", [target, *args]):
         try:
             start(target if module else str(ROOT / target), run_name="__main__")
@@ -175,7 +195,11 @@ def _provide(words: list[str], kept: Path) -> None:
     """Put a run or a profile where a command reads one that the page has not made."""
     for word in words[2:]:
         place = Path(word)
-        if words[1] not in ("train", "plan", "bench", "sweep") and word.startswith("runs/") and not place.exists():
+        if (
+            words[1] not in ("train", "plan", "bench", "sweep")
+            and word.startswith("runs/")
+            and not place.exists()
+        ):
             shutil.copytree(kept, place)
     profiles = [after for word, after in itertools.pairwise(words) if word == "--profile"]
     if words[1] == "plan" and "--measure" not in words:
@@ -215,8 +239,29 @@ def on_two_ranks(program: str, folder: Path) -> None:
     """Run a Python program under torchrun as two processes."""
     # torch's threads now and then abort Python's way out ("terminate called without an active exception")
     (folder / "page.py").write_text(f"{program}\nimport os\nos._exit(0)\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
-    done = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT),
+    }
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "page.py",
+    ]
+    done = subprocess.run(
+        launch,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     if done.returncode:
         pytest.fail(done.stderr[-4000:])

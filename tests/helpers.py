@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from conadv.models import SmallResNet
-from conadv.norm import split_batchnorm
+from conadv.nn.split_batchnorm import split_batchnorm
 
 
 def tiny_resnet(*routes: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -27,18 +27,27 @@ def no_norm_net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A small convolutional network without batch statistics."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2, 1), nn.GELU(), nn.Conv2d(6, 8, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(32, 5)
+        nn.Conv2d(3, 6, 3, 2, 1),
+        nn.GELU(),
+        nn.Conv2d(6, 8, 3, 2, 1),
+        nn.GELU(),
+        nn.Flatten(),
+        nn.Linear(32, 5),
     ).to(dtype)
 
 
-def images(n: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 8) -> tuple[Tensor, Tensor]:
+def images(
+    n: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 8
+) -> tuple[Tensor, Tensor]:
     """n random images in [0, 1] with labels of 5 classes."""
     g = torch.Generator().manual_seed(seed)
     x = torch.rand(n, 3, size, size, generator=g, dtype=torch.float64).to(dtype)
     return x, torch.randint(0, 5, (n,), generator=g)
 
 
-def batches(count: int, n: int = 8, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+def batches(
+    count: int, n: int = 8, dtype: torch.dtype = torch.float32
+) -> list[tuple[Tensor, Tensor]]:
     return [images(n, 100 + i, dtype) for i in range(count)]
 
 

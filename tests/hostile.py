@@ -64,7 +64,15 @@ def _obj(m: Path) -> bytes:
 
 
 def _newobj(m: Path) -> bytes:
-    return P2 + b"csubprocess\nPopen\n(" + shell_list(m) + b"t\x81" + b"N0" + call("os", "system", touch(m)) + b"."
+    return (
+        P2
+        + b"csubprocess\nPopen\n("
+        + shell_list(m)
+        + b"t\x81"
+        + b"N0"
+        + call("os", "system", touch(m))
+        + b"."
+    )
 
 
 def _stack_global(m: Path) -> bytes:
@@ -107,7 +115,12 @@ def _hooks(m: Path) -> bytes:
 
 
 def _set_state(m: Path) -> bytes:
-    return in_state(b"ccollections\nOrderedDict\n)R}(" + text("x") + call("builtins", "eval", expression(m)) + b"ub")
+    return in_state(
+        b"ccollections\nOrderedDict\n)R}("
+        + text("x")
+        + call("builtins", "eval", expression(m))
+        + b"ub"
+    )
 
 
 def _dict_key(m: Path) -> bytes:
@@ -119,7 +132,11 @@ def _map(m: Path) -> bytes:
 
 
 def _from_type(m: Path) -> bytes:
-    func = b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncbuiltins\nint\n(" + touch(m) + b"tNtR"
+    func = (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncbuiltins\nint\n("
+        + touch(m)
+        + b"tNtR"
+    )
     return in_state(func)
 
 
@@ -163,9 +180,17 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
     "torch.hub": lambda m: in_state(call("torch.hub", "load", text("evil/evil"), text("x"))),
     "numpy object": lambda m: in_state(call("numpy", "load", text(str(m)), b"N\x88")),
     "persistent id in text": lambda m: P2 + b"Pos.system\n.",
-    "unknown persistent id": lambda m: in_state(b"(" + text("module") + call("os", "system", touch(m)) + b"tQ"),
+    "unknown persistent id": lambda m: in_state(
+        b"(" + text("module") + call("os", "system", touch(m)) + b"tQ"
+    ),
 }
-NOT_LIVE = {"torch.load", "torch.hub", "numpy object", "persistent id in text", "unknown persistent id"}
+NOT_LIVE = {
+    "torch.load",
+    "torch.hub",
+    "numpy object",
+    "persistent id in text",
+    "unknown persistent id",
+}
 LIVE = tuple(name for name in PICKLES if name not in NOT_LIVE)
 
 
@@ -218,12 +243,16 @@ def _twice(m: Path) -> bytes:
 
 
 def _script(m: Path) -> bytes:
-    return archive(P2 + b"}.", **{"archive/constants.pkl": PICKLES["os.system"](m), "archive/code/a.py": b"x"})
+    return archive(
+        P2 + b"}.", **{"archive/constants.pkl": PICKLES["os.system"](m), "archive/code/a.py": b"x"}
+    )
 
 
 def _overlap(m: Path) -> bytes:
     """Two entries of the directory that lead to the same bytes."""
-    content = bytearray(archive(P2 + b"}.", **{"archive/data/0": bytes(4096), "archive/data/1": b""}))
+    content = bytearray(
+        archive(P2 + b"}.", **{"archive/data/0": bytes(4096), "archive/data/1": b""})
+    )
     raw = bytes(content)
     one = raw.rindex(b"archive/data/0") - 46
     two = raw.rindex(b"archive/data/1") - 46
@@ -259,7 +288,9 @@ FILES: dict[str, Callable[[Path], bytes]] = {
     "a path that leads out": lambda m: archive(P2 + b"}.", **{"../../escaped": b"x"}),
     "an absolute path": lambda m: archive(P2 + b"}.", **{str(m): b"x"}),
     "a path with backslashes": lambda m: archive(P2 + b"}.", **{"archive\\..\\..\\escaped": b"x"}),
-    "two archives in one": lambda m: archive(P2 + b"}.", **{"other/data.pkl": PICKLES["os.system"](m)}),
+    "two archives in one": lambda m: archive(
+        P2 + b"}.", **{"other/data.pkl": PICKLES["os.system"](m)}
+    ),
     "overlapping entries": _overlap,
     "a terabyte": _huge,
     "no pickle": lambda m: b"PK\x05\x06" + bytes(18),

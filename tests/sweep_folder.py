@@ -19,7 +19,11 @@ ARMS: dict[str, tuple[dict[str, Any], int, dict[int, float]]] = {
     "+ random-sign noise": ({"method": "noise"}, 2, {20: 0.985, 100: 0.984, 300: 0.977}),
     "+ sequential attack": ({"method": "disadv"}, 3, {20: 0.986, 100: 0.988, 300: 0.986}),
     "+ ConAdv, tau = 1": ({"method": "conadv"}, 3, {20: 0.986, 100: 0.985, 300: 0.977}),
-    "+ ConAdv, look-ahead": ({"method": "conadv", "lookahead": True}, 3, {20: 0.986, 100: 0.988, 300: 0.985}),
+    "+ ConAdv, look-ahead": (
+        {"method": "conadv", "lookahead": True},
+        3,
+        {20: 0.986, 100: 0.988, 300: 0.985},
+    ),
     "small batch, SGD": ({"optim__name": "sgd"}, 1, {20: 0.987}),
 }
 TRIED = (1.0, 2.0, 4.0)
@@ -39,7 +43,11 @@ def write_sweep(folder: Path, seeds: int = 4, spread: float = 0.0015, probes: bo
     ]
     spec = {
         "title": "Digits <by> batch",
-        "tune": {"seeds": [100], "settings": {"optim.lr": list(TRIED)}, "by": "validation_accuracy"},
+        "tune": {
+            "seeds": [100],
+            "settings": {"optim.lr": list(TRIED)},
+            "by": "validation_accuracy",
+        },
         "confirm": {"seeds": list(range(seeds))},
     }
     document = {
@@ -57,7 +65,9 @@ def write_sweep(folder: Path, seeds: int = 4, spread: float = 0.0015, probes: bo
     return folder
 
 
-def _cell(folder: Path, arm: str, batch: int, seeds: int, spread: float, probes: bool) -> dict[str, Any]:
+def _cell(
+    folder: Path, arm: str, batch: int, seeds: int, spread: float, probes: bool
+) -> dict[str, Any]:
     index = list(ARMS).index(arm)
     edge = (arm, batch) == ("LARS", 300)
     validation = (0.95, 0.96, 0.97) if edge else VALIDATION
@@ -70,9 +80,16 @@ def _cell(folder: Path, arm: str, batch: int, seeds: int, spread: float, probes:
             _add_probes(folder / run, seed)
     if batch == 300 and index in (0, 3):
         for seed, run in enumerate(runs):
-            (folder / run / "analysis.json").write_text(json.dumps(analysis(10.0 / (index + 1) + 0.1 * seed)))
+            (folder / run / "analysis.json").write_text(
+                json.dumps(analysis(10.0 / (index + 1) + 0.1 * seed))
+            )
     trials = [
-        {"settings": {"optim.lr": lr}, "runs": [f"runs/tune-{index}-{batch}-{lr}"], "validation": [v], "mean": v}
+        {
+            "settings": {"optim.lr": lr},
+            "runs": [f"runs/tune-{index}-{batch}-{lr}"],
+            "validation": [v],
+            "mean": v,
+        }
         for lr, v in zip(TRIED, validation, strict=True)
     ]
     return {
@@ -88,7 +105,9 @@ def _cell(folder: Path, arm: str, batch: int, seeds: int, spread: float, probes:
 
 def _run(path: Path, arm: str, batch: int, seed: int, lr: float, spread: float) -> None:
     settings, images, accuracies = ARMS[arm]
-    config = make_config(seed=seed, global_batch_size=batch, optim__lr=lr, data__validation_images=150, **settings)
+    config = make_config(
+        seed=seed, global_batch_size=batch, optim__lr=lr, data__validation_images=150, **settings
+    )
     noise = np.random.default_rng([list(ARMS).index(arm), batch, seed]).standard_normal()
     seconds = 10.0 * images
     write_run(
@@ -114,10 +133,23 @@ def _add_probes(run: Path, seed: int) -> None:
 def probe_lines(step: int, seed: int = 0) -> list[dict[str, Any]]:
     phase = "warm-up" if step < 10 else "peak" if step < 30 else "decay"
     scale = 0.5 + 0.1 * seed + step / 100
-    common = {"type": "probe", "step": step, "epoch": step / 5, "phase": phase, "lr": 1.0, "clean_loss": 0.5}
+    common = {
+        "type": "probe",
+        "step": step,
+        "epoch": step / 5,
+        "phase": phase,
+        "lr": 1.0,
+        "clean_loss": 0.5,
+    }
 
     def line(predictor: str, tau: int, kept: float, error: float | None) -> dict[str, Any]:
-        values = {"cosine": kept, "loss_increase": kept * scale, "relative_error": error, "images": 64, "eps": 0.01}
+        values = {
+            "cosine": kept,
+            "loss_increase": kept * scale,
+            "relative_error": error,
+            "images": 64,
+            "eps": 0.01,
+        }
         return {**common, "predictor": predictor, "tau": tau, **values}
 
     found = [line("current", 0, 1.0, None), line("noise", 0, 0.05, None)]
@@ -140,9 +172,17 @@ def analysis(eigenvalue: float) -> dict[str, Any]:
         "images": 500,
         "loss": 0.02,
         "accuracy": 1.0,
-        "hessian": {"eigenvalues": [eigenvalue, eigenvalue / 2], "residuals": [0.0, 0.0], "trace": 5 * eigenvalue},
+        "hessian": {
+            "eigenvalues": [eigenvalue, eigenvalue / 2],
+            "residuals": [0.0, 0.0],
+            "trace": 5 * eigenvalue,
+        },
         "sharpness": {"sam": {"rho": 0.05, "value": eigenvalue / 50}, "keskar": None},
-        "landscape_1d": {"alphas": alphas, "train_loss": losses, "test_loss": [loss + 0.05 for loss in losses]},
+        "landscape_1d": {
+            "alphas": alphas,
+            "train_loss": losses,
+            "test_loss": [loss + 0.05 for loss in losses],
+        },
         "landscape_2d": None,
         "robust": {"eps": 0.01, "steps": 10, "accuracy": 0.6, "images": 500},
     }

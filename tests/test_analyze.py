@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from conadv import ConadvError, PixelSpace, checkpoint, recipes, strip
+from conadv import ConadvError, PixelSpace, strip
 from conadv.analysis.equal_loss import step_at_loss
 from conadv.analysis.hessian import Spectrum, lanczos, trace
 from conadv.analysis.landscape import filter_normalised, grid, line, plane
@@ -26,10 +26,12 @@ from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
 from conadv.analysis.surface import plane_figure
 from conadv.analysis.watch import Watch
-from conadv.analyze import _Progress, read
-from conadv.cli import main
-from conadv.config import replace
-from conadv.trainer import load_run, train
+from conadv.cli.analyze import _Progress, read
+from conadv.cli.program import main
+from conadv.config import recipes
+from conadv.config.schema import replace
+from conadv.training import checkpoint
+from conadv.training.trainer import load_run, train
 from tests.helpers import images, no_norm_net, same, state, tiny_resnet
 
 F64 = torch.float64
@@ -43,7 +45,11 @@ def small_net() -> nn.Module:
     """135 weights, smooth, without batch norm."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 5)
+        nn.Conv2d(3, 4, 3, 2, 1, bias=False),
+        nn.Tanh(),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(4, 5),
     )
 
 
@@ -56,7 +62,9 @@ def explicit_hessian(found: Objective) -> Tensor:
     """torch's own Hessian of the mean loss over all images at once."""
 
     def loss(theta: Tensor) -> Tensor:
-        return F.cross_entropy(torch.func.functional_call(found.model, found.named(theta), found.x_NCHW), found.y_N)
+        return F.cross_entropy(
+            torch.func.functional_call(found.model, found.named(theta), found.x_NCHW), found.y_N
+        )
 
     hessian: Tensor = torch.autograd.functional.hessian(loss, found.theta)
     return hessian
@@ -100,7 +108,9 @@ def test_hvp_is_the_hessian_times_v(make: Any) -> None:
     v = torch.randn(len(found.theta), generator=generator(), dtype=F64)
     small = len(found.theta) < 300
     expected = explicit_hessian(found) @ v if small else by_differences(found, v)
-    torch.testing.assert_close(found.hvp(found.theta, v), expected, rtol=1e-9 if small else 1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.hvp(found.theta, v), expected, rtol=1e-9 if small else 1e-5, atol=1e-6
+    )
 
 
 def by_differences(found: Objective, v: Tensor, h: float = 1e-6) -> Tensor:
@@ -114,14 +124,20 @@ def test_lanczos_finds_the_largest(dtype: torch.dtype) -> None:
     matrix = symmetric(dtype=dtype)
     found = lanczos(lambda v: matrix @ v, matrix[0], 5, 40, generator(), tolerance=0.0)
     true = torch.linalg.eigvalsh(matrix.double()).flip(0)
-    simple = [0, 1] if dtype == F64 else [0]  # of a double eigenvalue Lanczos sees one copy, but for rounding
+    simple = (
+        [0, 1] if dtype == F64 else [0]
+    )  # of a double eigenvalue Lanczos sees one copy, but for rounding
     accuracy = 1e-9 if dtype == F64 else 1e-5
     for i in simple:
         assert found.eigenvalues[i] == pytest.approx(true[i].item(), rel=accuracy)
     assert sum(abs(value - 100) < 1 for value in found.eigenvalues) == 1
     basis = torch.stack(found.basis).double()
-    torch.testing.assert_close(basis @ basis.T, torch.eye(len(basis), dtype=F64), rtol=0, atol=1e-12 + accuracy)
-    assert found.captured == pytest.approx(torch.trace(basis @ matrix.double() @ basis.T).item(), rel=1e-4)
+    torch.testing.assert_close(
+        basis @ basis.T, torch.eye(len(basis), dtype=F64), rtol=0, atol=1e-12 + accuracy
+    )
+    assert found.captured == pytest.approx(
+        torch.trace(basis @ matrix.double() @ basis.T).item(), rel=1e-4
+    )
 
 
 def test_lanczos_residuals_are_true_and_it_ends_early() -> None:
@@ -136,14 +152,23 @@ def test_lanczos_residuals_are_true_and_it_ends_early() -> None:
     for i in (0, 1):
         ritz = q.T @ vectors[:, -1 - i]
         assert cut.eigenvalues[i] == pytest.approx(values[-1 - i].item())
-        assert cut.residuals[i] == pytest.approx((matrix @ ritz - values[-1 - i] * ritz).norm().item(), rel=1e-6)
+        assert cut.residuals[i] == pytest.approx(
+            (matrix @ ritz - values[-1 - i] * ritz).norm().item(), rel=1e-6
+        )
 
 
 def test_lanczos_of_an_exhausted_space() -> None:
     # Red when: the vector after the last is normalised all the same (nan), or 3 weights get 5 eigenvalues.
     identity = lanczos(lambda v: 2 * v, torch.zeros(50), 3, 10, generator())
     assert identity.eigenvalues == pytest.approx([2.0])
-    tiny = lanczos(lambda v: torch.tensor([3.0, 2.0, 1.0]) * v, torch.zeros(3), 5, 10, generator(), tolerance=0.0)
+    tiny = lanczos(
+        lambda v: torch.tensor([3.0, 2.0, 1.0]) * v,
+        torch.zeros(3),
+        5,
+        10,
+        generator(),
+        tolerance=0.0,
+    )
     assert tiny.eigenvalues == pytest.approx([3.0, 2.0, 1.0], rel=1e-5)
     zero = lanczos(lambda v: 0 * v, torch.zeros(9), 2, 4, generator())
     assert (zero.eigenvalues, zero.iterations) == ([0.0], 1)
@@ -157,7 +182,9 @@ def test_trace_is_unbiased_and_its_error_is_right() -> None:
     found = trace(lambda v: matrix @ v, matrix[0], 3000, generator(2))
     true = torch.trace(matrix).item()
     off = matrix - matrix.diag().diag()
-    theory = math.sqrt(2 * off.square().sum().item() / 3000)  # Hutchinson's variance: 2 |H - diag H|^2
+    theory = math.sqrt(
+        2 * off.square().sum().item() / 3000
+    )  # Hutchinson's variance: 2 |H - diag H|^2
     assert found.stderr == pytest.approx(theory, rel=0.08)
     assert abs(found.value - true) < 3 * theory
     assert math.isnan(trace(lambda v: matrix @ v, matrix[0], 1, generator()).stderr)
@@ -169,12 +196,17 @@ def test_trace_with_known_eigenvectors() -> None:
     # Red when: captured is left out, or the probes keep their part in the span (the large eigenvalues count twice).
     matrix = symmetric(60)
     known = lanczos(lambda v: matrix @ v, matrix[0], 3, 12, generator(3), tolerance=0.0)
-    true, plain = torch.trace(matrix).item(), trace(lambda v: matrix @ v, matrix[0], 400, generator(4))
+    true, plain = (
+        torch.trace(matrix).item(),
+        trace(lambda v: matrix @ v, matrix[0], 400, generator(4)),
+    )
     found = trace(lambda v: matrix @ v, matrix[0], 400, generator(4), known)
     assert found.stderr < 0.5 * plain.stderr
     assert abs(found.value - true) < 3.5 * found.stderr
     whole = Spectrum([], [], 60, list(torch.eye(60, dtype=F64)), true)
-    assert trace(lambda v: matrix @ v, matrix[0], 2, generator(), whole).value == pytest.approx(true, rel=1e-12)
+    assert trace(lambda v: matrix @ v, matrix[0], 2, generator(), whole).value == pytest.approx(
+        true, rel=1e-12
+    )
 
 
 def test_eigenvalues_and_trace_of_a_network() -> None:
@@ -182,13 +214,17 @@ def test_eigenvalues_and_trace_of_a_network() -> None:
     found = objective(small_net())
     theta, hessian = found.theta, explicit_hessian(found)
     got = lanczos(lambda v: found.hvp(theta, v), theta, 3, 60, generator(), tolerance=1e-8)
-    assert got.eigenvalues == pytest.approx(torch.linalg.eigvalsh(hessian).flip(0)[:3].tolist(), rel=1e-6)
+    assert got.eigenvalues == pytest.approx(
+        torch.linalg.eigvalsh(hessian).flip(0)[:3].tolist(), rel=1e-6
+    )
     estimate = trace(lambda v: found.hvp(theta, v), theta, 20, generator(5), got)
     assert abs(estimate.value - torch.trace(hessian).item()) < 3 * estimate.stderr
     assert 0 < estimate.stderr < 0.1 * estimate.value
 
 
-@pytest.mark.parametrize("make", [no_norm_net, lambda: tiny_resnet("adv", dtype=F64)], ids=["plain", "split"])
+@pytest.mark.parametrize(
+    "make", [no_norm_net, lambda: tiny_resnet("adv", dtype=F64)], ids=["plain", "split"]
+)
 def test_against_curvlinops(make: Any) -> None:
     """curvlinops computes the same products and, by its own eigensolver and estimator, the same numbers."""
     # Red when: the running statistics are not used, or the loss is summed.
@@ -198,7 +234,9 @@ def test_against_curvlinops(make: Any) -> None:
     model = strip(make()).double().eval()
     data = [(found.x_NCHW[:6], found.y_N[:6]), (found.x_NCHW[6:], found.y_N[6:])]
     weights = list(model.parameters())
-    oracle = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), weights, data, check_deterministic=False)
+    oracle = curvlinops.HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), weights, data, check_deterministic=False
+    )
     v = torch.randn(len(theta), generator=generator(), dtype=F64)
     torch.testing.assert_close(found.hvp(theta, v), oracle @ v, rtol=1e-7, atol=1e-9)
     got = lanczos(lambda u: found.hvp(theta, u), theta, 2, 40, generator(), tolerance=1e-7)
@@ -236,7 +274,10 @@ def test_keskar_against_all_corners() -> None:
     loss = found.value(theta).loss
     width = eps * (theta.abs() + 1)
     # a linear model's loss is convex in its weights: the maximum over the box is at one of its 2^6 corners
-    corners = [theta + width * torch.tensor(signs, dtype=F64) for signs in itertools.product((-1, 1), repeat=6)]
+    corners = [
+        theta + width * torch.tensor(signs, dtype=F64)
+        for signs in itertools.product((-1, 1), repeat=6)
+    ]
     best = max(found.value(corner).loss for corner in corners)
     exact = 100 * (best - loss) / (1 + loss)
     assert exact > 5
@@ -289,7 +330,10 @@ def everything(found: Objective) -> list[float]:
     theta = found.theta
     spectrum = lanczos(lambda v: found.hvp(theta, v), theta, 1, 2, generator(), 0.0)
     values = [*spectrum.eigenvalues, sam_sharpness(found, 0.05), keskar_sharpness(found, 1e-3, 2)]
-    return [*values, *(v.loss for v in line(found, found, filter_normalised(found, generator()), grid(3)).train)]
+    return [
+        *values,
+        *(v.loss for v in line(found, found, filter_normalised(found, generator()), grid(3)).train),
+    ]
 
 
 def test_the_model_is_left_alone_and_only_its_clean_route_counts() -> None:
@@ -308,7 +352,9 @@ def test_the_model_is_left_alone_and_only_its_clean_route_counts() -> None:
     assert same(state(model), before)
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == frozen
-    assert all(p.grad is not None and bool((p.grad == 1).all()) for p in list(model.parameters())[1:])
+    assert all(
+        p.grad is not None and bool((p.grad == 1).all()) for p in list(model.parameters())[1:]
+    )
 
     assert everything(objective(strip(tiny_resnet("adv")), dtype=torch.float32)) == values
     with torch.no_grad():
@@ -335,12 +381,40 @@ def test_nothing_to_analyse() -> None:
         clean_objective(broken, x, y)
 
 
-SETTINGS = {"model__width": 4, "epochs": None, "steps": 3, "schedule__warmup_epochs": 0, "global_batch_size": 256}
+SETTINGS = {
+    "model__width": 4,
+    "epochs": None,
+    "steps": 3,
+    "schedule__warmup_epochs": 0,
+    "global_batch_size": 256,
+}
 FAST = [
-    *("--images", "48", "--eigenvalues", "2", "--iterations", "4", "--probes", "2", "--keskar-steps", "2"),
+    *(
+        "--images",
+        "48",
+        "--eigenvalues",
+        "2",
+        "--iterations",
+        "4",
+        "--probes",
+        "2",
+        "--keskar-steps",
+        "2",
+    ),
     *("--grid", "5", "--robust-images", "64", "--threads", "1"),
 ]
-KEYS = ["version", "newest_step", "at_loss", "options", "step", "split", "images", "loss", "accuracy", "hessian"]
+KEYS = [
+    "version",
+    "newest_step",
+    "at_loss",
+    "options",
+    "step",
+    "split",
+    "images",
+    "loss",
+    "accuracy",
+    "hessian",
+]
 KEYS += ["sharpness", "landscape_1d", "landscape_2d", "robust", "seconds"]
 
 
@@ -348,7 +422,12 @@ KEYS += ["sharpness", "landscape_1d", "landscape_2d", "robust", "seconds"]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with an adversarial route, and beside it one without a checkpoint."""
     out = tmp_path_factory.mktemp("runs") / "a"
-    more = {"eval__train_images": 48, "eval__robust_images": 64, "eval__robust_steps": 10, "eval__every_epochs": None}
+    more = {
+        "eval__train_images": 48,
+        "eval__robust_images": 64,
+        "eval__robust_steps": 10,
+        "eval__every_epochs": None,
+    }
     train(replace(recipes.get("digits"), **{**SETTINGS, "steps": 24}, **more, method="disadv"), out)
     (out.parent / "empty").mkdir()
     (out.parent / "empty" / "config.yaml").write_text((out / "config.yaml").read_text())
@@ -371,8 +450,16 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(found) == KEYS
     assert (found["step"], found["split"], found["images"]) == (24, "train", 48)
     assert found["loss"] == pytest.approx(summary["train_loss"], rel=1e-5)
-    assert (found["accuracy"], found["robust"]["accuracy"]) == (summary["train_accuracy"], summary["robust_accuracy"])
-    assert found["robust"] == {"eps": 0.1, "steps": 10, "accuracy": summary["robust_accuracy"], "images": 64}
+    assert (found["accuracy"], found["robust"]["accuracy"]) == (
+        summary["train_accuracy"],
+        summary["robust_accuracy"],
+    )
+    assert found["robust"] == {
+        "eps": 0.1,
+        "steps": 10,
+        "accuracy": summary["robust_accuracy"],
+        "images": 64,
+    }
     hessian, one, two = found["hessian"], found["landscape_1d"], found["landscape_2d"]
     assert hessian["eigenvalues"] == sorted(hessian["eigenvalues"], reverse=True)
     assert (len(hessian["residuals"]), hessian["iterations"], hessian["probes"]) == (2, 4, 2)
@@ -401,14 +488,21 @@ def test_at_equal_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     # Red when: the newest checkpoint is analysed; nearest is taken by the difference, not the ratio; a damaged one ends
     # the search; another target's analysis is kept.
     out = tmp_path / "run"
-    more = {"eval__robust_images": 0, "eval__every_epochs": None, "checkpoint__every_epochs": 1, "checkpoint__keep": 99}
+    more = {
+        "eval__robust_images": 0,
+        "eval__every_epochs": None,
+        "checkpoint__every_epochs": 1,
+        "checkpoint__keep": 99,
+    }
     train(replace(recipes.get("digits"), **{**SETTINGS, "steps": 24}, **more), out)
     kept = checkpoint.steps(out / "checkpoints")
     assert len(kept) >= 6
     losses = {}
     for step in kept:
         parts = load_run(out, torch.device("cpu"), step=step)
-        losses[step] = clean_objective(parts.model, *images_of(parts.data, "train", 48), parts.space)
+        losses[step] = clean_objective(
+            parts.model, *images_of(parts.data, "train", 48), parts.space
+        )
     at = {step: found.value(found.theta).loss for step, found in losses.items()}
     low, high = max(itertools.pairwise(sorted(at.values())), key=lambda pair: pair[1] / pair[0])
     target = ((low * high) ** 0.5 + (low + high) / 2) / 2  # nearer to the low one by the difference
@@ -425,8 +519,12 @@ def test_at_equal_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert step_at_loss(out, at[nearest], 48, torch.device("cpu")) in (set(kept) - {nearest})
 
 
-@pytest.mark.parametrize(("at", "message"), [("0", "must be"), ("nan", "must be"), ("1e-9", "factor of 2 of 1e")])
-def test_no_checkpoint_there(trained: Path, capsys: pytest.CaptureFixture[str], at: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("at", "message"), [("0", "must be"), ("nan", "must be"), ("1e-9", "factor of 2 of 1e")]
+)
+def test_no_checkpoint_there(
+    trained: Path, capsys: pytest.CaptureFixture[str], at: str, message: str
+) -> None:
     assert main(["analyze", str(trained), *FAST, "--overwrite", "--at-loss", at]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 
@@ -434,12 +532,27 @@ def test_no_checkpoint_there(trained: Path, capsys: pytest.CaptureFixture[str], 
 def test_command_needs_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: the first run is analysed before the second is looked at.
     before = sorted(trained.iterdir())
-    assert main(["analyze", str(trained), str(trained.parent / "empty"), *FAST, "--seed", "9", "--overwrite"]) == 2
+    assert (
+        main(
+            [
+                "analyze",
+                str(trained),
+                str(trained.parent / "empty"),
+                *FAST,
+                "--seed",
+                "9",
+                "--overwrite",
+            ]
+        )
+        == 2
+    )
     assert "empty holds no checkpoint, so there are no weights" in capsys.readouterr().err
     assert sorted(trained.iterdir()) == before
 
 
-WRONG = '{"options": 3, "loss": 1, "accuracy": 1, "hessian": null, "sharpness": null, "robust": null}'
+WRONG = (
+    '{"options": 3, "loss": 1, "accuracy": 1, "hessian": null, "sharpness": null, "robust": null}'
+)
 
 
 def test_command_of_a_damaged_analysis(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,11 +569,15 @@ def test_command_of_a_damaged_analysis(trained: Path, capsys: pytest.CaptureFixt
 
 def test_parts_can_be_left_out(trained: Path) -> None:
     # Red when: a part that was switched off is computed (its time would show) or is not None.
-    off = Options(images=16, eigenvalues=0, probes=0, landscape="none", robust_images=0, keskar_steps=1)
+    off = Options(
+        images=16, eigenvalues=0, probes=0, landscape="none", robust_images=0, keskar_steps=1
+    )
     watch, parts = Watch(), load_run(trained, torch.device("cpu"))
     before = state(parts.model)
     found = analyze(parts, off, watch)
-    assert [found[key] for key in ("hessian", "landscape_1d", "landscape_2d", "robust")] == [None] * 4
+    assert [found[key] for key in ("hessian", "landscape_1d", "landscape_2d", "robust")] == [
+        None
+    ] * 4
     assert watch.done == pytest.approx(watch.total)
     some = analyze(parts, replace_options(off, probes=1, dtype="float64"))["hessian"]
     assert (some["eigenvalues"], some["trace_stderr"]) == (None, None)
@@ -499,7 +616,9 @@ def test_a_new_run_drops_the_analysis(tmp_path: Path) -> None:
     assert not list((tmp_path / "a").glob("analysis*"))
 
 
-def test_progress_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "100")
     watch = _Progress(Path("runs/[a]"))

@@ -24,10 +24,10 @@ from conadv import (
     windows,
 )
 from conadv.attacks.plan import scaled
-from conadv.config import replace, resolve
+from conadv.config.schema import replace, resolve
 from conadv.methods.base import Method
-from conadv.norm import frozen_stats, route, running_stats, split_batchnorm
-from conadv.trainer import build
+from conadv.nn.split_batchnorm import frozen_stats, route, running_stats, split_batchnorm
+from conadv.training.trainer import build
 
 from .helpers import no_norm_net, parameters, same, state, tiny_resnet
 from .test_methods import ATTACK, EPS, SPACE, as_batch, make, run
@@ -56,7 +56,9 @@ def test_adversarial_views_come_in_the_steps_of_the_plan(name: str) -> None:
     # Red when: prepare attacks for steps that are off (images then wait for ever), or asks for the present step.
     engine = make(ATTACKING[name](AttackPlan(every=2, stop=5)))
     records = run(engine, 8)
-    assert [set(r.losses) == {"clean", "adv"} for r in records] == [t in (0, 2, 4) for t in range(8)]
+    assert [set(r.losses) == {"clean", "adv"} for r in records] == [
+        t in (0, 2, 4) for t in range(8)
+    ]
     assert [r.staleness for r in records if "adv" not in r.losses] == [None] * 5
     tags = [r.staleness for r in records if "adv" in r.losses]
     assert tags == ([None] * 3 if name == "noise" else [0] + [REST[name][-1]] * 2)
@@ -88,7 +90,11 @@ def test_resumed_between_attacked_steps(name: str) -> None:
 def test_a_share_is_a_mean_over_all_images_of_both_views(fuse: bool) -> None:
     # Red when: the adversarial view keeps its full weight; the last images are taken instead of the first.
     model = no_norm_net()
-    engine = make(Sequential(FGSM(EPS, space=SPACE), attack_plan=AttackPlan(share=0.3)), model, fuse_views=fuse)
+    engine = make(
+        Sequential(FGSM(EPS, space=SPACE), attack_plan=AttackPlan(share=0.3)),
+        model,
+        fuse_views=fuse,
+    )
     batch = as_batch(0, dtype=torch.float64)
     x, y = batch.micro[0].views["clean"], batch.micro[0].y_N
     x_adv = FGSM(EPS, space=SPACE)(model, x, y, torch.Generator())[:2]  # 0.3 of 8, rounded
@@ -102,7 +108,11 @@ def test_a_share_is_a_mean_over_all_images_of_both_views(fuse: bool) -> None:
 
 def test_eps_belongs_to_the_step_that_uses_the_images() -> None:
     # Red when: eps is that of the step that makes them, or step_size keeps its size.
-    engine = make(Concurrent(PGD(EPS, 2, EPS / 2, space=SPACE), 2, attack_plan=AttackPlan(eps_factor=lambda t: t / 8)))
+    engine = make(
+        Concurrent(
+            PGD(EPS, 2, EPS / 2, space=SPACE), 2, attack_plan=AttackPlan(eps_factor=lambda t: t / 8)
+        )
+    )
     for t in range(3):
         engine.gradient(as_batch(t))
         engine.prepare(as_batch(t + 2))
@@ -117,11 +127,15 @@ def test_eps_belongs_to_the_step_that_uses_the_images() -> None:
         scaled(lambda *args: args[1], 0.5)
 
 
-@pytest.mark.parametrize("attack", [FGSM(0.1, resolution=0.5), PGD(0.1, 3, norm="l2", random_start=1, resolution=0.5)])
+@pytest.mark.parametrize(
+    "attack", [FGSM(0.1, resolution=0.5), PGD(0.1, 3, norm="l2", random_start=1, resolution=0.5)]
+)
 def test_resolution(attack: Any) -> None:
     # Red when: the gradient is taken at full resolution; it is spread by interpolation instead of repetition.
     sizes: list[int] = []
-    weight = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         sizes.append(x.shape[2])
@@ -133,7 +147,9 @@ def test_resolution(attack: Any) -> None:
     if isinstance(attack, FGSM):
         low = F.avg_pool2d(x, 2).requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(forward(low), y, reduction="sum"), low)
-        assert torch.allclose(delta, 0.1 * gradient.sign().repeat_interleave(2, 2).repeat_interleave(2, 3))
+        assert torch.allclose(
+            delta, 0.1 * gradient.sign().repeat_interleave(2, 2).repeat_interleave(2, 3)
+        )
     else:
         assert delta.flatten(1).norm(dim=1).max() <= 0.1 + 1e-9
 
@@ -155,7 +171,9 @@ def test_route_and_statistics_of_the_attack(where: str, statistics: str) -> None
     with torch.no_grad():
         model.bn1.routes["adv"].weight.neg_()
     attack = FGSM(EPS, space=SPACE)
-    engine = make(Sequential(attack, attack_plan=AttackPlan(route=where, statistics=statistics)), model)
+    engine = make(
+        Sequential(attack, attack_plan=AttackPlan(route=where, statistics=statistics)), model
+    )
     before, micro = state(model), as_batch(0).micro[0]
     got = engine.method.extra(engine, as_batch(0)).images[0]
     assert same(before, state(model))
@@ -194,7 +212,9 @@ def test_the_clean_route_can_serve_both_views(fuse: bool) -> None:
     engine = make(MultiView(), model, adv_route="clean", fuse_views=fuse)
     batch = as_batch(0, dtype=torch.float64)
     engine.gradient(batch)
-    loss = sum(F.cross_entropy(twin(x), batch.micro[0].y_N) for x in batch.micro[0].views.values()) / 2
+    loss = (
+        sum(F.cross_entropy(twin(x), batch.micro[0].y_N) for x in batch.micro[0].views.values()) / 2
+    )
     loss.backward()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-12)
@@ -211,15 +231,22 @@ def test_the_clean_route_can_serve_both_views(fuse: bool) -> None:
         ({"attack__every": 4}, 1 + 2 * 2 / 6),  # steps 0 and 4 of 6
         ({"attack__until": 0.5}, 1 + 2 / 2),
         ({"attack__resolution": 0.5}, 2.25),
-        ({"attack__num_steps": 2, "attack__share": 0.5, "attack__every": 2}, 1 + 0.5 * (0.5 + 0.5 * 2)),
+        (
+            {"attack__num_steps": 2, "attack__share": 0.5, "attack__every": 2},
+            1 + 0.5 * (0.5 + 0.5 * 2),
+        ),
     ],
 )
 def test_costs_count_what_ran(changes: dict[str, Any], want: float) -> None:
     # Red when: a share or a step without an attack is counted in full.
     for method in ("disadv", "conadv"):
-        parts = build(resolve(config(method=method, global_batch_size=8, micro_batch_size=8, **changes)), CPU)
+        parts = build(
+            resolve(config(method=method, global_batch_size=8, micro_batch_size=8, **changes)), CPU
+        )
         pixels, model = [0.0], parts.model
-        model.register_forward_pre_hook(lambda _, args, seen=pixels: seen.__setitem__(0, seen[0] + args[0].numel()))
+        model.register_forward_pre_hook(
+            lambda _, args, seen=pixels: seen.__setitem__(0, seen[0] + args[0].numel())
+        )
         counted, steps = 0.0, range(0, parts.num_steps, parts.num_steps // 6)[:6]
         plan = dataclasses.replace(parts.method.plan, stop=3 if parts.method.plan.stop else None)
         parts.engine.method = parts.method.for_run(plan)
@@ -228,7 +255,9 @@ def test_costs_count_what_ran(changes: dict[str, Any], want: float) -> None:
             record = parts.engine(batch, future)
             counted += parts.engine.method.gradient_images(record.step, record.losses, 8)
         assert counted / 6 == pytest.approx(want)
-        assert pixels[0] / (6 * 8 * 64) == pytest.approx(want)  # what the network saw, at 8x8 pixels an image
+        assert pixels[0] / (6 * 8 * 64) == pytest.approx(
+            want
+        )  # what the network saw, at 8x8 pixels an image
 
 
 def test_schedules_from_a_config() -> None:
@@ -260,7 +289,14 @@ def test_adv_routes_train_with_every_method(method: str, adv_route: str) -> None
 
 
 def test_errors() -> None:
-    for wrong in ({"share": 0.0}, {"share": 1.5}, {"every": 0}, {"stop": 0}, {"route": "aug"}, {"statistics": "none"}):
+    for wrong in (
+        {"share": 0.0},
+        {"share": 1.5},
+        {"every": 0},
+        {"stop": 0},
+        {"route": "aug"},
+        {"statistics": "none"},
+    ):
         with pytest.raises(ConadvError):
             AttackPlan(**wrong)
     for resolution in (0.0, 2.0):

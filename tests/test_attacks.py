@@ -15,7 +15,9 @@ from conadv.attacks.targets import random_other_class
 
 from .helpers import images, no_norm_net, same, state, tiny_resnet
 
-SPACE = PixelSpace((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))  # rounds differently by other arithmetic
+SPACE = PixelSpace(
+    (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+)  # rounds differently by other arithmetic
 EPS = 8 / 255
 
 
@@ -114,7 +116,9 @@ def test_reductions() -> None:
     one = PGD(EPS, 1, space=SPACE)(model, x, y, gen(1))
     assert torch.equal(one, FGSM(EPS, space=SPACE)(model, x, y, gen(2)))
     leaf = x.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    (gradient,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(model(leaf), y, reduction="sum"), leaf
+    )
     assert torch.equal(FGSM(EPS, space=SPACE).from_gradient(x, gradient), one)
 
 
@@ -136,15 +140,23 @@ def test_attacks_raise_the_loss_and_more_steps_raise_it_more() -> None:
     noise = RandomSigns(EPS, SPACE)(model, x, y, gen())
     assert loss(x) < loss(fgsm) <= loss(pgd)
     assert abs(loss(noise) - loss(x)) < (loss(fgsm) - loss(x)) / 2
-    assert other_class(FGSM(EPS, targeted=True, space=SPACE)) < min(other_class(FGSM(EPS, space=SPACE)), 0)
+    assert other_class(FGSM(EPS, targeted=True, space=SPACE)) < min(
+        other_class(FGSM(EPS, space=SPACE)), 0
+    )
 
 
 def test_an_images_attack_does_not_depend_on_the_others() -> None:
     # Red when: the l2 length is of the whole batch.
     model = no_norm_net()
     x, y = model_input(torch.float64)
-    for attack in (FGSM(EPS, space=SPACE), FGSM(0.5, "l2", space=SPACE), PGD(0.5, 3, norm="l2", space=SPACE)):
-        assert torch.allclose(attack(model, x, y, gen())[:3], attack(model, x[:3], y[:3], gen()), atol=1e-13)
+    for attack in (
+        FGSM(EPS, space=SPACE),
+        FGSM(0.5, "l2", space=SPACE),
+        PGD(0.5, 3, norm="l2", space=SPACE),
+    ):
+        assert torch.allclose(
+            attack(model, x, y, gen())[:3], attack(model, x[:3], y[:3], gen()), atol=1e-13
+        )
 
 
 def test_random_start_is_drawn_per_image_with_its_probability() -> None:
@@ -174,7 +186,9 @@ def test_l2_steps_along_the_gradient_in_pixel_units() -> None:
     x = SPACE.normalize(torch.full_like(x, 0.5))
     g_pixels = g / torch.tensor(SPACE.std, dtype=torch.float64).view(1, 3, 1, 1)
     want = 0.5 + 0.1 * g_pixels / g_pixels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    assert torch.allclose(SPACE.to_pixels(FGSM(0.1, "l2", space=SPACE).from_gradient(x, g)), want, atol=1e-12)
+    assert torch.allclose(
+        SPACE.to_pixels(FGSM(0.1, "l2", space=SPACE).from_gradient(x, g)), want, atol=1e-12
+    )
 
 
 def test_pgd_takes_its_own_step_size_and_draws_its_targets_once() -> None:

@@ -12,12 +12,21 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conadv import EMA, FGSM, ConadvError, evaluate, frozen_stats, recalibrate, route, split_batchnorm
-from conadv.checkpoint import load_newest, steps
-from conadv.ema import evaluated_state
-from conadv.export import load_plain_model
-from conadv.norm import layers_on
-from conadv.trainer import load_run, measure, train
+from conadv import (
+    EMA,
+    FGSM,
+    ConadvError,
+    evaluate,
+    frozen_stats,
+    recalibrate,
+    route,
+    split_batchnorm,
+)
+from conadv.nn.ema import evaluated_state
+from conadv.nn.split_batchnorm import layers_on
+from conadv.training.checkpoint import load_newest, steps
+from conadv.training.export import load_plain_model
+from conadv.training.trainer import load_run, measure, train
 
 from .helpers import images, no_norm_net, same, state, tiny_resnet
 from .test_methods import CASES, EPS, SPACE, as_batch, make
@@ -100,7 +109,9 @@ def test_the_average_is_what_is_evaluated_and_exported(whole: Path, tmp_path: Pa
 # ---- precise statistics
 
 
-def brute_force(model: nn.Module, x: list[torch.Tensor], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def brute_force(
+    model: nn.Module, x: list[torch.Tensor], name: str
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Mean and unbiased variance of all that reached each layer, kept and put together."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
@@ -108,7 +119,9 @@ def brute_force(model: nn.Module, x: list[torch.Tensor], name: str) -> list[tupl
     seen: dict[nn.Module, list[torch.Tensor]] = {}
     layers = list(layers_on(twin, name))
     for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, args: seen.setdefault(layer, []).append(args[0]))
+        layer.register_forward_pre_hook(
+            lambda layer, args: seen.setdefault(layer, []).append(args[0])
+        )
     with torch.no_grad(), route(twin, name):
         for part in x:
             twin(part)
@@ -118,8 +131,17 @@ def brute_force(model: nn.Module, x: list[torch.Tensor], name: str) -> list[tupl
 
 def noisy_net() -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.ReLU(), nn.Flatten(), nn.Linear(144, 6))
-    return split_batchnorm(nn.Sequential(*layers, nn.BatchNorm1d(6), nn.Linear(6, 5)).double(), "adv")
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 6),
+    )
+    return split_batchnorm(
+        nn.Sequential(*layers, nn.BatchNorm1d(6), nn.Linear(6, 5)).double(), "adv"
+    )
 
 
 @pytest.mark.parametrize("make_model", [lambda: tiny_resnet("adv", dtype=torch.float64), noisy_net])
@@ -167,7 +189,9 @@ def test_one_batch_is_a_pass_with_momentum_1() -> None:
 def test_a_run_ends_with_precise_statistics_of_what_it_evaluates(whole: Path) -> None:
     # Red when: the run recalibrates the weights that train and not their average, or after the last checkpoint.
     parts = load_run(whole, CPU)
-    data = parts.data.eval_batches("train", 192, 64)  # 200 images are three whole micro-batches of 64
+    data = parts.data.eval_batches(
+        "train", 192, 64
+    )  # 200 images are three whole micro-batches of 64
     want = brute_force(parts.model, [parts.space.normalize(x) for x, _ in data], "clean")
     for layer, (mean, var) in zip(layers_on(parts.model, "clean"), want, strict=True):
         assert torch.allclose(layer.running_mean, mean, rtol=1e-4, atol=1e-5)

@@ -17,20 +17,22 @@ import pytest
 import torch
 from PIL import Image
 
-from conadv.cli import main
-from conadv.config import Config, replace, resolve
+from conadv.cli.program import main
+from conadv.config.schema import Config, replace, resolve
 from conadv.data import build_data
 from conadv.data.check import check_folder
 from conadv.data.files import BadImage, read_rgb, scan_split, stand_ins
 from conadv.errors import ConadvError
-from conadv.record import read_lines, truncate
-from conadv.trainer import train
+from conadv.training.record import read_lines, truncate
+from conadv.training.trainer import train
 
 CLASSES = ("cat", "dog", "owl")
 
 
 def picture(number: int, pixels: int = 16) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(number).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture
@@ -40,13 +42,21 @@ def root(tmp_path: Path) -> Path:
         for label, name in enumerate(CLASSES):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for n in range(count):
-                picture(1000 * s + 100 * label + n).save(tmp_path / "data" / split / name / f"{n}.png")
+                picture(1000 * s + 100 * label + n).save(
+                    tmp_path / "data" / split / name / f"{n}.png"
+                )
     return tmp_path / "data"
 
 
 def config(root: Path, source: str = "folder", **changes: Any) -> Config:
     base = Config(steps=6, global_batch_size=12, micro_batch_size=6)
-    data = {"source": source, "dir": root, "image_size": 8, "on_bad_image": "skip", "augment": "basic"}
+    data = {
+        "source": source,
+        "dir": root,
+        "image_size": 8,
+        "on_bad_image": "skip",
+        "augment": "basic",
+    }
     given = {f"data__{name}": value for name, value in data.items()} | changes
     return resolve(replace(base, model__width=4, eval__robust_images=4, **given))
 
@@ -108,11 +118,18 @@ def bomb(path: Path) -> None:
     """A PNG of a few hundred bytes that says it has 2.5 billion pixels."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(100_000))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 def small_bomb(path: Path) -> None:
@@ -122,7 +139,9 @@ def small_bomb(path: Path) -> None:
 
 def postscript(path: Path) -> None:
     """What Pillow gives to Ghostscript, another program."""
-    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+    path.write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
 
 
 DAMAGE: dict[Callable[[Path], None], str] = {
@@ -144,12 +163,16 @@ DAMAGE: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda d: d.__name__)
 @pytest.mark.filterwarnings("ignore:Image size")
-def test_damaged_files_are_named_with_the_reason(damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_damaged_files_are_named_with_the_reason(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
     # Red when: no limit on pixels (small_bomb), any format is decoded (postscript), pipes are opened to wait for them.
     path = tmp_path / "a.png"
     picture(1).save(path)
     damage(path)
-    with pytest.raises(BadImage, match=f"Cannot read the image {path}.*{DAMAGE[damage]}.*Replace") as caught:
+    with pytest.raises(
+        BadImage, match=f"Cannot read the image {path}.*{DAMAGE[damage]}.*Replace"
+    ) as caught:
         read_rgb(path)
     assert DAMAGE[damage] in caught.value.reason
     assert str(path) not in caught.value.reason
@@ -180,16 +203,35 @@ def test_of_an_animated_gif_the_first_frame_is_taken(tmp_path: Path) -> None:
 
 def test_sixteen_bits_per_colour_become_the_high_byte(tmp_path: Path) -> None:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     row = b"\0" + struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0, 0xFFFF, 0x00FF)
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
-    assert np.asarray(read_rgb(tmp_path / "a.png")).ravel().tolist() == [0x12, 0x56, 0x9A, 0, 0xFF, 0]
+    assert np.asarray(read_rgb(tmp_path / "a.png")).ravel().tolist() == [
+        0x12,
+        0x56,
+        0x9A,
+        0,
+        0xFF,
+        0,
+    ]
 
 
-ODD = [b"line\nend.png", b"not\xffutf8.png", b"esc\x1b[2J.png", b" .png", "\u202eright.png".encode(), b"-x.PNG"]
+ODD = [
+    b"line\nend.png",
+    b"not\xffutf8.png",
+    b"esc\x1b[2J.png",
+    b" .png",
+    "\u202eright.png".encode(),
+    b"-x.PNG",
+]
 
 
 def test_any_file_name_is_read_and_printed_on_one_line(root: Path) -> None:
@@ -225,7 +267,9 @@ def test_links_to_folders_are_followed_and_those_in_a_circle_are_errors(root: Pa
     assert {f.kind for f in check_folder(root).bad} == {"looping link"}
     (root / "train" / "dog" / "self").unlink()
     looping_link(root / "train" / "dog" / "0.png")
-    assert len(scan_split(root / "train")) == 25  # listed, and found to be unreadable when it is read
+    assert (
+        len(scan_split(root / "train")) == 25
+    )  # listed, and found to be unreadable when it is read
 
 
 # Training
@@ -237,7 +281,10 @@ def test_a_run_with_bad_images_is_a_run_with_copies_of_their_stand_ins(
     root: Path, tmp_path: Path, source: str, workers: int
 ) -> None:
     # Red when: the stand-in depends on the step, the worker or the view, or is of another class.
-    damaged, repaired = Path(shutil.copytree(root, tmp_path / "a")), Path(shutil.copytree(root, tmp_path / "b"))
+    damaged, repaired = (
+        Path(shutil.copytree(root, tmp_path / "a")),
+        Path(shutil.copytree(root, tmp_path / "b")),
+    )
     listing = scan_split(root / "train")
     bad = [3, 4, 9]
     for index in bad:
@@ -255,12 +302,20 @@ def test_a_run_with_bad_images_is_a_run_with_copies_of_their_stand_ins(
     )
     assert [line["loss"] for line in a] == [line["loss"] for line in b]
     assert (got["bad_images"], want["bad_images"]) == (4, 0)
-    lines = [line for line in read_lines(tmp_path / "out-a" / "record.jsonl") if line["type"] == "bad_image"]
+    lines = [
+        line
+        for line in read_lines(tmp_path / "out-a" / "record.jsonl")
+        if line["type"] == "bad_image"
+    ]
     names = {str(listing.path(index).relative_to(root)) for index in bad} | {"test/cat/1.png"}
     assert {line["path"] for line in lines} == names
     assert {line["reason"] for line in lines} == {"it is empty"}
     assert len(lines) == 4
-    tests = [line for line in read_lines(tmp_path / "out-a" / "record.jsonl") if line.get("split") == "test"]
+    tests = [
+        line
+        for line in read_lines(tmp_path / "out-a" / "record.jsonl")
+        if line.get("split") == "test"
+    ]
     assert tests[-1]["images"] == 11  # a test image is left out, none is counted twice
 
 
@@ -271,7 +326,9 @@ def test_error_is_the_default_and_stops_the_run(root: Path, tmp_path: Path) -> N
         train(config(root, data__on_bad_image="error"), tmp_path / "out")
 
 
-def test_files_that_vanish_while_training_are_replaced_from_then_on(root: Path, tmp_path: Path) -> None:
+def test_files_that_vanish_while_training_are_replaced_from_then_on(
+    root: Path, tmp_path: Path
+) -> None:
     # Red when: PhotoSplit._try lets the error through.
     class Remover:
         def __getattr__(self, name: str) -> Any:
@@ -282,8 +339,14 @@ def test_files_that_vanish_while_training_are_replaced_from_then_on(root: Path, 
                 (root / "train" / "owl" / "5.png").unlink()
 
     summary = train(config(root), tmp_path / "out", observer=Remover())
-    lines = [line for line in read_lines(tmp_path / "out" / "record.jsonl") if line["type"] == "bad_image"]
-    assert [(line["path"], line["reason"]) for line in lines] == [("train/owl/5.png", "No such file or directory")]
+    lines = [
+        line
+        for line in read_lines(tmp_path / "out" / "record.jsonl")
+        if line["type"] == "bad_image"
+    ]
+    assert [(line["path"], line["reason"]) for line in lines] == [
+        ("train/owl/5.png", "No such file or directory")
+    ]
     assert lines[0]["step"] >= 2
     assert summary["bad_images"] == 1
 
@@ -309,7 +372,11 @@ def test_a_resumed_run_lists_each_file_once(root: Path, tmp_path: Path) -> None:
     (tmp_path / "cut" / "summary.json").unlink()
     summary = train(settings, tmp_path / "cut", resume=True)
     whole, cut = (
-        [line for line in read_lines(tmp_path / name / "record.jsonl") if line["type"] == "bad_image"]
+        [
+            line
+            for line in read_lines(tmp_path / name / "record.jsonl")
+            if line["type"] == "bad_image"
+        ]
         for name in ("whole", "cut")
     )
     assert whole == cut
@@ -318,7 +385,10 @@ def test_a_resumed_run_lists_each_file_once(root: Path, tmp_path: Path) -> None:
 
 def test_what_a_resumed_run_will_find_again_is_dropped(tmp_path: Path) -> None:
     # Red when: truncate keeps files that were found after the checkpoint.
-    kinds = [{"type": "header", "steps": 9}, *({"type": "bad_image", "step": n, "path": str(n)} for n in (-1, 1, 2, 3))]
+    kinds = [
+        {"type": "header", "steps": 9},
+        *({"type": "bad_image", "step": n, "path": str(n)} for n in (-1, 1, 2, 3)),
+    ]
     (tmp_path / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kinds))
     truncate(tmp_path / "record.jsonl", 2)
     assert [line["path"] for line in read_lines(tmp_path / "record.jsonl")[1:]] == ["-1", "1"]
@@ -380,16 +450,23 @@ def spoil_everything(root: Path) -> dict[str, str]:
     return wrong
 
 
-def test_check_finds_everything_and_says_so(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_everything_and_says_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: one kind is not looked for; the exit code is that of a clean folder.
     wrong = spoil_everything(root)
     out = tmp_path / "findings.json"
     assert main(["check", str(root), "--json", str(out), "--show", "5"]) == 1
-    shown = " ".join(capsys.readouterr().out.split())  # lines wrap where the folder's name makes them
+    shown = " ".join(
+        capsys.readouterr().out.split()
+    )  # lines wrap where the folder's name makes them
     report = json.loads(out.read_text())
     found = {(line["path"], line["kind"]) for line in report["findings"] if line["bad"]}
     assert wrong.items() <= found
-    assert {kind for _, kind in found} - set(wrong.values()) == {"looping link", "class in one split"}
+    assert {kind for _, kind in found} - set(wrong.values()) == {
+        "looping link",
+        "class in one split",
+    }
     assert f"{report['bad']} thing(s)" in shown
     assert f"and {report['bad'] - 5} more" in shown
     assert report["bad"] == len(found)
@@ -404,7 +481,13 @@ def test_check_of_a_clean_folder(root: Path, capsys: pytest.CaptureFixture[str])
     (root / "train" / "cat" / "notes.txt").write_text("x")
     assert main(["check", str(root)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for words in ("38 images", "nothing wrong", "1 x EXIF orientation", "1 x mode CMYK", "1 x several frames"):
+    for words in (
+        "38 images",
+        "nothing wrong",
+        "1 x EXIF orientation",
+        "1 x mode CMYK",
+        "1 x several frames",
+    ):
         assert words in shown
     assert "1 x ignored file" in shown
 
@@ -442,5 +525,7 @@ def test_check_and_training_agree(root: Path, tmp_path: Path) -> None:
     # Red when: one of them accepts what the other refuses.
     for n, damage in enumerate((truncated, text, sixteen_bit, small_bomb)):
         damage(root / "train" / "dog" / f"{n}.png")
-    summary = train(config(root, steps=2, global_batch_size=24, micro_batch_size=24), tmp_path / "out")
+    summary = train(
+        config(root, steps=2, global_batch_size=24, micro_batch_size=24), tmp_path / "out"
+    )
     assert summary["bad_images"] == len(check_folder(root, workers=3).bad) == 4

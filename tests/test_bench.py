@@ -18,11 +18,19 @@ from conadv.bench import attack_cost, data, engine, harness, norm, optim, output
 from conadv.bench.harness import Case, Measured, Sample, combine, measure, order, row
 from conadv.bench.options import AttackCostArgs
 from conadv.bench.stats import median_interval
-from conadv.cli import main
+from conadv.cli.program import main
 
 from .ranks.pool import Ranks
 
-TINY = {"model": "resnet8", "width": 2, "image_size": 8, "batches": (4,), "rounds": 1, "burst": 3, "dropped": 1}
+TINY = {
+    "model": "resnet8",
+    "width": 2,
+    "image_size": 8,
+    "batches": (4,),
+    "rounds": 1,
+    "burst": 3,
+    "dropped": 1,
+}
 
 
 # ---- statistics
@@ -55,16 +63,28 @@ def test_few_values_say_what_they_cover() -> None:
 def test_ratio_is_taken_within_a_round() -> None:
     # Red when: ratio is the ratio of the medians (2.5 here).
     mine, theirs = [1.0, 20.0, 5.0], [2.0, 1.0, 10.0]
-    results = {"a": [Measured(s, {"p": s / 2}, {}) for s in mine], "b": [Measured(s, {}, {}) for s in theirs]}
+    results = {
+        "a": [Measured(s, {"p": s / 2}, {}) for s in mine],
+        "b": [Measured(s, {}, {}) for s in theirs],
+    }
     found = row("a", Case(Sample, "b", {"x": 1}), results)
     assert (found.median_ms, found.min_ms, found.ratio) == (5000.0, 1000.0, 0.5)
     assert (found.ratio_low, found.ratio_high, found.coverage) == (0.5, 20.0, 0.75)
-    assert (found.phases_ms, found.samples_ms, found.labels) == ({"p": 2500.0}, [1000.0, 20000.0, 5000.0], {"x": 1})
+    assert (found.phases_ms, found.samples_ms, found.labels) == (
+        {"p": 2500.0},
+        [1000.0, 20000.0, 5000.0],
+        {"x": 1},
+    )
 
 
 def test_the_slowest_learner_counts_and_idle_ranks_do_not() -> None:
     # Red when: the time is rank 0's or the mean; an attack rank's phases go into the learners' mean.
-    samples = [Sample(1.0, {"a": 1.0}), Sample(3.0, {"a": 2.0, "b": 1.0}), Sample(None, {"a": 9.0}), Sample(None)]
+    samples = [
+        Sample(1.0, {"a": 1.0}),
+        Sample(3.0, {"a": 2.0, "b": 1.0}),
+        Sample(None, {"a": 9.0}),
+        Sample(None),
+    ]
     assert combine(samples) == Measured(3.0, {"a": 1.5, "b": 0.5}, {"a": 9.0})
 
 
@@ -74,7 +94,9 @@ def test_the_slowest_learner_counts_and_idle_ranks_do_not() -> None:
 def test_every_round_has_every_case_once_in_an_order_of_its_own() -> None:
     # Red when: the order is that of the dictionary, or the seed does not matter.
     seen: list[str] = []
-    cases = {name: Case(lambda name=name: seen.append(name) or Sample(1.0), "a") for name in "abcde"}
+    cases = {
+        name: Case(lambda name=name: seen.append(name) or Sample(1.0), "a") for name in "abcde"
+    }
     rows = measure(cases, 4, seed=3, warmup=2)
     rounds = [seen[i : i + 5] for i in range(0, len(seen), 5)]
     assert [sorted(names) for names in rounds] == [list("abcde")] * 6
@@ -86,7 +108,12 @@ def test_every_round_has_every_case_once_in_an_order_of_its_own() -> None:
 
 def test_order_does_not_depend_on_the_machine() -> None:
     # Red when: the order comes from hash(), which differs between processes.
-    assert ["".join(order("abcd", 0, number)) for number in range(4)] == ["adbc", "abcd", "badc", "dcab"]
+    assert ["".join(order("abcd", 0, number)) for number in range(4)] == [
+        "adbc",
+        "abcd",
+        "badc",
+        "dcab",
+    ]
 
 
 def test_goes_on_until_the_time_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +138,9 @@ def test_a_burst_leaves_out_its_first_steps(monkeypatch: pytest.MonkeyPatch) -> 
         now[0] += 2.0 if counts else 100.0
         phases["a"] = phases.get("a", 0.0) + (1.0 if counts else 0.0)
 
-    sample = attack_cost._timed_steps(options(burst=7, dropped=3), torch.device("cpu"), step, phases)
+    sample = attack_cost._timed_steps(
+        options(burst=7, dropped=3), torch.device("cpu"), step, phases
+    )
     assert sample == Sample(2.0, {"a": 1.0})
 
 
@@ -132,7 +161,10 @@ def test_bursts_of_one_engine_go_on_where_the_last_one_ended() -> None:
 
 def test_an_attack_ranks_phases_leave_out_the_network() -> None:
     # Red when: "transfer", which runs beside the phases, is counted.
-    spans = [[("attack", 0.0, 2.0), ("transfer", 0.0, 9.0)], [("attack", 3.0, 4.0), ("send", 4.0, 5.0)]]
+    spans = [
+        [("attack", 0.0, 2.0), ("transfer", 0.0, 9.0)],
+        [("attack", 3.0, 4.0), ("send", 4.0, 5.0)],
+    ]
     assert attack_cost.mean_phases(spans) == {"attack": 1.5, "send": 0.5}
 
 
@@ -174,13 +206,20 @@ def bench(comm: Comm, attack_ranks: int, changes: dict[str, Any]) -> list[dict[s
     """The rows of attack-cost as plain values; rank 0's."""
     chosen = options(attack_ranks=attack_ranks, **changes)
     chosen.check()
-    rows = measure(attack_cost.build(chosen, comm.split(attack_ranks)), chosen.rounds, warmup=1, world=comm)
-    return [{"name": r.name, "to": r.yardstick, "phases": r.phases_ms, "servers": r.server_phases_ms} for r in rows]
+    rows = measure(
+        attack_cost.build(chosen, comm.split(attack_ranks)), chosen.rounds, warmup=1, world=comm
+    )
+    return [
+        {"name": r.name, "to": r.yardstick, "phases": r.phases_ms, "servers": r.server_phases_ms}
+        for r in rows
+    ]
 
 
 def test_attack_cost_on_two_learners(two: Ranks) -> None:
     # Red when: ddp is compared with noise; "no overlap" with the yardstick that overlaps.
-    rows, _ = two.run(bench, 0, {"methods": ("vanilla", "noise", "conadv", "ddp"), "overlap": "both"})
+    rows, _ = two.run(
+        bench, 0, {"methods": ("vanilla", "noise", "conadv", "ddp"), "overlap": "both"}
+    )
     assert [(r["name"], r["to"]) for r in rows] == [
         ("vanilla, batch 4", "noise, batch 4"),
         ("vanilla, batch 4, no overlap", "noise, batch 4, no overlap"),
@@ -195,7 +234,9 @@ def test_attack_cost_on_two_learners(two: Ranks) -> None:
 
 def test_a_plain_loop_on_one_rank() -> None:
     # Red when: plain is compared with noise, or is built on several ranks, where nobody would sum its gradients.
-    assert [(r["name"], r["to"]) for r in bench(Comm(), 0, {"methods": ("vanilla", "noise", "plain")})][-1] == (
+    assert [
+        (r["name"], r["to"]) for r in bench(Comm(), 0, {"methods": ("vanilla", "noise", "plain")})
+    ][-1] == (
         "plain, batch 4",
         "vanilla, batch 4",
     )
@@ -206,7 +247,10 @@ def test_a_plain_loop_on_one_rank() -> None:
 def test_attack_cost_with_an_attack_rank(two: Ranks) -> None:
     # Red when: an attack rank serves a step less than the learners make; all cases talk on one line (both hang until
     # the timeout); the attack rank's phases are not in the result.
-    changes = {"methods": ("noise", "noise-busy", "conadv", "conadv-lookahead", "recycle"), "rounds": 3}
+    changes = {
+        "methods": ("noise", "noise-busy", "conadv", "conadv-lookahead", "recycle"),
+        "rounds": 3,
+    }
     rows, _ = two.run(bench, 1, changes)
     assert [r["name"].replace(", batch 4", "") for r in rows] == [
         *("noise", "noise, attack ranks busy", "conadv", "conadv, ranks"),
@@ -247,12 +291,34 @@ def test_overlap_changes_when_gradients_leave_and_nothing_else(two: Ranks) -> No
 # ---- every benchmark once
 
 ROW = {
-    *("name", "median_ms", "min_ms", "yardstick", "ratio", "ratio_low", "ratio_high", "coverage", "samples_ms"),
+    *(
+        "name",
+        "median_ms",
+        "min_ms",
+        "yardstick",
+        "ratio",
+        "ratio_low",
+        "ratio_high",
+        "coverage",
+        "samples_ms",
+    ),
     *("phases_ms", "server_phases_ms", "labels"),
 }
 SMALL_DATA = ["--batch", "8", "--images", "16", "--photo-size", "64", "--image-size", "32"]
 BENCHES = {
-    "attack-cost": ["--model", "resnet8", "--width", "2", "--image-size", "8", "--batches", "2", "4", "--burst", "2"],
+    "attack-cost": [
+        "--model",
+        "resnet8",
+        "--width",
+        "2",
+        "--image-size",
+        "8",
+        "--batches",
+        "2",
+        "4",
+        "--burst",
+        "2",
+    ],
     "engine": [],
     "norm": [],
     "optim": [],
@@ -282,8 +348,14 @@ def test_each_benchmark_writes_json_and_a_table(
     assert main(args) == 0
     shown = capsys.readouterr().out
     content = json.loads(out.read_text())
-    assert {"bench", "command", "date", "machine", "versions", "git", "options", "tables"} <= set(content)
-    assert (content["bench"], content["options"]["rounds"], content["machine"]["threads"]) == (what, 1, 1)
+    assert {"bench", "command", "date", "machine", "versions", "git", "options", "tables"} <= set(
+        content
+    )
+    assert (content["bench"], content["options"]["rounds"], content["machine"]["threads"]) == (
+        what,
+        1,
+        1,
+    )
     assert content["command"].startswith(f"conadv bench {what}")
     assert str(tmp_path) not in out.read_text()
     (rows,) = content["tables"].values()
@@ -307,18 +379,39 @@ def check_attack_cost(content: dict[str, Any], rows: list[dict[str, Any]]) -> No
     assert conadv["yardstick"] == "noise, batch 4"
     assert conadv["images_per_second"] == pytest.approx(4000 / conadv["median_ms"])
     assert set(conadv["phases_ms"]) >= {"attack", "gradient", "update"}
-    plain = sum(p.numel() for p in attack_cost.network(options(), None, torch.device("cpu")).parameters())
+    plain = sum(
+        p.numel() for p in attack_cost.network(options(), None, torch.device("cpu")).parameters()
+    )
     assert rows[0]["labels"]["gradient_bytes"] == 4 * plain
 
 
-@pytest.mark.parametrize("args", [["--source", "digits"], ["--source", "cifar10", "--num-workers", "1"]])
+@pytest.mark.parametrize(
+    "args", [["--source", "digits"], ["--source", "cifar10", "--num-workers", "1"]]
+)
 @pytest.mark.usefixtures("small")
 def test_data_of_other_sources(
     args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: the plain loader is asked for a folder of digits.
     monkeypatch.setattr(data, "_in_fresh_process", data.peak_memory)  # which imports torch twice
-    assert main(["bench", "data", *args, "--rounds", "1", "--batch", "8", "--images", "16", "--augment", "basic"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "data",
+                *args,
+                "--rounds",
+                "1",
+                "--batch",
+                "8",
+                "--images",
+                "16",
+                "--augment",
+                "basic",
+            ]
+        )
+        == 0
+    )
     assert "torchvision, DataLoader" in capsys.readouterr().out
 
 
@@ -329,7 +422,11 @@ def test_both_loaders_give_batches_of_the_same_kind(tmp_path: Path) -> None:
         ours = next(data.ours(found)(1)).micro[0]
         ((theirs, labels),) = next(data.plain(found)(1))
     x = ours.views["clean"]
-    assert (x.shape, x.dtype) == (theirs.shape, theirs.dtype) == (torch.Size([8, 3, 32, 32]), torch.uint8)
+    assert (
+        (x.shape, x.dtype)
+        == (theirs.shape, theirs.dtype)
+        == (torch.Size([8, 3, 32, 32]), torch.uint8)
+    )
     assert ours.y_N.shape == labels.shape
     assert found.data is not None
     assert not found.data.exists()
@@ -357,7 +454,8 @@ def test_a_pause_is_part_of_the_time() -> None:
 def test_command_leaves_out_where_the_result_went() -> None:
     # Red when: the value after --out stays.
     assert (
-        output.command_line(["bench", "norm", "--out", "/a/b.json", "--rounds", "3"]) == "conadv bench norm --rounds 3"
+        output.command_line(["bench", "norm", "--out", "/a/b.json", "--rounds", "3"])
+        == "conadv bench norm --rounds 3"
     )
     assert output.command_line(["bench", "norm", "--out=/a/b.json"]) == "conadv bench norm"
 
@@ -372,14 +470,20 @@ WRONG = {
     "out": (["optim", "--out", "."], "is a folder"),
     "burst": (["attack-cost", "--burst", "2", "--dropped", "2"], "--dropped 2"),
     "batch": (["attack-cost", "--batches", "0"], "--batches 0"),
-    "no yardstick": (["attack-cost", "--methods", "conadv", "--model", "resnet8"], "add that to --methods"),
+    "no yardstick": (
+        ["attack-cost", "--methods", "conadv", "--model", "resnet8"],
+        "add that to --methods",
+    ),
     "no attack ranks": (["attack-cost", "--executors", "ranks"], "--attack-ranks M"),
     "busy": (["attack-cost", "--methods", "noise", "noise-busy"], "needs --attack-ranks"),
     "one rank": (["attack-cost", "--attack-ranks", "1"], "at least one rank must be left to learn"),
     "ddp": (["attack-cost", "--methods", "vanilla", "noise", "ddp"], "2 ranks or more"),
     "overlap": (["attack-cost", "--overlap", "off"], "no effect on one learner"),
     "stream": (["attack-cost", "--executors", "stream"], "needs a CUDA device"),
-    "size": (["attack-cost", "--model", "vit_b_32", "--image-size", "16"], "cannot take 3 x 16 x 16 images"),
+    "size": (
+        ["attack-cost", "--model", "vit_b_32", "--image-size", "16"],
+        "cannot take 3 x 16 x 16 images",
+    ),
     "model": (["attack-cost", "--model", "resnet19"], "Did you mean 'resnet1"),
     "digits": (["data", "--source", "digits", "--data", "x"], "--data has no effect"),
     "data": (["data", "--data", "nowhere-at-all"], "nowhere-at-all"),
@@ -387,7 +491,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_users_errors(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+def test_users_errors(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     args, message = WRONG[name]
     assert main(["bench", *args]) == 2
@@ -399,7 +505,9 @@ def test_users_errors(name: str, capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_bench_alone_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 0
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(BENCHES)
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(
+        BENCHES
+    )
 
 
 def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
@@ -409,13 +517,24 @@ def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
     def turns(extra: float, wait: float = 0.0) -> list[Turn]:
         return [Turn(base + extra, 0.0, wait) for base in (1.0, 2.0, 1.0, 2.0, 1.0, 2.0)]
 
-    found = costs({"none": turns(0), "foreground": turns(0.2), "background": turns(0.05)}, steps=10, every=50)
+    found = costs(
+        {"none": turns(0), "foreground": turns(0.2), "background": turns(0.05)}, steps=10, every=50
+    )
     assert found["added_to_a_step"]["foreground"]["high"] == pytest.approx(0.2 / 5)
     assert found["added_to_a_step"]["background"]["low"] == pytest.approx(0.05 / 10)
     assert found["seconds_of_a_checkpoint"]["background"]["median"] == pytest.approx(0.05)
     assert found["step_seconds"]["none"] == pytest.approx(0.15)
     assert found["under_limit"] is True
-    late = costs({"none": turns(0), "foreground": turns(0), "background": turns(0, wait=0.1)}, steps=10, every=50)
+    late = costs(
+        {"none": turns(0), "foreground": turns(0), "background": turns(0, wait=0.1)},
+        steps=10,
+        every=50,
+    )
     assert late["unfinished_turns"] == 6
     assert late["under_limit"] is None
-    assert costs({"none": turns(0), "foreground": turns(0), "background": turns(1)}, 10, 50)["under_limit"] is False
+    assert (
+        costs({"none": turns(0), "foreground": turns(0), "background": turns(1)}, 10, 50)[
+            "under_limit"
+        ]
+        is False
+    )

@@ -12,12 +12,12 @@ import pytest
 import torch
 import yaml
 
-from conadv.card import escape, fenced, model_card
-from conadv.config import load_yaml, parse, replace
+from conadv.config.schema import load_yaml, parse, replace
 from conadv.errors import ConadvError
-from conadv.export import export, load_plain_model
-from conadv.run import RunDir
-from conadv.trainer import load_state, train
+from conadv.training.card import escape, fenced, model_card
+from conadv.training.export import export, load_plain_model
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import load_state, train
 
 from .test_trainer import config
 
@@ -50,21 +50,36 @@ def test_it_says_what_the_run_did(run: RunDir) -> None:
     # Red when: the robust accuracy stands in the test row, or the folder of the data is in the card.
     text, summary = run.card.read_text(), json.loads(run.summary.read_text())
     rows = re.findall(r"^\| (\w+) images(.*?) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", text, re.M)
-    found = {kind + ("-PGD" if "PGD" in more else ""): float(accuracy) for kind, more, accuracy, _, _ in rows}
+    found = {
+        kind + ("-PGD" if "PGD" in more else ""): float(accuracy)
+        for kind, more, accuracy, _, _ in rows
+    }
     want = {"test": "test_accuracy", "training": "train_accuracy", "test-PGD": "robust_accuracy"}
-    assert found == {kind: pytest.approx(100 * summary[name], abs=0.005) for kind, name in want.items()}
+    assert found == {
+        kind: pytest.approx(100 * summary[name], abs=0.005) for kind, name in want.items()
+    }
     assert "staleness 1" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text.replace("\\", "")
-    assert parse(yaml.safe_load(block(text, "yaml")), "card") == replace(load_yaml(run.config), data__dir=None)
+    assert parse(yaml.safe_load(block(text, "yaml")), "card") == replace(
+        load_yaml(run.config), data__dir=None
+    )
 
 
 def test_it_says_what_was_done_to_the_weights_and_what_they_take(tmp_path: Path) -> None:
     # Red when: the average, the recalibration or mixup is left out, or the size is the setting's, which may be none.
-    changes = {"schedule__warmup_epochs": 0.0, "ema__decay": 0.5, "eval__precise_bn_images": 20, "data__mixup": 0.2}
+    changes = {
+        "schedule__warmup_epochs": 0.0,
+        "ema__decay": 0.5,
+        "eval__precise_bn_images": 20,
+        "data__mixup": 0.2,
+    }
     train(config(epochs=None, steps=2, **changes), tmp_path / "run")
     export(tmp_path / "run")
     text = RunDir(tmp_path / "run").card.read_text()
-    assert "after 2 updates, averaged with decay 0.5, with batch-norm statistics of 20 images, in" in text
+    assert (
+        "after 2 updates, averaged with decay 0.5, with batch-norm statistics of 20 images, in"
+        in text
+    )
     assert ", mixup 0.2" in text
     assert "Input: 1 channel(s), 8 x 8 pixels" in text
 
@@ -90,7 +105,9 @@ def test_its_code_loads_the_weights(run: RunDir, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:mobilenet_v3_small", "timm:resnet10t"])
-def test_other_peoples_networks_come_from_their_own_constructors(run: RunDir, tmp_path: Path, name: str) -> None:
+def test_other_peoples_networks_come_from_their_own_constructors(
+    run: RunDir, tmp_path: Path, name: str
+) -> None:
     # Red when: a torchvision network is looked for in conadv, or model.args do not arrive.
     if name.startswith("timm:"):
         pytest.importorskip("timm")
@@ -99,7 +116,11 @@ def test_other_peoples_networks_come_from_their_own_constructors(run: RunDir, tm
     other = RunDir(tmp_path / "other")
     other.start(plain)
     code = block(model_card(other, {"step": 1, "channels": 3, "class_names": ["a", "b"]}), "python")
-    lines = [line for line in code.splitlines() if re.match(r"import timm|from torchvision|model = ", line)]
+    lines = [
+        line
+        for line in code.splitlines()
+        if re.match(r"import timm|from torchvision|model = ", line)
+    ]
     names: dict[str, Any] = {}
     exec("\n".join(lines).replace(", num_classes_of_nothing=1", ""), names)
     assert names["model"](torch.rand(2, 3, 32, 32)).shape == (2, 2)
@@ -135,7 +156,9 @@ def test_names_from_somebody_else_stay_text(run: RunDir, tmp_path: Path) -> None
     body = re.sub(r"`(model\.safetensors|--data|conadv eval RUN)`", "", body)
     assert "<script>" not in body
     assert not re.search(r"(?<!\\)\[y|(?<!\\)`|^# x|(?<!\\)\$a", body, re.M)
-    assert yaml.safe_load(re.search(r"^(`{4,})yaml\n(.*?)^\1$", text, re.M | re.S)[2])["recipe"] == bad  # type: ignore[index]
+    assert (
+        yaml.safe_load(re.search(r"^(`{4,})yaml\n(.*?)^\1$", text, re.M | re.S)[2])["recipe"] == bad
+    )  # type: ignore[index]
     assert front(text)["library_name"] == "pytorch"
 
 

@@ -14,15 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-from conadv import ConadvError, checkpoint
-from conadv.checkpoint import DamagedCheckpoint, find_newest, load, load_newest, load_step, save, steps, verify
-from conadv.cli import main
-from conadv.config import dump_yaml, replace, resolve
-from conadv.engine import Comm
-from conadv.record import Record, read_lines, truncate
-from conadv.run import RunDir
-from conadv.trainer import _deal, build, load_run, train
-from conadv.writer import Writer
+from conadv import ConadvError
+from conadv.cli.program import main
+from conadv.config.schema import dump_yaml, replace, resolve
+from conadv.distributed.comm import Comm
+from conadv.training import checkpoint
+from conadv.training.checkpoint import (
+    DamagedCheckpoint,
+    find_newest,
+    load,
+    load_newest,
+    load_step,
+    save,
+    steps,
+    verify,
+)
+from conadv.training.record import Record, read_lines, truncate
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import _deal, build, load_run, train
+from conadv.training.writer import Writer
 
 from .test_trainer import config, weights, without_times
 
@@ -31,7 +41,12 @@ CPU = torch.device("cpu")
 
 def state(step: int) -> dict[str, Any]:
     nested = {"name": "a", "none": None, "list": [1, torch.ones(2)]}
-    return {"x": torch.arange(1000.0) + step, "nested": nested, "engine": {"version": step}, "best": None}
+    return {
+        "x": torch.arange(1000.0) + step,
+        "nested": nested,
+        "engine": {"version": step},
+        "best": None,
+    }
 
 
 def three(folder: Path) -> list[Path]:
@@ -42,7 +57,9 @@ DAMAGES = {
     "cut off": lambda data: data[: len(data) // 2],
     "without its seal": lambda data: data[: -checkpoint.SEAL_BYTES],
     "a byte short": lambda data: data[:-1],
-    "bytes before its seal": lambda data: data[: -checkpoint.SEAL_BYTES] + b"more" + data[-checkpoint.SEAL_BYTES :],
+    "bytes before its seal": lambda data: (
+        data[: -checkpoint.SEAL_BYTES] + b"more" + data[-checkpoint.SEAL_BYTES :]
+    ),
     "a byte long": lambda data: data + b"\0",
     "empty": lambda data: b"",
     "a bit flipped": lambda data: bytes([*data[:900], data[900] ^ 1, *data[901:]]),
@@ -109,7 +126,9 @@ ENVELOPES: dict[str, tuple[str, tuple[Any, ...]]] = {
 def test_an_envelope_that_cannot_be_is_refused(name: str, tmp_path: Path) -> None:
     # Red when: _envelope_problem or _best_problem lacks the check of that name, or takes a bool for a number.
     message, values = ENVELOPES[name]
-    for value in values if name in ("format", "step") else (*values, MISSING):  # save() itself writes those two
+    for value in (
+        values if name in ("format", "step") else (*values, MISSING)
+    ):  # save() itself writes those two
         changed = {**state(3), "best": {"step": 2, "accuracy": 0.5}}
         owner, _, key = name.rpartition(".")
         inside = changed[owner] if owner else changed
@@ -176,7 +195,11 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     # Red when: steps takes every number for a step's (the newest one would go in its place).
     save(tmp_path, 5, state(5), keep=1)
-    for name in ("step_99.pt", "step_000000099.pt", "step_\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661.pt"):
+    for name in (
+        "step_99.pt",
+        "step_000000099.pt",
+        "step_\u0661\u0661\u0661\u0661\u0661\u0661\u0661\u0661.pt",
+    ):
         (tmp_path / name).write_text("")
     assert steps(tmp_path) == [5]
     checkpoint.prune(tmp_path, 1)
@@ -186,7 +209,9 @@ def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
 # ---- in the background
 
 
-def test_the_writer_works_beside_the_training_and_from_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_writer_works_beside_the_training_and_from_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: save writes on the caller's thread; the state is not copied; two are under way at once.
     go, running = threading.Event(), []
     original = checkpoint.save
@@ -214,7 +239,9 @@ def test_the_writer_works_beside_the_training_and_from_a_copy(tmp_path: Path, mo
     assert torch.equal(load_step(tmp_path, 1, CPU)["x"], state(1)["x"])
 
 
-def test_what_goes_wrong_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_the_background_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: the thread's error is dropped.
     (tmp_path / "file").write_text("")
     for background in (False, True):
@@ -264,7 +291,9 @@ def test_a_failed_background_write_ends_the_run_at_the_next_step(
         return original(folder, step, *rest)
 
     monkeypatch.setattr(checkpoint, "save", full)
-    settings = config(checkpoint__background=True, checkpoint__every_epochs=2 / 3, global_batch_size=128, epochs=2)
+    settings = config(
+        checkpoint__background=True, checkpoint__every_epochs=2 / 3, global_batch_size=128, epochs=2
+    )
     with pytest.raises(ConadvError, match="No space left"):
         train(settings, tmp_path)
     lines = read_lines(tmp_path / "record.jsonl")
@@ -292,7 +321,9 @@ def test_the_best_checkpoint_is_chosen_by_held_out_images(tmp_path: Path) -> Non
         schedule__decay="constant",
     )
     train(settings, tmp_path)
-    lines = [line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation"]
+    lines = [
+        line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation"
+    ]
     assert [line["step"] for line in lines] == [*range(1, 8), 8]
     top = max(line["accuracy"] for line in lines)
     best = next(line["step"] for line in lines if line["accuracy"] == top)  # the first of equals
@@ -307,7 +338,11 @@ def test_the_best_checkpoint_is_chosen_by_held_out_images(tmp_path: Path) -> Non
     [
         ({"checkpoint__keep_best": True}, "held out"),
         (
-            {"checkpoint__keep_best": True, "data__validation_images": 10, "eval__every_epochs": None},
+            {
+                "checkpoint__keep_best": True,
+                "data__validation_images": 10,
+                "eval__every_epochs": None,
+            },
             "nothing to choose",
         ),
         ({"nonfinite_limit": 3}, "no effect"),
@@ -324,16 +359,29 @@ def test_there_may_be_no_best(tmp_path: Path) -> None:
         load_run(tmp_path, CPU, best=True)
 
 
-def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Red when: the images of all go to every rank before each takes its own, or a rank's to the device with the rest.
-    waiting = {"images": [torch.rand(2, 3), torch.rand(2, 3)], "labels": [torch.zeros(2)] * 2, "weight_version": 0}
-    state = {"step": 1, "model": {"w": torch.ones(3)}, "engine": {"version": 1, "pending": {"1": waiting}}}
+    waiting = {
+        "images": [torch.rand(2, 3), torch.rand(2, 3)],
+        "labels": [torch.zeros(2)] * 2,
+        "weight_version": 0,
+    }
+    state = {
+        "step": 1,
+        "model": {"w": torch.ones(3)},
+        "engine": {"version": 1, "pending": {"1": waiting}},
+    }
     comm, shared = Comm(device=torch.device("meta")), []
     monkeypatch.setattr(comm, "share", lambda value: shared.append(value) or value)
     dealt = _deal(state, comm)
     assert [value["engine"]["pending"] for value in shared] == [{}]
     assert dealt["model"]["w"].device.type == "meta"
-    assert [image.device.type for image in dealt["engine"]["pending"]["1"]["images"]] == ["cpu", "cpu"]
+    assert [image.device.type for image in dealt["engine"]["pending"]["1"]["images"]] == [
+        "cpu",
+        "cpu",
+    ]
 
 
 # ---- runs
@@ -354,7 +402,10 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before(
     lines = read_lines(tmp_path / "cut" / "record.jsonl")
     (resumed,) = (line for line in lines if line["type"] == "resume")
     assert resumed["step"] == 4
-    assert [f"step_0000000{step}.pt is damaged" in text for step, text in zip((6, 5), resumed["damaged"], strict=True)]
+    assert [
+        f"step_0000000{step}.pt is damaged" in text
+        for step, text in zip((6, 5), resumed["damaged"], strict=True)
+    ]
     assert len(list(folder.glob("*.damaged"))) == 2
     assert without_times(lines) == without_times(read_lines(tmp_path / "whole" / "record.jsonl"))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
@@ -391,7 +442,9 @@ def test_a_config_that_was_edited_is_not_resumed(tmp_path: Path) -> None:
     train(settings, tmp_path / "run")
     edited = replace(settings, seed=settings.seed + 1)
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(resolve(edited)))
-    with pytest.raises(ConadvError, match=f"not the one that the run began with:\n  seed: {settings.seed}"):
+    with pytest.raises(
+        ConadvError, match=f"not the one that the run began with:\n  seed: {settings.seed}"
+    ):
         train(edited, tmp_path / "run", resume=True)
 
 
@@ -401,7 +454,9 @@ def test_auto_resume_is_one_call_for_every_start(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.tmp").write_text("a run that was killed before it had a config")
     for _ in range(2):
         train(settings, tmp_path, auto_resume=True)
-    resumed = [line["step"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "resume"]
+    resumed = [
+        line["step"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "resume"
+    ]
     assert resumed == [4]
     with pytest.raises(ConadvError, match="already holds a run"):
         train(config(steps=3, epochs=None), tmp_path, auto_resume=True)
@@ -419,13 +474,28 @@ def test_a_stop_line_stays_where_the_run_goes_on_from_it(tmp_path: Path) -> None
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "a step is missing": (lambda lines: [line for line in lines if '"step": 1,' not in line], r"lacks step\(s\) 1\."),
+    "a step is missing": (
+        lambda lines: [line for line in lines if '"step": 1,' not in line],
+        r"lacks step\(s\) 1\.",
+    ),
     "a step stands twice": (lambda lines: [*lines, lines[1]], "more than one line of"),
     "it is empty": (lambda lines: [], r"no header; it lacks step\(s\) 0, 1, 2"),
-    "a step without its phases": (lambda lines: [*lines[:1], '{"type": "step", "step": 0}\n', *lines[2:]], "lacks"),
-    "a probe without a step": (lambda lines: [*lines, '{"type": "probe"}\n'], "probe without a whole number"),
-    "a stop at no step": (lambda lines: [*lines, '{"type": "stop", "step": "x"}\n'], "stop without a whole number"),
-    "an image without a path": (lambda lines: [*lines, '{"type": "bad_image", "step": 0}\n'], "bad_image with path"),
+    "a step without its phases": (
+        lambda lines: [*lines[:1], '{"type": "step", "step": 0}\n', *lines[2:]],
+        "lacks",
+    ),
+    "a probe without a step": (
+        lambda lines: [*lines, '{"type": "probe"}\n'],
+        "probe without a whole number",
+    ),
+    "a stop at no step": (
+        lambda lines: [*lines, '{"type": "stop", "step": "x"}\n'],
+        "stop without a whole number",
+    ),
+    "an image without a path": (
+        lambda lines: [*lines, '{"type": "bad_image", "step": 0}\n'],
+        "bad_image with path",
+    ),
     "a list as path": (
         lambda lines: [*lines, '{"type": "bad_image", "step": 0, "path": []}\n'],
         "bad_image with path",
@@ -457,7 +527,11 @@ def test_a_broken_record_is_not_resumed(name: str, finished: Path, tmp_path: Pat
     record.write_text("".join(change(record.read_text().splitlines(keepends=True))))
     before = record.read_bytes()
     with pytest.raises(ConadvError, match=message):
-        train(config(epochs=None, steps=3, eval__every_epochs=None, schedule__warmup_epochs=0), out, resume=True)
+        train(
+            config(epochs=None, steps=3, eval__every_epochs=None, schedule__warmup_epochs=0),
+            out,
+            resume=True,
+        )
     assert record.read_bytes().startswith(before)  # no line is lost; the error may be added
 
 
@@ -470,7 +544,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if made.returncode:
         pytest.skip(f"cannot mount a tmpfs: {made.stderr.strip()}")
@@ -479,7 +556,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_full_disk_ends_with_an_error_and_the_last_good_checkpoint(small_disk: Path, background: bool) -> None:
+def test_a_full_disk_ends_with_an_error_and_the_last_good_checkpoint(
+    small_disk: Path, background: bool
+) -> None:
     # Red when: save keeps its temporary file; the error is not a ConadvError; the record ends in half a line.
     out = small_disk / "run"
     settings = config(checkpoint__keep=10, checkpoint__background=background, model__width=8)
@@ -490,7 +569,9 @@ def test_a_full_disk_ends_with_an_error_and_the_last_good_checkpoint(small_disk:
     assert find_newest(RunDir(out).checkpoints, CPU)[1] == []
     assert not list(RunDir(out).checkpoints.glob("*.tmp"))
     lines = read_lines(out / "record.jsonl")
-    assert [line["step"] for line in lines if line["type"] == "step"][: saved[-1]] == list(range(saved[-1]))
+    assert [line["step"] for line in lines if line["type"] == "step"][: saved[-1]] == list(
+        range(saved[-1])
+    )
     assert (out / "record.jsonl").read_bytes().endswith(b"\n")
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from conadv import Comm
-from conadv.engine.clock import PhaseClock, covered
-from conadv.engine.comm import Handle
+from conadv.distributed.clock import PhaseClock, covered
+from conadv.distributed.comm import Handle
 
 from .test_methods import CASES, make, run
 

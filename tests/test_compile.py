@@ -15,7 +15,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 
-from conadv import FGSM, ConadvError, Concurrent, Recycle, TrainStep, Vanilla, split_batchnorm, windows
+from conadv import (
+    FGSM,
+    ConadvError,
+    Concurrent,
+    Recycle,
+    TrainStep,
+    Vanilla,
+    split_batchnorm,
+    windows,
+)
 from conadv.methods.base import Method
 
 from .helpers import images, same, state
@@ -45,7 +54,9 @@ class Graphs:
     def weight_gradients(self) -> list[int]:
         """Per backward graph the convolutions whose weights get a gradient."""
         target = torch.ops.aten.convolution_backward.default
-        return [sum(n.target is target and n.args[-1][1] for n in g.graph.nodes) for g in self.backward]
+        return [
+            sum(n.target is target and n.args[-1][1] for n in g.graph.nodes) for g in self.backward
+        ]
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +69,27 @@ def _clean() -> Iterator[None]:
 
 def network(*more: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *more, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    layers = (
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        *more,
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+    )
     return split_batchnorm(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 5)), "adv")
 
 
 def train(method: Method, steps: int, model: nn.Module | None = None, **options: Any) -> TrainStep:
     """Steps of which only the first three may compile."""
     model = model or network()
-    engine = TrainStep(model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), method, **options)
+    engine = TrainStep(
+        model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), method, **options
+    )
     try:
-        for t, (batch, future) in enumerate(windows([images(8, i) for i in range(steps)], engine.ahead)):
+        for t, (batch, future) in enumerate(
+            windows([images(8, i) for i in range(steps)], engine.ahead)
+        ):
             torch._dynamo.config.error_on_recompile = t >= 3
             engine(batch, future)
     finally:
@@ -97,7 +119,9 @@ def test_the_attack_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["vanilla", "conadv-lookahead"])
-def test_resnet18_is_a_graph_per_route_and_none_after_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resnet18_is_a_graph_per_route_and_none_after_that(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: a split batch norm breaks the graph, or counts its calls in Python (a graph per step).
     method, graphs = METHODS[name]
     torch.manual_seed(0)
@@ -135,9 +159,13 @@ def test_too_many_graphs_are_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> 
         engine(images(6, 0), None)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ is not installed")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs a C++ compiler: g++ is not installed"
+)
 def test_compiled_by_inductor_it_computes_the_same_up_to_rounding() -> None:
     # Red when: the compiled network normalises an adversarial view by the clean route.
     want, found = (train(METHODS["conadv"][0], 2, compile=flag) for flag in (False, True))
     for name, value in state(want.model).items():
-        assert torch.allclose(state(found.model)[name].double(), value.double(), rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(
+            state(found.model)[name].double(), value.double(), rtol=1e-3, atol=1e-4
+        ), name

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from conadv import recipes
-from conadv.config import (
+from conadv.config import recipes
+from conadv.config.schema import (
     SMALLEST_ALPHA,
     Config,
     DataConfig,
@@ -52,14 +52,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no duration": ({"epochs": None}, "Give the duration once"),
     "staleness": ({"staleness": 1}, "staleness has no effect with method 'vanilla'"),
     "lookahead": ({"method": "disadv", "lookahead": True}, "lookahead has no effect"),
-    "lookahead at 0": ({"method": "conadv", "staleness": 0, "lookahead": True}, "weights are current"),
+    "lookahead at 0": (
+        {"method": "conadv", "staleness": 0, "lookahead": True},
+        "weights are current",
+    ),
     "pending": ({"method": "noise", "pending_dtype": "uint8"}, "pending_dtype has no effect"),
     "sam": ({"sam_rho": 0.1}, "sam_rho has no effect with method 'vanilla'"),
     "adv route": ({"adv_route": "clean"}, "adv_route has no effect with method 'vanilla'"),
     "plan": ({"attack__share": 0.5}, "attack.share has no effect with method 'vanilla'"),
-    "plan of noise": ({"method": "noise", "attack__route": "clean"}, "attack.route has no effect with method 'noise'"),
-    "plan of recycle": ({"method": "recycle", "attack__every": 2}, "attack.every has no effect with method 'recycle'"),
-    "clean twice": ({"method": "disadv", "attack__route": "clean", "adv_route": "clean"}, "goes there anyway"),
+    "plan of noise": (
+        {"method": "noise", "attack__route": "clean"},
+        "attack.route has no effect with method 'noise'",
+    ),
+    "plan of recycle": (
+        {"method": "recycle", "attack__every": 2},
+        "attack.every has no effect with method 'recycle'",
+    ),
+    "clean twice": (
+        {"method": "disadv", "attack__route": "clean", "adv_route": "clean"},
+        "goes there anyway",
+    ),
     "no image": ({"method": "disadv", "attack__share": 1e-4}, "is no image"),
     "adv weight": ({"adv_weight": 2.0}, "adv_weight has no effect"),
     "aug weight": ({"aug_weight": 2.0}, "data.aug_view"),
@@ -68,11 +80,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "recycle step": ({"method": "recycle", "attack__step_size": 0.01}, "one gradient"),
     "eps": ({"method": "disadv", "attack__eps": 8.0}, "Did you mean 8/255"),
     "eps of the whole range": ({"method": "disadv", "attack__eps": 1.0}, "Did you mean 1/255"),
-    "nesterov": ({"optim__name": "sgd", "optim__nesterov": True, "optim__momentum": 0.0}, "needs momentum"),
+    "nesterov": (
+        {"optim__name": "sgd", "optim__nesterov": True, "optim__momentum": 0.0},
+        "needs momentum",
+    ),
     "step size": ({"method": "disadv", "attack__step_size": 2.0}, "Did you mean 2/255"),
     "robust eps": ({"eval__robust_eps": 8.0}, "Did you mean 8/255"),
-    "betas for lars": ({"optim__betas": (0.9, 0.99)}, "optim.betas has no effect with optimizer 'lars'"),
-    "variant for sgd": ({"optim__name": "sgd", "optim__variant": "tf"}, "optim.variant has no effect"),
+    "betas for lars": (
+        {"optim__betas": (0.9, 0.99)},
+        "optim.betas has no effect with optimizer 'lars'",
+    ),
+    "variant for sgd": (
+        {"optim__name": "sgd", "optim__variant": "tf"},
+        "optim.variant has no effect",
+    ),
     "betas range": ({"optim__name": "lamb", "optim__betas": (0.9, 1.0)}, r"\[0, 1\)"),
     "scaling": ({"optim__lr_scaling": "linear"}, "belong together"),
     "micro": ({"micro_batch_size": 100}, "micro-batch that divides 898"),
@@ -120,7 +141,9 @@ def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
         }
     )
 )
-def test_resolving_is_idempotent_and_yaml_keeps_every_bit(tmp_path_factory: Any, changes: dict[str, Any]) -> None:
+def test_resolving_is_idempotent_and_yaml_keeps_every_bit(
+    tmp_path_factory: Any, changes: dict[str, Any]
+) -> None:
     # Red when: a float is written with fewer digits than it has.
     config = resolve(replace(BASE, **changes))
     assert resolve(config) == config
@@ -135,7 +158,9 @@ def test_resolved_defaults_belong_to_the_choice() -> None:
     assert (conadv.staleness, conadv.lookahead, conadv.pending_dtype) == (1, False, "float32")
     assert resolve(BASE).staleness is None
     assert resolve(replace(BASE, optim__variant="timm")).optim.eps == 1e-8
-    assert resolve(replace(BASE, method="disadv", attack__num_steps=4)).attack.step_size == pytest.approx(0.125)
+    assert resolve(
+        replace(BASE, method="disadv", attack__num_steps=4)
+    ).attack.step_size == pytest.approx(0.125)
     assert resolve(BASE).micro_batch_size == 898
     assert resolve(BASE).eval.robust_eps == 0.1  # attack.eps is 0.2
     assert resolve(replace(BASE, eval__robust_eps=None)).eval.robust_eps == 0.2
@@ -199,7 +224,9 @@ def test_accumulation_and_scaling() -> None:
         accumulation(config, 3)
     with pytest.raises(ConadvError, match=r"128 rank\(s\)"):
         accumulation(config, 128)
-    optim = replace(BASE, optim__lr=0.5, optim__lr_scaling="linear", optim__lr_reference_batch=256).optim
+    optim = replace(
+        BASE, optim__lr=0.5, optim__lr_scaling="linear", optim__lr_reference_batch=256
+    ).optim
     assert scaled_lr(optim, 4096) == 8.0
     assert scaled_lr(replace(optim, lr_scaling="sqrt"), 4096) == 2.0
 
@@ -222,9 +249,17 @@ def test_unreadable_configs(tmp_path: Path) -> None:
 
 def test_optimizer_defaults_are_the_documented_ones() -> None:
     # A change here changes every run that does not set the value: say so in CHANGELOG.md under "Numerics".
-    made = {n: resolve(replace(BASE, optim={"name": n, "lr": 1.0})).optim for n in ("lars", "lamb", "sgd", "adamw")}
+    made = {
+        n: resolve(replace(BASE, optim={"name": n, "lr": 1.0})).optim
+        for n in ("lars", "lamb", "sgd", "adamw")
+    }
     lars, lamb, sgd, adamw = (made[n] for n in ("lars", "lamb", "sgd", "adamw"))
-    assert (lars.momentum, lars.weight_decay, lars.variant, lars.trust_coefficient) == (0.9, 5e-5, "tf", 0.001)
+    assert (lars.momentum, lars.weight_decay, lars.variant, lars.trust_coefficient) == (
+        0.9,
+        5e-5,
+        "tf",
+        0.001,
+    )
     assert (lamb.betas, lamb.weight_decay, lamb.eps) == ((0.9, 0.999), 0.01, 1e-6)
     assert (sgd.momentum, sgd.nesterov, sgd.weight_decay) == (0.9, False, 5e-4)
     assert (adamw.betas, adamw.weight_decay, adamw.eps) == ((0.9, 0.999), 0.01, 1e-8)
@@ -274,7 +309,13 @@ def counts(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, in
 def test_every_whole_number_has_a_largest_value() -> None:
     # Red when: a setting is a plain int (eval.batch_size 2^63 got as far as the loader).
     found = dict(counts(Config))
-    assert found.keys() > {"seed", "eval.batch_size", "micro_batch_size", "probe.staleness", "model.width"}
+    assert found.keys() > {
+        "seed",
+        "eval.batch_size",
+        "micro_batch_size",
+        "probe.staleness",
+        "model.width",
+    }
     assert [name for name, most in found.items() if most > 10**9] == ["seed", "data.subset_seed"]
     assert found["seed"] == 2**63 - 1
     for name, most in found.items():

@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from conadv import FGSM, LARS, Concurrent, Inline, Stream, TrainStep, evaluate, split_batchnorm, windows
+from conadv import (
+    FGSM,
+    LARS,
+    Concurrent,
+    Inline,
+    Stream,
+    TrainStep,
+    evaluate,
+    split_batchnorm,
+    windows,
+)
 from conadv.models import SmallResNet
-from conadv.trainer import train
+from conadv.training.trainer import train
 
 from .helpers import same, state, tiny_resnet
 from .test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
@@ -40,7 +50,9 @@ def test_concurrent_attack_equals_cpu() -> None:
     losses = []
     for device in ("cpu", "cuda"):
         model = tiny_resnet("adv", dtype=torch.float64).to(device)
-        engine = TrainStep(model, sgd(model), Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=True), space=SPACE)
+        engine = TrainStep(
+            model, sgd(model), Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=True), space=SPACE
+        )
         stream = [as_batch(t, dtype=torch.float64) for t in range(4)]
         losses.append([engine(batch, future).loss for batch, future in windows(stream, 1)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -64,7 +76,9 @@ def test_spans_lie_on_the_hosts_clock() -> None:
 
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("pending_dtype", [None, "float16"])
-def test_the_second_stream_computes_what_inline_computes(lookahead: bool, pending_dtype: str | None) -> None:
+def test_the_second_stream_computes_what_inline_computes(
+    lookahead: bool, pending_dtype: str | None
+) -> None:
     # Red when: the side stream does not wait for the update (stale weights), the update does not wait for the side
     # stream, or images are freed while the other stream reads them. Large enough that kernels of both overlap.
     torch.backends.cudnn.deterministic = True
@@ -116,4 +130,6 @@ def test_evaluation_on_cuda() -> None:
     batch = as_batch(0).micro[0]
     pairs = [(batch.views["clean"], batch.y_N)]
     cpu = evaluate(model, pairs, SPACE)
-    assert evaluate(copy.deepcopy(model).cuda(), pairs, SPACE).loss == pytest.approx(cpu.loss, rel=1e-4)
+    assert evaluate(copy.deepcopy(model).cuda(), pairs, SPACE).loss == pytest.approx(
+        cpu.loss, rel=1e-4
+    )

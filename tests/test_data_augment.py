@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from conadv.config import AugmentName
+from conadv.config.schema import AugmentName
 from conadv.data import build_augment, build_photo_augment, sample_keys
 from conadv.data.augment import CropFlip, draw_integers
 from conadv.data.splits import Draw, PhotoSplit
@@ -31,7 +31,9 @@ def pictures(count: int, channels: int = 3, size: int = 16) -> Tensor:
 
 
 def photograph(width: int = 60, height: int = 40) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def test_keys_are_the_same_on_every_machine() -> None:
@@ -42,7 +44,9 @@ def test_keys_are_the_same_on_every_machine() -> None:
 
 @given(st.integers(0, 2**62), st.integers(0, 1000), st.permutations(range(20)), st.integers(1, 19))
 @settings(max_examples=40, deadline=None)
-def test_a_key_does_not_depend_on_the_batch(seed: int, epoch: int, order: list[int], cut: int) -> None:
+def test_a_key_does_not_depend_on_the_batch(
+    seed: int, epoch: int, order: list[int], cut: int
+) -> None:
     # Red when: keys count positions in the batch instead of sample indices.
     whole = sample_keys(seed, epoch, "clean", torch.arange(20))
     parts = [sample_keys(seed, epoch, "clean", part) for part in torch.tensor(order).split(cut)]
@@ -52,7 +56,10 @@ def test_a_key_does_not_depend_on_the_batch(seed: int, epoch: int, order: list[i
 def test_seed_epoch_view_and_sample_all_change_the_key() -> None:
     # Red when: any of the four is left out of the key.
     indices = torch.arange(1000)
-    keys = [sample_keys(*key, indices) for key in [(0, 0, "clean"), (1, 0, "clean"), (0, 1, "clean"), (0, 0, "aug")]]
+    keys = [
+        sample_keys(*key, indices)
+        for key in [(0, 0, "clean"), (1, 0, "clean"), (0, 1, "clean"), (0, 0, "aug")]
+    ]
     assert len(torch.cat(keys).unique()) == 4000
 
 
@@ -85,7 +92,10 @@ def test_views_and_epochs_differ_and_the_input_stays(name: AugmentName) -> None:
     images, indices = pictures(64), torch.arange(64)
     before = images.clone()
     augment = build_augment(name, 16)
-    a, b, c = (augment(images, sample_keys(0, *key, indices)) for key in [(0, "clean"), (0, "second"), (1, "clean")])
+    a, b, c = (
+        augment(images, sample_keys(0, *key, indices))
+        for key in [(0, "clean"), (0, "second"), (1, "clean")]
+    )
     assert torch.equal(images, before)
     for other in (b, c, images):
         assert (a != other).flatten(1).any(1).float().mean() > 0.8
@@ -109,7 +119,9 @@ def test_crop_flip_is_a_shift_with_zeros_and_a_mirror() -> None:
     # Red when: top and left are swapped; the mirror is taken of the rows; the padding is not zero.
     images = pictures(50, size=8)
     keys = sample_keys(0, 0, "clean", torch.arange(50))
-    top, left, flip = (draw_integers(keys, slot, high).tolist() for slot, high in [(0, 3), (1, 3), (2, 2)])
+    top, left, flip = (
+        draw_integers(keys, slot, high).tolist() for slot, high in [(0, 3), (1, 3), (2, 2)]
+    )
     out = CropFlip(padding=1)(images, keys)
     for n in range(50):
         padded = np.zeros((3, 10, 10), np.uint8)
@@ -126,7 +138,9 @@ def test_no_mirror_where_it_would_change_the_class() -> None:
     out = build_augment("basic", 8, flip=False)(ramp, sample_keys(0, 0, "clean", torch.arange(30)))
     inner = out[:, :, 1:-1, 1:-1].int()
     assert (inner.diff(dim=-1) == 20).all()
-    mirrored = build_augment("basic", 8, flip=True)(ramp, sample_keys(0, 0, "clean", torch.arange(30)))
+    mirrored = build_augment("basic", 8, flip=True)(
+        ramp, sample_keys(0, 0, "clean", torch.arange(30))
+    )
     assert (mirrored[:, :, 1:-1, 1:-1].int().diff(dim=-1) == -20).any()
 
 

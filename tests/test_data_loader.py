@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from conadv.config import Config
+from conadv.config.schema import Config
 from conadv.data import Data, build_data, loader, windows
 from conadv.data.loader import _stream
 from conadv.errors import ConadvError
@@ -41,7 +41,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(batch: int, micro: int | None = None, seed: int = 0, **data: Any) -> Config:
     data = {"augment": "basic", "aug_view": "randaugment", **data}
-    values = {"epochs": 1, "global_batch_size": batch, "micro_batch_size": micro, "seed": seed, "data": data}
+    values = {
+        "epochs": 1,
+        "global_batch_size": batch,
+        "micro_batch_size": micro,
+        "seed": seed,
+        "data": data,
+    }
     return Config.model_validate(values)
 
 
@@ -98,8 +104,12 @@ def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
         indices = data.order.indices(batch.step)
         clean = torch.cat([micro.views["clean"] for micro in batch.micro])
         assert torch.equal(clean, data.source.train.plain(indices))
-        assert torch.equal(torch.cat([micro.y_N for micro in batch.micro]), data.source.train.labels[indices])
-        assert all(torch.equal(micro.views["clean"], micro.views["second"]) for micro in batch.micro)
+        assert torch.equal(
+            torch.cat([micro.y_N for micro in batch.micro]), data.source.train.labels[indices]
+        )
+        assert all(
+            torch.equal(micro.views["clean"], micro.views["second"]) for micro in batch.micro
+        )
 
 
 def test_views_are_independent_and_the_clean_view_does_not_depend_on_the_others() -> None:
@@ -143,7 +153,9 @@ def test_n_ranks_are_one_rank_with_n_fold_accumulation(ranks: int) -> None:
     one = build_data(config(96, 12))
     many = [build_data(config(96, 12), rank=rank, ranks=ranks) for rank in range(ranks)]
     shares = zip(*(data.train_batches(0, 12, VIEWS) for data in many), strict=True)
-    joined = [Batch(s[0].step, tuple(m for batch in s for m in batch.micro), s[0].epoch) for s in shares]
+    joined = [
+        Batch(s[0].step, tuple(m for batch in s for m in batch.micro), s[0].epoch) for s in shares
+    ]
     assert all_same(joined, one.train_batches(0, 12, VIEWS))
 
 
@@ -178,15 +190,21 @@ def test_workers_go_on_until_they_are_ahead(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1 + 2 * 8
 
 
-@pytest.mark.parametrize(("workers", "micro", "ahead"), [(2, 5, 8), (3, 5, 6), (2, 40, 2), (0, 5, 0)])
+@pytest.mark.parametrize(
+    ("workers", "micro", "ahead"), [(2, 5, 8), (3, 5, 6), (2, 40, 2), (0, 5, 0)]
+)
 def test_the_next_step_is_read_as_a_whole(
     workers: int, micro: int, ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: the loader reads two micro-batches ahead whatever the accumulation, or counts those of other ranks.
     seen: list[int] = []
-    monkeypatch.setattr(loader, "_stream", lambda load, keys, count, ahead: iter(seen.append(ahead) or ()))
+    monkeypatch.setattr(
+        loader, "_stream", lambda load, keys, count, ahead: iter(seen.append(ahead) or ())
+    )
     for ranks in (1, 2):
-        data = build_data(config(80 * ranks, micro, num_workers=workers), rank=ranks - 1, ranks=ranks)
+        data = build_data(
+            config(80 * ranks, micro, num_workers=workers), rank=ranks - 1, ranks=ranks
+        )
         list(data.train_batches(0, 0))
     assert seen == [ahead, ahead]
 
@@ -200,7 +218,9 @@ def _threads(key: int) -> int:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unreadable_image_is_named_even_from_a_worker(photos: Path, tmp_path: Path, num_workers: int) -> None:
+def test_an_unreadable_image_is_named_even_from_a_worker(
+    photos: Path, tmp_path: Path, num_workers: int
+) -> None:
     # Red when: _Caught lets the error through (its message then begins with the worker's traceback).
     root = tmp_path / "photos"
     for path in sorted(photos.rglob("*.jpg")):
@@ -237,7 +257,9 @@ def test_an_unknown_view_is_an_error_before_the_first_batch() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_sees_every_image_once_without_augmentation(photos: Path, num_workers: int) -> None:
+def test_evaluation_sees_every_image_once_without_augmentation(
+    photos: Path, num_workers: int
+) -> None:
     # Red when: the last, smaller batch is dropped.
     data = build_data(folder_config(photos, num_workers=num_workers))
     images, labels = zip(*data.eval_batches("train", None, 5), strict=True)

@@ -23,7 +23,11 @@ def test_an_epoch_shows_each_image_at_most_once(order: Order, epoch: int) -> Non
     # Red when: step is not taken modulo steps_per_epoch; the permutation is drawn with replacement.
     first = epoch * order.steps_per_epoch
     seen = torch.cat([order.indices(step) for step in range(first, first + order.steps_per_epoch)])
-    assert len(seen.unique()) == len(seen) == order.num_images // order.global_batch_size * order.global_batch_size
+    assert (
+        len(seen.unique())
+        == len(seen)
+        == order.num_images // order.global_batch_size * order.global_batch_size
+    )
     assert 0 <= seen.min() <= seen.max() < order.num_images
     assert {order.epoch_of(step) for step in range(first, first + order.steps_per_epoch)} == {epoch}
 
@@ -40,9 +44,13 @@ def test_ranks_and_micro_batches_tile_the_global_batch(
     order: Order, ranks: int, accumulation: int, step: int, size: int
 ) -> None:
     # Red when: a rank's slices start at rank instead of rank * accumulation.
-    order = Order(order.num_images + size * ranks * accumulation, size * ranks * accumulation, order.seed)
+    order = Order(
+        order.num_images + size * ranks * accumulation, size * ranks * accumulation, order.seed
+    )
     parts = [order.micro(step, rank, ranks, size) for rank in range(ranks)]
-    assert all(len(part) == accumulation and all(len(micro) == size for micro in part) for part in parts)
+    assert all(
+        len(part) == accumulation and all(len(micro) == size for micro in part) for part in parts
+    )
     assert torch.equal(torch.cat([micro for part in parts for micro in part]), order.indices(step))
     one_rank = order.micro(step, 0, 1, size)
     assert all(torch.equal(a, b) for a, b in zip(one_rank, sum(parts, ()), strict=True))

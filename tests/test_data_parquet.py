@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conadv.config import DataConfig
+from conadv.config.schema import DataConfig
 from conadv.data import build_source
 from conadv.data.splits import Draw
 from conadv.errors import ConadvError
@@ -33,20 +33,34 @@ def photo(number: int, mode: str = "RGB") -> bytes:
 
 
 def rows(labels: list[int], first: int = 0, *, path: str | None = None) -> dict[str, list[Any]]:
-    images = [{"bytes": photo(first + n, "L" if n == 1 else "RGB"), "path": path} for n in range(len(labels))]
+    images = [
+        {"bytes": photo(first + n, "L" if n == 1 else "RGB"), "path": path}
+        for n in range(len(labels))
+    ]
     return {"pixels": images, "kind": labels, "note": ["x"] * len(labels)}
 
 
-def write(folder: Path, name: str, content: dict[str, list[Any]], classes: tuple[str, ...] = ("cat", "dog")) -> None:
+def write(
+    folder: Path,
+    name: str,
+    content: dict[str, list[Any]],
+    classes: tuple[str, ...] = ("cat", "dog"),
+) -> None:
     features = datasets.Features(
-        {"pixels": datasets.Image(), "kind": datasets.ClassLabel(names=list(classes)), "note": datasets.Value("string")}
+        {
+            "pixels": datasets.Image(),
+            "kind": datasets.ClassLabel(names=list(classes)),
+            "note": datasets.Value("string"),
+        }
     )
     folder.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(content, features=features).to_parquet(str(folder / name))
 
 
 def config(folder: Path, **changes: Any) -> DataConfig:
-    return DataConfig(source="huggingface", dir=folder, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, **changes)
+    return DataConfig(
+        source="huggingface", dir=folder, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, **changes
+    )
 
 
 def test_rows_are_the_images_that_were_written(tmp_path: Path) -> None:

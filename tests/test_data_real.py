@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conadv.config import Config
+from conadv.config.schema import Config
 from conadv.data import build_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -35,7 +35,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_cifar10_trains_from_memory(real: Path) -> None:
     # Red when: channels are stored in BGR order, or the images are not decoded in the order of their labels.
-    data_config = {"source": "cifar10", "dir": real / "cifar10", "train_images": 2000, "augment": "basic"}
+    data_config = {
+        "source": "cifar10",
+        "dir": real / "cifar10",
+        "train_images": 2000,
+        "augment": "basic",
+    }
     values = {"epochs": 1, "global_batch_size": 500, "data": data_config}
     data = build_data(Config.model_validate(values))
     assert (data.train_size, data.test_size, data.num_classes) == (2000, 10_000, 10)
@@ -44,8 +49,13 @@ def test_cifar10_trains_from_memory(real: Path) -> None:
     images, labels = zip(*data.eval_batches("test", None, 1000), strict=True)
     pixels = torch.cat(images).double() / 255
     # the well-known channel means of CIFAR-10 are 0.491, 0.482, 0.447 (training set)
-    assert torch.allclose(pixels.mean((0, 2, 3)), torch.tensor([0.494, 0.485, 0.450]).double(), atol=0.003)
-    sky = [pixels[torch.cat(labels) == data.class_names.index(name)][:, 2].mean() for name in ("airplane", "frog")]
+    assert torch.allclose(
+        pixels.mean((0, 2, 3)), torch.tensor([0.494, 0.485, 0.450]).double(), atol=0.003
+    )
+    sky = [
+        pixels[torch.cat(labels) == data.class_names.index(name)][:, 2].mean()
+        for name in ("airplane", "frog")
+    ]
     assert sky[0] > sky[1] + 0.15  # aeroplanes fly in blue, frogs sit in green
     (batch,) = data.train_batches(3, 4)
     assert batch.micro[0].views["clean"].shape == (500, 3, 32, 32)
@@ -54,12 +64,20 @@ def test_cifar10_trains_from_memory(real: Path) -> None:
 def test_photographs_train_from_files_with_workers(real: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(real / "imagenet-sample")
-    data_config = {"source": "folder", "dir": tmp_path, "augment": "autoaugment", "aug_view": "basic", "num_workers": 2}
+    data_config = {
+        "source": "folder",
+        "dir": tmp_path,
+        "augment": "autoaugment",
+        "aug_view": "basic",
+        "num_workers": 2,
+    }
     values = {"epochs": 1, "global_batch_size": 32, "micro_batch_size": 16, "data": data_config}
     data = build_data(Config.model_validate(values))
     assert (data.train_size, data.num_classes, data.image_size) == (92, 92, 224)
     (batch,) = data.train_batches(2, 3, ("clean", "aug"))
-    assert [tuple(view.shape) for micro in batch.micro for view in micro.views.values()] == [(16, 3, 224, 224)] * 4
+    assert [tuple(view.shape) for micro in batch.micro for view in micro.views.values()] == [
+        (16, 3, 224, 224)
+    ] * 4
     images, labels = zip(*data.eval_batches("test", None, 50), strict=True)
     assert torch.cat(labels).tolist() == list(range(92))
     assert torch.cat(images).double().flatten(1).std(1).min() > 5

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from conadv.config import Config, DataConfig, resolve
+from conadv.config.schema import Config, DataConfig, resolve
 from conadv.data import MemorySplit, PhotoSplit, Split, build_data, build_source
 from conadv.data.files import read_rgb
 from conadv.data.splits import choose
@@ -75,15 +75,21 @@ def test_digits_are_the_fixed_stratified_halves() -> None:
 
 @pytest.mark.parametrize(("source", "kind"), [("cifar10", MemorySplit), ("folder", PhotoSplit)])
 @pytest.mark.parametrize("test_name", ["test", "val"])
-def test_a_folder_gives_each_file_with_its_label(tmp_path: Path, source: str, kind: type, test_name: str) -> None:
+def test_a_folder_gives_each_file_with_its_label(
+    tmp_path: Path, source: str, kind: type, test_name: str
+) -> None:
     # Red when: labels or files are out of step; the test split is read from train.
-    data = build_source(config(source, make_folder(tmp_path, {"train": 3, test_name: 2}), image_size=8))
+    data = build_source(
+        config(source, make_folder(tmp_path, {"train": 3, test_name: 2}), image_size=8)
+    )
     assert isinstance(data.train, kind)
     assert (data.class_names, data.channels, data.image_size) == (CLASSES, 3, 8)
     for split, name, count in [(data.train, "train", 3), (data.test, test_name, 2)]:
         images = split.plain(torch.arange(3 * count))
         expected = [(label, shade(name, label, n)) for label in range(3) for n in range(count)]
-        assert list(zip(split.labels.tolist(), images[:, 0, 4, 4].tolist(), strict=True)) == expected
+        assert (
+            list(zip(split.labels.tolist(), images[:, 0, 4, 4].tolist(), strict=True)) == expected
+        )
         assert images.shape[1:] == (3, 8, 8)
 
 
@@ -92,12 +98,16 @@ def test_decoding_more_than_one_chunk_reports_progress(tmp_path: Path, pixels: i
     # Red when: a chunk writes to the wrong rows.
     folder = make_folder(tmp_path, {"train": 1, "test": 1}, pixels)
     for n in range(600):
-        Image.fromarray(np.full((pixels, pixels), n % 200, np.uint8)).save(folder / "train" / "cat" / f"x{n:03}.bmp")
+        Image.fromarray(np.full((pixels, pixels), n % 200, np.uint8)).save(
+            folder / "train" / "cat" / f"x{n:03}.bmp"
+        )
     heard: list[tuple[str, int, int]] = []
     source = build_source(config("cifar10", folder), lambda *message: heard.append(message))
     values = source.train.plain(torch.arange(1, 601))[:, 0, 0, 0]
     assert values.tolist() == [n % 200 for n in range(600)]
-    assert heard == [("decode train", done, 603) for done in (256, 512, 603)] + [("decode test", 3, 3)]
+    assert heard == [("decode train", done, 603) for done in (256, 512, 603)] + [
+        ("decode test", 3, 3)
+    ]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
@@ -112,7 +122,9 @@ def test_any_colour_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     assert np.abs(pixels - np.array([0, 255])[:, None, None]).max() <= 3
 
 
-def test_in_memory_images_are_resized_once_antialiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_memory_images_are_resized_once_antialiased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: either resize takes the nearest pixel (then the chequers stay black and white).
     folder = make_folder(tmp_path, {"train": 2, "test": 2}, pixels=16)
     chequers = (np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)
@@ -120,8 +132,15 @@ def test_in_memory_images_are_resized_once_antialiased(tmp_path: Path, monkeypat
     source = build_source(config("cifar10", folder, image_size=4))
     assert source.image_size == 4
     assert (source.train.plain(torch.tensor([0])).int() - 127).abs().max() <= 8
-    assert build_source(config("digits", image_size=16)).train.plain(torch.arange(2)).shape == (2, 1, 16, 16)
-    monkeypatch.setattr(datasets, "CIFAR10", fake(np.tile(chequers[None, :, :, None], (20, 1, 1, 3))))
+    assert build_source(config("digits", image_size=16)).train.plain(torch.arange(2)).shape == (
+        2,
+        1,
+        16,
+        16,
+    )
+    monkeypatch.setattr(
+        datasets, "CIFAR10", fake(np.tile(chequers[None, :, :, None], (20, 1, 1, 3)))
+    )
     source = build_source(config("cifar10", tmp_path, download=True, image_size=4))
     assert (source.train.plain(torch.tensor([0])).int() - 127).abs().max() <= 8
 
@@ -170,8 +189,14 @@ def test_the_subset_seed_chooses_the_images(root: Path, source: str) -> None:
     directory, count = (None, 100) if source == "digits" else (root, 6)
 
     def images(subset_seed: int, **fields: int) -> list[Tensor]:
-        data = build_source(config(source, directory, image_size=8, subset_seed=subset_seed, **fields))
-        return [split.plain(torch.arange(len(split.labels))) for split in (data.train, data.validation) if split]
+        data = build_source(
+            config(source, directory, image_size=8, subset_seed=subset_seed, **fields)
+        )
+        return [
+            split.plain(torch.arange(len(split.labels)))
+            for split in (data.train, data.validation)
+            if split
+        ]
 
     for fields, part in (({"train_images": count}, 0), ({"validation_images": count // 2}, 1)):
         first, again, other = (images(seed, **fields)[part] for seed in (0, 0, 5))
@@ -184,7 +209,9 @@ def test_the_subset_may_follow_the_seed() -> None:
     # Red when: the run's seed is not handed on, or is taken where a subset_seed is given.
     def labels(seed: int, subset_seed: int | None) -> Tensor:
         data = DataConfig(source="digits", train_images=100, subset_seed=subset_seed)
-        return build_data(resolve(Config(epochs=1, seed=seed, global_batch_size=10, data=data))).source.train.labels
+        return build_data(
+            resolve(Config(epochs=1, seed=seed, global_batch_size=10, data=data))
+        ).source.train.labels
 
     assert torch.equal(labels(7, None), labels(0, 7))
     assert not torch.equal(labels(7, None), labels(7, 0))
@@ -226,7 +253,9 @@ def fake(images: Any, **seen: Any) -> Any:
     return factory
 
 
-def test_fashion_mnist_and_cifar10_come_from_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fashion_mnist_and_cifar10_come_from_torchvision(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     grey = torch.arange(20, dtype=torch.uint8)[:, None, None].expand(20, 28, 28)
     monkeypatch.setattr(datasets, "FashionMNIST", fake(grey))
     source = build_source(config("fashion-mnist", tmp_path, download=True, train_images=10))
@@ -240,7 +269,9 @@ def test_fashion_mnist_and_cifar10_come_from_torchvision(monkeypatch: pytest.Mon
     source = build_source(config("cifar10", tmp_path, download=True))
     assert source.channels == 3
     assert source.train.plain(torch.tensor([0]))[0, 1, :, 5].unique().tolist() == [9]
-    assert datasets.CIFAR10.seen["calls"] == [(str(tmp_path), train, True) for train in (True, False)]
+    assert datasets.CIFAR10.seen["calls"] == [
+        (str(tmp_path), train, True) for train in (True, False)
+    ]
 
 
 def test_a_failed_download_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -248,7 +279,9 @@ def test_a_failed_download_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         raise URLError("no route to host") if download else RuntimeError("Dataset not found")
 
     monkeypatch.setattr(datasets, "FashionMNIST", refuse)
-    with pytest.raises(ConadvError, match=f"download of fashion-mnist into {tmp_path} failed.*no route"):
+    with pytest.raises(
+        ConadvError, match=f"download of fashion-mnist into {tmp_path} failed.*no route"
+    ):
         build_source(config("fashion-mnist", tmp_path, download=True))
     with pytest.raises(ConadvError, match=f"no fashion-mnist in {tmp_path}.*--download"):
         build_source(config("fashion-mnist", tmp_path))
@@ -323,19 +356,32 @@ def archive_around_it(root: Path) -> str:
     return f"{root} has no folder train.*Did you mean {root / 'Data' / 'CLS-LOC'}"
 
 
-SPOILT = [no_folder, nothing_in_it, no_train, no_test, no_class_folders, class_without_image, one_class, other_classes]
+SPOILT = [
+    no_folder,
+    nothing_in_it,
+    no_train,
+    no_test,
+    no_class_folders,
+    class_without_image,
+    one_class,
+    other_classes,
+]
 
 
 @pytest.mark.parametrize("source", ["cifar10", "folder"])
 @pytest.mark.parametrize("spoil", [*SPOILT, flat_val, archive_around_it])
-def test_a_folder_that_cannot_be_trained_on_is_an_error(root: Path, source: str, spoil: Any) -> None:
+def test_a_folder_that_cannot_be_trained_on_is_an_error(
+    root: Path, source: str, spoil: Any
+) -> None:
     message = spoil(root)
     with pytest.raises(ConadvError, match=message):
         build_source(config(source, root))
 
 
 @pytest.mark.parametrize("test_folder", ["flat", "empty"])
-def test_a_test_folder_without_classes_leaves_the_evaluation_to_val(root: Path, test_folder: str) -> None:
+def test_a_test_folder_without_classes_leaves_the_evaluation_to_val(
+    root: Path, test_folder: str
+) -> None:
     # Red when: test is taken because it is there (ImageNet's has neither class folders nor labels).
     (root / "test").rename(root / "val")
     (root / "test").mkdir()
@@ -380,7 +426,9 @@ def test_an_unreadable_image_is_named(root: Path, damage: Any) -> None:
 def test_images_of_differing_size_need_image_size(root: Path) -> None:
     path = root / "train" / "owl" / "1.png"
     Image.fromarray(np.zeros((9, 10, 3), np.uint8)).save(path)
-    with pytest.raises(ConadvError, match=rf"{path} is 10 x 9 pixels, but .*cat/0.png is 8 x 8.*image_size"):
+    with pytest.raises(
+        ConadvError, match=rf"{path} is 10 x 9 pixels, but .*cat/0.png is 8 x 8.*image_size"
+    ):
         build_source(config("cifar10", root))
     first = root / "train" / "cat" / "0.png"
     Image.fromarray(np.zeros((9, 10, 3), np.uint8)).save(first)
@@ -405,8 +453,14 @@ def test_train_and_test_of_differing_size_need_image_size(tmp_path: Path) -> Non
         ({"source": "digits", "dir": "x"}, "no effect with data.source digits"),
         ({"source": "digits", "download": True}, "no effect with data.source digits"),
         ({"source": "folder", "dir": "x", "download": True}, "data.download has no effect"),
-        ({"source": "digits", "train_images": 899}, "train_images 899 is larger than .* 898 images"),
-        ({"source": "digits", "train_images": 9}, "train_images 9 leaves no image of class.*10 classes"),
+        (
+            {"source": "digits", "train_images": 899},
+            "train_images 899 is larger than .* 898 images",
+        ),
+        (
+            {"source": "digits", "train_images": 9},
+            "train_images 9 leaves no image of class.*10 classes",
+        ),
         ({"source": "digits", "mean": (0.1, 0.2, 0.3)}, "data.mean has 3 values, but digits has 1"),
         ({"source": "digits", "std": (0.1, 0.2)}, "data.std has 2 values"),
         ({"source": "digits", "std": (0.0,)}, "must be positive"),
@@ -441,9 +495,13 @@ def test_validation_images_leave_training_and_nothing_else_changes(root: Path, s
     whole = build_source(config(source, directory, **settings))
     assert data.validation is not None
     assert whole.validation is None
-    parts = [split.plain(torch.arange(len(split.labels))) for split in (data.train, data.validation)]
+    parts = [
+        split.plain(torch.arange(len(split.labels))) for split in (data.train, data.validation)
+    ]
     together = sorted(image.numpy().tobytes() for image in torch.cat(parts))
-    assert together == sorted(image.numpy().tobytes() for image in whole.train.plain(torch.arange(taken)))
+    assert together == sorted(
+        image.numpy().tobytes() for image in whole.train.plain(torch.arange(taken))
+    )
     assert len(data.validation.labels) == held
     per_class = torch.bincount(data.validation.labels)
     assert per_class.max() - per_class.min() <= 1
@@ -451,5 +509,7 @@ def test_validation_images_leave_training_and_nothing_else_changes(root: Path, s
 
 
 def test_validation_images_that_empty_a_class_are_an_error() -> None:
-    with pytest.raises(ConadvError, match=r"data\.validation_images 195 leaves no image of class .* to train on"):
+    with pytest.raises(
+        ConadvError, match=r"data\.validation_images 195 leaves no image of class .* to train on"
+    ):
         build_source(config("digits", None, train_images=200, validation_images=195))

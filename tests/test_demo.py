@@ -12,19 +12,23 @@ from typing import Any
 
 import pytest
 
-from conadv import demo
-from conadv.cli import main
-from conadv.config import resolve
-from conadv.demo import ARMS, plan
+from conadv.cli import demo
+from conadv.cli.demo import ARMS, plan
+from conadv.cli.program import main
+from conadv.config.schema import resolve
 
 
 def test_plan() -> None:
     # Red when: an arm trains something else than its name says, or the seed or the epochs do not arrive.
     jobs = list(plan(Path("runs"), 2, epochs=8))
-    assert [(job.arm, job.config.seed) for job in jobs] == [(arm, seed) for seed in range(2) for arm in ARMS]
+    assert [(job.arm, job.config.seed) for job in jobs] == [
+        (arm, seed) for seed in range(2) for arm in ARMS
+    ]
     assert len({job.out for job in jobs}) == 14
     resolved = [resolve(job.config) for job in jobs[:7]]
-    assert [(c.method, c.staleness, c.lookahead, c.global_batch_size, c.optim.name) for c in resolved] == [
+    assert [
+        (c.method, c.staleness, c.lookahead, c.global_batch_size, c.optim.name) for c in resolved
+    ] == [
         ("vanilla", None, False, 32, "sgd"),
         ("vanilla", None, False, 898, "lars"),
         ("multiview", None, False, 898, "lars"),
@@ -35,7 +39,10 @@ def test_plan() -> None:
     ]
     words = ["small", "full", "second clean", "noise", "sequential", "ConAdv", "look-ahead"]
     assert all(word in arm for word, arm in zip(words, ARMS, strict=True))
-    assert [(c.epochs, c.schedule.warmup_epochs) for c in resolved] == [(8, pytest.approx(0.2)), *[(8, 0.8)] * 6]
+    assert [(c.epochs, c.schedule.warmup_epochs) for c in resolved] == [
+        (8, pytest.approx(0.2)),
+        *[(8, 0.8)] * 6,
+    ]
 
 
 def test_demo_ends_in_a_report(
@@ -43,7 +50,9 @@ def test_demo_ends_in_a_report(
 ) -> None:
     few = {arm: ARMS[arm] for arm in (demo.BASELINE, "+ random-sign noise")}
     monkeypatch.setattr(demo, "ARMS", few)
-    assert main(["demo", "--out", str(tmp_path), "--seeds", "2", "--jobs", "1", "--epochs", "1"]) == 0
+    assert (
+        main(["demo", "--out", str(tmp_path), "--seeds", "2", "--jobs", "1", "--epochs", "1"]) == 0
+    )
     out = capsys.readouterr().out
     assert "[4/4] + random-sign noise, seed 1" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -54,7 +63,18 @@ def test_demo_ends_in_a_report(
 
 def test_workers_end_with_a_killed_demo(tmp_path: Path) -> None:
     # Red when: _end_with_parent is not started: the workers go on to the end of their runs.
-    command = [sys.executable, "-m", "conadv", "demo", "--seeds", "1", "--epochs", "2000", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "conadv",
+        "demo",
+        "--seeds",
+        "1",
+        "--epochs",
+        "2000",
+        "--out",
+        str(tmp_path),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             records = _wait_for(lambda: list(tmp_path.glob("*/record.jsonl")))

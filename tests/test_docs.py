@@ -25,26 +25,32 @@ import torch
 import tyro
 import yaml
 
-from conadv import bench, cli, recipes
-from conadv.analyze import AnalyzeArgs
-from conadv.config import Config, dump_yaml, override, resolve
-from conadv.demo import DemoArgs
+from conadv import bench
+from conadv.cli import program as cli
+from conadv.cli.analyze import AnalyzeArgs
+from conadv.cli.demo import DemoArgs
+from conadv.cli.staleness import StalenessArgs
+from conadv.cli.timeline import TimelineArgs
+from conadv.config import recipes
+from conadv.config.schema import Config, dump_yaml, override, resolve
 from conadv.doctor.command import DoctorArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models import SmallResNet
 from conadv.plan.command import PlanArgs
-from conadv.staleness import StalenessArgs
 from conadv.sweep.cells import expand
 from conadv.sweep.command import SweepArgs
 from conadv.sweep.spec import parse_spec
-from conadv.timeline import TimelineArgs
 from conadv.watch.command import WatchArgs
 
 from . import docs_runs
 
 ROOT = Path(__file__).parent.parent
-TOP = [page for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (page := ROOT / name).is_file()]
+TOP = [
+    page
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+    if (page := ROOT / name).is_file()
+]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *TOP]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 PARSED = {
@@ -71,7 +77,9 @@ loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(3)]
 """
 OPTIONS_ALONE = ("--help", "--version")
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S
+)
 _LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
@@ -116,7 +124,9 @@ def commands_of(language: str, body: str) -> Iterator[list[str]]:
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
         for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ")):
-            words = shlex.split(re.sub(r"\s>\s*\S+\s*$", "", part))  # what it prints may go into a file
+            words = shlex.split(
+                re.sub(r"\s>\s*\S+\s*$", "", part)
+            )  # what it prints may go into a file
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)  # a variable set for this command
             if words:
@@ -165,7 +175,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The namespace of a page, with what its reader has."""
     page = ModuleType("page")
-    monkeypatch.setitem(sys.modules, "page", page)  # classes look up the module that they are defined in
+    monkeypatch.setitem(
+        sys.modules, "page", page
+    )  # classes look up the module that they are defined in
     torch.manual_seed(0)
     page.model = SmallResNet(8, 4, 1, 10)  # type: ignore[attr-defined]
     page.loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(3)]  # type: ignore[attr-defined]
@@ -173,7 +185,9 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def test_blocks_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     # Red when: a name in a block is misspelt (an assert in extending.md also fails when its look-ahead is wrong), or
     # timeline.md shows steps that its run does not have.
     text = (ROOT / name).read_text()
@@ -199,7 +213,9 @@ def test_blocks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
     # Red when: a block is ```py, or has no language at all: nothing would run it.
-    for match in re.finditer(r"^ *```(.*)$\n", _FENCE.sub("", text := (ROOT / name).read_text()), re.M):
+    for match in re.finditer(
+        r"^ *```(.*)$\n", _FENCE.sub("", text := (ROOT / name).read_text()), re.M
+    ):
         pytest.fail(f"{name}: a fence that no test understands: {match[0]}")
     for language, body in in_order(text):
         assert language in (*RUN, "diff", "yaml"), (
@@ -211,18 +227,24 @@ def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
 def test_code_without_a_fence_is_none_that_runs(name: str) -> None:
     # Red when: a command or a program stands indented instead of fenced, where nothing runs it.
     for line in indented((ROOT / name).read_text()):
-        assert docs_runs.no_code(line), f"{name}: put this into a fence, or say in docs_runs.py why: {line}"
+        assert docs_runs.no_code(line), (
+            f"{name}: put this into a fence, or say in docs_runs.py why: {line}"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_diffs_and_specs_fit_the_repository(name: str) -> None:
     # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec has an unknown key.
     text = (ROOT / name).read_text()
-    code = [path.read_text() for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")]
+    code = [
+        path.read_text() for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
     for body in blocks(text, "diff"):
         for line in filter(None, body.splitlines()):
             assert line[0] in " +-", f"{name}: {line}"
-            assert line[0] == "+" or any(line[1:] + "\n" in source for source in code), f"{name}: {line} is not there"
+            assert line[0] == "+" or any(line[1:] + "\n" in source for source in code), (
+                f"{name}: {line} is not there"
+            )
     for body in blocks(text, "yaml"):
         assert expand(parse_spec(yaml.safe_load(body), name)).runs
 
@@ -239,7 +261,9 @@ def test_what_is_not_run_has_a_reason() -> None:
         assert any(line.startswith(start) for line in plain), f"no page has {start}"
 
 
-@pytest.mark.parametrize("path", sorted({*ROOT.glob("*/*.sh"), *ROOT.glob("conadv/*/*.sh")}), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted({*ROOT.glob("*/*.sh"), *ROOT.glob("conadv/*/*.sh")}), ids=lambda p: p.name
+)
 def test_scripts_are_bash(path: Path) -> None:
     # Red when: an `if` of a script loses its `fi`.
     subprocess.run(["bash", "-n", str(path)], check=True)
@@ -275,14 +299,18 @@ def test_links_lead_somewhere(name: str) -> None:
             continue  # the web
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{name}: {match['target']}"
-        assert target.is_relative_to(ROOT), f"{name}: {match['target']} is outside of the repository"
+        assert target.is_relative_to(ROOT), (
+            f"{name}: {match['target']} is outside of the repository"
+        )
         if anchor:
             assert anchor in anchors(target.read_text()), f"{name}: {match['target']}"
 
 
 def test_every_method_has_its_row() -> None:
     # Red when: a row is taken out of docs/methods/README.md, or a method is added to METHODS alone.
-    rows = re.findall(r"^\| *\[?`(\w+)`", (ROOT / "docs" / "methods" / "README.md").read_text(), re.M)
+    rows = re.findall(
+        r"^\| *\[?`(\w+)`", (ROOT / "docs" / "methods" / "README.md").read_text(), re.M
+    )
     assert set(rows) == set(METHODS)
 
 

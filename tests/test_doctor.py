@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conadv.cli import main
+from conadv.cli.program import main
 from conadv.doctor import facts as doctor_facts
 from conadv.doctor.command import show
 from conadv.doctor.facts import Cuda, Facts, Interface, look, usable_cores
@@ -47,7 +47,11 @@ CPU: dict[str, Any] = {"cuda": (), "nvidia_driver": False}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"versions": {"torch": "2.14.1", "torchvision": "0.24.1"}}, "wrong", "0.29"),
     ({"versions": {"torch": "2.8.0", "torchvision": "0.23.0"}}, "wrong", "older than 2.9"),
-    ({"extras": {"wandb": None, "timm": "1.0"}}, "note", "pip install '.[wandb]' in conadv's checkout"),
+    (
+        {"extras": {"wandb": None, "timm": "1.0"}},
+        "note",
+        "pip install '.[wandb]' in conadv's checkout",
+    ),
     ({"cuda": ()}, "wrong", "sees no device"),
     ({"cuda": (), "cuda_built": None}, "wrong", "without CUDA"),
     ({"cuda": (), "variables": {"CUDA_VISIBLE_DEVICES": ""}}, "note", "hides all"),
@@ -72,7 +76,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"memory_free": GIB}, "slow", "1.00 GiB of memory"),
     ({"open_files": 256}, "slow", "256 files"),
     ({"variables": {"GLOO_SOCKET_IFNAME": "ib0"}}, "wrong", "no such interface"),
-    ({"interfaces": (Interface("lo", True, None), Interface("eth0", True, 1000))}, "note", "1 Gbit/s"),
+    (
+        {"interfaces": (Interface("lo", True, None), Interface("eth0", True, 1000))},
+        "note",
+        "1 Gbit/s",
+    ),
 ]
 
 
@@ -114,12 +122,20 @@ def test_each_finding(change: dict[str, Any], level: str, words: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     # Red when: a rule without a case is added.
-    speaking = {rule for rule in RULES for change, _, _ in CASES if list(rule(replace(GOOD, **change)))}
+    speaking = {
+        rule for rule in RULES for change, _, _ in CASES if list(rule(replace(GOOD, **change)))
+    }
     assert speaking == set(RULES)
 
 
 def test_the_worst_comes_first_and_control_characters_are_escaped() -> None:
-    bad = replace(GOOD, disk_free=0, threads=99, extras={"timm": None}, variables={"GLOO_SOCKET_IFNAME": "\x1b[2J"})
+    bad = replace(
+        GOOD,
+        disk_free=0,
+        threads=99,
+        extras={"timm": None},
+        variables={"GLOO_SOCKET_IFNAME": "\x1b[2J"},
+    )
     levels = [finding.level for finding in findings(bad)]
     assert levels == ["wrong", "wrong", "slow", "note"]
     out = io.StringIO()
@@ -129,7 +145,9 @@ def test_the_worst_comes_first_and_control_characters_are_escaped() -> None:
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
-def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: --json is not JSON, or the exit code does not follow from the findings.
     monkeypatch.chdir(tmp_path)
     assert 0 < usable_cores() <= look(tmp_path).cores

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from conadv import cli, signals
-from conadv.cli import main
+from conadv.cli import program as cli
+from conadv.cli.program import main
 from conadv.data.loader import _stream
 from conadv.errors import ConadvError
+from conadv.training import signals
 
 
 def failing(error: BaseException) -> Any:
@@ -31,9 +32,17 @@ FAULTS: dict[str, tuple[BaseException, int, str]] = {
     "escape codes": (ConadvError("a\x1b[2Jb\nc\udcff"), 2, "conadv: a\\x1b[2Jb\nc\\xff\n"),
     "bug": (KeyError("x"), 70, "Unexpected KeyError in cli.py, line"),
     "assertion": (AssertionError("x"), 70, "please report it with what --debug shows"),
-    "disk": (OSError(28, "No space left on device", "run"), 2, "No space left on device (run). Check"),
+    "disk": (
+        OSError(28, "No space left on device", "run"),
+        2,
+        "No space left on device (run). Check",
+    ),
     "memory": (MemoryError(), 2, "Out of memory"),
-    "device memory": (RuntimeError("CUDA out of memory. Tried"), 2, "Choose a smaller micro_batch_size"),
+    "device memory": (
+        RuntimeError("CUDA out of memory. Tried"),
+        2,
+        "Choose a smaller micro_batch_size",
+    ),
     "interrupt": (KeyboardInterrupt(), 130, "conadv: interrupted\n"),
 }
 
@@ -47,7 +56,9 @@ def test_errors_have_a_code_and_one_message(
     error, code, message = FAULTS[name]
     monkeypatch.setitem(cli.COMMANDS, "recipes", failing(error))
     monkeypatch.setenv("CONADV_DEBUG", "1" if debug == "environment" else "0")
-    args = {"option": ["recipes", "--debug"], "option first": ["--debug", "recipes"]}.get(debug, ["recipes"])
+    args = {"option": ["recipes", "--debug"], "option first": ["--debug", "recipes"]}.get(
+        debug, ["recipes"]
+    )
     assert main(args) == code
     shown = capsys.readouterr()
     assert message in shown.err
@@ -58,7 +69,9 @@ def test_errors_have_a_code_and_one_message(
 def test_the_codes_are_documented() -> None:
     # Red when: a code is added without a line in --help and in docs/reliability.md.
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
-    codes = {name: code for name, code in (vars(cli) | vars(signals)).items() if name.startswith("EXIT_")}
+    codes = {
+        name: code for name, code in (vars(cli) | vars(signals)).items() if name.startswith("EXIT_")
+    }
     assert codes.keys() > {"EXIT_BUG", "EXIT_TERMINATED"}
     for name, code in codes.items():
         assert f"{code} " in cli.HELP.partition("exit codes")[2], name
@@ -67,7 +80,12 @@ def test_the_codes_are_documented() -> None:
 
 def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "conadv", *args], capture_output=True, text=True, timeout=120, check=False, **options
+        [sys.executable, "-m", "conadv", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **options,
     )
 
 
@@ -75,8 +93,26 @@ def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None:
     # Red when: train() does not guard its observer.
     run = tmp_path / "run"
-    args = ["train", "digits", "--steps", "8", "--schedule.warmup-epochs", "0", "--global-batch-size", "32"]
-    args += ["--data.train-images", "64", "--model.width", "2", "--eval.robust-images", "0", "--out", str(run)]
+    args = [
+        "train",
+        "digits",
+        "--steps",
+        "8",
+        "--schedule.warmup-epochs",
+        "0",
+        "--global-batch-size",
+        "32",
+    ]
+    args += [
+        "--data.train-images",
+        "64",
+        "--model.width",
+        "2",
+        "--eval.robust-images",
+        "0",
+        "--out",
+        str(run),
+    ]
     if output == "a full disk" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     if output == "a full disk":

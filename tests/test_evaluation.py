@@ -19,7 +19,9 @@ def test_loss_and_accuracy_over_uneven_batches() -> None:
     result = evaluate(model, [(x[:7], y[:7]), (x[7:], y[7:])], SPACE)
     logits = model.eval()(x)
     assert result.images == 10
-    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+    assert result.loss == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5
+    )
     assert result.accuracy == (logits.argmax(1) == y).sum().item() / 10
 
 

@@ -20,7 +20,12 @@ from .helpers import parameters
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PROGRAMS = {
     "own_loop": {},
-    "lightning_module": {"epochs": 2, "limit": 200, "enable_progress_bar": False, "enable_model_summary": False},
+    "lightning_module": {
+        "epochs": 2,
+        "limit": 200,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
     "accelerate_loop": {"epochs": 2, "limit": 200},
     "timm_parts": {"epochs": 2, "limit": 100},
 }
@@ -30,7 +35,9 @@ NEEDS = {"lightning_module": "lightning", "accelerate_loop": "accelerate", "timm
 def load(name: str) -> Any:
     """The example as a module, or a skip where what it is an example for is not installed."""
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not installed: pip install '.[{NEEDS[name]}]'")
+        pytest.importorskip(
+            NEEDS[name], reason=f"{NEEDS[name]} is not installed: pip install '.[{NEEDS[name]}]'"
+        )
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -46,7 +53,9 @@ class Watched(TrainStep):
 
     def __init__(self, *args: Any, **kind: Any) -> None:
         super().__init__(*args, **kind)
-        self.made: dict[int, tuple[int, Tensor]] = {}  # by step: the weights that made its images, and the images
+        self.made: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # by step: the weights that made its images, and the images
         self.trained: list[tuple[int, int | None]] = []
         self.start = parameters(self.model)
         Watched.engines.append(self)
@@ -54,7 +63,11 @@ class Watched(TrainStep):
     def craft(self, attack: Attack, batch: Batch, *more: Any) -> ExtraBatch:
         before = parameters(self.model)
         extra = super().craft(attack, batch, *more)
-        (x, y, draws) = self.images(batch.micro[0], "clean"), self.labels(batch.micro[0]), torch.Generator()
+        (x, y, draws) = (
+            self.images(batch.micro[0], "clean"),
+            self.labels(batch.micro[0]),
+            torch.Generator(),
+        )
         want = attacked(self.model, before, attack, x, y, draws)
         assert torch.equal(extra.images[0], want)
         assert not torch.equal(want, x)
@@ -98,7 +111,11 @@ def test_examples_train_on_images_made_at_the_weights_before(
     assert len(engine.trained) >= 4
     assert engine.trained == [(t, max(0, t - 1)) for t in range(len(engine.trained))]
     buffers = dict(engine.model.named_buffers())
-    pairs = [(key, key.replace("routes.adv.", "")) for key in buffers if key.endswith("routes.adv.running_mean")]
+    pairs = [
+        (key, key.replace("routes.adv.", ""))
+        for key in buffers
+        if key.endswith("routes.adv.running_mean")
+    ]
     assert pairs
     assert not any(torch.equal(buffers[adv], buffers[clean]) for adv, clean in pairs)
     moved = [not torch.equal(p, engine.start[key]) for key, p in engine.model.named_parameters()]
@@ -121,12 +138,16 @@ def test_accelerate_saves_the_images_that_wait(tmp_path: Path) -> None:
     # Red when: a process's own state goes through Accelerate, which saves that of the first one for all.
     load("accelerate_loop").main(epochs=1, limit=200, folder=str(tmp_path))
     assert {"version", "pending"} <= torch.load(tmp_path / "conadv_0.pt", weights_only=True).keys()
-    saved = [torch.load(path, weights_only=True) for path in tmp_path.glob("custom_checkpoint_*.pkl")]
+    saved = [
+        torch.load(path, weights_only=True) for path in tmp_path.glob("custom_checkpoint_*.pkl")
+    ]
     assert len(saved) == 2
     assert "pending" not in set().union(*saved)
 
 
-def test_lightning_goes_on_with_the_images_that_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_goes_on_with_the_images_that_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: on_load_checkpoint is left out: the first step after it then attacks its own batch, staleness 0.
     example, found = load("lightning_module"), []
     monkeypatch.chdir(tmp_path)
@@ -137,7 +158,12 @@ def test_lightning_goes_on_with_the_images_that_wait(tmp_path: Path, monkeypatch
             return found[-1]
 
     monkeypatch.setattr(example, "TrainStep", Noted)
-    options = {"epochs": 3, "limit": 300, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "epochs": 3,
+        "limit": 300,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     example.main(max_steps=6, **options)
     (saved,) = tmp_path.rglob("*.ckpt")
     example.main(resume=str(saved), **options)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conadv import ConadvError, checkpoint, recipes
-from conadv import export as exporting
-from conadv.cli import main
-from conadv.config import dump_yaml, replace, resolve
-from conadv.export import export, load_plain_model
+from conadv import ConadvError
+from conadv.cli.program import main
+from conadv.config import recipes
+from conadv.config.schema import dump_yaml, replace, resolve
 from conadv.models import SmallResNet
-from conadv.run import RunDir
-from conadv.trainer import make_model
+from conadv.training import checkpoint
+from conadv.training import export as exporting
+from conadv.training.export import export, load_plain_model
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import make_model
 
 from .helpers import images
 
@@ -30,7 +32,9 @@ def plain(name: str) -> Any:
     if not short:
         return SmallResNet(8, 16, 3, 4)
     if kind == "timm":
-        return pytest.importorskip("timm", reason="timm is not installed").create_model(short, num_classes=4)
+        return pytest.importorskip("timm", reason="timm is not installed").create_model(
+            short, num_classes=4
+        )
     import torchvision
 
     return torchvision.models.get_model(short, num_classes=4)
@@ -51,7 +55,12 @@ def made(folder: Path, name: str = "resnet8") -> Path:
     model = make_model(config, 3, 4).train()
     for seed in range(2):
         model(images(4, seed, size=32)[0])  # statistics that are not those of the start
-    state = {"model": model.state_dict(), "channels": 3, "image_size": 32, "class_names": list("abcd")}
+    state = {
+        "model": model.state_dict(),
+        "channels": 3,
+        "image_size": 32,
+        "class_names": list("abcd"),
+    }
     state |= {"engine": {"version": 1}, "best": None}
     checkpoint.save(run.checkpoints, 1, state, keep=1)
     return folder
@@ -94,12 +103,16 @@ def test_onnx_computes_the_clean_route(tmp_path: Path, capfd: pytest.CaptureFixt
     for n in (1, 5):
         x = images(n, n, size=32)[0]
         (found,) = session.run(["logits_NK"], {"x_NCHW": x.numpy()})
-        assert torch.allclose(torch.from_numpy(found), load_plain_model(run)(x), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(
+            torch.from_numpy(found), load_plain_model(run)(x), rtol=1e-3, atol=1e-4
+        )
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["mean"]) == [0.4]
 
 
-def test_a_trace_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_that_computes_something_else_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: _compare is left out.
     run = made(tmp_path / "run")
     other = plain("resnet8").eval()

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from conadv import checkpoint
-from conadv.config import Config, replace, resolve
+from conadv.config.schema import Config, replace, resolve
+from conadv.engine.precision import LossScale
+from conadv.engine.validate import check_tensor
 from conadv.errors import ConadvError
-from conadv.fits import check_tensor
 from conadv.optim import LAMB, LARS, flat_alike
-from conadv.precision import LossScale
-from conadv.run import RunDir
-from conadv.trainer import load_run, train
+from conadv.training import checkpoint
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import load_run, train
 
 State = dict[str, Any]
 CPU = torch.device("cpu")
@@ -97,11 +97,15 @@ def test_an_optimizer_state_that_its_optimizer_would_not_make_is_refused(
     for number in range(keys):
 
         def change(state: State, number: int = number) -> None:
-            first = max(state["optimizer"]["state"].values(), key=lambda one: next(iter(one.values())).dim())
+            first = max(
+                state["optimizer"]["state"].values(), key=lambda one: next(iter(one.values())).dim()
+            )
             assert len(first) == keys
             key = list(first)[number]
             if kind == "missing" and keys == 1:
-                for one in state["optimizer"]["state"].values():  # one alone could be of a layer without a gradient
+                for one in state["optimizer"][
+                    "state"
+                ].values():  # one alone could be of a layer without a gradient
                     one.clear()
             elif kind == "missing":
                 del first[key]
@@ -110,7 +114,9 @@ def test_an_optimizer_state_that_its_optimizer_would_not_make_is_refused(
             else:
                 first[key] = TENSORS[kind](first[key])
 
-        with pytest.raises(ConadvError, match=r"fit the run's config: its optimizer('s state \d| has no state)"):
+        with pytest.raises(
+            ConadvError, match=r"fit the run's config: its optimizer('s state \d| has no state)"
+        ):
             resumed(runs(name), tmp_path / str(number), change)
 
 
@@ -152,7 +158,9 @@ def test_an_optimizer_with_other_numbers_and_groups_is_refused(
         resumed(runs("lamb"), tmp_path, change)
 
 
-def test_how_a_step_is_carried_out_is_the_device_s(runs: Callable[..., Path], tmp_path: Path) -> None:
+def test_how_a_step_is_carried_out_is_the_device_s(
+    runs: Callable[..., Path], tmp_path: Path
+) -> None:
     # Red when: `fused`, which a checkpoint of another device has otherwise, is compared, or taken from the checkpoint.
     mine = Path(shutil.copytree(runs("sgd"), tmp_path / "run"))
     state = checkpoint.load_newest(mine / "checkpoints", CPU)
@@ -190,8 +198,12 @@ ENGINE: dict[str, Callable[[State], object]] = {
     "version": _waiting("weight_version", 10**30),
     "more": _waiting("more", 1),
     "one micro-batch": lambda s: next(iter(s["engine"]["pending"].values()))["images"].pop(),
-    "far ahead": lambda s: put(s, "engine", "pending", "9", next(iter(s["engine"]["pending"].values()))),
-    "odd step": lambda s: put(s, "engine", "pending", "x", next(iter(s["engine"]["pending"].values()))),
+    "far ahead": lambda s: put(
+        s, "engine", "pending", "9", next(iter(s["engine"]["pending"].values()))
+    ),
+    "odd step": lambda s: put(
+        s, "engine", "pending", "x", next(iter(s["engine"]["pending"].values()))
+    ),
     "in_a_row low": lambda s: put(s, "engine", "guard", "in_a_row", -(10**30)),
     "in_a_row nan": lambda s: put(s, "engine", "guard", "in_a_row", float("nan")),
     "in_a_row true": lambda s: put(s, "engine", "guard", "in_a_row", True),
@@ -199,8 +211,12 @@ ENGINE: dict[str, Callable[[State], object]] = {
     "lookahead": lambda s: put(s, "engine", "lookahead", "x"),
     "lookahead more": lambda s: put(s, "engine", "lookahead", {"conv1.weight": torch.zeros(1)}),
     "engine more": lambda s: put(s, "engine", "more", 1),
-    "complex weights": lambda s: put(s, "model", "conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)),
-    "expanded weights": lambda s: put(s, "model", "conv1.weight", torch.zeros(1).expand(2, 1, 3, 3)),
+    "complex weights": lambda s: put(
+        s, "model", "conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)
+    ),
+    "expanded weights": lambda s: put(
+        s, "model", "conv1.weight", torch.zeros(1).expand(2, 1, 3, 3)
+    ),
     "whole weights": lambda s: put(s, "model", "conv1.weight", s["model"]["conv1.weight"].long()),
     "text weights": lambda s: put(s, "model", "conv1.weight", "x"),
 }
@@ -223,7 +239,9 @@ EXTRAS: dict[str, Callable[[State], object]] = {
         s, "engine", "lookahead", "conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)
     ),
     "average small": lambda s: put(s, "ema", "module.conv1.weight", torch.zeros(1)),
-    "average complex": lambda s: put(s, "ema", "module.conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)),
+    "average complex": lambda s: put(
+        s, "ema", "module.conv1.weight", s["model"]["conv1.weight"].to(torch.complex64)
+    ),
     "average of -10": lambda s: put(s, "ema", "n_averaged", torch.tensor(-10)),
     "average x": lambda s: put(s, "ema", "x"),
     "probe x": lambda s: put(s, "probe", "x"),
@@ -283,7 +301,11 @@ def test_dense_means_one_place_for_each_element() -> None:
     like = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     check_tensor(like, like.shape, like.dtype, "x")
     check_tensor(torch.zeros(0, 3), torch.Size((0, 3)), torch.float32, "x")
-    with pytest.raises(ConadvError, match="a sparse float32 tensor of shape 3, not a float32 one of shape 3"):
+    with pytest.raises(
+        ConadvError, match="a sparse float32 tensor of shape 3, not a float32 one of shape 3"
+    ):
         check_tensor(torch.zeros(3).to_sparse(), torch.Size((3,)), torch.float32, "x")
     with pytest.raises(ConadvError, match="x is an expanded view"):
-        check_tensor(torch.zeros(9).as_strided((3, 3), (1, 1)), torch.Size((3, 3)), torch.float32, "x")
+        check_tensor(
+            torch.zeros(9).as_strided((3, 3), (1, 1)), torch.Size((3, 3)), torch.float32, "x"
+        )

@@ -27,7 +27,9 @@ def losses(name: str, optimizer: str) -> list[float]:
     return [record.loss for record in run(engine, 5, dtype=torch.float64)]
 
 
-PAIRS = [(name, "sgd") for name in CASES] + [("conadv-lookahead", name) for name in ("lars", "lamb", "adamw")]
+PAIRS = [(name, "sgd") for name in CASES] + [
+    ("conadv-lookahead", name) for name in ("lars", "lamb", "adamw")
+]
 
 
 @pytest.mark.parametrize(("name", "optimizer"), PAIRS)

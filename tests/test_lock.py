@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from conadv import ConadvError, trainer
-from conadv.config import Config
-from conadv.lock import Lock
-from conadv.progress import Silent
-from conadv.run import RunDir
-from conadv.trainer import train
+from conadv import ConadvError
+from conadv.config.schema import Config
+from conadv.training import trainer
+from conadv.training.lock import Lock
+from conadv.training.observer import Silent
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import train
 
 from .test_trainer import config
 
@@ -26,7 +27,7 @@ fcntl = pytest.importorskip("fcntl")
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from conadv.lock import Lock
+from conadv.training.lock import Lock
 assert Lock(Path(sys.argv[1]), "").take()
 if os.fork() == 0:  # as a loader's worker, which may outlive the process that it works for
     print("held", flush=True)
@@ -55,7 +56,9 @@ def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
 def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
     # Red when: a forked child keeps the lock, or a file that is there already counts as a lock.
     path = tmp_path / ".lock"
-    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, start_new_session=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, start_new_session=True
+    ) as holder:
         assert holder.stdout is not None
         holder.stdout.readline()
         with pytest.raises(ConadvError, match="somebody else"):
@@ -133,7 +136,9 @@ def test_a_second_program_in_a_run_folder_ends_at_once(tmp_path: Path) -> None:
     assert not RunDir(out).lock.exists()
 
 
-def test_a_run_that_was_begun_meanwhile_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_begun_meanwhile_is_not_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: claim does not lock a folder that was not there before, or does not look again.
     original = trainer.build
 
@@ -161,4 +166,6 @@ def test_a_launcher_file_of_other_bytes_is_another_launchers(tmp_path: Path) -> 
 
 
 def settings(**changes: Any) -> Config:
-    return config(epochs=None, steps=1, schedule__warmup_epochs=0, eval__every_epochs=None, **changes)
+    return config(
+        epochs=None, steps=1, schedule__warmup_epochs=0, eval__every_epochs=None, **changes
+    )

@@ -66,7 +66,9 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
 
 
-def make(method: Method, model: nn.Module | None = None, optimizer: Any = sgd, **options: Any) -> TrainStep:
+def make(
+    method: Method, model: nn.Module | None = None, optimizer: Any = sgd, **options: Any
+) -> TrainStep:
     model = tiny_resnet("adv") if model is None else model
     options.setdefault("space", SPACE)
     return TrainStep(model, optimizer(model), method, seed=SEED, **options)
@@ -80,7 +82,9 @@ def as_batch(t: int, count: int = 1, size: int = 8, dtype: torch.dtype = torch.f
     cut = range(0, size, n)
     micro = [
         MicroBatch(
-            i, y[s : s + n], {"clean": SPACE.normalize(x[s : s + n]), "second": SPACE.normalize(second[s : s + n])}
+            i,
+            y[s : s + n],
+            {"clean": SPACE.normalize(x[s : s + n]), "second": SPACE.normalize(second[s : s + n])},
         )
         for i, s in enumerate(cut)
     ]
@@ -100,7 +104,9 @@ def draws(t: int) -> torch.Generator:
 
 
 def test_the_table_has_every_method() -> None:
-    assert {type(make_method()) for make_method in CASES.values()} == {method_class(name) for name in METHODS}
+    assert {type(make_method()) for make_method in CASES.values()} == {
+        method_class(name) for name in METHODS
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -134,7 +140,9 @@ def test_resumed_in_the_middle_equals_uninterrupted(name: str) -> None:
     for part, values in zip((rest.model, rest.optimizer, rest), saved, strict=True):
         part.load_state_dict(values)
     got = [rest(batch, future) for batch, future in pairs[3:]]
-    assert [(r.step, r.loss, r.weight_version) for r in got] == [(r.step, r.loss, r.weight_version) for r in want]
+    assert [(r.step, r.loss, r.weight_version) for r in got] == [
+        (r.step, r.loss, r.weight_version) for r in want
+    ]
     assert same(state(rest.model), state(whole.model))
 
 
@@ -166,9 +174,13 @@ def test_only_the_clean_route_and_the_methods_own_are_used(name: str) -> None:
     run(engine, 3)
     after = state(engine.model)
     assert after["bn1.num_batches_tracked"] == 3
-    used = 0 if name in CLEAN_ONLY else {"recycle": 2}.get(name, 3)  # recycle has nothing to perturb before step 0
+    used = (
+        0 if name in CLEAN_ONLY else {"recycle": 2}.get(name, 3)
+    )  # recycle has nothing to perturb before step 0
     assert after["bn1.routes.adv.num_batches_tracked"] == used
-    assert torch.equal(after["bn1.routes.adv.weight"], before["bn1.routes.adv.weight"]) == (name in CLEAN_ONLY)
+    assert torch.equal(after["bn1.routes.adv.weight"], before["bn1.routes.adv.weight"]) == (
+        name in CLEAN_ONLY
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "vanilla"])
@@ -220,7 +232,10 @@ def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> Non
     attack = FGSM(EPS, space=SPACE) if lookahead else ATTACK
     engine = make(Concurrent(attack, tau, lookahead), model, fuse_views=fuse)
     records = run(engine, 7, dtype=torch.float64)
-    stream = [(b.micro[0].views["clean"], b.micro[0].y_N) for b in (as_batch(t, dtype=torch.float64) for t in range(7))]
+    stream = [
+        (b.micro[0].views["clean"], b.micro[0].y_N)
+        for b in (as_batch(t, dtype=torch.float64) for t in range(7))
+    ]
     losses = algorithm_1(twin, sgd(twin), stream, attack, tau, draws, lookahead)
     if lookahead or fuse:
         assert [r.loss for r in records] == pytest.approx(losses, rel=1e-9)
@@ -234,7 +249,13 @@ def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> Non
 def test_tau_0_is_the_sequential_attack_and_tau_1_is_not() -> None:
     # Red when: prepare keeps a batch although staleness is 0, or the pending batch is ignored.
     engines = [
-        make(m) for m in (Sequential(ATTACK), Concurrent(ATTACK, 0), Concurrent(ATTACK, 1), Concurrent(ATTACK, 2))
+        make(m)
+        for m in (
+            Sequential(ATTACK),
+            Concurrent(ATTACK, 0),
+            Concurrent(ATTACK, 1),
+            Concurrent(ATTACK, 2),
+        )
     ]
     for engine in engines:
         run(engine, 5)
@@ -295,16 +316,23 @@ def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:
 # ---- waiting images
 
 
-@pytest.mark.parametrize(("dtype", "error"), [("float32", 0.0), ("float16", 1e-3), ("bfloat16", 8e-3), ("uint8", 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "error"), [("float32", 0.0), ("float16", 1e-3), ("bfloat16", 8e-3), ("uint8", 1e-6)]
+)
 def test_pending_dtypes(dtype: str, error: float) -> None:
     # Red when: uint8 truncates instead of rounding (8/255 is then off by one level).
     engine = make(Concurrent(FGSM(EPS, space=SPACE), 1), pending_dtype=dtype)
     x = (images(8, 5)[0] * 255).round() / 255
-    future = Batch(1, (MicroBatch(0, torch.zeros(8, dtype=torch.long), {"clean": SPACE.normalize(x)}),))
+    future = Batch(
+        1, (MicroBatch(0, torch.zeros(8, dtype=torch.long), {"clean": SPACE.normalize(x)}),)
+    )
     made = engine.craft(engine.method.attack, future).images[0]
     engine.gradient(as_batch(0))
     engine.prepare(future)
-    assert engine.pending.nbytes == made.numel() * torch.empty((), dtype=engine.pending.dtype).element_size()
+    assert (
+        engine.pending.nbytes
+        == made.numel() * torch.empty((), dtype=engine.pending.dtype).element_size()
+    )
     got = engine.pending.pop(1).images[0]
     assert got.dtype == torch.float32
     assert (got - made).abs().max() <= error  # model space: values up to 2
@@ -337,7 +365,9 @@ OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), 0.01),
     "adam": lambda m: torch.optim.Adam(m.parameters(), 0.01),
     "sgd-groups": lambda m: torch.optim.SGD(
-        [{"params": m[0].parameters()}, {"params": m[2:].parameters(), "momentum": 0.5}], 0.05, momentum=0.9
+        [{"params": m[0].parameters()}, {"params": m[2:].parameters(), "momentum": 0.5}],
+        0.05,
+        momentum=0.9,
     ),
 }
 
@@ -425,14 +455,19 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
     # Red when: prepare advances the version, advance() is not counted, or a call numbers plain pairs in another way.
     a, b, c = (make(Concurrent(ATTACK, 1)) for _ in range(3))
     run(a, 4)
-    stream = [(micro.views["clean"], micro.y_N) for micro in (as_batch(t).micro[0] for t in range(4))]
+    stream = [
+        (micro.views["clean"], micro.y_N) for micro in (as_batch(t).micro[0] for t in range(4))
+    ]
     for batch, future in windows(stream, b.ahead):
         b.gradient(batch)
         b.prepare(future)
         b.optimizer.step()
         b.optimizer.zero_grad()
         b.advance()
-        assert b.clock.collect() == ({}, [])  # Red when: advance() leaves the phases: CUDA events pile up
+        assert b.clock.collect() == (
+            {},
+            [],
+        )  # Red when: advance() leaves the phases: CUDA events pile up
     for batch, future in windows(stream, c.ahead):
         c(batch, future)
     assert same(state(a.model), state(b.model))
@@ -490,7 +525,10 @@ def test_view_weights_are_a_weighted_mean(fuse: bool) -> None:
     model = no_norm_net()
     engine = make(MultiView(), model, view_weights={"adv": 3.0}, fuse_views=fuse)
     batch = as_batch(0, dtype=torch.float64)
-    losses = [torch.nn.functional.cross_entropy(model(x), batch.micro[0].y_N) for x in batch.micro[0].views.values()]
+    losses = [
+        torch.nn.functional.cross_entropy(model(x), batch.micro[0].y_N)
+        for x in batch.micro[0].views.values()
+    ]
     want = (losses[0] + 3 * losses[1]) / 4
     gradients = torch.autograd.grad(want, list(model.parameters()))
     engine.gradient(batch)
@@ -515,7 +553,12 @@ def test_the_aug_view_has_its_own_route(fuse: bool) -> None:
 def test_the_schedule_sets_the_rate_of_its_own_update() -> None:
     # Red when: the learning rate is set after optimizer.step().
     model = no_norm_net()
-    engine = make(Vanilla(), model, lambda m: torch.optim.SGD(m.parameters(), 9.0), lr_at=lambda t: 0.1 * (t != 1))
+    engine = make(
+        Vanilla(),
+        model,
+        lambda m: torch.optim.SGD(m.parameters(), 9.0),
+        lr_at=lambda t: 0.1 * (t != 1),
+    )
     start = parameters(model)
     engine(as_batch(0, dtype=torch.float64))
     first = parameters(model)
@@ -539,7 +582,9 @@ def test_dropout_is_keyed_by_step_and_micro_batch_only() -> None:
     def masks(seed: int) -> list[bytes]:
         model = nn.Sequential(nn.Dropout(0.5), *no_norm_net())
         seen: list[bytes] = []
-        model[0].register_forward_hook(lambda _, args, out: seen.append((out == 0).numpy().tobytes()))
+        model[0].register_forward_hook(
+            lambda _, args, out: seen.append((out == 0).numpy().tobytes())
+        )
         engine = make(Sequential(FGSM(EPS, space=SPACE)), model)
         torch.manual_seed(seed)
         run(engine, 2, count=2, dtype=torch.float64)
@@ -585,7 +630,9 @@ class _AttackFirst(Executor):
 def test_attacking_before_the_gradient_changes_no_bit(name: str) -> None:
     # Red when: the gradient leaves something behind that the attack sees, or the other way round.
     engines = [make(CASES[name](), executor=executor) for executor in (Inline(), _AttackFirst())]
-    records = [[(r.losses, r.grad_norm, r.weight_version) for r in run(engine)] for engine in engines]
+    records = [
+        [(r.losses, r.grad_norm, r.weight_version) for r in run(engine)] for engine in engines
+    ]
     assert records[0] == records[1]
     assert same(state(engines[0].model), state(engines[1].model))
 
@@ -600,7 +647,9 @@ def test_loops_that_mix_up_their_batches_are_told() -> None:
     # Red when: the label check or the order check is removed: training goes on with images of another batch.
     engine = make(Concurrent(ATTACK, 1))
     engine(as_batch(0), as_batch(1))
-    other = Batch(1, (MicroBatch(0, (as_batch(1).micro[0].y_N + 1) % 5, as_batch(1).micro[0].views),))
+    other = Batch(
+        1, (MicroBatch(0, (as_batch(1).micro[0].y_N + 1) % 5, as_batch(1).micro[0].views),)
+    )
     with pytest.raises(ConadvError, match="another batch"):
         engine.gradient(other)
     engine.pending.clear()
@@ -633,12 +682,26 @@ def test_attacks_take_any_number_of_dimensions() -> None:
         (lambda: make(Vanilla(), view_weights={"clean": 0.0}), "above 0"),
         (lambda: make(Vanilla())({"image": 1}), "pair"),
         (lambda: make(Vanilla())((1, 2)), "pair"),
-        (lambda: make(Vanilla())(Batch(0, (*as_batch(0).micro, *as_batch(1, size=4).micro))), "one size"),
+        (
+            lambda: make(Vanilla())(Batch(0, (*as_batch(0).micro, *as_batch(1, size=4).micro))),
+            "one size",
+        ),
         (lambda: make(Sequential(ATTACK), nn.DataParallel(tiny_resnet("adv"))), "DataParallel"),
-        (lambda: make(Sequential(ATTACK), nn.Sequential(tiny_resnet("adv"), nn.BatchNorm1d(5))), "without the route"),
-        (lambda: make(Sequential(ATTACK), nn.ModuleList([tiny_resnet("adv"), tiny_resnet("adv")])), "separately"),
+        (
+            lambda: make(Sequential(ATTACK), nn.Sequential(tiny_resnet("adv"), nn.BatchNorm1d(5))),
+            "without the route",
+        ),
+        (
+            lambda: make(
+                Sequential(ATTACK), nn.ModuleList([tiny_resnet("adv"), tiny_resnet("adv")])
+            ),
+            "separately",
+        ),
         (lambda: make(Sequential(ATTACK), tiny_resnet()), "split_batchnorm"),
-        (lambda: TrainStep(tiny_resnet("adv"), sgd(tiny_resnet("adv")), Vanilla()), "does not have"),
+        (
+            lambda: TrainStep(tiny_resnet("adv"), sgd(tiny_resnet("adv")), Vanilla()),
+            "does not have",
+        ),
         (lambda: make(Sequential(ATTACK), space=PixelSpace()), "normalisation once"),
         (lambda: make(Vanilla(), precision="fp8"), "fp8"),
         (lambda: make(Vanilla(), pending_dtype="int4"), "int4"),

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from conadv import FGSM, Batch, ConadvError, MicroBatch, rng, windows
 from conadv.attacks.targets import random_other_class
-from conadv.config import Config, replace, resolve
+from conadv.config.schema import Config, replace, resolve
 from conadv.data import build_data
 from conadv.data.mix import Mix
-from conadv.norm import frozen_stats, route
+from conadv.nn.split_batchnorm import frozen_stats, route
 
 from .helpers import images, tiny_resnet
 from .test_methods import CASES, EPS, SPACE, as_batch, make
@@ -48,7 +48,9 @@ def test_cutmix_pastes_one_box_of_the_share_that_the_labels_say() -> None:
     shares = set()
     for step in range(8):
         y_N = torch.arange(6) % 5
-        mixed, y_NK = Mix(0.0, 1.0, 6, seed=3)({"clean": pixels(1), "second": pixels(2)}, y_N, step, 0)
+        mixed, y_NK = Mix(0.0, 1.0, 6, seed=3)(
+            {"clean": pixels(1), "second": pixels(2)}, y_N, step, 0
+        )
         pasted = []
         for name, x in (("clean", pixels(1)), ("second", pixels(2))):
             own, other = mixed[name] == x, mixed[name] == x.roll(1, 0)
@@ -98,7 +100,9 @@ def test_every_method_trains_on_soft_labels(name: str) -> None:
         with torch.no_grad(), frozen_stats(engine.model):
             log_p = engine.model(twin_x).log_softmax(1)
         record = engine(batch, future)
-        assert record.losses["clean"] == pytest.approx(-(twin_y * log_p).sum(1).mean().item(), rel=1e-4)
+        assert record.losses["clean"] == pytest.approx(
+            -(twin_y * log_p).sum(1).mean().item(), rel=1e-4
+        )
 
 
 def test_the_attack_climbs_the_loss_of_the_soft_labels() -> None:
@@ -123,14 +127,25 @@ def test_a_targeted_attack_leaves_both_classes_of_a_mixed_image_out() -> None:
 
 
 def test_a_run_with_both_learns_and_repeats(tmp_path: Any) -> None:
-    from conadv.record import read_lines
-    from conadv.trainer import train
+    from conadv.training.record import read_lines
+    from conadv.training.trainer import train
 
     losses = []
     for name in ("a", "b"):
-        changes = {"method": "conadv", "data__mixup": 0.2, "data__cutmix": 1.0, "attack__targeted": True}
+        changes = {
+            "method": "conadv",
+            "data__mixup": 0.2,
+            "data__cutmix": 1.0,
+            "attack__targeted": True,
+        }
         train(config(**changes, epochs=1, eval__robust_images=0), tmp_path / name)
-        losses.append([line["loss"] for line in read_lines(tmp_path / name / "record.jsonl") if line["type"] == "step"])
+        losses.append(
+            [
+                line["loss"]
+                for line in read_lines(tmp_path / name / "record.jsonl")
+                if line["type"] == "step"
+            ]
+        )
     assert losses[0] == losses[1]
 
 

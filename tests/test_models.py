@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import get_model
 
-from conadv import ConadvError, recipes, route, split_batchnorm, strip
-from conadv.cli import main
-from conadv.config import Config, ModelConfig, OptimConfig, override, parse, replace, resolve
+from conadv import ConadvError, route, split_batchnorm, strip
+from conadv.cli.program import main
+from conadv.config import recipes
+from conadv.config.schema import Config, ModelConfig, OptimConfig, override, parse, replace, resolve
 from conadv.models import build_model, check_model, own, trust
 from conadv.models.trial import NO_BATCH_NORM
 from conadv.models.zoo import arguments
-from conadv.norm import routes_of
+from conadv.nn.split_batchnorm import routes_of
 from conadv.optim import MODEL_RULES, parameter_groups
-from conadv.trainer import build, overview, train
+from conadv.training.trainer import build, overview, train
 
 from .helpers import same, state, tiny_resnet
 
@@ -50,7 +51,9 @@ def test_timm_networks_take_the_channels_of_the_data_and_arguments() -> None:
 
 def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm", reason="timm is not installed")
-    with pytest.raises(ConadvError, match=r"Unknown timm model 'efficientnet_b0x'\. Did you mean 'efficientnet_b0'"):
+    with pytest.raises(
+        ConadvError, match=r"Unknown timm model 'efficientnet_b0x'\. Did you mean 'efficientnet_b0'"
+    ):
         make("timm:efficientnet_b0x")
     with pytest.raises(ConadvError, match="Did you mean 'resnet50'"):
         make("timm:resnet50.a1_in1k")  # a tag of weights, which are never loaded
@@ -122,7 +125,16 @@ def test_arguments_of_another_form_are_errors_of_the_config(name: str) -> None:
 def test_arguments_keep_what_they_say() -> None:
     # Red when: true and 1 become text, or a lone bracket an error.
     args = ("a=true", "b=1", "c=0.5", "d=", "e=[", "f=x y", f"g={2**63 - 1}", "h=null")
-    wanted = {"a": True, "b": 1, "c": 0.5, "d": "", "e": "[", "f": "x y", "g": 2**63 - 1, "h": "null"}
+    wanted = {
+        "a": True,
+        "b": 1,
+        "c": 0.5,
+        "d": "",
+        "e": "[",
+        "f": "x y",
+        "g": 2**63 - 1,
+        "h": "null",
+    }
     found = arguments(args)
     assert found == wanted
     assert [type(value) for value in found.values()] == [type(value) for value in wanted.values()]
@@ -140,7 +152,10 @@ def test_another_model_drops_the_width_of_the_recipe() -> None:
     assert base.model.width == 16
     edited = replace(base, model__name="resnet18")
     assert override(base, edited, {"model.name"}).model.width is None
-    assert override(base, replace(edited, model__width=8), {"model.name", "model.width"}).model.width == 8
+    assert (
+        override(base, replace(edited, model__width=8), {"model.name", "model.width"}).model.width
+        == 8
+    )
 
 
 # ---- module:function
@@ -219,23 +234,32 @@ def test_what_cannot_be_trusted(folder: Path, name: str, message: str) -> None:
 def test_a_module_that_fails_shows_its_own_error(folder: Path) -> None:
     # Red when: trust lets what a module raises through (the program then called it a bug of its own).
     for text, said in (
-        ("import a_package_that_is_not_there", "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"),
+        (
+            "import a_package_that_is_not_there",
+            "ModuleNotFoundError: No module named 'a_package_that_is_not_there'",
+        ),
         ("def make(:", "SyntaxError"),
         ("\n1 / 0", r"ZeroDivisionError: division by zero \(mynets.py, line 2\)"),
     ):
         (folder / "mynets.py").write_text(text)
         sys.modules.pop("mynets", None)
         importlib.invalidate_caches()
-        with pytest.raises(ConadvError, match=f"the model 'mynets:make' cannot be imported: {said}"):
+        with pytest.raises(
+            ConadvError, match=f"the model 'mynets:make' cannot be imported: {said}"
+        ):
             trust("mynets:make")
 
 
 def test_a_function_that_fails_shows_its_own_error(folder: Path) -> None:
     # Red when: build_own lets what the function raises through.
-    (folder / "failing.py").write_text("def make(num_classes, width=1):\n    return [0][num_classes * width]\n")
+    (folder / "failing.py").write_text(
+        "def make(num_classes, width=1):\n    return [0][num_classes * width]\n"
+    )
     trust("failing:make")
     for args, said in (((), "IndexError: list index out of range"), (("width=x",), "TypeError: ")):
-        with pytest.raises(ConadvError, match=rf"failing:make cannot make a model: {said}.*failing.py, line 2"):
+        with pytest.raises(
+            ConadvError, match=rf"failing:make cannot make a model: {said}.*failing.py, line 2"
+        ):
             make("failing:make", *args)
 
 
@@ -256,17 +280,19 @@ def test_what_a_function_returns_is_checked(folder: Path) -> None:
         check_model(make("mynets:pair"), 1, 8, 5)
 
 
-TRAIN = "--steps 2 --schedule.warmup-epochs 0 --quiet --eval.robust-images 0 --method conadv".split()
+TRAIN = (
+    "--steps 2 --schedule.warmup-epochs 0 --quiet --eval.robust-images 0 --method conadv".split()
+)
 
 
-def test_the_command_line_trusts_what_was_typed_in_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_trusts_what_was_typed_in_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: _train trusts the config's name, or eval and export do without --model.
     run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
     assert main([*run, "--model", "mynets:make"]) == 0
     again = ["train", "--config", "run/config.yaml", "--out", "again", "--quiet"]
-    analyze = (
-        "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --landscape none --robust-images 0".split()
-    )
+    analyze = "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --landscape none --robust-images 0".split()
     for command in (again, ["eval", "run"], ["export", "run"], analyze):
         (folder / "ran").unlink(missing_ok=True)
         sys.modules.pop("mynets", None)
@@ -307,15 +333,27 @@ def test_images_of_the_wrong_size_are_found_before_training(
         check_model(make(name, *args), 3, size, 5)
 
 
-SMALL_IMAGES = {"data__image_size": 4, "epochs": None, "steps": 3, "global_batch_size": 4, "schedule__warmup_epochs": 0}
+SMALL_IMAGES = {
+    "data__image_size": 4,
+    "epochs": None,
+    "steps": 3,
+    "global_batch_size": 4,
+    "schedule__warmup_epochs": 0,
+}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"micro_batch_size": 1}, "1 x 4 x 4 images one at a time.*larger micro_batch_size"),
-        ({"method": "disadv", "attack__share": 0.25}, "1 x 4 x 4 images one at a time.*attack.share"),
-        ({"probe__every_epochs": 0.1, "probe__images": 1, "probe__staleness": (1,)}, "1 x 4 x 4 images one at a time"),
+        (
+            {"method": "disadv", "attack__share": 0.25},
+            "1 x 4 x 4 images one at a time.*attack.share",
+        ),
+        (
+            {"probe__every_epochs": 0.1, "probe__images": 1, "probe__staleness": (1,)},
+            "1 x 4 x 4 images one at a time",
+        ),
         (
             {"method": "conadv", "data__image_size": 16, "attack__resolution": 0.5},
             "1 x 8 x 8 images.*attack.resolution",
@@ -364,7 +402,9 @@ def test_a_network_without_batch_norm_trains_and_says_what_routes_share() -> Non
     assert routes_of(parts.model) == ()
     with route(parts.model, "adv"):  # any route is accepted, all are the same
         parts.model(torch.zeros(2, 1, 16, 16))
-    shown = list(overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu"))))
+    shown = list(
+        overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu")))
+    )
     assert NO_BATCH_NORM not in shown
     assert "batch norm sees 32 images per route" in shown[0]
 
@@ -382,7 +422,10 @@ def test_vectors_of_any_kind_get_neither_decay_nor_trust_ratio() -> None:
             self.table = nn.Parameter(torch.zeros(5, 4))
 
     model = Scaled()
-    groups = {group["name"]: group for group in parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)}
+    groups = {
+        group["name"]: group
+        for group in parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)
+    }
     assert [id(p) for p in groups["scale"]["params"]] == [
         id(p) for p in (model.gamma, model.layer_scale, model.cls_token, model.temperature)
     ]
@@ -393,7 +436,9 @@ def test_vectors_of_any_kind_get_neither_decay_nor_trust_ratio() -> None:
 def test_sync_batchnorm_of_timms_layers_keeps_routes_and_activation() -> None:
     # Red when: a route of SyncBatchNormAct is made from num_features alone.
     layers = pytest.importorskip("timm.layers", reason="timm is not installed")
-    model = layers.convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4))).eval()
+    model = layers.convert_sync_batchnorm(
+        nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4))
+    ).eval()
     assert type(model[1]).__name__ == "SyncBatchNormAct"
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)

@@ -11,14 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conadv import FGSM, LAMB, ConadvError, Concurrent, NonFiniteError, PixelSpace, Recycle, TrainStep, Vanilla, windows
-from conadv.checkpoint import load_newest
-from conadv.cli import main
-from conadv.config import Config, replace
-from conadv.precision import LossScale
-from conadv.record import read_lines
+from conadv import (
+    FGSM,
+    LAMB,
+    ConadvError,
+    Concurrent,
+    NonFiniteError,
+    PixelSpace,
+    Recycle,
+    TrainStep,
+    Vanilla,
+    windows,
+)
+from conadv.cli.program import main
+from conadv.config.schema import Config, replace
+from conadv.engine.precision import LossScale
 from conadv.report import write_report
-from conadv.trainer import train
+from conadv.training.checkpoint import load_newest
+from conadv.training.record import read_lines
+from conadv.training.trainer import train
 
 from .helpers import batches, images, parameters, same, state, tiny_resnet
 from .test_trainer import config, weights, without_times
@@ -72,7 +83,9 @@ def test_a_step_that_is_left_out_leaves_everything_as_it_was() -> None:
 
 def test_stop_is_the_default_and_says_what_is_wrong() -> None:
     # Red when: the images are not looked at, or are blamed for a learning rate.
-    with pytest.raises(NonFiniteError, match=r"Step 0: the loss of the clean view is nan.*images of the clean view"):
+    with pytest.raises(
+        NonFiniteError, match=r"Step 0: the loss of the clean view is nan.*images of the clean view"
+    ):
         make(on_nonfinite="stop")(spoilt(images()))
     model = tiny_resnet("adv")
     with torch.no_grad():
@@ -86,7 +99,9 @@ def test_the_limit_counts_steps_in_a_row() -> None:
     stream = batches(9)
     engine = make(nonfinite_limit=2)
     for t, bad in enumerate("xx.xx."):
-        assert (engine(spoilt(stream[t]) if bad == "x" else stream[t]).skipped is not None) == (bad == "x")
+        assert (engine(spoilt(stream[t]) if bad == "x" else stream[t]).skipped is not None) == (
+            bad == "x"
+        )
     engine(spoilt(stream[6]))
     engine(spoilt(stream[7]))
     with pytest.raises(NonFiniteError, match=r"Step 8.*So were the 2 steps before it"):
@@ -143,7 +158,11 @@ def test_a_gradient_alone_may_be_the_one(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_methods_go_on_after_a_step_that_was_left_out(method: str) -> None:
     # Red when: recycle's images of the bad step still wait (step 3 would then be left out, too).
     attack = FGSM(0.1, "l2", space=SPACE)  # the sign of NaN would be 0
-    made = {"concurrent": Concurrent(attack), "lookahead": Concurrent(attack, 1, True), "recycle": Recycle(attack)}
+    made = {
+        "concurrent": Concurrent(attack),
+        "lookahead": Concurrent(attack, 1, True),
+        "recycle": Recycle(attack),
+    }
     model = _BadNet()
     engine = make(made[method], model)
     stream, found = batches(6), []
@@ -171,9 +190,18 @@ def test_a_run_that_skips_records_every_step_and_resumes_to_the_same_bits(
     monkeypatch.setattr(TrainStep, "gradient", gradient)
     settings = config(method="conadv", on_nonfinite="skip")
     train(settings, tmp_path / "whole")
-    lines = [line for line in read_lines(tmp_path / "whole" / "record.jsonl") if line["type"] == "step"]
+    lines = [
+        line for line in read_lines(tmp_path / "whole" / "record.jsonl") if line["type"] == "step"
+    ]
     assert [line["step"] for line in lines] == list(range(6))
-    assert [line["skipped"] for line in lines] == [None, "the gradient is nan", None, None, "the gradient is nan", None]
+    assert [line["skipped"] for line in lines] == [
+        None,
+        "the gradient is nan",
+        None,
+        None,
+        "the gradient is nan",
+        None,
+    ]
     assert [line["grad_norm"] is None for line in lines] == [t in (1, 4) for t in range(6)]
     assert all(math.isfinite(line["loss"]) for line in lines)
     train(settings, tmp_path / "cut")
@@ -190,7 +218,9 @@ def test_a_run_that_skips_records_every_step_and_resumes_to_the_same_bits(
 
 def diverging(**changes: Any) -> Config:
     """The first update leaves weights that no loss survives."""
-    return config(optim__name="sgd", optim__lr=1e30, schedule__warmup_epochs=0, epochs=None, **changes)
+    return config(
+        optim__name="sgd", optim__lr=1e30, schedule__warmup_epochs=0, epochs=None, **changes
+    )
 
 
 @pytest.mark.parametrize("changes", [{"steps": 1}, {"steps": 3, "eval__every_epochs": 0.01}])
@@ -199,7 +229,8 @@ def test_a_run_that_diverges_before_an_evaluation_ends_as_one_that_diverges_befo
 ) -> None:
     # Red when: _log_evaluations does not call stop_if_diverged (the run then goes on, with null).
     with pytest.raises(
-        NonFiniteError, match=r"After 1 steps the loss on the \w+ images is nan.*Lower the learning rate"
+        NonFiniteError,
+        match=r"After 1 steps the loss on the \w+ images is nan.*Lower the learning rate",
     ):
         train(diverging(**changes), tmp_path)
     last = read_lines(tmp_path / "record.jsonl")[-1]
@@ -289,7 +320,9 @@ def test_fp16_is_torchs_recipe(optimizer: str, clip: float | None) -> None:
     stream = batches(5)
     want, norms = reference(tiny_resnet(), stream, clip, OPTIMIZERS[optimizer])
     model = tiny_resnet()
-    engine = TrainStep(model, OPTIMIZERS[optimizer](model), space=SPACE, precision="fp16", clip_norm=clip)
+    engine = TrainStep(
+        model, OPTIMIZERS[optimizer](model), space=SPACE, precision="fp16", clip_norm=clip
+    )
     found = [engine(batch) for batch in stream]
     assert [record.skipped for record in found] == [None] * 5
     assert [record.grad_norm for record in found] == pytest.approx(norms, rel=1e-4)
@@ -322,11 +355,17 @@ def test_lamb_gets_what_the_engine_clipped_and_clips_nothing(clip: float | None)
     optimizer = LAMB(model.parameters(), 0.01, betas=(0.9, 0.999))
     scale = 40.0  # so that the gradient is longer than any customary limit
     engine = TrainStep(
-        model, optimizer, space=SPACE, clip_norm=clip, loss=lambda *args: scale * nn.functional.cross_entropy(*args)
+        model,
+        optimizer,
+        space=SPACE,
+        clip_norm=clip,
+        loss=lambda *args: scale * nn.functional.cross_entropy(*args),
     )
     record = engine(batches(1)[0])
     moments = [optimizer.state[p]["exp_avg"] for p in model.parameters()]
-    length = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(m) for m in moments])))
+    length = float(
+        torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(m) for m in moments]))
+    )
     assert record.grad_norm > 2
     assert length / 0.1 == pytest.approx(record.grad_norm if clip is None else clip, rel=1e-4)
 
@@ -372,7 +411,9 @@ def test_fp16_attacks_move_images_that_are_classified_with_confidence() -> None:
             return self.fc(x.flatten(1)) + torch.tensor([19.0, 0.0])
 
     model = Sure()
-    engine = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), space=SPACE, precision="fp16")
+    engine = TrainStep(
+        model, torch.optim.SGD(model.parameters(), 0.1), space=SPACE, precision="fp16"
+    )
     x = torch.full((4, 3, 4, 4), 0.5)
     batch = engine._as_batch((x, torch.zeros(4, dtype=torch.long)), 0)
     (made,) = engine.craft(FGSM(0.1, space=SPACE), batch).images
@@ -380,7 +421,9 @@ def test_fp16_attacks_move_images_that_are_classified_with_confidence() -> None:
 
 
 def test_a_fp16_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    settings = config(method="conadv", precision="fp16", optim__clip_norm=1.0, optim__name="lamb", optim__lr=0.01)
+    settings = config(
+        method="conadv", precision="fp16", optim__clip_norm=1.0, optim__name="lamb", optim__lr=0.01
+    )
     train(settings, tmp_path / "whole")
     train(settings, tmp_path / "cut")
     for step in (4, 5, 6):

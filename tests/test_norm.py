@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import get_model
 
 from conadv import ConadvError, frozen_stats, route, split_batchnorm, strip
-from conadv.norm import SplitBatchNorm, routes_of
+from conadv.nn.split_batchnorm import SplitBatchNorm, routes_of
 
 from .helpers import images, same, state, tiny_resnet
 
@@ -106,7 +106,13 @@ def test_norm_plus_activation_layers_keep_their_activation() -> None:
         assert torch.equal(model(x), layer(x))
     assert (model(x) != layer.forward(x).clamp(min=0)).any()
     names = [n for n, _ in model.named_parameters()]
-    assert names == ["0.weight", "0.bias", "0.act.weight", "0.routes.adv.weight", "0.routes.adv.bias"]  # PReLU shared
+    assert names == [
+        "0.weight",
+        "0.bias",
+        "0.act.weight",
+        "0.routes.adv.weight",
+        "0.routes.adv.bias",
+    ]  # PReLU shared
     assert model[0].routes["adv"].act is model[0].act
 
 
@@ -193,7 +199,10 @@ def test_layers_that_fold_patches_into_the_batch() -> None:
         out = model(x)
     assert out[:5].mean(0).abs().max() < 1e-6
     assert out[5:].mean(0).abs().max() < 1e-6
-    with pytest.raises(ConadvError, match="add up to 3 images"), route(model, {"clean": 1, "adv": 2}):
+    with (
+        pytest.raises(ConadvError, match="add up to 3 images"),
+        route(model, {"clean": 1, "adv": 2}),
+    ):
         model(torch.randn(4, 5, 3))
 
 

@@ -71,7 +71,10 @@ def make_grads(step: int, params: list[nn.Parameter]) -> list[Tensor]:
     """Gradients with elements beyond +-10 (clamped by "nus"), one tiny, one zero; some in another memory order."""
     gen = torch.Generator().manual_seed(100 + step)
     scales = [8.0, 1.0, 0.3, 1.0, 1e-5, 0.0, 1.0, 0.1]
-    grads = [torch.randn(p.shape, generator=gen, dtype=torch.float64) * s for p, s in zip(params, scales, strict=True)]
+    grads = [
+        torch.randn(p.shape, generator=gen, dtype=torch.float64) * s
+        for p, s in zip(params, scales, strict=True)
+    ]
     if step % 2:
         grads[0] = grads[0].to(memory_format=torch.channels_last)
     return [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
@@ -93,7 +96,9 @@ def snapshot(optimizer: Any, params: list[nn.Parameter]) -> list[Tensor]:
     return [value.clone() for value in values]
 
 
-def trajectory(case: Case, dtype: torch.dtype, foreach: bool | None, num_steps: int = 20) -> list[list[Tensor]]:
+def trajectory(
+    case: Case, dtype: torch.dtype, foreach: bool | None, num_steps: int = 20
+) -> list[list[Tensor]]:
     params = make_params(dtype)
     optimizer = case.build(params, foreach)
     history = []
@@ -162,7 +167,9 @@ def test_default_form_is_close_to_the_reference_in_float32(case: Case) -> None:
         oracle.step(make_grads(step, params), lr)
         for ours, theirs in zip(snapshot(optimizer, params), oracle.snapshot(), strict=True):
             scale = theirs.abs().max().item() if theirs.numel() else 0.0
-            torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-5, atol=2e-6 * scale + 1e-12)
+            torch.testing.assert_close(
+                ours.double(), theirs.double(), rtol=2e-5, atol=2e-6 * scale + 1e-12
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -223,7 +230,9 @@ def test_a_deep_copy_continues_bit_for_bit(case: Case) -> None:
 
 @pytest.mark.parametrize("foreach", FORMS)
 @ALL_CASES
-def test_a_late_parameter_starts_fresh_and_one_without_gradient_stays(case: Case, foreach: bool | None) -> None:
+def test_a_late_parameter_starts_fresh_and_one_without_gradient_stays(
+    case: Case, foreach: bool | None
+) -> None:
     """As the adversarial route's batch norm, which has no gradient in step 0. Red when: t is shared by the group."""
     params = make_params()
     optimizer = case.build(params, foreach)
@@ -308,7 +317,9 @@ def test_cuda_forms_agree_with_the_reference_and_never_wait(case: Case) -> None:
                 torch.cuda.set_sync_debug_mode("default")
             oracle.step(grads, lr)
             for ours, theirs in zip(snapshot(optimizer, params), oracle.snapshot(), strict=True):
-                torch.testing.assert_close(ours.double().cpu(), theirs.double(), rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(
+                    ours.double().cpu(), theirs.double(), rtol=1e-10, atol=1e-12
+                )
 
 
 # ---------------------------------------------------------------- LARS
@@ -316,7 +327,10 @@ def test_cuda_forms_agree_with_the_reference_and_never_wait(case: Case) -> None:
 
 def test_lars_variants_differ_from_each_other() -> None:
     """Under a changing lr. Red when: two names share a formula ("tf" in place of any other)."""
-    ends = {v: trajectory(Case(v, LARS, {"variant": v, **_STRONG}), torch.float64, None)[-1] for v in VARIANTS}
+    ends = {
+        v: trajectory(Case(v, LARS, {"variant": v, **_STRONG}), torch.float64, None)[-1]
+        for v in VARIANTS
+    }
     for a, b in itertools.combinations(VARIANTS, 2):
         assert not torch.allclose(ends[a][0], ends[b][0], rtol=1e-6), f"{a} and {b} are the same"
 
@@ -333,7 +347,9 @@ def _run_lars(variant: str, lrs: list[float]) -> Tensor:
 
 def test_lars_tf_is_timm_under_a_constant_lr_and_differs_under_a_changing_one() -> None:
     """lr inside the buffer or outside. Red when: "tf" keeps lr outside (second assertion)."""
-    torch.testing.assert_close(_run_lars("tf", [0.1] * 8), _run_lars("timm", [0.1] * 8), rtol=1e-11, atol=0)
+    torch.testing.assert_close(
+        _run_lars("tf", [0.1] * 8), _run_lars("timm", [0.1] * 8), rtol=1e-11, atol=0
+    )
     decaying = [0.8 / 2**k for k in range(8)]
     assert not torch.allclose(_run_lars("tf", decaying), _run_lars("timm", decaying), rtol=1e-3)
 
@@ -363,7 +379,13 @@ def test_lars_without_adaptation_is_torch_sgd(variant: str) -> None:
     """Constant lr. Red when: adapt is ignored."""
     ours, theirs = (nn.Parameter(make_params()[0].detach()) for _ in range(2))
     optimizers = [
-        LARS([{"params": [ours], "adapt": False}], 0.01, momentum=0.8, weight_decay=0.1, variant=variant),
+        LARS(
+            [{"params": [ours], "adapt": False}],
+            0.01,
+            momentum=0.8,
+            weight_decay=0.1,
+            variant=variant,
+        ),
         torch.optim.SGD([theirs], 0.01, momentum=0.8, weight_decay=0.1),
     ]
     for step in range(6):
@@ -374,9 +396,13 @@ def test_lars_without_adaptation_is_torch_sgd(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rate", "rtol"), [(torch.float32, 1.3e-13, 1e-6), (torch.float64, 1.3e-7, 1e-13)], ids=str
+    ("dtype", "rate", "rtol"),
+    [(torch.float32, 1.3e-13, 1e-6), (torch.float64, 1.3e-7, 1e-13)],
+    ids=str,
 )
-def test_small_rates_stay_exact_in_the_default_form(dtype: torch.dtype, rate: float, rtol: float) -> None:
+def test_small_rates_stay_exact_in_the_default_form(
+    dtype: torch.dtype, rate: float, rtol: float
+) -> None:
     """The fused kernel's 1 - (1 - rate) is off by up to 1.1e-16: 0.1 % and 1e-9 of these rates. Red when: the smallest
     fused rate is 0 (float32), or float64 takes the fused kernel."""
     p = nn.Parameter(torch.ones(2, 2, dtype=dtype))
@@ -394,7 +420,9 @@ def test_default_form_on_cpu_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -
         module = __import__(f"conadv.optim.{name}", fromlist=[kernel])
         real = getattr(module, kernel)
 
-        def counting(params: Any, *args: Any, name: str = name, real: Any = real, **options: Any) -> None:
+        def counting(
+            params: Any, *args: Any, name: str = name, real: Any = real, **options: Any
+        ) -> None:
             counts[name] += len(params)
             real(params, *args, **options)
 

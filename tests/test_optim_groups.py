@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from conadv.config import OPTIMIZER_DEFAULTS, Config, OptimConfig, resolve
+from conadv.config.schema import OPTIMIZER_DEFAULTS, Config, OptimConfig, resolve
 from conadv.errors import ConadvError
-from conadv.norm import split_batchnorm
-from conadv.optim import DEFAULT_RULES, LAMB, LARS, Rule, build_optimizer, describe, parameter_groups
+from conadv.nn.split_batchnorm import split_batchnorm
+from conadv.optim import (
+    DEFAULT_RULES,
+    LAMB,
+    LARS,
+    Rule,
+    build_optimizer,
+    describe,
+    parameter_groups,
+)
 from conadv.optim.lars import VARIANTS
 
 
@@ -26,29 +34,54 @@ def test_resnet_groups_cover_every_parameter_once() -> None:
     """Red when: the norm rule is left out (1-D norm weights raise), or the bias rule comes after the weights rule."""
     model = resnet18()
     found = names_by_group(model, weight_decay=0.1)
-    assert sorted(n for names in found.values() for n in names) == sorted(n for n, _ in model.named_parameters())
+    assert sorted(n for names in found.values() for n in names) == sorted(
+        n for n, _ in model.named_parameters()
+    )
     assert found["bias"] == {"fc.bias"}
     assert "layer1.0.conv1.weight" in found["weights"]
     assert "fc.weight" in found["weights"]
-    assert found["norm"] == {n for n, _ in model.named_parameters() if "bn" in n or "downsample.1" in n}
+    assert found["norm"] == {
+        n for n, _ in model.named_parameters() if "bn" in n or "downsample.1" in n
+    }
 
 
 def test_every_batchnorm_route_is_a_norm_parameter() -> None:
     """Red when: a layer is recognised by its exact class (split layers change theirs)."""
     model = split_batchnorm(resnet18(), "adv", "aug")
-    plain, found = names_by_group(resnet18(), weight_decay=0.1), names_by_group(model, weight_decay=0.1)
+    plain, found = (
+        names_by_group(resnet18(), weight_decay=0.1),
+        names_by_group(model, weight_decay=0.1),
+    )
     assert found["weights"] == plain["weights"]
     assert len(found["norm"]) == 3 * len(plain["norm"])
     assert any(".routes.adv." in name for name in found["norm"])
 
 
 def test_groups_carry_decay_and_adaptation_and_keep_order() -> None:
-    layers = [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm1d(3, affine=True), nn.RMSNorm(3), nn.Linear(3, 2)]
+    layers = [
+        nn.LayerNorm(3),
+        nn.GroupNorm(1, 3),
+        nn.InstanceNorm1d(3, affine=True),
+        nn.RMSNorm(3),
+        nn.Linear(3, 2),
+    ]
     groups = parameter_groups(nn.Sequential(*layers, nn.MultiheadAttention(4, 2)), weight_decay=0.3)
     assert describe(groups) == [
         {"name": "norm", "tensors": 7, "parameters": 21, "weight_decay": 0.0, "adapt": False},
-        {"name": "bias", "tensors": 3, "parameters": 2 + 12 + 4, "weight_decay": 0.0, "adapt": False},
-        {"name": "weights", "tensors": 3, "parameters": 6 + 48 + 16, "weight_decay": 0.3, "adapt": True},
+        {
+            "name": "bias",
+            "tensors": 3,
+            "parameters": 2 + 12 + 4,
+            "weight_decay": 0.0,
+            "adapt": False,
+        },
+        {
+            "name": "weights",
+            "tensors": 3,
+            "parameters": 6 + 48 + 16,
+            "weight_decay": 0.3,
+            "adapt": True,
+        },
     ]
 
 
@@ -57,7 +90,10 @@ def test_shared_parameters_count_once_and_frozen_ones_not_at_all() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     model[2].requires_grad_(False)
-    assert {g["name"]: len(g["params"]) for g in parameter_groups(model, weight_decay=0.1)} == {"bias": 2, "weights": 1}
+    assert {g["name"]: len(g["params"]) for g in parameter_groups(model, weight_decay=0.1)} == {
+        "bias": 2,
+        "weights": 1,
+    }
     with pytest.raises(ConadvError, match="no trainable parameter"):
         parameter_groups(model.requires_grad_(False), weight_decay=0.1)
 
@@ -70,10 +106,14 @@ class LayerScale(nn.Module):
 
 def test_an_uncovered_parameter_is_named_with_the_way_out() -> None:
     model = nn.Sequential(nn.Linear(4, 4), LayerScale())
-    with pytest.raises(ConadvError, match=r"'1\.gamma' of shape \(4,\) in a LayerScale.*Rule\('gamma'"):
+    with pytest.raises(
+        ConadvError, match=r"'1\.gamma' of shape \(4,\) in a LayerScale.*Rule\('gamma'"
+    ):
         parameter_groups(model, weight_decay=0.1)
     rule = Rule("scale", lambda module, name, p: name == "gamma", decay=False, adapt=True)
-    assert names_by_group(model, weight_decay=0.1, rules=(*DEFAULT_RULES, rule))["scale"] == {"1.gamma"}
+    assert names_by_group(model, weight_decay=0.1, rules=(*DEFAULT_RULES, rule))["scale"] == {
+        "1.gamma"
+    }
     clash = Rule("bias", lambda module, name, p: name == "gamma", decay=True, adapt=True)
     with pytest.raises(ConadvError, match="Two rules named 'bias'"):
         parameter_groups(model, weight_decay=0.1, rules=(*DEFAULT_RULES, clash))
@@ -106,7 +146,9 @@ def test_lars_and_the_config_agree_on_every_default() -> None:
         assert resolved(name="lars", variant=variant).eps == formula.eps
     p = nn.Parameter(torch.ones(2))
     for name, optimizer in (("lars", LARS([p], 0.1)), ("lamb", LAMB([p], 0.1))):
-        assert {k: optimizer.param_groups[0][k] for k in OPTIMIZER_DEFAULTS[name]} == OPTIMIZER_DEFAULTS[name]
+        assert {
+            k: optimizer.param_groups[0][k] for k in OPTIMIZER_DEFAULTS[name]
+        } == OPTIMIZER_DEFAULTS[name]
 
 
 def small_model(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
@@ -149,7 +191,8 @@ def test_a_built_optimizer_resumes_bit_for_bit(name: str) -> None:
     """Red when: SGD's state is not what a plain torch.optim.SGD saves and loads."""
     model, twin = small_model(), small_model()
     optimizer, resumed = (
-        build_optimizer(resolved(name=name), parameter_groups(m, weight_decay=0.1), lr=0.1) for m in (model, twin)
+        build_optimizer(resolved(name=name), parameter_groups(m, weight_decay=0.1), lr=0.1)
+        for m in (model, twin)
     )
     for step in range(3):
         set_grads(model, step)
@@ -167,7 +210,9 @@ def test_a_built_optimizer_resumes_bit_for_bit(name: str) -> None:
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
+)
 def test_sgd_and_adamw_are_torchs_own(name: str, plain: type) -> None:
     """Against torch's loop form with the same groups."""
     models = [small_model(), small_model()]

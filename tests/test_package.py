@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from conadv._version import __version__
+from conadv import __version__
 
 ROOT = Path(__file__).parent.parent
 BUILD = """
@@ -33,7 +33,12 @@ build_meta.build_wheel(out)
 
 def run(*words: str, cwd: Path, **environment: str) -> str:
     """The output of a command; the test fails with its error output."""
-    around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}  # or a checkout would come first
+    around = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": "",
+        **environment,
+    }  # or a checkout would come first
     done = subprocess.run(words, cwd=cwd, env=around, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -45,7 +50,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     if int(_setuptools().split(".")[0]) < 77:
         pytest.skip("needs setuptools 77 or newer (pip install '.[test]')")
     source = tmp_path_factory.mktemp("source") / "conadv"
-    ignored = shutil.ignore_patterns(".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "results")
+    ignored = shutil.ignore_patterns(
+        ".*", "runs", "site", "build", "dist", "*.egg-info", "__pycache__", "results"
+    )
     shutil.copytree(ROOT, source, ignore=ignored)
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-c", BUILD, str(out), cwd=source)
@@ -62,7 +69,11 @@ def _setuptools() -> str:
 
 def modules() -> set[str]:
     """Every file of the package that is no by-product of running it."""
-    found = (path for path in (ROOT / "conadv").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    found = (
+        path
+        for path in (ROOT / "conadv").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    )
     return {path.relative_to(ROOT).as_posix() for path in found}
 
 
@@ -73,7 +84,11 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
         metadata = wheel.read(f"{info}/METADATA").decode()
         assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     assert {name for name in names if not name.startswith(info)} == modules()
-    assert {"conadv/py.typed", "conadv/report/report.html.j2", "conadv/recipes/slurm_imagenet.sh"} <= names
+    assert {
+        "conadv/py.typed",
+        "conadv/report/report.html.j2",
+        "conadv/recipes/slurm_imagenet.sh",
+    } <= names
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
     assert re.search(r"^Requires-Python: >=3.10$", metadata, re.M)
 
@@ -85,21 +100,43 @@ def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Pat
         archive.extractall(tmp_path, filter="data")
     (source,) = tmp_path.iterdir()
     top = {path.name for path in source.iterdir() if path.suffix != ".egg-info"}
-    want = {"conadv", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg"}
+    want = {
+        "conadv",
+        "CHANGELOG.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "PKG-INFO",
+        "README.md",
+        "pyproject.toml",
+        "setup.cfg",
+    }
     assert top == want
     run(sys.executable, "-c", BUILD, str(tmp_path), cwd=source)
     with zipfile.ZipFile(tmp_path / wheel.name) as again, zipfile.ZipFile(wheel) as first:
-        assert {name: again.read(name) for name in modules()} == {name: first.read(name) for name in modules()}
+        assert {name: again.read(name) for name in modules()} == {
+            name: first.read(name) for name in modules()
+        }
 
 
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
-def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_it_runs_in_an_environment_of_its_own(
+    kind: str, built: tuple[Path, Path], tmp_path: Path
+) -> None:
     # Red when: package-data leaves out report/*.j2 (the report ends with TemplateNotFound), or the entry point is gone.
     # --no-deps: the tests download nothing. That what is declared suffices is the test below.
     here, archive = tmp_path / "elsewhere", dict(zip(("sdist", "wheel"), built, strict=True))[kind]
     here.mkdir()
     python = environment(tmp_path / "environment")
-    pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps")
+    pip = (
+        str(python),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+    )
     # --force-reinstall: pip sees the checkout's installation among the packages that are shared
     run(*pip, "--force-reinstall", "--no-build-isolation", str(archive), cwd=here)
 
@@ -107,7 +144,10 @@ def test_it_runs_in_an_environment_of_its_own(kind: str, built: tuple[Path, Path
     assert Path(where.strip()).is_relative_to(tmp_path / "environment")
     conadv = str(python.parent / "conadv")
     assert run(conadv, "--version", cwd=here).strip() == __version__
-    assert run(conadv, "slurm", cwd=here) == (ROOT / "conadv" / "recipes" / "slurm_imagenet.sh").read_text()
+    assert (
+        run(conadv, "slurm", cwd=here)
+        == (ROOT / "conadv" / "recipes" / "slurm_imagenet.sh").read_text()
+    )
     run(conadv, "demo", "--seeds", "1", "--epochs", "4", "--jobs", "2", "--quiet", cwd=here)
     out = here / "runs" / "demo"
     assert "<svg" in (out / "report.html").read_text()
@@ -129,7 +169,10 @@ def imported(tree: ast.AST, always: bool = True) -> Iterator[tuple[str, bool]]:
         later = (
             isinstance(node, ast.FunctionDef)
             or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-            or (isinstance(node, ast.Try) and any("ImportError" in ast.unparse(h) for h in node.handlers))
+            or (
+                isinstance(node, ast.Try)
+                and any("ImportError" in ast.unparse(h) for h in node.handlers)
+            )
         )
         yield from imported(node, always and not later)
 
@@ -148,7 +191,9 @@ def test_the_declared_dependencies_are_what_the_package_imports() -> None:
     # imports within functions), or a dependency is imported nowhere.
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is not in Python 3.10
     dependencies, extra = re.findall(
-        r"^dependencies = (\[.*?^\])|^\[project.optional-dependencies\]\n(.*?)^\[", text, re.M | re.S
+        r"^dependencies = (\[.*?^\])|^\[project.optional-dependencies\]\n(.*?)^\[",
+        text,
+        re.M | re.S,
     )
     declared = {distribution(each) for each in re.findall(r'"(.*?)"', dependencies[0])}
     extras = {distribution(each) for each in re.findall(r'"(.*?)"', extra[1])}
@@ -158,7 +203,9 @@ def test_the_declared_dependencies_are_what_the_package_imports() -> None:
             owner = OWNERS.get(module, module).lower()
             if module != "conadv" and module not in sys.stdlib_module_names:
                 seen.setdefault(owner, set()).add(path.name)
-                assert owner in (declared if always else declared | extras), f"{path.name} imports {module}"
+                assert owner in (declared if always else declared | extras), (
+                    f"{path.name} imports {module}"
+                )
     assert declared <= seen.keys(), declared - seen.keys()
 
 
@@ -175,7 +222,12 @@ def environment(folder: Path) -> Path:
 
 def test_extras_are_installed_from_the_checkout_everywhere() -> None:
     # Red when: a page, a message or a comment installs an extra from an index, or one that pyproject.toml has not.
-    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("[project.")[0]
+    section = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .split("[project.optional-dependencies]")[1]
+        .split("[project.")[0]
+    )
     known = set(re.findall(r"^(\w+) = \[", section, re.M))
     folders = ("conadv", "docs", "tests", "benchmarks", "examples")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]

@@ -17,9 +17,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from conadv.cli import main
-from conadv.engine import Comm
-from conadv.engine.reducer import MIB, GradientReducer
+from conadv.cli.program import main
+from conadv.distributed.comm import Comm
+from conadv.distributed.reducer import MIB, GradientReducer
 from conadv.errors import ConadvError
 from conadv.plan import KINDS, Layout, Planner, Profile, Rules, best, load, save
 from conadv.plan.command import PAYLOAD, PlanArgs, WorkloadArgs, _workload, link_of, plan_of
@@ -57,8 +57,12 @@ def rank_sum(size: float, ranks: int = 2, per_byte: float = PER_BYTE) -> float:
 def test_a_curve_goes_through_its_points_and_on_along_its_ends() -> None:
     # Red when: the first segment's slope is used above the last point, or the floor below the first is left out.
     curve = Curve([(10, 1.0), (20, 3.0), (40, 4.0)])
-    assert [curve(n) for n in (10, 15, 20, 30, 40, 60)] == pytest.approx([1.0, 2.0, 3.0, 3.5, 4.0, 5.0])
-    assert curve(5) == pytest.approx(0.5)  # along the segment it would be 0: less than in proportion
+    assert [curve(n) for n in (10, 15, 20, 30, 40, 60)] == pytest.approx(
+        [1.0, 2.0, 3.0, 3.5, 4.0, 5.0]
+    )
+    assert curve(5) == pytest.approx(
+        0.5
+    )  # along the segment it would be 0: less than in proportion
     assert Curve([(10, 1.0), (20, 1.2)])(5) == pytest.approx(0.9)
     assert curve.covers(10)
     assert not curve.covers(41)
@@ -87,12 +91,16 @@ def test_a_message_that_needs_the_processor_takes_its_share() -> None:
     # Red when: the rate of work ignores the message's share, or the message is not slowed down by work.
     third = beside(8.0, [Message(0.0, 6.0, 2.0)])  # alone it uses 1/3: work runs at 2/3 for 6 s
     assert (third.work, third.network) == pytest.approx((10.0, 6.0))
-    all_of_it = beside(4.0, [Message(0.0, 6.0, 6.0)])  # half each until the work is done, then the rest alone
+    all_of_it = beside(
+        4.0, [Message(0.0, 6.0, 6.0)]
+    )  # half each until the work is done, then the rest alone
     assert (all_of_it.work, all_of_it.network) == pytest.approx((8.0, 10.0))
 
 
 messages = st.lists(
-    st.tuples(st.floats(0, 10), st.floats(0.01, 5), st.floats(0, 1)).map(lambda t: Message(t[0], t[1], t[1] * t[2])),
+    st.tuples(st.floats(0, 10), st.floats(0.01, 5), st.floats(0, 1)).map(
+        lambda t: Message(t[0], t[1], t[1] * t[2])
+    ),
     max_size=5,
 )
 
@@ -128,7 +136,9 @@ def test_beside_agrees_with_small_time_steps(work: float, queue: list[Message]) 
 
 
 @given(work=st.floats(0, 10), queue=messages)
-def test_running_beside_is_never_slower_than_one_after_the_other(work: float, queue: list[Message]) -> None:
+def test_running_beside_is_never_slower_than_one_after_the_other(
+    work: float, queue: list[Message]
+) -> None:
     ends = beside(work, queue)
     total = sum(message.seconds for message in queue)
     assert max(work, total if work == 0 else 0.0) <= ends.both + 1e-9
@@ -145,7 +155,9 @@ def test_all_reduce_is_a_ring_and_nccl_may_take_a_tree() -> None:
     assert planner().all_reduce(bucket, 8).seconds == pytest.approx(14 * 1e-4 + 1.75e-3)
     nccl = planner(algorithm="ring-or-tree")
     assert nccl.all_reduce(bucket, 8).seconds == pytest.approx(6 * 1e-4 + 2e-3)
-    assert nccl.all_reduce(Bucket(bytes=10**9, ready=1.0), 8).seconds == pytest.approx(14 * 1e-4 + 1.75)
+    assert nccl.all_reduce(Bucket(bytes=10**9, ready=1.0), 8).seconds == pytest.approx(
+        14 * 1e-4 + 1.75
+    )
     busy = planner(busy_seconds_per_byte=4e-10).all_reduce(bucket, 8)
     assert busy.busy == pytest.approx(1.75e6 * 4e-10)
 
@@ -182,10 +194,14 @@ def test_one_device_adds_up_its_phases() -> None:
         "conadv-lookahead": (0.16 + 0.05) * 2 + 0.008 + 0.01,  # weights are predicted once per step
         "recycle": (0.166 + 0.00125) * 2 + 0.01,
     }.items():
-        assert Planner(PROFILE).predict(method, Layout(1, 0, 20, 2)).step == pytest.approx(step), method
+        assert Planner(PROFILE).predict(method, Layout(1, 0, 20, 2)).step == pytest.approx(step), (
+            method
+        )
 
 
-def by_hand(attack_before: float, attack_after: float, micro_batches: int = 1, per_byte: float = PER_BYTE) -> float:
+def by_hand(
+    attack_before: float, attack_after: float, micro_batches: int = 1, per_byte: float = PER_BYTE
+) -> float:
     """Two ranks, 32 images per pass: 0.22 per micro-batch, buckets ready at half and at the end of the last pass."""
     gradient, last = 0.22 * micro_batches, 0.11
     first_ready = gradient - last / 2 + 20e6 * COPY
@@ -214,11 +230,16 @@ def test_buckets_leave_in_the_last_pass_and_the_attack_hides_them() -> None:
 def test_attack_ranks_work_beside_their_learners() -> None:
     # Red when: the share is not rounded up, tau does not divide the chain, or the learner does not pay for its copy.
     weights = 45e6
-    for learners, share in ((3, 2), (7, 4)):  # two attack ranks: the learners are slower, then the attack ranks are
+    for learners, share in (
+        (3, 2),
+        (7, 4),
+    ):  # two attack ranks: the learners are slower, then the attack ranks are
         layout = Layout(learners, 2, 32, 1)
         images = share * 32 * 12288
         own = share * 0.07 + images * COPY
-        chain = weights * COPY + (LATENCY + weights * PER_BYTE) + own + (LATENCY + images * PER_BYTE)
+        chain = (
+            weights * COPY + (LATENCY + weights * PER_BYTE) + own + (LATENCY + images * PER_BYTE)
+        )
         first_end = weights * COPY + 0.22 - 0.055 + 20e6 * COPY + rank_sum(20e6, learners)
         work = weights * COPY + 0.22 + GRADIENTS * COPY
         sums = rank_sum(25e6, learners) + rank_sum(LOSSES_BYTES, learners)
@@ -226,9 +247,15 @@ def test_attack_ranks_work_beside_their_learners() -> None:
         learner = work + sums + 0.01 + 32 * 12288 * COPY
         assert (learner > chain) == (learners == 3)
         assert planner().predict("conadv", layout).step == pytest.approx(max(learner, chain))
-    assert replace(planner(point_seconds_per_byte=1e-7), staleness=1).predict("conadv", layout).step > 4.5
+    assert (
+        replace(planner(point_seconds_per_byte=1e-7), staleness=1).predict("conadv", layout).step
+        > 4.5
+    )
     slow = replace(planner(point_seconds_per_byte=1e-8), staleness=4)
-    assert slow.predict("conadv", layout).step < replace(slow, staleness=1).predict("conadv", layout).step
+    assert (
+        slow.predict("conadv", layout).step
+        < replace(slow, staleness=1).predict("conadv", layout).step
+    )
 
 
 def test_one_attack_rank_for_too_many_learners_makes_them_wait() -> None:
@@ -247,7 +274,10 @@ def test_ranks_that_share_processors_cannot_be_faster_than_their_work() -> None:
     work = 2 * (0.22 + 0.01 + 0.009) + 2 * 0.07
     assert crowded == pytest.approx(work / 2, rel=0.01)
     assert crowded > planner().predict("conadv", layout).step
-    assert replace(planner(), processors=3).predict("conadv", layout).step == planner().predict("conadv", layout).step
+    assert (
+        replace(planner(), processors=3).predict("conadv", layout).step
+        == planner().predict("conadv", layout).step
+    )
 
 
 def test_limit_names_what_would_help() -> None:
@@ -267,8 +297,14 @@ def test_memory_by_hand() -> None:
     assert learner_bytes(planner(), "vanilla", layout) == 4 * fixed + 64 * image + 32 * 500_000
     assert learner_bytes(planner(), "noise", layout) == 4 * fixed + 2 * 64 * image + 32 * 500_000
     assert learner_bytes(planner(), "conadv", layout) == 4 * fixed + 3 * 64 * image + 32 * 500_000
-    assert learner_bytes(planner(), "conadv-lookahead", layout) == 5 * fixed + 3 * 64 * image + 32 * 500_000
-    assert attacker_bytes(planner(), Layout(3, 2, 32, 1)) == 3 * fixed + 2 * 2 * 32 * image + 32 * 500_000
+    assert (
+        learner_bytes(planner(), "conadv-lookahead", layout)
+        == 5 * fixed + 3 * 64 * image + 32 * 500_000
+    )
+    assert (
+        attacker_bytes(planner(), Layout(3, 2, 32, 1))
+        == 3 * fixed + 2 * 2 * 32 * image + 32 * 500_000
+    )
 
 
 # ---- limits
@@ -278,20 +314,32 @@ layouts = st.builds(Layout, st.integers(1, 4096), st.just(0), st.integers(1, 64)
 per_byte = st.floats(1e-11, 1e-6)
 
 
-@given(method=methods, layout=layouts, slow=per_byte, factor=st.floats(0.01, 1), busy=st.floats(0, 1e-9))
+@given(
+    method=methods,
+    layout=layouts,
+    slow=per_byte,
+    factor=st.floats(0.01, 1),
+    busy=st.floats(0, 1e-9),
+)
 def test_more_bandwidth_or_less_latency_is_never_slower(
     method: str, layout: Layout, slow: float, factor: float, busy: float
 ) -> None:
     now = planner(seconds_per_byte=slow, busy_seconds_per_byte=busy)
     step = now.predict(method, layout).step
-    faster = planner(seconds_per_byte=slow * factor, busy_seconds_per_byte=busy).predict(method, layout).step
+    faster = (
+        planner(seconds_per_byte=slow * factor, busy_seconds_per_byte=busy)
+        .predict(method, layout)
+        .step
+    )
     nearer = planner(seconds_per_byte=slow, busy_seconds_per_byte=busy, latency=LATENCY * factor)
     assert faster <= step * (1 + 1e-9)
     assert nearer.predict(method, layout).step <= step * (1 + 1e-9)
 
 
 @given(layout=layouts, speed=per_byte, busy=st.floats(0, 1e-9))
-def test_the_attack_of_conadv_costs_between_nothing_and_its_time(layout: Layout, speed: float, busy: float) -> None:
+def test_the_attack_of_conadv_costs_between_nothing_and_its_time(
+    layout: Layout, speed: float, busy: float
+) -> None:
     # Red when: the attack is put before the gradient and beside it (paid twice), or left out.
     now = planner(seconds_per_byte=speed, busy_seconds_per_byte=busy)
     without, inside = (now.predict(method, layout) for method in ("multiview", "disadv"))
@@ -302,11 +350,15 @@ def test_the_attack_of_conadv_costs_between_nothing_and_its_time(layout: Layout,
 
 
 @given(layout=layouts, ranks=st.integers(1, 64))
-def test_more_attack_ranks_are_never_slower_while_each_learner_feeds_one(layout: Layout, ranks: int) -> None:
+def test_more_attack_ranks_are_never_slower_while_each_learner_feeds_one(
+    layout: Layout, ranks: int
+) -> None:
     most = min(layout.learners, layout.learners * layout.accumulation)
     few = replace(layout, attack_ranks=min(ranks, most))
     more = replace(layout, attack_ranks=most)
-    assert planner().predict("conadv", more).step <= planner().predict("conadv", few).step * (1 + 1e-9)
+    assert planner().predict("conadv", more).step <= planner().predict("conadv", few).step * (
+        1 + 1e-9
+    )
 
 
 # ---- the search
@@ -320,7 +372,10 @@ def all_layouts(method: str, devices: int, global_batch: int, largest: int) -> l
             continue
         micro = max(size for size in range(1, min(local, largest) + 1) if local % size == 0)
         most = min(devices - learners, global_batch // micro) if KINDS[method].stale else 0
-        found += [Layout(learners, attack_ranks, micro, local // micro) for attack_ranks in range(most + 1)]
+        found += [
+            Layout(learners, attack_ranks, micro, local // micro)
+            for attack_ranks in range(most + 1)
+        ]
     return found
 
 
@@ -332,14 +387,18 @@ def all_layouts(method: str, devices: int, global_batch: int, largest: int) -> l
     global_batch=st.integers(1, 400),
     speed=st.floats(1e-10, 1e-8),
 )
-def test_the_search_finds_what_brute_force_finds(method: str, devices: int, global_batch: int, speed: float) -> None:
+def test_the_search_finds_what_brute_force_finds(
+    method: str, devices: int, global_batch: int, speed: float
+) -> None:
     # Red when: _splits skips a share, or of equal layouts the one with more devices is taken (global_batch=197, 34).
     now = planner(seconds_per_byte=speed, point_seconds_per_byte=speed)
     layouts = all_layouts(method, devices, global_batch, 32)
     found = best(now, method, devices, global_batch).prediction
     steps = {layout: float(f"{now.predict(method, layout).step:.9g}") for layout in layouts}
     assert found.step == pytest.approx(min(steps.values()))
-    assert found.layout.devices == min(x.devices for x, step in steps.items() if step == min(steps.values()))
+    assert found.layout.devices == min(
+        x.devices for x, step in steps.items() if step == min(steps.values())
+    )
 
 
 @given(micro_batches=st.integers(1, 500), most=st.integers(1, 500))
@@ -359,7 +418,10 @@ def test_the_cheapest_split_is_that_of_brute_force() -> None:
     split = [layout for layout in all_layouts("conadv", 16, 512, 32) if layout.attack_ranks]
     costs = [planner().predict("conadv", layout).device_seconds_per_image for layout in split]
     assert found.device_seconds_per_image == pytest.approx(min(costs))
-    assert found.layout != best(planner(), "conadv", 16, 512, Rules(executor="ranks")).prediction.layout
+    assert (
+        found.layout
+        != best(planner(), "conadv", 16, 512, Rules(executor="ranks")).prediction.layout
+    )
 
 
 def test_4096_devices_take_less_than_two_seconds() -> None:
@@ -371,12 +433,19 @@ def test_4096_devices_take_less_than_two_seconds() -> None:
 
 def test_rules_are_kept() -> None:
     # Red when: memory or a fixed micro-batch is ignored.
-    fixed = best(planner(), "conadv", 8, 256, Rules(micro_batch=8, executor="inline")).prediction.layout
+    fixed = best(
+        planner(), "conadv", 8, 256, Rules(micro_batch=8, executor="inline")
+    ).prediction.layout
     assert (fixed.learners, fixed.micro_batch, fixed.accumulation) == (8, 8, 4)
     split = best(planner(), "conadv", 8, 240, Rules(attack_ranks=3)).prediction.layout
     assert split.attack_ranks == 3
-    assert best(planner(), "conadv", 8, 256, Rules(executor="ranks")).prediction.layout.attack_ranks > 0
-    small = best(planner(), "noise", 8, 256, Rules(executor="inline", memory=4 * 45_000_000 + 8 * 600_000))
+    assert (
+        best(planner(), "conadv", 8, 256, Rules(executor="ranks")).prediction.layout.attack_ranks
+        > 0
+    )
+    small = best(
+        planner(), "noise", 8, 256, Rules(executor="inline", memory=4 * 45_000_000 + 8 * 600_000)
+    )
     assert small.short_of_memory
     assert small.prediction.layout.micro_batch < 32
 
@@ -395,7 +464,9 @@ def test_rules_are_kept() -> None:
         ("nois", 2, 32, Rules(), "Did you mean 'noise'"),
     ],
 )
-def test_what_does_not_fit_says_why(method: str, devices: int, batch: int, rules: Rules, message: str) -> None:
+def test_what_does_not_fit_says_why(
+    method: str, devices: int, batch: int, rules: Rules, message: str
+) -> None:
     with pytest.raises(ConadvError, match=re.escape(message)):
         best(planner(), method, devices, batch, rules)
 
@@ -444,7 +515,9 @@ def changed(path: str, value: Any) -> str:
         (changed("threads", "1"), "threads = '1'"),
     ],
 )
-def test_a_bad_profile_is_an_error_that_names_the_place(tmp_path: Path, text: str, message: str) -> None:
+def test_a_bad_profile_is_an_error_that_names_the_place(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
     with pytest.raises(ConadvError, match=re.escape(message)):
@@ -479,23 +552,38 @@ def test_a_profile_of_a_tiny_network_on_one_process() -> None:
     )
     profile = measure_phases(workload, [2, 4], 1, Comm())
     assert set(profile.methods) == {"vanilla", "noise", "conadv", "conadv-lookahead", "recycle"}
-    assert all([point.micro_batch for point in m.points] == [2, 4] for m in profile.methods.values())
+    assert all(
+        [point.micro_batch for point in m.points] == [2, 4] for m in profile.methods.values()
+    )
     conadv, vanilla = profile.methods["conadv"], profile.methods["vanilla"]
     assert (conadv.passes, vanilla.passes) == (2, 1)
     assert sum(bucket.bytes for bucket in conadv.buckets) == profile.sizes.weights
-    assert conadv.buckets[0].ready == 0  # the clean route's batch norms, final before the adversarial pass
+    assert (
+        conadv.buckets[0].ready == 0
+    )  # the clean route's batch norms, final before the adversarial pass
     assert conadv.buckets[-1].ready > 0.3
     assert vanilla.buckets[0].ready > 0
     assert profile.sizes.optimizer_state == profile.sizes.weights
     assert profile.sizes.image == 64 * 4
-    assert profile.sizes.activations_per_image > 8 * 8 * 4 * 4  # at least one feature map of the first stage
+    assert (
+        profile.sizes.activations_per_image > 8 * 8 * 4 * 4
+    )  # at least one feature map of the first stage
     assert Planner(profile).predict("conadv", Layout(1, 0, 4, 1)).step > 0
 
 
 def test_final_moments_are_shares_of_the_last_pass() -> None:
     # Red when: the first touch counts instead of the last, or the pass begins with the phase.
-    touch = [("touched 2", 2.0), ("touched 0", 3.0), ("touched 2", 5.0), ("touched 1", 6.0), ("touched 0", 7.0)]
-    spans = [("gradient", 1.0, 8.0), *((name, moment, moment) for name, moment in [*touch, ("touched 3", 2.5)])]
+    touch = [
+        ("touched 2", 2.0),
+        ("touched 0", 3.0),
+        ("touched 2", 5.0),
+        ("touched 1", 6.0),
+        ("touched 0", 7.0),
+    ]
+    spans = [
+        ("gradient", 1.0, 8.0),
+        *((name, moment, moment) for name, moment in [*touch, ("touched 3", 2.5)]),
+    ]
     assert final_moments(spans) == pytest.approx({2: 2 / 5, 0: 4 / 5, 1: 3 / 5, 3: 0.0})
     one_pass = [("gradient", 1.0, 5.0), ("touched 1", 3.0, 3.0), ("touched 0", 4.0, 4.0)]
     assert final_moments(one_pass) == pytest.approx({1: 0.5, 0: 0.75})
@@ -512,20 +600,52 @@ def test_buckets_are_cut_as_the_reducer_cuts_them() -> None:
         assert cut([(i, shapes[i][0] * 4) for i in order], first, 25 * MIB) == expected
 
 
-TINY = ["--workload.model", "resnet8", "--workload.width", "4", "--workload.image-size", "8", "--workload.rounds", "1"]
+TINY = [
+    "--workload.model",
+    "resnet8",
+    "--workload.width",
+    "4",
+    "--workload.image-size",
+    "8",
+    "--workload.rounds",
+    "1",
+]
 
 
-def test_two_processes_measure_a_profile_with_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_measure_a_profile_with_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: a rank other than the first writes, or the ranks do not make the same number of timed sums (it hangs).
     path = tmp_path / "profile.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    measure = ["-m", "conadv", "plan", str(path), "--measure", "all", "--workload.batches", "2", *TINY]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    measure = [
+        "-m",
+        "conadv",
+        "plan",
+        str(path),
+        "--measure",
+        "all",
+        "--workload.batches",
+        "2",
+        *TINY,
+    ]
     ran = subprocess.run([*launch, *measure], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     profile = load(path)
     assert profile.processes == 2
     assert profile.link is not None
-    assert (profile.link.ranks, profile.link.algorithm, len(profile.link.all_reduce)) == (2, "ring", 5)
+    assert (profile.link.ranks, profile.link.algorithm, len(profile.link.all_reduce)) == (
+        2,
+        "ring",
+        5,
+    )
     assert main(["plan", str(path), "--devices", "1,2,4", "--global-batch-size", "16"]) == 0
     assert "resnet8" in capsys.readouterr().out
 
@@ -553,7 +673,9 @@ def test_a_link_may_be_given() -> None:
 
 
 def test_rows_say_what_is_extrapolated(tmp_path: Path) -> None:
-    args = PlanArgs(EXAMPLE, method="noise,conadv", devices="1,2,4", global_batch_size="64", executor="inline")
+    args = PlanArgs(
+        EXAMPLE, method="noise,conadv", devices="1,2,4", global_batch_size="64", executor="inline"
+    )
     by = {(row.method, row.devices): row for row in plan_of(args).rows}
     assert by["noise", 1].extrapolated == ()
     assert by["noise", 2].extrapolated == ()
@@ -574,7 +696,18 @@ def test_the_command_prints_a_table_and_writes_figure_and_rows(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "140")
     figure, rows = tmp_path / "plan.png", tmp_path / "plan.json"
-    options = ["--link-gbit", "100", "--latency-us", "10", "--figure", str(figure), "--json", str(rows), "--price", "2"]
+    options = [
+        "--link-gbit",
+        "100",
+        "--latency-us",
+        "10",
+        "--figure",
+        str(figure),
+        "--json",
+        str(rows),
+        "--price",
+        "2",
+    ]
     status, out, err = run(capsys, *options)
     assert (status, err) == (0, "")
     for word in (
@@ -619,13 +752,19 @@ def test_the_command_says_how_long_so_many_steps_take(
 
 def test_arguments_of_the_network_are_measured_and_kept() -> None:
     # Red when: --workload.args does not reach the network or the profile.
-    workload = _workload(WorkloadArgs(model="torchvision:resnet18", args=("zero_init_residual=true",)))
+    workload = _workload(
+        WorkloadArgs(model="torchvision:resnet18", args=("zero_init_residual=true",))
+    )
     assert config_of(workload, "conadv").model.args == workload.args == ("zero_init_residual=true",)
     assert PROFILE.workload.args == ()
 
 
-def test_the_command_leaves_out_what_does_not_exist_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "--devices", "3,4", "--global-batch-size", "64", "--executor", "inline")
+def test_the_command_leaves_out_what_does_not_exist_and_says_why(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, _ = run(
+        capsys, "--devices", "3,4", "--global-batch-size", "64", "--executor", "inline"
+    )
     assert status == 0
     assert "does not divide into 3" in " ".join(out.split())
 
@@ -650,7 +789,9 @@ def test_the_command_leaves_out_what_does_not_exist_and_says_why(capsys: pytest.
         (["--measure", "link"], "A link is between ranks"),
     ],
 )
-def test_mistakes_end_with_a_message(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_mistakes_end_with_a_message(
+    capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     status, _, err = run(capsys, *options)
     assert status == 2
     assert message in err

@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from conadv import ConadvError, recipes
-from conadv.checkpoint import load_newest, steps
-from conadv.cli import main
-from conadv.config import Config, dump_yaml, load_yaml, replace, resolve
+from conadv import ConadvError
+from conadv.cli.program import main
+from conadv.config import recipes
+from conadv.config.schema import Config, dump_yaml, load_yaml, replace, resolve
 from conadv.data import build_data
-from conadv.engine import Comm
+from conadv.distributed.comm import Comm
 from conadv.plan import Layout, Planner
 from conadv.plan.command import link_of
 from conadv.plan.profile import load, save
@@ -33,10 +33,11 @@ from conadv.preflight import dryrun, estimate, memory, microbatch, picture
 from conadv.preflight.microbatch import candidates, largest
 from conadv.preflight.profiled import predicted_time
 from conadv.preflight.show import show
-from conadv.record import read_lines
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
-from conadv.trainer import Parts, build, train
+from conadv.training.checkpoint import load_newest, steps
+from conadv.training.record import read_lines
+from conadv.training.trainer import Parts, build, train
 
 CPU = torch.device("cpu")
 
@@ -114,7 +115,9 @@ def test_a_trial_that_runs_out_of_memory_does_not_fit(
         broken.fits_on_cuda(8, 1000)
 
 
-def on_a_fake_gpu(used: Any, error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> microbatch._Trials:
+def on_a_fake_gpu(
+    used: Any, error: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> microbatch._Trials:
     """Trials whose steps raise ``error``, on a device of 1000 bytes of which ``used.peak`` are taken."""
 
     def steps(size: int, ballast: int) -> None:
@@ -126,14 +129,18 @@ def on_a_fake_gpu(used: Any, error: Exception | None, monkeypatch: pytest.Monkey
         return int(used.peak)
 
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000)
+    )
     monkeypatch.setattr(memory, "release", lambda device: None)
     monkeypatch.setattr(memory, "peak_of", peak_of)
     monkeypatch.setattr(microbatch._Trials, "ballast", lambda self, size: 0)
     return microbatch._Trials(SimpleNamespace(device=torch.device("cuda"), steps=steps), 64, 1)  # type: ignore[arg-type]
 
 
-def test_the_prediction_on_a_cpu_is_the_line_through_two_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prediction_on_a_cpu_is_the_line_through_two_trials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # Red when: the slope is taken from zero, what is resident before counts, or the share of the memory is left out.
     monkeypatch.setattr(memory, "resident", lambda: 1000)
     monkeypatch.setattr(memory, "peak_of", lambda work, device: work() or 0)
@@ -161,7 +168,10 @@ def test_images_that_wait_and_buckets_are_counted() -> None:
     assert ballast(attack__share=0.5) == 24 * 64 * 8
     assert ballast(method="vanilla") == 0
     weights = sum(
-        p.nbytes for p in microbatch.Rehearsal(resolve(config()), microbatch.Shape(1, 8, 10), CPU).model().parameters()
+        p.nbytes
+        for p in microbatch.Rehearsal(resolve(config()), microbatch.Shape(1, 8, 10), CPU)
+        .model()
+        .parameters()
     )
     assert ballast(2, method="vanilla") >= weights // 2 > 0
 
@@ -170,17 +180,25 @@ def test_ranks_agree_on_the_smallest_answer(monkeypatch: pytest.MonkeyPatch) -> 
     # Red when: every rank keeps its own answer, or the largest is taken.
     monkeypatch.setattr(microbatch, "_largest_that_fits", lambda sizes, trials, free: 16)
     world: Any = SimpleNamespace(
-        device=CPU, agreed=nullcontext, sum=lambda t: t, gather=lambda value: [value, 8, 32], share=lambda value: value
+        device=CPU,
+        agreed=nullcontext,
+        sum=lambda t: t,
+        gather=lambda value: [value, 8, 32],
+        share=lambda value: value,
     )
     teams: Any = SimpleNamespace(world=world, learners=(0, 1), attackers=())
     source: Any = SimpleNamespace(channels=1, image_size=8, class_names=tuple("0123456789"))
     said: list[str] = []
-    settled = microbatch.settle(resolve(config(micro_batch_size="auto")), teams, source, said.append)
+    settled = microbatch.settle(
+        resolve(config(micro_batch_size="auto")), teams, source, said.append
+    )
     assert settled.micro_batch_size == 8
     assert "8; 16 does not fit" in said[0]
 
 
-def test_auto_is_written_down_and_a_resume_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_written_down_and_a_resume_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: resume tries anew; trials draw from the run's random numbers; config.yaml says auto.
     plain, auto = tmp_path / "plain", tmp_path / "auto"
     train(config(micro_batch_size=16), plain)
@@ -202,7 +220,9 @@ def test_auto_where_it_cannot_be_found_out(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConadvError, match="Give a number"):
         build_data(resolve(settings))
     spec = tmp_path / "spec.yaml"
-    spec.write_text("name: x\nrecipe: digits\nbase: {micro_batch_size: auto}\narms: {a: {}}\nconfirm: {seeds: [0]}\n")
+    spec.write_text(
+        "name: x\nrecipe: digits\nbase: {micro_batch_size: auto}\narms: {a: {}}\nconfirm: {seeds: [0]}\n"
+    )
     with pytest.raises(ConadvError, match="could not be compared"):
         expand(load_spec(spec))
     monkeypatch.setattr(memory, "available", lambda device: 1000)
@@ -226,7 +246,9 @@ def test_peaks_are_what_was_taken() -> None:
     assert free > 0
     more = 200 * 2**20
 
-    def take() -> None:  # from the system itself: the allocator may give memory that the process has already
+    def take() -> (
+        None
+    ):  # from the system itself: the allocator may give memory that the process has already
         with mmap.mmap(-1, more) as block:
             for page in range(0, more, mmap.PAGESIZE):
                 block[page] = 1
@@ -243,7 +265,10 @@ def look(settings: Config, out: Path, **options: Any) -> dryrun.Preview:
 
 def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
     # Red when: a checkpoint's images, optimizer or average are left out; views or input gradients are not counted.
-    settings, out = config(staleness=2, micro_batch_size=16, attack__share=0.5, ema__decay=0.9), tmp_path / "run"
+    settings, out = (
+        config(staleness=2, micro_batch_size=16, attack__share=0.5, ema__decay=0.9),
+        tmp_path / "run",
+    )
     seen = look(settings, out)
     assert not out.exists()
     summary = train(settings, out)
@@ -255,7 +280,9 @@ def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
     # two batches of 64 images, half of them attacked, 8 x 8 pixels in float32 and a label each
     assert seen.disk.waiting == 2 * 32 * (64 * 4 + 8)
     lines = [line for line in read_lines(out / "record.jsonl") if line["type"] == "step"]
-    assert [dict(seen.curves)["learning rate"](step) for step in range(4)] == [line["lr"] for line in lines]
+    assert [dict(seen.curves)["learning rate"](step) for step in range(4)] == [
+        line["lr"] for line in lines
+    ]
     header = read_lines(out / "record.jsonl")[0]["parameter_groups"]
     assert [(g.name, g.tensors, g.parameters, g.weight_decay) for g in seen.groups] == [
         (g["name"], g["tensors"], g["parameters"], g["weight_decay"]) for g in header
@@ -271,7 +298,9 @@ def checkpoint_tensors(out: Path, step: int) -> int:
     def size(value: Any) -> int:
         if isinstance(value, torch.Tensor):
             return value.nbytes
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        children = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        )
         return sum(map(size, children))
 
     return size(state)
@@ -280,16 +309,25 @@ def checkpoint_tensors(out: Path, step: int) -> int:
 def test_groups_name_patterns_and_routes() -> None:
     # Red when: routes are not told apart, numbers stay, or SGD is said to have a trust ratio.
     lars, sgd = (
-        {g.name: g for g in estimate.groups(build(resolve(config(optim__name=name, optim__lr=1.0)), CPU))}
+        {
+            g.name: g
+            for g in estimate.groups(build(resolve(config(optim__name=name, optim__lr=1.0)), CPU))
+        }
         for name in ("lars", "sgd")
     )
     assert lars["norm"].routes == ("clean", "adv")
     assert lars["weights"].routes == ("clean",)
     assert "blocks.*.bn*.weight" in lars["norm"].patterns
-    assert (lars["weights"].adapted, lars["norm"].adapted, sgd["weights"].adapted) == (True, False, False)
+    assert (lars["weights"].adapted, lars["norm"].adapted, sgd["weights"].adapted) == (
+        True,
+        False,
+        False,
+    )
 
 
-def test_what_does_not_fit_ends_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_ends_the_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: memory or disk are only shown.
     usage = namedtuple("usage", "total used free")
     with monkeypatch.context() as patch:
@@ -327,7 +365,13 @@ def test_the_command_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "1 of 16 image files" in capsys.readouterr().err
     assert main([*args, "--on-bad-image", "skip", "--figure", str(png)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("16 files read, 1 bad", "learning rate over 2 steps", "routes", "gradient images", "ready:"):
+    for words in (
+        "16 files read, 1 bad",
+        "learning rate over 2 steps",
+        "routes",
+        "gradient images",
+        "ready:",
+    ):
         assert words in said
     assert Image.open(png).format == "PNG"
     assert not out.exists()
@@ -339,13 +383,19 @@ def test_time_from_a_profile(tmp_path: Path) -> None:
     # Red when: accumulation is left out of the layout, or differences between run and profile are not named.
     profile = Path(__file__).parent.parent / "results" / "plan" / "profile-1.json"
     seen = look(config(micro_batch_size=16), tmp_path / "run", profile=profile)
-    twice = look(config(micro_batch_size=16, global_batch_size=128), tmp_path / "run", profile=profile)
+    twice = look(
+        config(micro_batch_size=16, global_batch_size=128), tmp_path / "run", profile=profile
+    )
     assert 1.5 < twice.time.step / seen.time.step <= 2
     assert any("model" in note for note in seen.time.notes)
 
 
-PLANNED = load(Path(__file__).parent / "golden" / "plan_profile.json")  # micro-batches 8 to 32, a link of two ranks
-THIS = PLANNED.workload.model_copy(update={"model": "resnet8", "width": 4, "image_size": 8, "channels": 1})
+PLANNED = load(
+    Path(__file__).parent / "golden" / "plan_profile.json"
+)  # micro-batches 8 to 32, a link of two ranks
+THIS = PLANNED.workload.model_copy(
+    update={"model": "resnet8", "width": 4, "image_size": 8, "channels": 1}
+)
 MEASURED: list[tuple[str, dict[str, Any], str]] = [
     ("workload", {}, ""),
     ("workload", {"model": "resnet14"}, "model resnet14, the run has resnet8"),
@@ -359,7 +409,11 @@ MEASURED: list[tuple[str, dict[str, Any], str]] = [
     ("workload", {"channels_last": True}, "channels_last True, the run has False"),
     ("profile", {"device": "cuda"}, "device cuda, the run has cpu"),
     ("profile", {"processes": 2}, "processes per host 2, the run has 1"),
-    ("config", {"compile": True}, "the run compiles, and a profile is measured without torch.compile"),
+    (
+        "config",
+        {"compile": True},
+        "the run compiles, and a profile is measured without torch.compile",
+    ),
     ("config", {"model__args": ("b=2", "a=1")}, "model.args none, the run has a=1 b=2"),
     ("config", {"micro_batch_size": 4}, "extrapolated: the micro-batch 4 (measured: 8 to 32)"),
     ("config", {"micro_batch_size": 64}, "extrapolated: the micro-batch 64 (measured: 8 to 32)"),
@@ -372,7 +426,9 @@ def parts() -> Parts:
     return build(resolve(config(micro_batch_size=16)), CPU)
 
 
-@pytest.mark.parametrize(("where", "changes", "message"), MEASURED, ids=[message for *_, message in MEASURED])
+@pytest.mark.parametrize(
+    ("where", "changes", "message"), MEASURED, ids=[message for *_, message in MEASURED]
+)
 def test_a_dry_run_names_what_the_profile_is_not_of(
     where: str, changes: dict[str, Any], message: str, parts: Parts
 ) -> None:
@@ -381,7 +437,9 @@ def test_a_dry_run_names_what_the_profile_is_not_of(
     machine = {"processes": 1, **(changes if where == "profile" else {})}
     if where == "config":
         parts = dataclasses.replace(parts, config=replace(parts.config, **changes))
-    notes = set(predicted_time(parts, PLANNED.model_copy(update={"workload": work, **machine})).notes)
+    notes = set(
+        predicted_time(parts, PLANNED.model_copy(update={"workload": work, **machine})).notes
+    )
     assert "without loading images" in notes
     (named,) = notes - {"without loading images"} or {""}
     assert message in named
@@ -390,23 +448,40 @@ def test_a_dry_run_names_what_the_profile_is_not_of(
 
 def test_a_dry_run_of_several_ranks_takes_the_link_that_is_given(parts: Parts) -> None:
     # Red when: the link is not handed on, ranks or a given link are taken for measured, or one rank stands for all.
-    several = dataclasses.replace(parts, teams=dataclasses.replace(parts.teams, learners=(0, 1, 2, 3)))
+    several = dataclasses.replace(
+        parts, teams=dataclasses.replace(parts.teams, learners=(0, 1, 2, 3))
+    )
     profile = PLANNED.model_copy(update={"workload": THIS, "processes": 1})
-    measured, given = predicted_time(several, profile), predicted_time(several, profile, 0.1, 1000.0)
+    measured, given = (
+        predicted_time(several, profile),
+        predicted_time(several, profile, 0.1, 1000.0),
+    )
     assert measured.notes[0] == "extrapolated: 4 ranks (the link is of 2)"
     assert given.notes[0] == "extrapolated: 4 ranks (the link is of 2), the link, as given"
     layout = Layout(4, 0, 16, 1)
     assert measured.step == Planner(profile, profile.link).predict("conadv", layout).step
-    assert given.step == Planner(profile, link_of(profile, 0.1, 1000.0)).predict("conadv", layout).step
+    assert (
+        given.step == Planner(profile, link_of(profile, 0.1, 1000.0)).predict("conadv", layout).step
+    )
     with pytest.raises(ConadvError, match="or give --link-gbit and --latency-us"):
         predicted_time(several, profile.model_copy(update={"link": None}))
 
 
-def test_a_link_is_given_to_a_profile_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_is_given_to_a_profile_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: an option does not get as far as the link, or has no effect in silence.
     profile = PLANNED.model_copy(update={"workload": THIS, "link": None})
     save(profile, tmp_path / "node.json")
-    train_digits = ["train", "digits", "--schedule.warmup-epochs", "0", "--out", str(tmp_path / "run"), "--dry-run"]
+    train_digits = [
+        "train",
+        "digits",
+        "--schedule.warmup-epochs",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
     for option in ("--link-gbit", "--latency-us"):
         assert main([*train_digits, option, "1"]) == 2
         assert f"{option} has no effect without --profile" in capsys.readouterr().err
@@ -414,22 +489,42 @@ def test_a_link_is_given_to_a_profile_on_the_command_line(tmp_path: Path, capsys
         assert "The profile has no link: give" in capsys.readouterr().err
 
 
-def test_a_plan_measured_here_says_how_long_a_run_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_measured_here_says_how_long_a_run_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: the command that measures and the one that reads do not fit together, the time is that of one step or of
     # one micro-batch, or what it leaves out is not said.
-    data, node, shown = photographs(tmp_path / "data", bad=False), tmp_path / "node.json", "--workload."
+    data, node, shown = (
+        photographs(tmp_path / "data", bad=False),
+        tmp_path / "node.json",
+        "--workload.",
+    )
     measure = f"{shown}model resnet8 {shown}width 4 {shown}image-size 16 {shown}batches 1,2 {shown}rounds 1"
     measure += f" {shown}num-classes 2"
     assert main(["plan", str(node), "--measure", "phases", *measure.split()]) == 0
-    args = ["train", "imagefolder", "--data", str(data), *PHOTOS, "--steps", "3000", "--micro-batch-size", "2"]
+    args = [
+        "train",
+        "imagefolder",
+        "--data",
+        str(data),
+        *PHOTOS,
+        "--steps",
+        "3000",
+        "--micro-batch-size",
+        "2",
+    ]
     capsys.readouterr()
     assert main([*args, "--out", str(tmp_path / "run"), "--dry-run", "--profile", str(node)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    found = re.search(r"time about ([\d.]+) (s|min): 3,000 steps of ([\d.]+) s, predicted from the profile", said)
+    found = re.search(
+        r"time about ([\d.]+) (s|min): 3,000 steps of ([\d.]+) s, predicted from the profile", said
+    )
     assert found is not None, said
     total, step = float(found[1]) * {"s": 1, "min": 60}[found[2]], float(found[3])
     assert 3000 * step == pytest.approx(total, rel=0.02, abs=60 if found[2] == "min" else 1)
-    point = next(p for p in load(node).measured("conadv").points if p.micro_batch == 2)  # the same arithmetic
+    point = next(
+        p for p in load(node).measured("conadv").points if p.micro_batch == 2
+    )  # the same arithmetic
     assert step == pytest.approx(2 * (point.gradient + point.attack) + point.rest, rel=0.01)
     assert "evaluation and checkpoints come on top; without loading images" in said
     assert "the profile is of" not in said

@@ -31,12 +31,20 @@ def summary(**arms: list[float]) -> dict[str, Any]:
 def test_marks_name_rows() -> None:
     # Red when: the comma of a thousand becomes a dash, or a word's sign stays.
     slug = load("study_tables").slug
-    assert [slug(text) for text in ("1,000", "+ ConAdv, tau = 1", "0.5")] == ["1000", "ConAdv-tau-1", "0-5"]
+    assert [slug(text) for text in ("1,000", "+ ConAdv, tau = 1", "0.5")] == [
+        "1000",
+        "ConAdv-tau-1",
+        "0-5",
+    ]
 
 
 def test_a_table_may_be_one_row_group() -> None:
     # Red when: the first column is not compared, or is left in.
-    content = {"head": ["arm", "tau", "kept"], "rows": [["+ A, 1", "1", "9"], ["B", "1", "8"]], "texts": 2}
+    content = {
+        "head": ["arm", "tau", "kept"],
+        "rows": [["+ A, 1", "1", "9"], ["B", "1", "8"]],
+        "texts": 2,
+    }
     made = load("study_tables").report_table(content, "A-1")
     assert made.splitlines()[0] == "| tau | kept |"
     assert made.splitlines()[2:] == ["| 1 | 9 |"]
@@ -46,18 +54,32 @@ def test_a_table_may_be_one_row_group() -> None:
 
 def test_what_staleness_keeps_has_a_row_for_every_arm_and_phase() -> None:
     # Red when: a phase takes another's column, or an arm another's row.
-    head = ["arm", "tau", "predictor", "loss increase, peak", "loss increase, decay", "prediction error, peak"]
+    head = [
+        "arm",
+        "tau",
+        "predictor",
+        "loss increase, peak",
+        "loss increase, decay",
+        "prediction error, peak",
+    ]
     rows = [[arm, tau, by, arm + tau + by[:2], f"{arm}{tau}{by[:2]} late", "-"] for arm in "AB" for tau in ("1", "2")
             for by in ("stale", "momentum")]  # fmt: skip
-    made = load("study_tables").kept({"head": head, "rows": [["A", "0", "noise", "9", "8", "-"], *rows], "texts": 3})
+    made = load("study_tables").kept(
+        {"head": head, "rows": [["A", "0", "noise", "9", "8", "-"], *rows], "texts": 3}
+    )
     lines = made.splitlines()
-    assert lines[0] == "| arm | phase | stale, tau = 1 | stale, tau = 2 | momentum, tau = 1 | momentum, tau = 2 |"
+    assert (
+        lines[0]
+        == "| arm | phase | stale, tau = 1 | stale, tau = 2 | momentum, tau = 1 | momentum, tau = 2 |"
+    )
     assert lines[2] == "| A | peak | A1st | A2st | A1mo | A2mo |"
     assert lines[5] == "| B | decay | B1st late | B2st late | B1mo late | B2mo late |"
     assert len(lines) == 6
 
 
-def test_only_figures_that_a_page_shows_are_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_figures_that_a_page_shows_are_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # Red when: either half of the condition is dropped.
     publish = load("publish_study")
     monkeypatch.setattr(publish, "ROOT", tmp_path)
@@ -76,9 +98,9 @@ def test_the_interval_of_a_share_holds_what_a_paired_test_does_not_refuse() -> N
     below = [float(x) for x in 2 + 0.8 * rng.standard_normal(5)]
     above = [float(0.7 * x + 0.3 * rng.standard_normal()) for x in below]
     low, high = load("study_contrasts").ratio_interval(above, below)
-    assert [stats.ttest_1samp(np.array(above) - r * np.array(below), 0).pvalue for r in (low, high)] == pytest.approx(
-        [0.05, 0.05]
-    )
+    assert [
+        stats.ttest_1samp(np.array(above) - r * np.array(below), 0).pvalue for r in (low, high)
+    ] == pytest.approx([0.05, 0.05])
     assert low < np.mean(above) / np.mean(below) < high
     with pytest.raises(SystemExit, match="may be 0"):
         load("study_contrasts").ratio_interval(above, [-1.0, 1.2, 0.1, -0.3, 0.2])
@@ -115,9 +137,11 @@ def test_held_out_images_have_a_table_of_their_own() -> None:
         values = {"0": number / 10, "1": number / 10 + 0.01 * (number - 5)}
         cell["validation_accuracy"] = {"values": values, "mean": number / 10, "std": 0.02}
     head, rows = load("study_contrasts").held_out(content)
-    assert head[1:] == ["gradient images, times A's", "held-out accuracy, %", "test accuracy, %"] + [
-        f"against {arm}, held-out" for arm in "AB"
-    ]
+    assert head[1:] == [
+        "gradient images, times A's",
+        "held-out accuracy, %",
+        "test accuracy, %",
+    ] + [f"against {arm}, held-out" for arm in "AB"]
     assert rows[0] == ["A", "1", "50.00 ± 2.00", "20.00 ± 1.00", "–", "−10.50 [−16.85, −4.15]"]
     assert rows[1][:2] == ["B", "2"]
 
@@ -130,7 +154,9 @@ def test_primary_comparisons_are_corrected_together() -> None:
     content = summary(**{arm: [0.5, 0.5] for arm in names})
     for cell, offsets in zip(content["cells"], noise, strict=True):
         high = 0.03 if "ConAdv" in cell["arm"] else 0.0
-        cell["validation_accuracy"] = {"values": {str(seed): 0.4 + high + x for seed, x in enumerate(offsets)}}
+        cell["validation_accuracy"] = {
+            "values": {str(seed): 0.4 + high + x for seed, x in enumerate(offsets)}
+        }
     rows = contrasts.primary(content)[1]
     raw = [stats.ttest_rel(*(noise[list(names).index(arm)] + 0.03 * ("ConAdv" in arm) for arm in pair)).pvalue
            for pair in contrasts.PRIMARY]  # fmt: skip
@@ -145,14 +171,18 @@ def test_predictors_are_compared_at_the_same_staleness() -> None:
     offsets = {"": 0.0, ", momentum": 0.01, ", last update": 0.02, ", momentum and gradient": 0.03}
     noise = np.random.default_rng(1).normal(0, 0.02, (2, 4, 5))
     arms = {
-        f"+ ConAdv, tau = {tau}{by}": [float(0.5 + tau / 10 + offset + e) for e in noise[row, column]]
+        f"+ ConAdv, tau = {tau}{by}": [
+            float(0.5 + tau / 10 + offset + e) for e in noise[row, column]
+        ]
         for row, tau in enumerate((1, 4))
         for column, (by, offset) in enumerate(offsets.items())
     }
     (head, rows), said = contrasts.predictors(summary(**arms))
     assert head == ["tau", *(f"{by} − stale" for by in contrasts.PREDICTORS),
                     "last update − momentum", "momentum and gradient − momentum"]  # fmt: skip
-    assert rows[1][4].startswith(f"{100 * (0.01 + np.mean(noise[1, 2] - noise[1, 1])):+.2f}".replace("-", "−"))
+    assert rows[1][4].startswith(
+        f"{100 * (0.01 + np.mean(noise[1, 2] - noise[1, 1])):+.2f}".replace("-", "−")
+    )
     assert rows[1][0] == "4"
     assert said.startswith("Of these 10 differences ")
 
@@ -171,7 +201,14 @@ def test_runs_of_several_studies_are_said(tmp_path: Path) -> None:
     # Red when: runs are told apart by their names, which differ between studies, or one run is counted twice.
     def line(run: str, seconds: float) -> str:
         return json.dumps(
-            {"run": run, "seed": 0, "steps": 5, "seconds": seconds, "test_accuracy": 0.5, "train_loss": 1.0}
+            {
+                "run": run,
+                "seed": 0,
+                "steps": 5,
+                "seconds": seconds,
+                "test_accuracy": 0.5,
+                "train_loss": 1.0,
+            }
         )
 
     for name, lines in {
@@ -193,7 +230,11 @@ def test_how_robust_accuracy_was_measured_stands_below_the_tables() -> None:
     # Red when: the sharpness table gets the runs' way of measuring, or other tables get any.
     footnote = load("study_tables").footnote
     said = {"robust": "R <5.", "analysed_robust": "A."}
-    assert [footnote(said, kind) for kind in ("accuracy", "sharpness", "costs")] == ["\n\nR &lt;5.", "\n\nA.", ""]
+    assert [footnote(said, kind) for kind in ("accuracy", "sharpness", "costs")] == [
+        "\n\nR &lt;5.",
+        "\n\nA.",
+        "",
+    ]
     assert footnote({"analysed_robust": ""}, "sharpness") == ""
 
 
@@ -212,7 +253,9 @@ def test_a_published_study_is_reported_again(tmp_path: Path) -> None:
     for file in ("sweep.json", "summary.json"):
         (wrong / file).write_text((study / file).read_text())
     first = json.loads(lines[0])
-    (wrong / "runs.jsonl").write_text("\n".join([json.dumps({**first, "test_accuracy": 0.1}), *lines[1:]]))
+    (wrong / "runs.jsonl").write_text(
+        "\n".join([json.dumps({**first, "test_accuracy": 0.1}), *lines[1:]])
+    )
     records.restore(wrong, tmp_path / "again")
     with pytest.raises(SystemExit, match="are not those"):
         records.report_again(wrong, tmp_path / "again")
@@ -220,7 +263,13 @@ def test_a_published_study_is_reported_again(tmp_path: Path) -> None:
 
 def analysed(arm: str, seed: int, sharp: float, final: float, here: float) -> dict[str, object]:
     measures = dict.fromkeys(("eigenvalue", "trace", "sam", "keskar"), sharp)
-    return {"arm": arm, "seed": seed, **measures, "final_test_accuracy": final, "test_accuracy": here}
+    return {
+        "arm": arm,
+        "seed": seed,
+        **measures,
+        "final_test_accuracy": final,
+        "test_accuracy": here,
+    }
 
 
 def test_sharpness_is_ranked_against_accuracy() -> None:
@@ -270,7 +319,13 @@ def test_what_is_published_of_an_analysis(tmp_path: Path) -> None:
     for name in ("x", "tuning"):
         (tmp_path / "runs" / name / "analysis.json").write_text(json.dumps(document))
     (found,) = load("study_flatness").lines(tmp_path)
-    assert (found["run"], found["seed"], found["step"], found["eigenvalue"], found["keskar"]) == ("x", 3, 5, 4.0, 3.0)
+    assert (found["run"], found["seed"], found["step"], found["eigenvalue"], found["keskar"]) == (
+        "x",
+        3,
+        5,
+        4.0,
+        3.0,
+    )
     assert (found["test_accuracy"], found["final_test_accuracy"]) == (0.7, 0.9)
 
 
@@ -282,22 +337,31 @@ def test_an_interval_that_no_record_has_is_found_in_a_sentence(tmp_path: Path) -
     prose = load("study_prose")
     known = prose.figures(tmp_path)
     assert known == {("+2.00", "[−0.48, +4.48]"), ("−2.00", "[−4.48, +0.48]")}
-    said = (
-        "LAMB is 2.00 points above LARS [−0.48,\n  +4.48], LARS −2.00 [−4.48, +0.48] to LAMB; [2.00](x.md) [12](y.md)."
-    )
+    said = "LAMB is 2.00 points above LARS [−0.48,\n  +4.48], LARS −2.00 [−4.48, +0.48] to LAMB; [2.00](x.md) [12](y.md)."
     assert prose.unknown(said, known) == []
     assert prose.unknown("LAMB: −2.00 [−0.48, +4.48].", known) == ["−2.00 [−0.48, +4.48]"]
-    assert prose.unknown("LAMB gains 2.00 of all points, over the line\n  that LARS has [−0.48, +4.48].", known) == []
+    assert (
+        prose.unknown(
+            "LAMB gains 2.00 of all points, over the line\n  that LARS has [−0.48, +4.48].", known
+        )
+        == []
+    )
     assert prose.unknown("None [−0.48, +4.48].", known) == ["[−0.48, +4.48]"]
     wrong = "It gains +2.01 [−0.48, +4.48], or 2.00 points [−0.47, +4.48], or 80 % [22, 167]."
-    assert prose.unknown(wrong, known) == ["+2.01 [−0.48, +4.48]", "2.00 [−0.47, +4.48]", "80 [22, 167]"]
+    assert prose.unknown(wrong, known) == [
+        "+2.01 [−0.48, +4.48]",
+        "2.00 [−0.47, +4.48]",
+        "80 [22, 167]",
+    ]
 
 
 def test_a_claim_that_a_record_does_not_bear_stops_the_table(tmp_path: Path) -> None:
     # Red when: the verdict is not asked, or the cell of another batch is taken.
     arms = {"A": [0.50, 0.51, 0.52], "B": [0.401, 0.409, 0.42], "C": [0.41, 0.40, 0.415]}
     cells = [
-        {**cell, "settings": {"global_batch_size": batch}} for batch in (4, 8) for cell in summary(**arms)["cells"]
+        {**cell, "settings": {"global_batch_size": batch}}
+        for batch in (4, 8)
+        for cell in summary(**arms)["cells"]
     ]
     for cell in cells[3:]:
         cell["test_accuracy"]["values"] = {str(seed): 0.3 for seed in range(3)}

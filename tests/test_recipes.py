@@ -20,16 +20,24 @@ import pytest
 import tyro
 from PIL import Image
 
-from conadv import recipes
-from conadv.checkpoint import steps
-from conadv.cli import RunOptions, TrainArgs, _base_config, given_settings
-from conadv.config import Config, ModelConfig, accumulation, override, replace, resolve, scaled_lr
+from conadv.cli.program import RunOptions, TrainArgs, _base_config, given_settings
+from conadv.config import recipes
+from conadv.config.schema import (
+    Config,
+    ModelConfig,
+    accumulation,
+    override,
+    replace,
+    resolve,
+    scaled_lr,
+)
 from conadv.data.order import Order
 from conadv.methods import METHODS
-from conadv.record import read_lines
-from conadv.schedules import WarmupDecay
-from conadv.signals import GRACE_SECONDS
-from conadv.trainer import _schedule, train
+from conadv.optim.schedules import WarmupDecay
+from conadv.training.checkpoint import steps
+from conadv.training.record import read_lines
+from conadv.training.signals import GRACE_SECONDS
+from conadv.training.trainer import _schedule, train
 
 from .ranks.launch import started, until, workers
 from .test_two_hosts import load
@@ -91,7 +99,9 @@ def test_lars_points_step_by_step(name: str) -> None:
     config, lr = schedule_of(name)
     warmup = point.warmup_epochs * (TRAIN_IMAGES // point.batch)
     assert config.steps == warmup + point.decay_steps
-    for step in range(warmup):  # ours does not lose its first update at lr 0: one step ahead of the reference
+    for step in range(
+        warmup
+    ):  # ours does not lose its first update at lr 0: one step ahead of the reference
         assert lr(step) == pytest.approx(mlperf_lr(point, warmup, step + 1), rel=1e-12), step
     for step in range(warmup, config.steps):
         assert lr(step) == pytest.approx(mlperf_lr(point, warmup, step), rel=1e-12), step
@@ -106,7 +116,12 @@ def test_lars_points_and_the_batch_that_batch_norm_sees(name: str) -> None:
     point = POINTS[name]
     config = resolve(recipes.get(name))
     optim = config.optim
-    assert (optim.name, optim.variant, optim.trust_coefficient, optim.eps) == ("lars", "tf", 0.001, 0.0)
+    assert (optim.name, optim.variant, optim.trust_coefficient, optim.eps) == (
+        "lars",
+        "tf",
+        0.001,
+        0.0,
+    )
     assert (scaled_lr(optim, point.batch), optim.momentum, optim.weight_decay) == (
         point.lr,
         point.momentum,
@@ -166,14 +181,24 @@ def test_lamb_points_step_by_step(
         assert lr(step) == pytest.approx(formula(peak, warmup, total, step), rel=1e-9), step
     assert lr(warmup - 1) == lr(warmup) == pytest.approx(peak, rel=1e-12)
     assert lr(total) == 0
-    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == ("lamb", weight_decay, (0.9, 0.999))
+    assert (config.optim.name, config.optim.weight_decay, config.optim.betas) == (
+        "lamb",
+        weight_decay,
+        (0.9, 0.999),
+    )
     assert accumulation(config, 8) * 8 * 128 == accumulation(config, 32) * 32 * 128 == batch
 
 
 def test_lamb_for_resnet50_as_its_docstring_says() -> None:
     # Red when: the docstring's numbers are not run.sh's (warm-up 782 steps there, with 39.1 steps per epoch).
     doc = recipes.RECIPES["imagenet_resnet50_32k"].__doc__ or ""
-    for said in ("--lr 0.04", "--optim.weight-decay 1.5", "--steps 3519", "warmup-epochs 20", "schedule.power 1"):
+    for said in (
+        "--lr 0.04",
+        "--optim.weight-decay 1.5",
+        "--steps 3519",
+        "warmup-epochs 20",
+        "schedule.power 1",
+    ):
         assert said in doc
     assert abs(20 * (TRAIN_IMAGES // 32768) - 782) <= 2
 
@@ -197,7 +222,11 @@ def test_every_imagenet_recipe_says_what_it_is(name: str) -> None:
         assert command in doc
     assert config.recipe == name
     assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
-    assert (config.checkpoint.every_epochs, config.checkpoint.keep, config.checkpoint.background) == (10, 2, True)
+    assert (
+        config.checkpoint.every_epochs,
+        config.checkpoint.keep,
+        config.checkpoint.background,
+    ) == (10, 2, True)
     for method in METHODS:
         resolve(replace(recipes.get(name), method=method))
 
@@ -229,8 +258,13 @@ def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     assert several == slurm
     assert planned == [one_node, several]
     for ranks in planned:  # accumulation() raises where the numbers do not divide
-        assert accumulation(config, ranks) * ranks * (config.micro_batch_size or 0) == config.global_batch_size
-    row = next(line for line in IMAGENET_PAGE.read_text().splitlines() if line.startswith(f"| `{name}`"))
+        assert (
+            accumulation(config, ranks) * ranks * (config.micro_batch_size or 0)
+            == config.global_batch_size
+        )
+    row = next(
+        line for line in IMAGENET_PAGE.read_text().splitlines() if line.startswith(f"| `{name}`")
+    )
     at_64 = str(accumulation(config, 64)) if several == 64 else "-"
     assert f"| {accumulation(config, 8)} / {at_64} |" in row
     per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
@@ -250,7 +284,9 @@ SCONTROL = """case "$1" in
 hostnames|show) for ((i = 1; i <= HOSTS_NAMED; i++)); do echo "${NODE:-node$i}"; done ;;
 requeue) echo "$2" > "$DATA/requeued" ;;
 esac"""
-SRUN_SHOWS = """printf '%s\\n' "$@"; echo "master $MASTER_ADDR:$MASTER_PORT"; exit "${SRUN_EXIT:-0}\""""
+SRUN_SHOWS = (
+    """printf '%s\\n' "$@"; echo "master $MASTER_ADDR:$MASTER_PORT"; exit "${SRUN_EXIT:-0}\""""
+)
 SRUN_STARTS = """while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
@@ -265,8 +301,18 @@ def slurm_job(folder: Path, srun: str, **job: str) -> tuple[list[object], dict[s
     for name, body in (("srun", srun), ("scontrol", SCONTROL)):
         (folder / name).write_text(TOOL.format(body))
         (folder / name).chmod(0o755)
-    around = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "HOSTS_NAMED": "2"}
-    around |= {"SLURM_CPUS_PER_TASK": "12", "DATA": str(folder), "PYTHON": sys.executable, "OUT": str(folder / "run")}
+    around = {
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "HOSTS_NAMED": "2",
+    }
+    around |= {
+        "SLURM_CPUS_PER_TASK": "12",
+        "DATA": str(folder),
+        "PYTHON": sys.executable,
+        "OUT": str(folder / "run"),
+    }
     return ["bash", SLURM], {**around, "PATH": f"{folder}:{os.environ['PATH']}", **job}
 
 
@@ -275,7 +321,13 @@ def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[st
     command, environment = slurm_job(folder, srun, **job)
     pipe, both = subprocess.PIPE, subprocess.STDOUT
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, stdout=pipe, stderr=both, text=True, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=pipe,
+        stderr=both,
+        text=True,
+        check=False,
     )
 
 
@@ -286,7 +338,9 @@ def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> N
     job = ended(tmp_path, SRUN_SHOWS, **many)
     words = job.stdout.splitlines()
     assert job.returncode == 0, words
-    assert {"--cpus-per-task=12", "--export=ALL", "master node1:10007", "--auto-resume"} <= set(words)
+    assert {"--cpus-per-task=12", "--export=ALL", "master node1:10007", "--auto-resume"} <= set(
+        words
+    )
     args = words[words.index("train") + 1 : -1]
     text = SLURM.read_text()
     base, _, rest = _base_config(args, recipes.get)
@@ -304,7 +358,9 @@ def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> No
     # Red when: the folder names a method that OPTIONS may not have chosen, or has the job's number in it (a job that is
     # sent once more would start again), or two job names share a folder.
     def folder(**job: str) -> str:
-        words = ended(tmp_path, SRUN_SHOWS, OUT="", OPTIONS="--method noise", **job).stdout.splitlines()
+        words = ended(
+            tmp_path, SRUN_SHOWS, OUT="", OPTIONS="--method noise", **job
+        ).stdout.splitlines()
         return words[words.index("--out") + 1]
 
     found = folder(SLURM_JOB_NAME="noise", RECIPE="imagenet_vit_s_4k")
@@ -318,12 +374,16 @@ def test_slurm_script_grants_what_workers_outlive() -> None:
     # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and how long the
     # loader's workers go on after a signal to all processes.
     text = SLURM.read_text()
-    (lead,), (told,) = (re.findall(pattern, text) for pattern in (r"--signal=TERM@(\d+)", r"GRACE_SECONDS=(\d+)"))
+    (lead,), (told,) = (
+        re.findall(pattern, text) for pattern in (r"--signal=TERM@(\d+)", r"GRACE_SECONDS=(\d+)")
+    )
     assert int(lead) == int(told) == GRACE_SECONDS
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
-def test_slurm_script_requeues_what_was_stopped_and_nothing_else(code: int, requeued: bool, tmp_path: Path) -> None:
+def test_slurm_script_requeues_what_was_stopped_and_nothing_else(
+    code: int, requeued: bool, tmp_path: Path
+) -> None:
     # Red when: an error is requeued for ever, or the exit code is scontrol's.
     job = ended(tmp_path, SRUN_SHOWS, SRUN_EXIT=str(code))
     assert job.returncode == code
@@ -345,16 +405,27 @@ def test_slurm_job_is_stopped_requeued_and_goes_on(tmp_path: Path) -> None:
         for label, name in enumerate("ab"):
             (tmp_path / split / name).mkdir(parents=True)
             for n in range(count):
-                Image.new("RGB", (16, 16), (100 * label, 5 * n, 0)).save(tmp_path / split / name / f"{n}.png")
+                Image.new("RGB", (16, 16), (100 * label, 5 * n, 0)).save(
+                    tmp_path / split / name / f"{n}.png"
+                )
     options = "--method conadv --model resnet8 --model.width 4 --data.image-size 8 --data.num-workers 1 --lr 0.1 "
     options += "--global-batch-size 8 --micro-batch-size 2 --schedule.warmup-epochs 0 --eval.robust-images 0 --quiet "
     options += "--eval.every-epochs 1000 --checkpoint.every-epochs 1000 --device cpu --epochs 25"
-    job = {"RECIPE": "imagefolder", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "NODE": "localhost"}
+    job = {
+        "RECIPE": "imagefolder",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "NODE": "localhost",
+    }
     job |= {"SLURM_JOB_ID": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo", "OPTIONS": options}
     command, environment = slurm_job(tmp_path, SRUN_STARTS, **job)
     record, log = tmp_path / "run" / "record.jsonl", tmp_path / "log"
     with started(command, log, **environment) as process:
-        until(lambda: record.exists() and record.read_bytes().count(b'"type": "step"') > 2, 120, "the first steps")
+        until(
+            lambda: record.exists() and record.read_bytes().count(b'"type": "step"') > 2,
+            120,
+            "the first steps",
+        )
         for task in workers(process.pid).values():
             os.kill(task, signal.SIGTERM)
         assert process.wait(60) == 143, log.read_text()
@@ -365,7 +436,9 @@ def test_slurm_job_is_stopped_requeued_and_goes_on(tmp_path: Path) -> None:
         assert process.wait(120) == 0, log.read_text()
     lines = read_lines(record)
     assert [line["step"] for line in lines if line["type"] == "step"] == list(range(100))
-    assert [(line["step"], line["ranks"]) for line in lines if line["type"] == "resume"] == [(saved, 2)]
+    assert [(line["step"], line["ranks"]) for line in lines if line["type"] == "resume"] == [
+        (saved, 2)
+    ]
 
 
 def test_repeated_photographs_make_a_large_batch(tmp_path: Path) -> None:

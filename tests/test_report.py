@@ -18,9 +18,20 @@ import pytest
 from rich.console import Console
 from scipy import stats as scipy_stats
 
-from conadv.config import Config, dump_yaml, replace, resolve
+from conadv.config.schema import Config, dump_yaml, replace, resolve
 from conadv.errors import ConadvError
-from conadv.report import arms_table, compare, figures, find_runs, load_run, settings, show, table, words, write_report
+from conadv.report import (
+    arms_table,
+    compare,
+    figures,
+    find_runs,
+    load_run,
+    settings,
+    show,
+    table,
+    words,
+    write_report,
+)
 from conadv.report.html import escape_markdown
 from conadv.report.stats import paired_difference, stat
 
@@ -28,7 +39,13 @@ HEADER = {
     "time": "2026-03-04T05:06:07+00:00",
     "version": "0.1.0",
     "versions": {"python": "3.12.1", "torch": "2.9.0", "numpy": "2.1.0"},
-    "machine": {"system": "Linux x86_64", "processor": "Example CPU", "cores": 2, "threads": 2, "device": "cpu"},
+    "machine": {
+        "system": "Linux x86_64",
+        "processor": "Example CPU",
+        "cores": 2,
+        "threads": 2,
+        "device": "cpu",
+    },
     "git": {"commit": "0123abc", "dirty": False},
     "parameter_groups": [],
 }
@@ -37,7 +54,14 @@ SECONDS = {"data": 0.001, "gradient": 0.050, "attack": 0.020, "update": 0.004}
 
 
 def make_config(method: str = "vanilla", seed: int = 0, **changes: Any) -> Config:
-    values = {"method": method, "seed": seed, "global_batch_size": 100, "epochs": 12, "attack__eps": 4 / 255, **changes}
+    values = {
+        "method": method,
+        "seed": seed,
+        "global_batch_size": 100,
+        "epochs": 12,
+        "attack__eps": 4 / 255,
+        **changes,
+    }
     return resolve(replace(Config(), **values))
 
 
@@ -49,9 +73,14 @@ def step_lines(config: Config, steps: int, per_epoch: int) -> list[dict[str, Any
     tau = {"disadv": 0, "recycle": 1, "conadv": config.staleness}.get(config.method, 0) or 0
     lines = []
     for step in range(steps):
-        losses = {v: 2.3 * math.exp(-4 * step / steps) * (1 + 0.1 * rng.standard_normal()) + 0.02 for v in views}
+        losses = {
+            v: 2.3 * math.exp(-4 * step / steps) * (1 + 0.1 * rng.standard_normal()) + 0.02
+            for v in views
+        }
         version = step - tau if step >= tau else (step if config.method == "conadv" else None)
-        phases = {k: v * (1 + 0.05 * rng.random()) for k, v in SECONDS.items() if k != "attack" or attacks}
+        phases = {
+            k: v * (1 + 0.05 * rng.random()) for k, v in SECONDS.items() if k != "attack" or attacks
+        }
         lines.append(
             {
                 "type": "step",
@@ -70,15 +99,35 @@ def step_lines(config: Config, steps: int, per_epoch: int) -> list[dict[str, Any
         if (step + 1) % per_epoch == 0:
             grown = 0.95 - 0.6 * math.exp(-5 * (step + 1) / steps) + 0.005 * rng.standard_normal()
             done = {"step": step + 1, "epoch": (step + 1) // per_epoch}
-            lines.append({"type": "eval", **done, "split": "test", "loss": 0.2, "accuracy": grown, "images": 500})
+            lines.append(
+                {
+                    "type": "eval",
+                    **done,
+                    "split": "test",
+                    "loss": 0.2,
+                    "accuracy": grown,
+                    "images": 500,
+                }
+            )
     return lines
 
 
-def write_run(path: Path, config: Config, accuracy: float | None = 0.95, per_epoch: int = 5, **summary: Any) -> Path:
+def write_run(
+    path: Path, config: Config, accuracy: float | None = 0.95, per_epoch: int = 5, **summary: Any
+) -> Path:
     """A finished run with the given test accuracy; ``accuracy=None`` leaves it unfinished, without summary.json."""
     steps = int((config.epochs or 12) * per_epoch)
-    header = {"type": "header", **HEADER, "recipe": config.recipe, "seed": config.seed, "steps": steps}
-    lines = [{**header, "config": config.model_dump(mode="json")}, *step_lines(config, steps, per_epoch)]
+    header = {
+        "type": "header",
+        **HEADER,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "steps": steps,
+    }
+    lines = [
+        {**header, "config": config.model_dump(mode="json")},
+        *step_lines(config, steps, per_epoch),
+    ]
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(dump_yaml(config))
     (path / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -127,7 +176,10 @@ def cells(page: str) -> list[list[str]]:
     """The arms table of an HTML report as text."""
     body = re.search(r'<table class="arms">.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
     assert body is not None
-    texts = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in body[1].split("</tr>")[:-1]]
+    texts = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
+        for row in body[1].split("</tr>")[:-1]
+    ]
     return [[html.unescape(re.sub(r"<[^>]*>", "", cell)) for cell in row] for row in texts]
 
 
@@ -136,7 +188,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report over seven arms with three seeds; its folder."""
     folder = tmp_path_factory.mktemp("study")
     write_study(folder / "runs")
-    write_report([folder / "runs"], folder / "report.html", title="Seven arms", command="conadv demo")
+    write_report(
+        [folder / "runs"], folder / "report.html", title="Seven arms", command="conadv demo"
+    )
     return folder
 
 
@@ -167,7 +221,9 @@ def test_a_killed_run_is_unfinished_and_keeps_what_is_known(tmp_path: Path) -> N
     summary = write_report([tmp_path], tmp_path / "report.html").to_json()
     status = next(run["status"] for run in summary["runs"] if run["path"] == "run")
     accuracy = [json.loads(line)["accuracy"] for line in lines[:20] if '"type": "eval"' in line][-1]
-    assert status == f"unfinished: 16 of 60 steps, {100 * accuracy:.2f} % test accuracy after step 15"
+    assert (
+        status == f"unfinished: 16 of 60 steps, {100 * accuracy:.2f} % test accuracy after step 15"
+    )
     assert summary["arms"][0]["unfinished_seeds"] == [0]
 
 
@@ -205,7 +261,9 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     assert any("could not be read in full" in note for note in words.notes(compare([run])))
 
 
-@pytest.mark.parametrize("record", ["", '{"type": "step"}\n', '{"step": 1}\n', "[1, 2]\n", "no json\nat all\n"])
+@pytest.mark.parametrize(
+    "record", ["", '{"type": "step"}\n', '{"step": 1}\n', "[1, 2]\n", "no json\nat all\n"]
+)
 def test_a_foreign_folder_is_an_error_that_names_it(tmp_path: Path, record: str) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "record.jsonl").write_text(record)
@@ -254,7 +312,9 @@ def test_paired_interval_by_hand_and_by_scipy() -> None:
     found = paired_difference(arm, base)
     assert found is not None
     assert (found.seeds, found.n, found.verdict) == ((0, 1, 2), 3, "not distinguishable")
-    half = 4.302653 * 0.005 / math.sqrt(3)  # t(0.975, 2) from a printed table; differences 0.010, 0.005, 0.015
+    half = (
+        4.302653 * 0.005 / math.sqrt(3)
+    )  # t(0.975, 2) from a printed table; differences 0.010, 0.005, 0.015
     assert found.mean == pytest.approx(0.010)
     assert (found.low, found.high) == (pytest.approx(0.010 - half), pytest.approx(0.010 + half))
     test = scipy_stats.ttest_rel([0.98, 0.97, 0.99], [0.97, 0.965, 0.975]).confidence_interval(0.95)
@@ -346,12 +406,19 @@ def test_labels(changes: dict[str, Any], label: str) -> None:
 
 def test_settings_without_effect_do_not_split_an_arm() -> None:
     """Red when: effective() keeps attack.* for methods without an attack."""
-    a, b = (make_config("multiview", attack__eps=eps, seed=eps_seed) for eps, eps_seed in ((0.1, 0), (0.2, 1)))
+    a, b = (
+        make_config("multiview", attack__eps=eps, seed=eps_seed)
+        for eps, eps_seed in ((0.1, 0), (0.2, 1))
+    )
     a, b = (replace(config, eval__robust_eps=0.1) for config in (a, b))
-    assert settings.effective(a.model_dump(mode="json")) == settings.effective(b.model_dump(mode="json"))
+    assert settings.effective(a.model_dump(mode="json")) == settings.effective(
+        b.model_dump(mode="json")
+    )
     c = replace(make_config("noise", attack__eps=0.1), eval__robust_eps=0.1)
     d = replace(make_config("noise", attack__eps=0.2), eval__robust_eps=0.1)
-    assert settings.effective(c.model_dump(mode="json")) != settings.effective(d.model_dump(mode="json"))
+    assert settings.effective(c.model_dump(mode="json")) != settings.effective(
+        d.model_dump(mode="json")
+    )
 
 
 def test_the_seed_of_the_subset_is_0_where_a_record_has_none() -> None:
@@ -371,7 +438,9 @@ def test_given_names_and_baseline(tmp_path: Path) -> None:
     names = {}
     for seed in range(2):
         names[str(write_run(tmp_path / f"a{seed}", make_config(seed=seed), 0.9))] = "large batch"
-        names[str(write_run(tmp_path / f"b{seed}", make_config("noise", seed=seed), 0.95))] = "with noise"
+        names[str(write_run(tmp_path / f"b{seed}", make_config("noise", seed=seed), 0.95))] = (
+            "with noise"
+        )
     comparison = load_study(tmp_path, names=names, baseline="with noise")
     assert [arm.label for arm in comparison.arms] == ["large batch", "with noise"]
     assert comparison.arms[0].difference.mean == pytest.approx(-0.05)
@@ -382,7 +451,9 @@ def test_given_names_and_baseline(tmp_path: Path) -> None:
 
 
 def test_a_name_over_different_settings_is_said(tmp_path: Path) -> None:
-    paths = [write_run(tmp_path / f"{n}", make_config(seed=n, global_batch_size=20 * n)) for n in (1, 2)]
+    paths = [
+        write_run(tmp_path / f"{n}", make_config(seed=n, global_batch_size=20 * n)) for n in (1, 2)
+    ]
     notes = words.notes(load_study(tmp_path, names=dict.fromkeys(map(str, paths), "mixed")))
     assert "mixed mixes runs with different settings: global_batch_size." in notes
 
@@ -398,16 +469,24 @@ def test_a_repeated_seed_is_used_once(tmp_path: Path) -> None:
     comparison = load_study(tmp_path)
     assert [run.label for run in comparison.arms[0].runs] == ["b"]
     assert comparison.arms[0].metrics["test_accuracy"].values == {0: 0.91}
-    assert any("repeat the settings and seed" in note and "2" in note for note in words.notes(comparison))
+    assert any(
+        "repeat the settings and seed" in note and "2" in note for note in words.notes(comparison)
+    )
 
 
 def test_staleness_is_compared_with_the_configured_one(tmp_path: Path) -> None:
     """Red when: _staleness() reads the recorded staleness instead of step - weight_version, or forgets tau."""
     path = write_run(tmp_path / "a", make_config("conadv", staleness=2))
     arm = load_study(tmp_path).arms[0]
-    assert (arm.staleness.configured, arm.staleness.measured, arm.staleness.unexpected) == (2, {0: 2, 2: 58}, 0)
+    assert (arm.staleness.configured, arm.staleness.measured, arm.staleness.unexpected) == (
+        2,
+        {0: 2, 2: 58},
+        0,
+    )
     text = (path / "record.jsonl").read_text()
-    (path / "record.jsonl").write_text(text.replace('"weight_version": 30,', '"weight_version": 31,'))
+    (path / "record.jsonl").write_text(
+        text.replace('"weight_version": 30,', '"weight_version": 31,')
+    )
     comparison = load_study(tmp_path)
     assert comparison.arms[0].staleness.unexpected == 1
     assert any("in 1 of 60 steps" in note for note in words.notes(comparison))
@@ -416,7 +495,11 @@ def test_staleness_is_compared_with_the_configured_one(tmp_path: Path) -> None:
 def test_different_machines_versions_and_code_are_noted(tmp_path: Path) -> None:
     write_run(tmp_path / "a", make_config())
     record = write_run(tmp_path / "b", make_config("noise")) / "record.jsonl"
-    text = record.read_text().replace("Example CPU", "Other CPU").replace('"dirty": false', '"dirty": true')
+    text = (
+        record.read_text()
+        .replace("Example CPU", "Other CPU")
+        .replace('"dirty": false', '"dirty": true')
+    )
     record.write_text(text.replace('"version": "0.1.0"', '"version": "0.2.0"'))
     notes = " ".join(words.notes(load_study(tmp_path)))
     for piece in ("different machines", "different versions", "uncommitted changes"):
@@ -434,8 +517,15 @@ def test_table_and_summary_hold_the_same_numbers(study: Path) -> None:
     assert len(shown) == len(summary["arms"]) == 7
     base = next(arm for arm in summary["arms"] if arm["label"] == summary["baseline"])
     for row, arm in zip(shown, summary["arms"], strict=True):
-        values = [json.loads((study / run["path"] / "summary.json").read_text()) for run in summary["runs"]]
-        own = [v["test_accuracy"] for v, run in zip(values, summary["runs"], strict=True) if run["arm"] == arm["label"]]
+        values = [
+            json.loads((study / run["path"] / "summary.json").read_text())
+            for run in summary["runs"]
+        ]
+        own = [
+            v["test_accuracy"]
+            for v, run in zip(values, summary["runs"], strict=True)
+            if run["arm"] == arm["label"]
+        ]
         accuracy = arm["test_accuracy"]
         assert accuracy["mean"] == pytest.approx(statistics.fmean(own))
         assert row[0] == arm["label"]
@@ -463,7 +553,9 @@ def test_html_is_self_contained(study: Path) -> None:
 def test_figures_share_a_page_without_clashing_ids(study: Path) -> None:
     """Two figures may define the same shape under one id, never different ones."""
     defined: dict[str, str] = {}
-    for tag in re.findall(r"<(?:path|clipPath|pattern)\b[^>]*\bid=[^>]*>", (study / "report.html").read_text()):
+    for tag in re.findall(
+        r"<(?:path|clipPath|pattern)\b[^>]*\bid=[^>]*>", (study / "report.html").read_text()
+    ):
         name = re.search(r'id="([^"]*)"', tag)
         assert name is not None
         assert defined.setdefault(name[1], tag) == tag
@@ -483,7 +575,11 @@ def test_names_and_recipes_are_escaped(tmp_path: Path) -> None:
     assert "<script" not in markdown
     assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;" in page
     tables = [line for line in markdown.splitlines() if line.startswith("|") and "script" in line]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {6, 10, 4}  # runs, arms, settings
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {
+        6,
+        10,
+        4,
+    }  # runs, arms, settings
     assert summary.to_json()["arms"][0]["label"] == EVIL
 
 
@@ -581,13 +677,17 @@ def test_curves_average_over_seeds(tmp_path: Path) -> None:
 
 def test_long_records_are_averaged_down(tmp_path: Path) -> None:
     """Red when: the last, shorter stretch is divided by the full length."""
-    run = load_run(write_run(tmp_path / "a", make_config(), per_epoch=85))  # 1020 steps, stretches of 6
+    run = load_run(
+        write_run(tmp_path / "a", make_config(), per_epoch=85)
+    )  # 1020 steps, stretches of 6
     figure = figures.curves(compare([run]))
     assert figure is not None
     line = figure.axes[1].lines[0]
     clean = run.nested("losses")["clean"]
     np.testing.assert_allclose(line.get_ydata(), clean.reshape(-1, 6).mean(axis=1))
-    short = load_run(write_run(tmp_path / "b", make_config(epochs=11.98), per_epoch=85))  # 1018 steps
+    short = load_run(
+        write_run(tmp_path / "b", make_config(epochs=11.98), per_epoch=85)
+    )  # 1018 steps
     tail = figures.curves(compare([short])).axes[1].lines[0].get_ydata()[-1]
     assert tail == pytest.approx(short.nested("losses")["clean"][1014:].mean())
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from scipy import stats as scipy_stats
 
-from conadv.cli import main
-from conadv.config import Config, replace
+from conadv.cli.program import main
+from conadv.config.schema import Config, replace
 from conadv.errors import ConadvError
 from conadv.report import show_study
 from conadv.report.stats import holm, paired_difference
@@ -78,11 +78,17 @@ def cell(study: Any, arm: str, x: float = 300) -> Any:
 
 def test_a_sweep_is_read_as_cells(study: Any) -> None:
     """Red when: the largest x is taken over all arms' smallest, or seeds are not sorted."""
-    assert (study.name, study.title, study.axis) == ("digits", "Digits <by> batch", "global_batch_size")
+    assert (study.name, study.title, study.axis) == (
+        "digits",
+        "Digits <by> batch",
+        "global_batch_size",
+    )
     assert study.lines == tuple(ARMS)
     assert (study.points, study.largest) == ((20, 100, 300), 300)
     assert [run.seed for run in cell(study, "LARS").runs] == [0, 1, 2, 3]
-    assert [found.arm for found in study.adversarial(300)] == [arm for arm in ARMS if "attack" in arm or "Con" in arm]
+    assert [found.arm for found in study.adversarial(300)] == [
+        arm for arm in ARMS if "attack" in arm or "Con" in arm
+    ]
     assert study.failed == (("runs/lars-7", "loss is <nan> in step 3"),)
     assert cell(study, "LARS").gap.mean == pytest.approx(0.99 - cell(study, "LARS").stat().mean)
 
@@ -97,7 +103,9 @@ def test_what_has_not_run_yet_is_counted_and_said(folder: Path, tmp_path: Path) 
     study = load_sweep(partial)
     assert tables.seeds(cell(study, "LARS")) == "2 of 4"
     assert tables.seeds(cell(study, CONTROLS[0], 20)) == "3 of 4"
-    assert any("4 of its runs are not finished" in note for note in StudySummary(study, partial).notes)
+    assert any(
+        "4 of its runs are not finished" in note for note in StudySummary(study, partial).notes
+    )
 
 
 def test_arms_with_more_axes_are_lines_of_their_own(folder: Path, tmp_path: Path) -> None:
@@ -113,7 +121,8 @@ def test_arms_with_more_axes_are_lines_of_their_own(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "readable"), ("[]", "not what conadv writes"), ('{"cells": []}', "no conf")]
+    ("text", "message"),
+    [("{", "readable"), ("[]", "not what conadv writes"), ('{"cells": []}', "no conf")],
 )
 def test_a_broken_sweep_is_an_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
@@ -127,13 +136,20 @@ def test_a_broken_sweep_is_an_error(tmp_path: Path, text: str, message: str) -> 
 def test_differences_are_those_of_scipy(study: Any) -> None:
     """Red when: p is one-sided, or the references of a control include the other controls."""
     found = differences(study, 300)
-    assert len(found) == 2 + 3 * 3  # controls to the baseline; three attacks to the baseline and two controls
-    one = next(c for c in found if c.cell.arm == "+ sequential attack" and c.reference.arm == CONTROLS[1])
+    assert (
+        len(found) == 2 + 3 * 3
+    )  # controls to the baseline; three attacks to the baseline and two controls
+    one = next(
+        c for c in found if c.cell.arm == "+ sequential attack" and c.reference.arm == CONTROLS[1]
+    )
     a, b = (list(c.values().values()) for c in (one.cell, one.reference))
     test = scipy_stats.ttest_rel(a, b)
     interval = test.confidence_interval(0.95)
     assert one.difference.mean == pytest.approx(np.mean(a) - np.mean(b))
-    assert (one.difference.low, one.difference.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert (one.difference.low, one.difference.high) == (
+        pytest.approx(interval.low),
+        pytest.approx(interval.high),
+    )
     assert one.difference.p == pytest.approx(test.pvalue)
 
 
@@ -172,7 +188,9 @@ def test_what_others_spent_is_that_of_the_dearest(study: Any) -> None:
     """Red when: share is that of the best, which here is the cheapest."""
     base = cell(study, "LARS")
     runs = tuple(changed(run, summary={**run.summary, "test_accuracy": 0.999}) for run in base.runs)
-    better = changed(study, cells=tuple(changed(c, runs=runs) if c is base else c for c in study.cells))
+    better = changed(
+        study, cells=tuple(changed(c, runs=runs) if c is base else c for c in study.cells)
+    )
     found = equal_cost(better, cell(better, "+ ConAdv, look-ahead"))
     assert found.best.arm == "LARS"
     assert found.share == pytest.approx(2 / 3)
@@ -188,7 +206,9 @@ def test_arms_of_the_same_cost_do_not_hide_one_another() -> None:
 
 def test_the_first_question_names_trials_choice_split_and_edge(study: Any) -> None:
     text = " ".join(answers.tuned(study))
-    assert text.startswith("Yes. Settings were chosen by accuracy on 150 training images held out of every run")
+    assert text.startswith(
+        "Yes. Settings were chosen by accuracy on 150 training images held out of every run"
+    )
     assert "with seed 100; the test set took no part" in text
     assert "batch 300: lr 4 (3 trials: 1, 2, 4)" in text
     assert "At the edge, so a better value may lie outside: lr at batch 300." in text
@@ -220,7 +240,9 @@ def test_unfair_tuning_is_said(folder: Path, tmp_path: Path) -> None:
     assert "Seeds 3 were used for tuning and are reported too." in text
     for raw in document["cells"]:
         raw["trials"] = []
-    text = " ".join(answers.tuned(load_sweep(edited(folder, tmp_path / "b", cells=document["cells"]))))
+    text = " ".join(
+        answers.tuned(load_sweep(edited(folder, tmp_path / "b", cells=document["cells"])))
+    )
     assert text.startswith("No: this sweep tuned nothing.")
 
 
@@ -242,15 +264,22 @@ def test_no_interval_is_no_verdict(folder: Path, tmp_path: Path) -> None:
             raw["runs"], raw["seeds"] = raw["runs"][:1], [0]
     study = load_sweep(edited(folder, tmp_path / "sweep", cells=cells))
     equal = " ".join(answers.at_equal_cost(study))
-    assert "2 of 3 adversarial arms are higher, 0 lower, 0 not distinguishable, 1 without an interval" in equal
+    assert (
+        "2 of 3 adversarial arms are higher, 0 lower, 0 not distinguishable, 1 without an interval"
+        in equal
+    )
     text = " ".join(answers.attack_or_images(study))
-    assert "2 of 3 adversarial arms are above LARS at batch 300; no interval for 1 (one seed" in text
+    assert (
+        "2 of 3 adversarial arms are above LARS at batch 300; no interval for 1 (one seed" in text
+    )
     assert "for all 8 comparisons" in text
 
 
 def test_nothing_above_is_not_corrected(folder: Path, tmp_path: Path) -> None:
     """Red when: _corrected() speaks of 0 differences."""
-    study = load_sweep(edited(folder, tmp_path / "sweep", controls=[CONTROLS[1]], baseline="+ sequential attack"))
+    study = load_sweep(
+        edited(folder, tmp_path / "sweep", controls=[CONTROLS[1]], baseline="+ sequential attack")
+    )
     flat = changed(study, cells=tuple(c for c in study.cells if c.arm != "+ ConAdv, look-ahead"))
     text = " ".join(answers.attack_or_images(flat))
     assert "0 of 1 adversarial arms are above" in text
@@ -267,15 +296,23 @@ def test_arms_that_do_not_attack_are_not_called_adversarial(folder: Path, tmp_pa
     assert "adversarial" not in text
     assert "No control" not in text
     apart = changed(plain, baseline=None, cells=tuple(c for c in plain.cells if c.arm != "LARS"))
-    assert "adversarial" not in " ".join(answers.attack_or_images(apart) + answers.at_equal_cost(apart))
+    assert "adversarial" not in " ".join(
+        answers.attack_or_images(apart) + answers.at_equal_cost(apart)
+    )
     assert "adversarial arms are above" in " ".join(answers.attack_or_images(study))
 
 
 def test_one_difference_is_not_counted(study: Any) -> None:
     """Red when: _corrected() counts one difference as several, or calls it kept without looking."""
-    only = changed(study, controls=(), cells=tuple(c for c in study.at(300) if c.arm in ("LARS", "+ ConAdv, tau = 1")))
+    only = changed(
+        study,
+        controls=(),
+        cells=tuple(c for c in study.at(300) if c.arm in ("LARS", "+ ConAdv, tau = 1")),
+    )
     text = answers._corrected(only, differences(only, 300))
-    assert text == ["The one such difference remains after Holm's correction for all 1 comparisons at this batch."]
+    assert text == [
+        "The one such difference remains after Holm's correction for all 1 comparisons at this batch."
+    ]
     assert differences(only, 300)[0].adjusted < 0.05
 
 
@@ -292,8 +329,13 @@ def test_an_edge_is_named_and_two_values_have_none(folder: Path, tmp_path: Path)
     assert cell(study, "LARS", 20).at_edge == ()
     rows = [[mark.text for mark in row] for row in tables.tuning(study).rows]
     assert {row[-1] for row in rows if row[:2] == ["300", "LARS"]} == {"lr at the edge"}
-    assert {row[-1] for row in rows if row[:2] == ["20", "LARS"]} == {"inside (but two values of eps)"}
-    assert "With two values only, which is always an edge and counted as none: eps." in answers.tuned(study)
+    assert {row[-1] for row in rows if row[:2] == ["20", "LARS"]} == {
+        "inside (but two values of eps)"
+    }
+    assert (
+        "With two values only, which is always an edge and counted as none: eps."
+        in answers.tuned(study)
+    )
 
 
 def test_what_has_only_edges_is_not_said_to_be_inside(folder: Path, tmp_path: Path) -> None:
@@ -320,7 +362,10 @@ def test_an_edge_is_that_of_the_arm_it_was_tuned_on(folder: Path, tmp_path: Path
 
 def test_an_arm_that_diverged_has_no_mean_and_no_verdict(folder: Path, tmp_path: Path) -> None:
     """Red when: the seeds that did not diverge make a mean, an interval, or the rival at equal cost."""
-    failed = [{"run": f"runs/{arm}-300-seed1", "error": "loss is nan in step 3", "diverged": True} for arm in (2, 5)]
+    failed = [
+        {"run": f"runs/{arm}-300-seed1", "error": "loss is nan in step 3", "diverged": True}
+        for arm in (2, 5)
+    ]
     broken = edited(folder, tmp_path / "sweep", failed=failed)
     for one in failed:
         (broken / one["run"] / "summary.json").unlink()
@@ -345,19 +390,29 @@ def test_an_arm_that_diverged_has_no_mean_and_no_verdict(folder: Path, tmp_path:
     assert accuracy_figure(study) is not None
     (axes,) = accuracy_figure(changed(study, cells=tuple(study.at(300)))).axes  # type: ignore[union-attr]
     assert axes.get_yticklabels()[2].get_text() == "+ random-sign noise\n1 of 4 diverged"
-    assert {len(line.get_xdata()) for line in axes.lines if list(line.get_ydata())[:1] == [2]} == {3}
+    assert {len(line.get_xdata()) for line in axes.lines if list(line.get_ydata())[:1] == [2]} == {
+        3
+    }
 
 
 def test_how_robust_accuracy_was_measured_is_said(study: Any, report: Any) -> None:
     """Red when: eps is that of the attack in training, steps and images change places, or one way speaks for all."""
     base = cell(study, "LARS")
-    config = {**base.runs[0].config, "eval": {"robust_eps": 0.1, "robust_steps": 20, "robust_images": 250}}
+    config = {
+        **base.runs[0].config,
+        "eval": {"robust_eps": 0.1, "robust_steps": 20, "robust_images": 250},
+    }
     other = changed(base, runs=(changed(base.runs[0], config=config), *base.runs[1:]))
     mixed = changed(study, cells=(*(c for c in study.cells if c is not base), other))
     found = answers.robustness(study)
     assert found == "Robust accuracy: PGD with 10 steps, eps 4/255, on at most 1000 test images."
-    assert answers.robustness(mixed) == f"{found[:-1]}; PGD with 20 steps, eps 0.1, on at most 250 test images."
-    assert answers.analysed_robustness(study) == ("Robust accuracy: PGD with 10 steps, eps 0.01, on 500 test images.")
+    assert (
+        answers.robustness(mixed)
+        == f"{found[:-1]}; PGD with 20 steps, eps 0.1, on at most 250 test images."
+    )
+    assert answers.analysed_robustness(study) == (
+        "Robust accuracy: PGD with 10 steps, eps 0.01, on 500 test images."
+    )
     assert (report.to_json()["robust"], report.to_json()["analysed_robust"]) == (
         found,
         answers.analysed_robustness(study),
@@ -375,13 +430,19 @@ def test_probe_averages_by_hand(study: Any) -> None:
     assert probes.taus(probed, "stale") == (1, 2, 4, 8)
     assert probes.average(probed, cosine, "stale", 4, "peak").mean == pytest.approx(0.6)
     ratio = probes.average(probed, increase, "momentum", 8, "decay")
-    assert (ratio.mean, ratio.low, ratio.high) == (pytest.approx(0.6), pytest.approx(0.6), pytest.approx(0.6))
+    assert (ratio.mean, ratio.low, ratio.high) == (
+        pytest.approx(0.6),
+        pytest.approx(0.6),
+        pytest.approx(0.6),
+    )
     assert probes.average(probed, error, "momentum", 4, None).mean == pytest.approx(0.2)
     assert probes.average(probed, error, "current", 0, None) is None
     x, y = probes.course(probed, increase, "stale", 2)
     assert x == pytest.approx([step / 60 for step in range(0, 60, 5)])
     assert y == pytest.approx([0.8] * 6 + [0.9] * 6)
-    names = [(name, round(start, 3), round(end, 3)) for name, start, end in probes.phase_spans(probed)]
+    names = [
+        (name, round(start, 3), round(end, 3)) for name, start, end in probes.phase_spans(probed)
+    ]
     assert names == [("warm-up", 0.0, 0.125), ("peak", 0.125, 0.458), ("decay", 0.458, 1.0)]
 
 
@@ -406,7 +467,11 @@ def test_figures_show_the_data(study: Any, tmp_path: Path) -> None:
     assert drawn.get_ydata() == pytest.approx([100 * mean for mean in base])
     assert (tmp_path / "img" / "a.png").read_bytes().startswith(b"\x89PNG")
     panels = cost_figure(study).axes  # type: ignore[union-attr]
-    assert [panel.get_title(loc="left") for panel in panels] == ["batch 20", "batch 100", "batch 300"]
+    assert [panel.get_title(loc="left") for panel in panels] == [
+        "batch 20",
+        "batch 100",
+        "batch 300",
+    ]
     assert panels[2].get_xlabel() == "gradient images of the\nwhole training, thousands"
     marks = {float(line.get_xdata()[0]) for line in panels[2].lines if len(line.get_xdata()) == 1}
     assert sorted(marks) == pytest.approx(
@@ -419,12 +484,16 @@ def test_arms_at_one_batch_are_rows(study: Any) -> None:
     """Red when: names and means are in different orders, or the dotted line is not the baseline's mean."""
     at_100 = changed(study, cells=tuple(study.at(100)))
     (axes,) = accuracy_figure(at_100).axes  # type: ignore[union-attr]
-    assert [tick.get_text().replace("\n", " ") for tick in axes.get_yticklabels()] == list(at_100.lines)
+    assert [tick.get_text().replace("\n", " ") for tick in axes.get_yticklabels()] == list(
+        at_100.lines
+    )
     assert axes.yaxis_inverted()
     for row, line in enumerate(at_100.lines):
         mean = 100 * cell(study, line, 100).stat().mean
         assert any(
-            list(one.get_xdata()) == pytest.approx([mean]) for one in axes.lines if list(one.get_ydata()) == [row]
+            list(one.get_xdata()) == pytest.approx([mean])
+            for one in axes.lines
+            if list(one.get_ydata()) == [row]
         )
     dotted = next(line for line in axes.lines if line.get_linestyle() == ":")
     assert dotted.get_xdata()[0] == pytest.approx(100 * cell(study, "LARS", 100).stat().mean)
@@ -433,7 +502,11 @@ def test_arms_at_one_batch_are_rows(study: Any) -> None:
 def test_the_staleness_table_by_hand(study: Any) -> None:
     """Red when: phases are mixed, or the share is not of the current weights' increase."""
     made = tables.staleness(study)
-    assert made.head[3:6] == ["loss increase, warm-up", "loss increase, peak", "loss increase, decay"]
+    assert made.head[3:6] == [
+        "loss increase, warm-up",
+        "loss increase, peak",
+        "loss increase, decay",
+    ]
     rows = [[mark.text for mark in row] for row in made.rows]
     row = next(row for row in rows if row[:3] == ["+ ConAdv, look-ahead", "2", "stale"])
     assert row[4:6] == ["80\u00a0%", "90\u00a0%"]
@@ -470,7 +543,17 @@ def test_the_page_is_escaped_and_complete(folder: Path, report: Any) -> None:
     assert "Digits &lt;by&gt; batch" in page
     assert "<by>" not in page
     assert "loss is &lt;nan&gt; in step 3" in page
-    for part in ("questions", "result", "differences", "cost", "tuning", "staleness", "sharpness", "images", "runs"):
+    for part in (
+        "questions",
+        "result",
+        "differences",
+        "cost",
+        "tuning",
+        "staleness",
+        "sharpness",
+        "images",
+        "runs",
+    ):
         assert f'<section id="{part}">' in page
     assert page.count("<svg") == 7
     assert "has a checkpoint, so there are no images" in page
@@ -497,7 +580,11 @@ def test_the_json_holds_the_numbers(folder: Path, report: Any) -> None:
     document = json.loads((folder / "summary.json").read_text())
     assert document == report.to_json()
     first = document["cells"][2]
-    assert (first["arm"], first["settings"], first["at_edge"]) == ("LARS", {"global_batch_size": 300}, ["optim.lr"])
+    assert (first["arm"], first["settings"], first["at_edge"]) == (
+        "LARS",
+        {"global_batch_size": 300},
+        ["optim.lr"],
+    )
     values = first["test_accuracy"]["values"].values()
     assert first["test_accuracy"]["mean"] == pytest.approx(math.fsum(values) / 4)
     assert len(document["differences"]) == len(differences(report.study))
@@ -513,7 +600,10 @@ def test_the_terminal_says_the_same(report: Any) -> None:
 
 
 def test_the_command_line_reports_a_sweep(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     written: dict[str, Any] = {}
 
@@ -540,7 +630,7 @@ def test_an_unknown_baseline_is_an_error(folder: Path) -> None:
 
 def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
     """Red when: magnify() does not centre at grey, or the attack is left out."""
-    from conadv.trainer import train
+    from conadv.training.trainer import train
 
     config = replace(
         Config(),
@@ -553,7 +643,9 @@ def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
         eval__robust_images=0,
     )
     train(config, tmp_path / "runs" / "a", device="cpu")
-    cells = [{"arm": "attack", "settings": {"global_batch_size": 32}, "runs": ["runs/a"], "seeds": [0]}]
+    cells = [
+        {"arm": "attack", "settings": {"global_batch_size": 32}, "runs": ["runs/a"], "seeds": [0]}
+    ]
     (tmp_path / "sweep.json").write_text(json.dumps({"axis": "global_batch_size", "cells": cells}))
     shown = gallery(load_sweep(tmp_path), 4)
     assert shown.figure is not None

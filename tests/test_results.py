@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_readme_tables_are_drawn_from_the_records() -> None:
     # Red when: a number in README.md is edited by hand.
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

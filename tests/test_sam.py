@@ -38,7 +38,9 @@ def test_engine_equals_the_reference(optimizer: str, every: int) -> None:
     assert got == pytest.approx(want, rel=1e-10)
     for name, value in state(twin).items():
         assert torch.allclose(state(model)[name], value, rtol=1e-9, atol=1e-12), name
-    assert got != pytest.approx([r.loss for r in run(make(Vanilla(), copy.deepcopy(twin)), 7, dtype=torch.float64)])
+    assert got != pytest.approx(
+        [r.loss for r in run(make(Vanilla(), copy.deepcopy(twin)), 7, dtype=torch.float64)]
+    )
 
 
 class _WithoutRoutes(torch.nn.Module):
@@ -77,7 +79,14 @@ def test_with_an_aug_view(fuse: bool) -> None:
     # Red when: the second gradient leaves the aug view out.
     def batch(size: int = 8) -> Batch:
         (micro,) = as_batch(0, dtype=torch.float64).micro
-        return Batch(0, (MicroBatch(0, micro.y_N, {"clean": micro.views["clean"], "aug": micro.views["second"]}),))
+        return Batch(
+            0,
+            (
+                MicroBatch(
+                    0, micro.y_N, {"clean": micro.views["clean"], "aug": micro.views["second"]}
+                ),
+            ),
+        )
 
     model = tiny_resnet("aug", dtype=torch.float64)
     twin = copy.deepcopy(model)

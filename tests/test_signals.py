@@ -14,13 +14,20 @@ from typing import Any
 
 import pytest
 
-from conadv.checkpoint import steps
-from conadv.config import dump_yaml
+from conadv.config.schema import dump_yaml
 from conadv.errors import ConadvError
-from conadv.progress import Silent
-from conadv.record import read_lines
-from conadv.signals import INTERRUPT, TERMINATE, Patience, Signals, Stopped, granted_seconds
-from conadv.trainer import train
+from conadv.training.checkpoint import steps
+from conadv.training.observer import Silent
+from conadv.training.record import read_lines
+from conadv.training.signals import (
+    INTERRUPT,
+    TERMINATE,
+    Patience,
+    Signals,
+    Stopped,
+    granted_seconds,
+)
+from conadv.training.trainer import train
 
 from .ranks.launch import started, until
 from .test_nonfinite import same
@@ -44,16 +51,24 @@ class Sends(Silent):
 
 @pytest.mark.parametrize(
     ("number", "name", "code"),
-    [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "SIGINT", 130), (signal.SIGHUP, "SIGTERM", 143)],
+    [
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGINT, "SIGINT", 130),
+        (signal.SIGHUP, "SIGTERM", 143),
+    ],
 )
 def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
     number: int, name: str, code: int, tmp_path: Path
 ) -> None:
     # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before do not come back.
-    settings = config(method="conadv", staleness=2, checkpoint__every_epochs=None, eval__every_epochs=None)
+    settings = config(
+        method="conadv", staleness=2, checkpoint__every_epochs=None, eval__every_epochs=None
+    )
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     seen = Sends(number, 2)
-    with pytest.raises(Stopped, match=f"by {name} after 4 steps; --resume goes on from step 4") as caught:
+    with pytest.raises(
+        Stopped, match=f"by {name} after 4 steps; --resume goes on from step 4"
+    ) as caught:
         train(settings, tmp_path / "cut", observer=seen)
     assert caught.value.code == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -68,17 +83,19 @@ def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
-def test_a_signal_during_an_evaluation_counts_at_that_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_an_evaluation_counts_at_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: what came during the evaluation is seen after one more step.
-    import conadv.trainer
+    import conadv.training.trainer
 
-    original = conadv.trainer.evaluate
+    original = conadv.training.trainer.evaluate
 
     def evaluate(*args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **options)
 
-    monkeypatch.setattr(conadv.trainer, "evaluate", evaluate)
+    monkeypatch.setattr(conadv.training.trainer, "evaluate", evaluate)
     with pytest.raises(Stopped, match="after 3 steps"):
         train(config(checkpoint__every_epochs=None), tmp_path)
     assert steps(tmp_path / "checkpoints") == [3]
@@ -103,7 +120,9 @@ def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_acti
 
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
     # Red when: Signals takes signals that the process was started to ignore (nohup, a script's `&`).
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)
+    }
     try:
         with Signals() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -137,7 +156,9 @@ def test_a_forked_child_is_not_the_run() -> None:
     with Signals() as signals:
         child = os.fork()
         if not child:
-            os.write(there, b"!")  # Python forgets signals that come before it is ready in the child
+            os.write(
+                there, b"!"
+            )  # Python forgets signals that come before it is ready in the child
             time.sleep(20)
             os._exit(0)
         os.read(here, 1)
@@ -166,7 +187,9 @@ def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> Non
     # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork server, which lives on).
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = subprocess.run([sys.executable, script, start], stdout=subprocess.PIPE, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, script, start], stdout=subprocess.PIPE, text=True, timeout=100
+    )
     assert done.returncode == -signal.SIGKILL
     workers = [int(word) for word in done.stdout.split()]
     assert len(set(workers)) == 2
@@ -216,7 +239,7 @@ def test_stopping_takes_the_longest_turn_and_what_saving_takes(
     # Red when: the first step counts (it compiles), saving counts as a step, the write in the background is left out,
     # or it is said at every step.
     now, heard = [0.0], list[str]()
-    monkeypatch.setattr("conadv.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("conadv.training.signals.time.monotonic", lambda: now[0])
     patience = Patience(granted, heard.append)
     for step, saving in ((100, 0), (2, 3), (5, 3), (4, 0)):
         now[0] += step
@@ -236,7 +259,9 @@ def test_a_run_says_that_it_would_be_killed_before_it_has_saved(
 ) -> None:
     # Red when: the loop does not judge, or the writer never says what a write in the background took.
     seen = Sends(0, -1)
-    settings = config(checkpoint__every_epochs=0.5, checkpoint__background=background, eval__every_epochs=None)
+    settings = config(
+        checkpoint__every_epochs=0.5, checkpoint__background=background, eval__every_epochs=None
+    )
     monkeypatch.setenv("CONADV_GRACE_SECONDS", "1e-9")
     train(settings, tmp_path / "short", observer=seen)
     assert sum("killed 1e-09 s after SIGTERM" in text for text in seen.heard) == 1
@@ -248,11 +273,24 @@ def test_a_run_says_that_it_would_be_killed_before_it_has_saved(
 
 def program(out: Path, *options: str, **changes: Any) -> list[object]:
     (out.parent / "config.yaml").write_text(dump_yaml(config(**changes)))
-    command = [sys.executable, "-m", "conadv", "train", "--config", out.parent / "config.yaml", "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "conadv",
+        "train",
+        "--config",
+        out.parent / "config.yaml",
+        "--out",
+        out,
+    ]
     return [*command, "--device", "cpu", *options]
 
 
-LONG: dict[str, Any] = {"epochs": 3000, "eval__every_epochs": None, "checkpoint__every_epochs": 1000}
+LONG: dict[str, Any] = {
+    "epochs": 3000,
+    "eval__every_epochs": None,
+    "checkpoint__every_epochs": 1000,
+}
 
 
 def recorded(out: Path) -> int:
@@ -271,18 +309,23 @@ def test_the_program_and_its_loader_workers_under_a_signal_to_their_group(tmp_pa
     out, log = tmp_path / "run", tmp_path / "log"
     with started(program(out, data__num_workers=2, **LONG), log) as process:
         until(lambda: recorded(out) > 3, 120, "the first steps")
-        assert exit_of(process, lambda: os.killpg(process.pid, signal.SIGTERM)) == 143, log.read_text()
+        assert exit_of(process, lambda: os.killpg(process.pid, signal.SIGTERM)) == 143, (
+            log.read_text()
+        )
     (saved,) = steps(out / "checkpoints")
-    assert f"stopped by SIGTERM after {saved} steps; --resume goes on from step {saved}" in log.read_text()
+    assert (
+        f"stopped by SIGTERM after {saved} steps; --resume goes on from step {saved}"
+        in log.read_text()
+    )
     assert "Traceback" not in log.read_text()
     assert recorded(out) == saved
 
 
 SLEEPS = """
 import sys, time
-import conadv.trainer
-from conadv.cli import main
-conadv.trainer.evaluate = lambda *_, **__: time.sleep(60)
+import conadv.training.trainer
+from conadv.cli.program import main
+conadv.training.trainer.evaluate = lambda *_, **__: time.sleep(60)
 sys.exit(main())
 """
 

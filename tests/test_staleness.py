@@ -10,26 +10,44 @@ import pytest
 import torch
 import yaml
 
-from conadv import FGSM, LAMB, LARS, Batch, ConadvError, Concurrent, Vanilla, frozen_stats, recipes, route, windows
+from conadv import (
+    FGSM,
+    LAMB,
+    LARS,
+    Batch,
+    ConadvError,
+    Concurrent,
+    Vanilla,
+    frozen_stats,
+    route,
+    windows,
+)
 from conadv.analysis.staleness import draw, table, text, to_png
-from conadv.checkpoint import load, load_newest
-from conadv.cli import main
-from conadv.config import Config, override, replace, resolve
+from conadv.cli.program import main
+from conadv.config import recipes
+from conadv.config.schema import Config, override, replace, resolve
 from conadv.data import build_data
 from conadv.engine.lookahead import CONSTANT, LookAhead
-from conadv.probe import Probe, mean_cosine
-from conadv.record import read_lines
 from conadv.reference.conadv import coast
 from conadv.reference.lars import lars_step
 from conadv.report.settings import effective, labels
-from conadv.trainer import build, train
+from conadv.training.checkpoint import load, load_newest
+from conadv.training.probe import Probe, mean_cosine
+from conadv.training.record import read_lines
+from conadv.training.trainer import build, train
 
 from .helpers import no_norm_net, parameters, same, state
 from .test_methods import EPS, FALLBACKS, OPTIMIZERS, SPACE, as_batch, make, run
 from .test_trainer import config, weights
 
 CPU = torch.device("cpu")
-PREDICTORS = ("momentum", "momentum-constant-lr", "last-update", "momentum-gradient", "momentum-gradient-constant-lr")
+PREDICTORS = (
+    "momentum",
+    "momentum-constant-lr",
+    "last-update",
+    "momentum-gradient",
+    "momentum-gradient-constant-lr",
+)
 DECAYED = {
     **OPTIMIZERS,
     **FALLBACKS,
@@ -69,7 +87,13 @@ def test_momentum_gradient_by_the_reference_of_lars(variant: str) -> None:
     # Red when: the ratio is taken once, at theta_t; the schedule's learning rates are shifted by one.
     model = no_norm_net()
     rate = {"tf": 1.0, "timm": 2.0}[variant]
-    lars = {"momentum": 0.9, "weight_decay": 0.01, "trust_coefficient": 0.1, "eps": 0.0, "variant": variant}
+    lars = {
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "trust_coefficient": 0.1,
+        "eps": 0.0,
+        "variant": variant,
+    }
     engine = make(
         method(2, "momentum-gradient"),
         model,
@@ -77,7 +101,9 @@ def test_momentum_gradient_by_the_reference_of_lars(variant: str) -> None:
         lr_at=lambda t: rate * (t + 1),
     )
     gradients: list[torch.Tensor] = []
-    engine.optimizer.register_step_pre_hook(lambda *_: gradients.append(model[0].weight.grad.clone()))
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(model[0].weight.grad.clone())
+    )
     run(engine, 3, dtype=torch.float64)
     p = model[0].weight
     w, v = [p.detach()], [engine.optimizer.state[p]["momentum_buffer"]]
@@ -89,17 +115,25 @@ def test_momentum_gradient_by_the_reference_of_lars(variant: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "lamb"])
 def test_constant_lr_takes_the_present_learning_rate_for_all_steps(name: str) -> None:
     # Red when: the suffix has no effect; the learning rate is that of the step before.
-    engine = make(Vanilla(), no_norm_net(), OPTIMIZERS[name], lr_at=(schedule := lambda t: 0.01 * (t + 1)))
+    engine = make(
+        Vanilla(), no_norm_net(), OPTIMIZERS[name], lr_at=(schedule := lambda t: 0.01 * (t + 1))
+    )
     model, optimizer = engine.model, engine.optimizer
     seen: dict[str, torch.Tensor] = {}
-    optimizer.register_step_pre_hook(lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()}))
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
     kinds = ("momentum", "momentum-gradient")
-    aware, constant = ({k: LookAhead(model, optimizer, schedule, k + end) for k in kinds} for end in ("", CONSTANT))
+    aware, constant = (
+        {k: LookAhead(model, optimizer, schedule, k + end) for k in kinds} for end in ("", CONSTANT)
+    )
     run(engine, 4, dtype=torch.float64)
     for group in optimizer.param_groups:
         group["lr"] = schedule(4)
     for kind in kinds:
-        want = dict(coast(model, optimizer, 2, seen if "gradient" in kind else None).named_parameters())
+        want = dict(
+            coast(model, optimizer, 2, seen if "gradient" in kind else None).named_parameters()
+        )
         for key, got in constant[kind].predict(4, 2).items():
             assert torch.allclose(got, want[key], rtol=1e-9, atol=1e-12)
         assert not same(aware[kind].predict(4, 2), constant[kind].predict(4, 2))
@@ -162,7 +196,10 @@ def test_before_the_first_update_nothing_is_predicted() -> None:
     [
         ({"method": "conadv", "predictor": "last-update"}, "no effect without look-ahead"),
         ({"method": "disadv", "predictor": "last-update"}, "predictor has no effect"),
-        ({"method": "conadv", "lookahead": True, "predictor": "momentum-constant-lr"}, "learning rate inside"),
+        (
+            {"method": "conadv", "lookahead": True, "predictor": "momentum-constant-lr"},
+            "learning rate inside",
+        ),
         ({"probe__images": 64}, "no effect without probe.every_epochs"),
         ({"probe__every_epochs": 1, "probe__staleness": (1, 1)}, "names one twice"),
     ],
@@ -185,7 +222,10 @@ def test_a_predictor_goes_with_its_lookahead() -> None:
     base = resolve(config(method="conadv", lookahead=True, predictor="last-update"))
     off = override(base, replace(base, lookahead=False), {"lookahead"})
     assert resolve(off).predictor == "momentum"
-    arms = [effective(x.model_dump()) for x in (off, base, replace(base, predictor="momentum"), config())]
+    arms = [
+        effective(x.model_dump())
+        for x in (off, base, replace(base, predictor="momentum"), config())
+    ]
     assert labels(arms) == [
         "conadv tau=1",
         "conadv tau=1 + look-ahead (last-update)",
@@ -224,7 +264,9 @@ def kept(out: Path, *kinds: str) -> list[dict[str, Any]]:
     ],
     ids=lambda changes: changes.get("method", "vanilla"),
 )
-def test_the_probe_changes_no_bit_and_resumes_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_the_probe_changes_no_bit_and_resumes_exactly(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     # Red when: the probe moves running statistics or random streams; truncate keeps probe lines after the checkpoint;
     # what waits for a coming probe, or what a predictor remembers, is not saved.
     without, whole, cut = (tmp_path / name for name in ("without", "whole", "cut"))
@@ -235,7 +277,9 @@ def test_the_probe_changes_no_bit_and_resumes_exactly(changes: dict[str, Any], t
     a, b = weights(whole), weights(without)
     assert all(torch.equal(a[key], b[key]) for key in a)
     lines = kept(whole, "probe")
-    assert [(line["step"], line["tau"]) for line in lines if line["predictor"] in ("current", "stale")] == [
+    assert [
+        (line["step"], line["tau"]) for line in lines if line["predictor"] in ("current", "stale")
+    ] == [
         *((2, 0), (2, 1)),
         *((4, 0), (4, 1), (4, 3)),
     ]
@@ -256,9 +300,13 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
     assert {line["predictor"] for line in lines} == {"current", "noise", "stale", *PREDICTORS}
     for line in lines:
         assert (line["images"], line["eps"]) == (64, 0.2)
-        assert (line["phase"], line["epoch"]) == (("warm-up", 2 / 3) if line["step"] == 2 else ("decay", 4 / 3))
+        assert (line["phase"], line["epoch"]) == (
+            ("warm-up", 2 / 3) if line["step"] == 2 else ("decay", 4 / 3)
+        )
         stale, alone = line["predictor"] == "stale", line["tau"] == 0
-        assert line["relative_error"] == (None if alone else 1.0 if stale else pytest.approx(line["relative_error"]))
+        assert line["relative_error"] == (
+            None if alone else 1.0 if stale else pytest.approx(line["relative_error"])
+        )
         assert -1 <= line["cosine"] <= 1
     by = {(line["step"], line["tau"], line["predictor"]): line for line in lines}
     assert by[2, 0, "current"]["cosine"] == 1
@@ -273,7 +321,10 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
         guess = made_at + tau * (made_at - before)
         want = (guess - flat[3]).norm() / (flat[3] - made_at).norm()
         assert by[4, tau, "last-update"]["relative_error"] == pytest.approx(want.item(), rel=1e-4)
-    assert by[4, 1, "momentum"] == {**by[4, 1, "momentum-constant-lr"], "predictor": "momentum"}  # LARS tf
+    assert by[4, 1, "momentum"] == {
+        **by[4, 1, "momentum-constant-lr"],
+        "predictor": "momentum",
+    }  # LARS tf
 
 
 def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,15 +334,24 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     probe = Probe(parts.config, parts.engine, parts.data, parts.num_steps, parts.schedule)
     for _ in range(2):
         parts.engine(next(parts.data.train_batches(parts.engine.version, 6)))
-    assert [len(micro.y_N) for micro in probe._micro] == [64]  # the micro-batch: a whole one fits into 100
+    assert [len(micro.y_N) for micro in probe._micro] == [
+        64
+    ]  # the micro-batch: a whole one fits into 100
     micro = probe._micro[0]
     x, y_N = parts.engine.images(micro, "clean"), micro.y_N
     found = probe._measure(2)[0]
     (moved,) = probe._attacked(2, None)
     with route(parts.model, "adv"), frozen_stats(parts.model), torch.no_grad():
-        clean, after = (torch.nn.functional.cross_entropy(parts.model(images), y_N).item() for images in (x, moved))
-    assert (found["clean_loss"], found["loss_increase"]) == pytest.approx((clean, after - clean), rel=1e-5)
-    monkeypatch.setattr("conadv.engine.step.rng.derive", lambda *_: 1)  # the same draws, whatever they are for
+        clean, after = (
+            torch.nn.functional.cross_entropy(parts.model(images), y_N).item()
+            for images in (x, moved)
+        )
+    assert (found["clean_loss"], found["loss_increase"]) == pytest.approx(
+        (clean, after - clean), rel=1e-5
+    )
+    monkeypatch.setattr(
+        "conadv.engine.step.rng.derive", lambda *_: 1
+    )  # the same draws, whatever they are for
     want = parts.engine.craft(parts.method.attack, Batch(2, (micro,))).images
     assert torch.equal(probe._attacked(2, None)[0], want[0])
     now = {name: p.detach().clone() for name, p in parts.engine.trainable().items()}
@@ -310,9 +370,14 @@ def test_mean_cosine() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"probe__every_epochs": 2}, "nothing would be"), ({"probe__staleness": (5,)}, "last probed step is step 4")],
+    [
+        ({"probe__every_epochs": 2}, "nothing would be"),
+        ({"probe__staleness": (5,)}, "last probed step is step 4"),
+    ],
 )
-def test_runs_too_short_for_the_probe_are_told(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_runs_too_short_for_the_probe_are_told(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConadvError, match=message):
         train(probed(**changes), tmp_path)
 
@@ -320,7 +385,9 @@ def test_runs_too_short_for_the_probe_are_told(changes: dict[str, Any], message:
 # ---- its analysis
 
 
-def line(step: int, phase: str, tau: int, name: str, increase: float, **more: Any) -> dict[str, Any]:
+def line(
+    step: int, phase: str, tau: int, name: str, increase: float, **more: Any
+) -> dict[str, Any]:
     values = {"cosine": 0.5, "relative_error": None, **more}
     return {
         "type": "probe",
@@ -338,10 +405,20 @@ def test_table_by_hand() -> None:
         {"type": "step", "step": 0},
         *(line(1, "peak", 0, "current", 4.0), line(1, "peak", 0, "noise", 1.0)),
         *(line(2, "peak", 0, "current", 2.0), line(2, "peak", 0, "noise", 1.0)),
-        *(line(2, "peak", 1, "stale", 1.0, cosine=0.2), line(2, "peak", 1, "momentum", 1.5, relative_error=0.5)),
+        *(
+            line(2, "peak", 1, "stale", 1.0, cosine=0.2),
+            line(2, "peak", 1, "momentum", 1.5, relative_error=0.5),
+        ),
         *(line(3, "peak", 0, "current", 6.0), line(3, "peak", 0, "noise", 3.0)),
-        *(line(3, "peak", 1, "stale", 5.0, cosine=0.4), line(3, "peak", 1, "momentum", 7.0, cosine=None)),
-        *(line(4, "decay", 0, "current", 0.0), line(4, "decay", 0, "noise", 0.0), line(4, "decay", 1, "stale", 0.0)),
+        *(
+            line(3, "peak", 1, "stale", 5.0, cosine=0.4),
+            line(3, "peak", 1, "momentum", 7.0, cosine=None),
+        ),
+        *(
+            line(4, "decay", 0, "current", 0.0),
+            line(4, "decay", 0, "noise", 0.0),
+            line(4, "decay", 1, "stale", 0.0),
+        ),
     ]
     rows = {(row.phase, row.tau, row.predictor): row for row in table(lines)}
     assert list(rows)[:4] == [
@@ -352,14 +429,34 @@ def test_table_by_hand() -> None:
     ]
     assert rows["peak", 0, "current"].loss_increase == 4.0
     stale, ahead = rows["peak", 1, "stale"], rows["peak", 1, "momentum"]
-    assert (stale.probes, stale.loss_increase, stale.kept, stale.kept_over_noise) == (2, 3.0, 6 / 8, 2 / 4)
+    assert (stale.probes, stale.loss_increase, stale.kept, stale.kept_over_noise) == (
+        2,
+        3.0,
+        6 / 8,
+        2 / 4,
+    )
     assert stale.cosine == pytest.approx(0.3)
     assert (ahead.cosine, ahead.relative_error) == (0.5, 0.5)
-    assert (rows["decay", 1, "stale"].kept, rows["decay", 1, "stale"].relative_error) == (None, None)
-    assert text(table(lines))[-1].split() == ["decay", "1", "stale", "1", "0.500", "0.000", "-", "-", "-"]
+    assert (rows["decay", 1, "stale"].kept, rows["decay", 1, "stale"].relative_error) == (
+        None,
+        None,
+    )
+    assert text(table(lines))[-1].split() == [
+        "decay",
+        "1",
+        "stale",
+        "1",
+        "0.500",
+        "0.000",
+        "-",
+        "-",
+        "-",
+    ]
 
 
-def test_the_command_prints_the_table_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_table_and_draws_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: a predictor has no line in the figure; a run without probe lines gives an empty picture.
     train(probed(method="disadv"), tmp_path / "a")
     assert main(["staleness", str(tmp_path / "a")]) == 0
@@ -379,13 +476,17 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path: Path, capsys: pytes
 
 def test_every_arm_of_the_study_is_a_run() -> None:
     # Red when: an arm names a setting that is not there, or has no effect; the batch does not fit the training images.
-    spec = yaml.safe_load((Path(__file__).parent.parent / "studies" / "staleness_digits.yaml").read_text())
+    spec = yaml.safe_load(
+        (Path(__file__).parent.parent / "studies" / "staleness_digits.yaml").read_text()
+    )
     (batch,) = spec["grid"]["global_batch_size"]
     arms = {}
     for name, changes in spec["arms"].items():
         given = {**spec["base"], **changes, "global_batch_size": batch}
         base = replace(recipes.get(spec["recipe"]), micro_batch_size=None)
-        settings = resolve(replace(base, **{key.replace(".", "__"): value for key, value in given.items()}))
+        settings = resolve(
+            replace(base, **{key.replace(".", "__"): value for key, value in given.items()})
+        )
         arms[name] = (settings.method, settings.staleness, settings.lookahead, settings.predictor)
         assert (settings.data.validation_images, settings.probe.every_epochs) == (150, 4)
     assert len(set(arms.values())) == len(arms) == 19

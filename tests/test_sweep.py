@@ -17,11 +17,10 @@ import pytest
 import torch
 import yaml
 
-from conadv.cli import main
-from conadv.config import Config, dump_yaml
+from conadv.cli.program import main
+from conadv.config.schema import Config, dump_yaml
 from conadv.engine import NonFiniteError
 from conadv.errors import ConadvError
-from conadv.progress import Silent
 from conadv.sweep import command
 from conadv.sweep.cells import Plan, expand
 from conadv.sweep.choose import Result, at_edge, choose, only_edges
@@ -32,6 +31,7 @@ from conadv.sweep.estimate import Estimate, relative_cost
 from conadv.sweep.folder import Folder
 from conadv.sweep.pool import Outcome, Source, Work
 from conadv.sweep.spec import load_spec, parse_spec
+from conadv.training.observer import Silent
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
@@ -90,7 +90,9 @@ def train_here(source: Source, work: Work, workers: int, display: Display) -> No
         try:
             work(job, Silent())
         except Exception as error:
-            outcome = Outcome(time.monotonic() - begin, str(error), isinstance(error, NonFiniteError))
+            outcome = Outcome(
+                time.monotonic() - begin, str(error), isinstance(error, NonFiniteError)
+            )
         source.done(job, outcome)
         display.finished(0, outcome.seconds, outcome.error)
 
@@ -110,7 +112,13 @@ def fake(folder: Folder, name: str, config: Config, **summary: Any) -> None:
     path = folder.path(name)
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(dump_yaml(config))
-    full = {"validation_accuracy": 0.5, "validation_loss": 1.0, "test_accuracy": 0.5, "seconds": 1.0, **summary}
+    full = {
+        "validation_accuracy": 0.5,
+        "validation_loss": 1.0,
+        "test_accuracy": 0.5,
+        "seconds": 1.0,
+        **summary,
+    }
     (path / "summary.json").write_text(json.dumps(full))
 
 
@@ -132,10 +140,19 @@ def fake(folder: Folder, name: str, config: Config, **summary: Any) -> None:
         ({"confirm": {"seeds": []}}, "at least 1"),
         ({"grid": {}, "arms": {"LARS": {"global_batch_size": 20, "grid": {}}}}, "Unknown key"),
         ({"grid": {"optim.lr": [1]}}, "axis"),
-        ({"arms": {"LARS": {"global_batch_size": 20}, "+ noise": {}}}, "in its settings and in its grid"),
-        ({"tune": {"seeds": [100], "settings": {"global_batch_size": [1, 2]}}}, "in the grid and tuned"),
+        (
+            {"arms": {"LARS": {"global_batch_size": 20}, "+ noise": {}}},
+            "in its settings and in its grid",
+        ),
+        (
+            {"tune": {"seeds": [100], "settings": {"global_batch_size": [1, 2]}}},
+            "in the grid and tuned",
+        ),
         ({"arms": {"LARS": {"optim.lr": 3}, "+ noise": {}}}, "in its settings and tuned"),
-        ({"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2]}}}}, "no list for global_batch_size 80"),
+        (
+            {"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2]}}}},
+            "no list for global_batch_size 80",
+        ),
         (
             {
                 "grid": {"global_batch_size": [{20: 80}]},
@@ -143,12 +160,21 @@ def fake(folder: Folder, name: str, config: Config, **summary: Any) -> None:
             },
             "no list for global_batch_size {20: 80}",
         ),
-        ({"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}}}, "Unequal trials"),
+        (
+            {"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}}},
+            "Unequal trials",
+        ),
         ({"arms": {"LARS": {"tune": {"optim.lr": [1, 2, 3]}}, "+ noise": {}}}, "Unequal trials"),
         ({"tune": {"seeds": [100], "settings": {"optim.lr": [1, 1]}}}, "same trial"),
-        ({"tune": {"seeds": [100], "settings": {"optim.lr": [1]}, "by": "test_accuracy"}}, "tune.by"),
+        (
+            {"tune": {"seeds": [100], "settings": {"optim.lr": [1]}, "by": "test_accuracy"}},
+            "tune.by",
+        ),
         ({"base": {**TINY, "data.validation_images": None}}, "Give data.validation_images"),
-        ({"arms": {"a b": {}, "A-b": {"method": "noise"}}, "baseline": None, "controls": []}, "Rename"),
+        (
+            {"arms": {"a b": {}, "A-b": {"method": "noise"}}, "baseline": None, "controls": []},
+            "Rename",
+        ),
         ({"arms": {"LARS": {"staleness": 2}}, "controls": []}, "no effect"),
     ],
 )
@@ -166,13 +192,25 @@ GRID = {"global_batch_size": [20], **dict.fromkeys(("optim.lr", "optim.eps", "ad
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tune": {"seeds": [100], "settings": {"optim.lr": MANY, "optim.momentum": MANY, "optim.weight_decay": MANY}}},
+        {
+            "tune": {
+                "seeds": [100],
+                "settings": {"optim.lr": MANY, "optim.momentum": MANY, "optim.weight_decay": MANY},
+            }
+        },
         {"grid": GRID, "tune": None},
         {"confirm": {"seeds": list(range(20_000))}, "tune": None},
-        {"arms": {f"arm {number}": {} for number in range(6_000)}, "baseline": None, "controls": [], "tune": None},
+        {
+            "arms": {f"arm {number}": {} for number in range(6_000)},
+            "baseline": None,
+            "controls": [],
+            "tune": None,
+        },
     ],
 )
-def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memory(changes: dict[str, Any]) -> None:
+def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memory(
+    changes: dict[str, Any],
+) -> None:
     # Red when: the size is checked after the trials (the first two take all memory), or by cells alone.
     tracemalloc.start()
     try:
@@ -186,7 +224,12 @@ def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memor
 def test_the_size_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     # Red when: seeds to tune on, or one of the factors, are not counted; the limit itself is refused.
     spec = parse_spec(values())
-    runs = [name for cell in expand(spec).cells for trial in cell.trials for name in trial.tuning + trial.confirming]
+    runs = [
+        name
+        for cell in expand(spec).cells
+        for trial in cell.trials
+        for name in trial.tuning + trial.confirming
+    ]
     assert sum(map(spec.num_runs, spec.arms)) == len(runs)
     monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", len(runs))
     parse_spec(values())
@@ -220,12 +263,20 @@ def test_cells_and_runs() -> None:
     ]
     assert len(made.runs) == 2 * 2 * 2 * 3  # arms, batches, trials, seeds
     config = made.runs["noise-batch-80-lr-2-seed1"].config
-    assert (config.method, config.global_batch_size, config.optim.lr, config.seed) == ("noise", 80, 2, 1)
+    assert (config.method, config.global_batch_size, config.optim.lr, config.seed) == (
+        "noise",
+        80,
+        2,
+        1,
+    )
     assert config.micro_batch_size == 80
     order = [
-        (made.runs[name].config.global_batch_size, made.runs[name].config.method) for name in made.tuning(all_of(made))
+        (made.runs[name].config.global_batch_size, made.runs[name].config.method)
+        for name in made.tuning(all_of(made))
     ]
-    assert order[:4] == [(20, "vanilla"), (20, "noise")] * 2  # the arms of a seed and point side by side
+    assert (
+        order[:4] == [(20, "vanilla"), (20, "noise")] * 2
+    )  # the arms of a seed and point side by side
 
 
 def all_of(made: Plan) -> frozenset[int]:
@@ -237,7 +288,10 @@ def test_fractions_and_lists_per_batch() -> None:
     arms = {"+ noise": {"settings": {"method": "noise", "attack.eps": "2/255"}}}
     made = plan(arms=arms, baseline=None, tune={"seeds": [7], "settings": lists})
     assert {run.config.attack.eps for run in made.runs.values()} == {2 / 255}
-    assert [[trial.settings["optim.lr"] for trial in cell.trials] for cell in made.cells] == [[1, 2], [3, 4]]
+    assert [[trial.settings["optim.lr"] for trial in cell.trials] for cell in made.cells] == [
+        [1, 2],
+        [3, 4],
+    ]
 
 
 def test_identical_runs_are_one_run() -> None:
@@ -251,7 +305,9 @@ def test_identical_runs_are_one_run() -> None:
 
 def test_shards_split_the_cells() -> None:
     # Red when: shard() goes by cells, so that cells that share runs part.
-    made = plan(arms={"LARS": {}, "+ noise": {"method": "noise"}, "LARS again": {"label_smoothing": 0}})
+    made = plan(
+        arms={"LARS": {}, "+ noise": {"method": "noise"}, "LARS again": {"label_smoothing": 0}}
+    )
     parts = [made.shard(index, 3) for index in (1, 2, 3)]
     assert sorted(index for part in parts for index in part) == list(range(6))
     assert parts[0] == {0, 3, 4}  # 4 shares its runs with 0
@@ -265,7 +321,12 @@ def test_tune_on_takes_the_choice_of_one_arm(tmp_path: Path) -> None:
     assert len(made.tuning(all_of(made))) == 4
     folder = Folder(tmp_path)
     for name in made.tuning(all_of(made)):
-        fake(folder, name, made.runs[name].config, validation_accuracy=made.runs[name].config.optim.lr / 10)
+        fake(
+            folder,
+            name,
+            made.runs[name].config,
+            validation_accuracy=made.runs[name].config.optim.lr / 10,
+        )
     cell = document(_schedule(made, folder, all_of(made)), "tiny.yaml")["cells"][3]
     assert (cell["chosen"], cell["trials"], cell["tuned_on"]) == ({"optim.lr": 2}, [], "LARS")
     assert cell["runs"] == ["runs/noise-batch-80-lr-2-seed0", "runs/noise-batch-80-lr-2-seed1"]
@@ -324,7 +385,13 @@ def test_the_choice_is_made_on_validation_never_on_test(tmp_path: Path) -> None:
         config = made.runs[name].config
         low, high = (0.8, 0.9) if config.method == "vanilla" else (0.9, 0.8)
         first = config.optim.lr == 1
-        fake(folder, name, config, validation_accuracy=low if first else high, test_accuracy=high if first else low)
+        fake(
+            folder,
+            name,
+            config,
+            validation_accuracy=low if first else high,
+            test_accuracy=high if first else low,
+        )
     cells = document(_schedule(made, folder, all_of(made)), "tiny.yaml")["cells"]
     assert [cell["chosen"] for cell in cells] == [{"optim.lr": 2}] * 2 + [{"optim.lr": 1}] * 2
     assert [cell["at_edge"] for cell in cells] == [[]] * 4  # two values of the learning rate
@@ -362,7 +429,10 @@ def test_a_run_that_failed_at_once_tells_no_time(capsys: pytest.CaptureFixture[s
     display.finished(0, 0.1, "no data")
     display.started(1, "b", config)
     display.finished(1, 2.0, None)
-    assert capsys.readouterr().out.splitlines() == ["[1/2] a: failed: no data", "[2/3] b: 2.0 s, about 2 s left"]
+    assert capsys.readouterr().out.splitlines() == [
+        "[1/2] a: failed: no data",
+        "[2/3] b: 2.0 s, about 2 s left",
+    ]
 
 
 # ---- whole sweeps
@@ -378,7 +448,9 @@ def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert "24 run(s) are left" in capsys.readouterr().out
     assert main(["sweep", str(spec), "--out", str(out), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("]")[0] for line in lines[:24]] == [f"[{number}/24" for number in range(1, 25)]
+    assert [line.split("]")[0] for line in lines[:24]] == [
+        f"[{number}/24" for number in range(1, 25)
+    ]
     assert "left" in lines[0]
     done = read(out)
     assert len(done["cells"]) == 6
@@ -388,7 +460,9 @@ def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFix
         assert [summary["seed"] for summary in summaries] == cell["seeds"] == [0, 1]
         assert {summary["lr"] for summary in summaries} == {cell["chosen"]["optim.lr"]}
         assert cell["chosen"] == cell["trials"][choice(cell)]["settings"]
-        assert [trial["mean"] for trial in cell["trials"]] == [trial["validation"][0] for trial in cell["trials"]]
+        assert [trial["mean"] for trial in cell["trials"]] == [
+            trial["validation"][0] for trial in cell["trials"]
+        ]
     assert (out / "report.html").is_file()
     kept = {path.name for path in (out / "runs" / "lars-batch-50-lr-2-seed100").iterdir()}
     assert kept == {"config.yaml", "record.jsonl", "summary.json"}
@@ -400,7 +474,9 @@ def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFix
 def choice(cell: dict[str, Any]) -> int:
     """The best trial by the rule in words: accuracy, then loss, then order."""
     trials = cell["trials"]
-    return max(range(len(trials)), key=lambda i: (trials[i]["mean"], -trials[i]["validation_loss"][0], -i))
+    return max(
+        range(len(trials)), key=lambda i: (trials[i]["mean"], -trials[i]["validation_loss"][0], -i)
+    )
 
 
 def times(out: Path) -> dict[Path, float]:
@@ -409,7 +485,8 @@ def times(out: Path) -> dict[Path, float]:
 
 def results(out: Path) -> dict[str, float]:
     return {
-        path.parent.name: json.loads(path.read_text())["test_loss"] for path in sorted(out.glob("runs/*/summary.json"))
+        path.parent.name: json.loads(path.read_text())["test_loss"]
+        for path in sorted(out.glob("runs/*/summary.json"))
     }
 
 
@@ -421,12 +498,26 @@ def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
     spec = write(tmp_path, base=base, arms=arms, controls=[], grid={"global_batch_size": [10]})
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert run(spec, whole, "--quiet") == 0
-    line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2", "--no-report"]
+    line = [
+        sys.executable,
+        "-m",
+        "conadv",
+        "sweep",
+        str(spec),
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+        "--no-report",
+    ]
     with subprocess.Popen([*line, "--quiet"]) as process:
         try:
             wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
             records = "runs/*/record.jsonl"
-            wait_for(lambda: any(not (p.parent / "summary.json").exists() for p in out.glob(records)), process)
+            wait_for(
+                lambda: any(not (p.parent / "summary.json").exists() for p in out.glob(records)),
+                process,
+            )
         finally:
             process.kill()
     assert len(results(out)) < 8
@@ -447,7 +538,18 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 
 def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     # Red when: the workers are not terminated (they train to the end), or write tracebacks.
     spec, out = write(tmp_path, base={**TINY, "epochs": 5000}), tmp_path / "out"
-    line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2", "--quiet"]
+    line = [
+        sys.executable,
+        "-m",
+        "conadv",
+        "sweep",
+        str(spec),
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+        "--quiet",
+    ]
     # a background job inherits SIGINT ignored; a terminal's foreground job does not
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(line, stderr=subprocess.PIPE, preexec_fn=heed) as process:
@@ -458,7 +560,9 @@ def test_ctrl_c_is_clean(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert process.returncode == 130
-    assert errors.decode() == "conadv: interrupted; the same command goes on where the sweep stopped\n"
+    assert (
+        errors.decode() == "conadv: interrupted; the same command goes on where the sweep stopped\n"
+    )
 
 
 @pytest.mark.usefixtures("here")
@@ -501,7 +605,9 @@ def test_failures_are_recorded_and_tried_again_only_when_asked(
     assert read(out) == done
 
 
-def test_a_run_with_other_settings_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_with_other_settings_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: Folder.result takes any summary for the run's own.
     made, folder = plan(), Folder(tmp_path / "out")
     name = made.tuning(all_of(made))[0]
@@ -520,7 +626,9 @@ def test_one_sweep_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("options", [["--jobs", "0"], ["--shard", "3/2"], ["--max-minutes", "-1"]])
-def test_impossible_options(tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_options(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sweep", str(write(tmp_path)), "--out", str(tmp_path / "out"), *options]) == 2
     assert options[0] in capsys.readouterr().err
 

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conadv import cli
-from conadv import timeline as program
 from conadv.analysis import Timeline, hidden_attack, hidden_communication, summary, timeline, trace
 from conadv.analysis.intervals import difference, intersection, length, lengths_by_group, union
 from conadv.analysis.picture import picture, shown, to_png, window
+from conadv.cli import program as cli
+from conadv.cli import timeline as program
 from conadv.errors import ConadvError
-from conadv.record import BESIDE, read_lines
-from conadv.trainer import train
+from conadv.training.record import BESIDE, read_lines
+from conadv.training.trainer import train
 
 from .test_trainer import config
 
@@ -36,24 +36,52 @@ STEP = 100.0  # milliseconds from one step to the next
 # Both have launched the first bucket at 40 and the second at 50. So gradients are on rank 0's network from 40 to 75
 # (35 ms), 10 ms of it in "wait", and its whole attack lies beside that; on rank 1's from 40 to 60 (20 ms), never in
 # "wait", which comes later, and 5 of the attack's 20 ms come after it.
-FIRST: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65), ("wait", 65, 75), ("update", 75, 85)]
+FIRST: Spans = [
+    ("data", 0, 5),
+    ("gradient", 5, 45),
+    ("attack", 45, 65),
+    ("wait", 65, 75),
+    ("update", 75, 85),
+]
 FIRST += [("network", 35, 55), ("network", 50, 75)]
-SECOND: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65), ("wait", 65, 66), ("update", 66, 76)]
+SECOND: Spans = [
+    ("data", 0, 5),
+    ("gradient", 5, 45),
+    ("attack", 45, 65),
+    ("wait", 65, 66),
+    ("update", 66, 76),
+]
 SECOND += [("network", 40, 50), ("network", 45, 60)]
 
 
 def seconds(spans: Spans, begin: float) -> list[list[Any]]:
-    return [[name, round((begin + a) / 1e3, 6), round((begin + b) / 1e3, 6)] for name, a, b in spans]
+    return [
+        [name, round((begin + a) / 1e3, 6), round((begin + b) / 1e3, 6)] for name, a, b in spans
+    ]
 
 
-def record(learners: Sequence[Spans], attackers: Sequence[Spans] = (), steps: int = 20, **header: Any) -> list[Any]:
+def record(
+    learners: Sequence[Spans], attackers: Sequence[Spans] = (), steps: int = 20, **header: Any
+) -> list[Any]:
     """The same spans in every step, STEP apart; rank 0 in "step" lines, the others in "timeline" lines."""
     config = {"method": "conadv", "staleness": 1}
-    execution = {"executor": "inline", "learners": len(learners), "attack_ranks": len(attackers), "late": "wait"}
+    execution = {
+        "executor": "inline",
+        "learners": len(learners),
+        "attack_ranks": len(attackers),
+        "late": "wait",
+    }
     lines: list[Any] = [{"type": "header", "config": config, "execution": {**execution, **header}}]
     for t in range(steps):
         staleness = 1 if t else None
-        lines.append({"type": "step", "step": t, "staleness": staleness, "spans": seconds(learners[0], STEP * t)})
+        lines.append(
+            {
+                "type": "step",
+                "step": t,
+                "staleness": staleness,
+                "spans": seconds(learners[0], STEP * t),
+            }
+        )
     for rank, spans in enumerate([*learners[1:], *attackers], 1):
         role = "learner" if rank < len(learners) else "attack"
         for t in range(steps):
@@ -122,8 +150,20 @@ def test_communication_by_hand() -> None:
 
 def test_a_slower_learner_hides_nothing_by_hand() -> None:
     # Red when: the attack of the faster rank, from 40 to 60, counts as hidden before the other has launched, at 50.
-    fast: Spans = [("gradient", 0, 40), ("attack", 40, 60), ("wait", 60, 70), ("update", 70, 80), ("network", 30, 70)]
-    slow: Spans = [("gradient", 0, 55), ("attack", 55, 75), ("wait", 75, 76), ("update", 76, 86), ("network", 50, 70)]
+    fast: Spans = [
+        ("gradient", 0, 40),
+        ("attack", 40, 60),
+        ("wait", 60, 70),
+        ("update", 70, 80),
+        ("network", 30, 70),
+    ]
+    slow: Spans = [
+        ("gradient", 0, 55),
+        ("attack", 55, 75),
+        ("wait", 75, 76),
+        ("update", 76, 86),
+        ("network", 50, 70),
+    ]
     found = timeline(record([fast, slow]))
     attack, communication = hidden_attack(found), hidden_communication(found)
     assert attack is not None
@@ -132,17 +172,23 @@ def test_a_slower_learner_hides_nothing_by_hand() -> None:
     assert attack.delay == pytest.approx(0.010 / 2)
     assert communication.by_rank == pytest.approx({0: 10 / 20, 1: 1})
     assert communication.delay == pytest.approx(0.001 / 2)
-    alone = hidden_attack(timeline([line for line in record([fast, slow]) if line["type"] != "timeline"]))
+    alone = hidden_attack(
+        timeline([line for line in record([fast, slow]) if line["type"] != "timeline"])
+    )
     assert alone is not None
     assert alone.share == 1.0  # of a run that was killed there is nothing to compare with
 
 
 def test_buckets_are_matched_within_their_step() -> None:
     # Red when: buckets are numbered through the run: after a step that rank 1 lacks, they no longer match.
-    lines = [line for line in record([FIRST, SECOND]) if (line.get("rank"), line.get("step")) != (1, 5)]
+    lines = [
+        line for line in record([FIRST, SECOND]) if (line.get("rank"), line.get("step")) != (1, 5)
+    ]
     hidden = hidden_communication(timeline(lines))
     assert hidden is not None
-    assert hidden.by_rank == pytest.approx({0: (17 * 25 + 30) / (17 * 35 + 40), 1: 1})  # in step 5 its own launches
+    assert hidden.by_rank == pytest.approx(
+        {0: (17 * 25 + 30) / (17 * 35 + 40), 1: 1}
+    )  # in step 5 its own launches
 
 
 def test_own_attack_by_hand() -> None:
@@ -157,7 +203,12 @@ def test_own_attack_by_hand() -> None:
 
 def test_attack_on_a_second_stream_by_hand() -> None:
     # Red when: what lies beside network and gradient counts twice (5 ms), or the gradient does not count.
-    spans: Spans = [("gradient", 5, 45), ("attack", 20, 60), ("network", 40, 50), ("update", 60, 70)]
+    spans: Spans = [
+        ("gradient", 5, 45),
+        ("attack", 20, 60),
+        ("network", 40, 50),
+        ("update", 60, 70),
+    ]
     hidden = hidden_attack(timeline(record([spans], executor="stream")))
     assert hidden is not None
     assert hidden.beside == pytest.approx({"network": 0.010, "gradient": 0.020})
@@ -185,7 +236,9 @@ def test_attack_ranks_by_hand() -> None:
 def test_steps_are_those_of_learners() -> None:
     # Red when: the steps that attack ranks work for, tau further, count as steps of the run.
     lines = record([FIRST], [[("attack", 0, 40)]], steps=20)
-    ahead = [{**line, "step": line["step"] + 2} if line["type"] == "timeline" else line for line in lines]
+    ahead = [
+        {**line, "step": line["step"] + 2} if line["type"] == "timeline" else line for line in lines
+    ]
     assert timeline(ahead).steps == range(20)
 
 
@@ -220,7 +273,12 @@ def test_phase_table_by_hand() -> None:
     # Red when: overlapping buckets are added, a step lasts until the next one, or the network is part of the extent.
     sends: Spans = [("receive", 0, 30), ("attack", 30, 100), ("transfer", 90, 130)]
     learner, attacker = summary(timeline(record([FIRST, SECOND], [sends])))
-    assert (learner.role, learner.ranks, learner.steps, attacker.role) == ("learner", 2, 18, "attack")
+    assert (learner.role, learner.ranks, learner.steps, attacker.role) == (
+        "learner",
+        2,
+        18,
+        "attack",
+    )
     assert learner.median == pytest.approx((0.085 + 0.076) / 2)
     assert learner.between == pytest.approx((0.015 + 0.024) / 2)
     medians = {row.phase: row.median for row in learner.phases}
@@ -241,7 +299,9 @@ def test_a_resumed_run_has_one_clock_per_part() -> None:
     # Red when: the parts are laid over each other, the shorter one is taken, or a part keeps the other's ranks.
     first = record([FIRST, SECOND], steps=4)
     second = [{**line, "step": line["step"] + 4} for line in record([SECOND], steps=10)[1:]]
-    found = timeline([*first, {"type": "resume", "step": 4, "execution": {"executor": "stream"}}, *second])
+    found = timeline(
+        [*first, {"type": "resume", "step": 4, "execution": {"executor": "stream"}}, *second]
+    )
     assert (found.resumed, found.steps, len(found.lanes)) == (4, range(4, 14), 1)
     assert found.setting("execution", "executor") == "stream"
     again = [{"type": "resume", "step": 4, "ranks": 1}, *second[:3]]
@@ -280,17 +340,31 @@ def test_bad_lines_are_named(change: Callable[[dict[str, Any]], Any], message: s
 
 
 anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("attack"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.just("attack"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
-span_likes = st.lists(st.one_of(st.tuples(st.just("wait"), anything, anything).map(list), anything), max_size=3)
-fields = dict.fromkeys(("step", "rank", "role", "staleness", "late", "config", "execution"), anything)
+span_likes = st.lists(
+    st.one_of(st.tuples(st.just("wait"), anything, anything).map(list), anything), max_size=3
+)
+fields = dict.fromkeys(
+    ("step", "rank", "role", "staleness", "late", "config", "execution"), anything
+)
 kinds = st.sampled_from(["header", "step", "timeline", "resume", "eval"])
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.fixed_dictionaries({"type": kinds}, optional={**fields, "spans": span_likes | anything}), st.integers(0, 6))
+@given(
+    st.fixed_dictionaries({"type": kinds}, optional={**fields, "spans": span_likes | anything}),
+    st.integers(0, 6),
+)
 def test_no_record_ends_in_a_traceback(line: dict[str, Any], place: int) -> None:
     # Red when: any check of a type is taken out.
     lines = record([FIRST, SECOND], steps=3)
@@ -316,7 +390,11 @@ def test_records_without_spans_say_what_to_do() -> None:
 def test_headers_may_hold_anything() -> None:
     # Red when: the method is looked up in METHODS itself, or a setting without asking whether its group is a dict.
     lines = record([FIRST])
-    for header in ({}, {"config": 3, "execution": []}, {"config": {"method": ["x"], "staleness": "1"}}):
+    for header in (
+        {},
+        {"config": 3, "execution": []},
+        {"config": {"method": ["x"], "staleness": "1"}},
+    ):
         lines[0] = {"type": "header", **header}
         assert "1 learner" in next(iter(program.text(timeline(lines))))
 
@@ -331,7 +409,11 @@ def check_trace(found: dict[str, Any]) -> list[dict[str, Any]]:
     events = found["traceEvents"]
     kinds = "".join(event["ph"] for event in events)
     assert kinds == "M" * kinds.count("M") + "X" * kinds.count("X")
-    named = {(event["pid"], event.get("tid")) for event in events if event["name"] in ("process_name", "thread_name")}
+    named = {
+        (event["pid"], event.get("tid"))
+        for event in events
+        if event["name"] in ("process_name", "thread_name")
+    }
     complete = [event for event in events if event["ph"] == "X"]
     for event in complete:
         assert all(isinstance(event[key], int) for key in ("ts", "dur", "pid", "tid"))
@@ -367,8 +449,16 @@ def test_trace_by_hand() -> None:
         (145_000, 20_000),
         (245_000, 20_000),
     ]
-    assert {e["args"]["step"]: e["args"].get("staleness") for e in complete} == {0: None, 1: 1, 2: 1}
-    names = {e["args"]["name"] for e in trace(found)["traceEvents"] if e["name"] in ("process_name", "thread_name")}
+    assert {e["args"]["step"]: e["args"].get("staleness") for e in complete} == {
+        0: None,
+        1: 1,
+        2: 1,
+    }
+    names = {
+        e["args"]["name"]
+        for e in trace(found)["traceEvents"]
+        if e["name"] in ("process_name", "thread_name")
+    }
     assert names == {"rank 0 (learner)", "rank 1 (learner)", "compute", "network", "network 2"}
 
 
@@ -381,9 +471,13 @@ def test_the_trace_check_can_fail() -> None:
         check_nesting([event(0, 10), event(5, 11)])
 
 
-names = st.sampled_from(["data", "gradient", "attack", "wait", "update", "network", "transfer", "other_phase"])
+names = st.sampled_from(
+    ["data", "gradient", "attack", "wait", "update", "network", "transfer", "other_phase"]
+)
 moments = st.integers(-5_000_000, 5_000_000)
-any_spans = st.lists(st.tuples(names, st.tuples(moments, moments).map(sorted)), min_size=1, max_size=30)
+any_spans = st.lists(
+    st.tuples(names, st.tuples(moments, moments).map(sorted)), min_size=1, max_size=30
+)
 
 
 @settings(deadline=None)
@@ -393,11 +487,15 @@ def test_any_record_gives_a_valid_trace(ranks: list[list[tuple[str, list[int]]]]
     lines: list[Any] = []
     for rank, spans in enumerate(ranks):
         plain = [[name, start / 1e6, end / 1e6] for name, (start, end) in spans]
-        lines.append({"type": "timeline", "rank": rank, "role": "learner", "step": rank, "spans": plain})
+        lines.append(
+            {"type": "timeline", "rank": rank, "role": "learner", "step": rank, "spans": plain}
+        )
     complete = check_trace(trace(timeline(lines)))
     first = min(start for spans in ranks for _, (start, _) in spans)
     expected = Counter(
-        (rank + 1, name, start - first, end - start) for rank, spans in enumerate(ranks) for name, (start, end) in spans
+        (rank + 1, name, start - first, end - start)
+        for rank, spans in enumerate(ranks)
+        for name, (start, end) in spans
     )
     assert Counter((e["pid"], e["name"], e["ts"], e["dur"]) for e in complete) == expected
 
@@ -406,7 +504,10 @@ def test_an_attack_on_a_second_stream_has_its_own_thread() -> None:
     # Red when: the attack shares the gradient's track (it then lies on "compute 2").
     spans: Spans = [("gradient", 5, 45), ("attack", 20, 60), ("update", 60, 70)]
     events = trace(timeline(record([spans])))["traceEvents"]
-    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == ["compute", "attack stream"]
+    assert [e["args"]["name"] for e in events if e["name"] == "thread_name"] == [
+        "compute",
+        "attack stream",
+    ]
 
 
 # ---- the picture
@@ -418,7 +519,8 @@ def test_the_window_is_typical() -> None:
     for line in lines[1:]:
         if line["step"] % 10 == 5:  # an evaluation after every tenth step
             line["spans"] = [
-                [name, start, end + (0.05 if name == "update" else 0)] for name, start, end in line["spans"]
+                [name, start, end + (0.05 if name == "update" else 0)]
+                for name, start, end in line["spans"]
             ]
     assert window(timeline(lines)) == range(20, 24)
     assert window(timeline(record([FIRST], steps=3))) == range(2, 3)
@@ -441,12 +543,23 @@ def test_picture_labels() -> None:
     # that nobody can see (a microsecond) are in the legend.
     fast: Spans = [("data", 0, 0.001), ("gradient", 5, 60), ("update", 79, 80), ("network", 30, 70)]
     slow: Spans = [("gradient", 5, 60), ("update", 79, 80), ("network", 50, 70)]
-    found = timeline(record([fast, slow], [[("receive", 0, 10), ("attack", 10, 40)]], executor="ranks"))
+    found = timeline(
+        record([fast, slow], [[("receive", 0, 10), ("attack", 10, 40)]], executor="ranks")
+    )
     figure = picture(found, range(4, 6), "title")
-    assert [text.get_text() for text in figure.axes[0].texts if "for" in text.get_text()] == ["for 4", "for 5"]
-    assert [text.get_text() for text in figure.axes[0].texts if "step" in text.get_text()] == ["step 4", "step 5"]
+    assert [text.get_text() for text in figure.axes[0].texts if "for" in text.get_text()] == [
+        "for 4",
+        "for 5",
+    ]
+    assert [text.get_text() for text in figure.axes[0].texts if "step" in text.get_text()] == [
+        "step 4",
+        "step 5",
+    ]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == "gradient,receive,attack,update,network: gradients,waits for a slower rank".split(",")
+    assert (
+        legend
+        == "gradient,receive,attack,update,network: gradients,waits for a slower rank".split(",")
+    )
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert rows == ["rank 0, learner", "network", "rank 1, learner", "network", "rank 2, attacks"]
 
@@ -474,8 +587,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, path)
     assert (code, err) == (0, "")
     assert "conadv, executor inline, 2 learners" in out
-    assert "Communication: 81.8 % hidden. Gradients were on the network for 27.50 ms of a step, 5.00 ms of it" in out
-    assert "Attack: 87.5 % hidden. Of 20.00 ms per step, 17.50 ms were beside gradients on the network; 2.50 ms" in out
+    assert (
+        "Communication: 81.8 % hidden. Gradients were on the network for 27.50 ms of a step, 5.00 ms of it"
+        in out
+    )
+    assert (
+        "Attack: 87.5 % hidden. Of 20.00 ms per step, 17.50 ms were beside gradients on the network; 2.50 ms"
+        in out
+    )
     assert "(by learner: 75.0 % to 100.0 %)" in out
     check_trace(json.loads((path / "timeline" / "trace.json").read_text()))
     Image.open(path / "timeline" / "timeline.png").verify()
@@ -487,7 +606,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_on_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: the phases of the record and the lengths of its spans are not the same seconds.
     train(config(method="conadv"), tmp_path / "run")
-    steps = [line for line in read_lines(tmp_path / "run" / "record.jsonl") if line["type"] == "step"]
+    steps = [
+        line for line in read_lines(tmp_path / "run" / "record.jsonl") if line["type"] == "step"
+    ]
     for line in steps:
         of_spans = Counter[str]()
         for name, start, end in line["spans"]:
@@ -497,21 +618,36 @@ def test_command_on_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 0
     assert "Attack: 0.0 % hidden." in out
     trace_file = tmp_path / "run" / "timeline" / "trace.json"
-    assert len(check_trace(json.loads(trace_file.read_text()))) == sum(len(line["spans"]) for line in steps)
+    assert len(check_trace(json.loads(trace_file.read_text()))) == sum(
+        len(line["spans"]) for line in steps
+    )
 
 
 def attack_ranks() -> tuple[list[Spans], list[Spans]]:
-    learner: Spans = [("send", 0, 1), ("receive", 1, 6), ("gradient", 6, 60), ("wait", 60, 79), ("update", 79, 80)]
+    learner: Spans = [
+        ("send", 0, 1),
+        ("receive", 1, 6),
+        ("gradient", 6, 60),
+        ("wait", 60, 79),
+        ("update", 79, 80),
+    ]
     return [learner], [[("receive", 0, 10), ("attack", 10, 40), ("send", 40, 41)]]
 
 
-def test_command_says_what_it_cannot_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_says_what_it_cannot_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: late steps are kept quiet, missing attack ranks count as no attack, or an empty phase as one.
     learners, attackers = attack_ranks()
     lines = record(learners, attackers, executor="ranks")
-    assert "Attack: 80.0 % hidden. An attack rank" in run(capsys, write(tmp_path / "ranks", lines))[1]
+    assert (
+        "Attack: 80.0 % hidden. An attack rank" in run(capsys, write(tmp_path / "ranks", lines))[1]
+    )
     lines[5]["late"] = lines[1]["late"] = True  # steps 4 and 0, of which the second is warm-up
-    assert "1 of 18 steps went without adversarial images" in run(capsys, write(tmp_path / "late", lines))[1]
+    assert (
+        "1 of 18 steps went without adversarial images"
+        in run(capsys, write(tmp_path / "late", lines))[1]
+    )
     killed = [line for line in lines if line["type"] != "timeline"]
     assert "Attack: unknown." in run(capsys, write(tmp_path / "killed", killed))[1]
     both = [line for line in record([FIRST, SECOND]) if line["type"] != "timeline"]
@@ -526,7 +662,10 @@ def bad_commands(path: Path) -> Iterator[tuple[list[str | Path], str]]:
     good = write(path / "good", record([FIRST]))
     yield [path / "nothing"], "is not a run: it holds no record.jsonl"
     yield [write(path / "old", [{"type": "header"}])], "Train again with --timeline-steps 200"
-    yield [write(path / "bad", [*record([FIRST]), {"type": "step", "step": 99, "spans": 7}])], "record.jsonl, line 22: "
+    yield (
+        [write(path / "bad", [*record([FIRST]), {"type": "step", "step": 99, "spans": 7}])],
+        "record.jsonl, line 22: ",
+    )
     for steps in ("4", "4:4", "5:4", "a:b", "-1:3", "1:٣"):
         yield [good, f"--steps={steps}"], "must be FIRST:END with FIRST < END"
     yield [good, "--steps", "30:34"], "Choose --steps 0:20 or a part of it"

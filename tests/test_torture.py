@@ -36,7 +36,10 @@ def test_soak(tmp_path: Path) -> None:
     assert found["reads_that_met_half_a_line"] == 0
     assert found["record_reads"] > 50
     assert found["display"]["share_of_time"] > 0
-    assert all(found["control_growth"][name] > 2 * limit for name, limit in found["limits_of_growth"].items())
+    assert all(
+        found["control_growth"][name] > 2 * limit
+        for name, limit in found["limits_of_growth"].items()
+    )
 
 
 def test_ranks(tmp_path: Path) -> None:
@@ -45,7 +48,10 @@ def test_ranks(tmp_path: Path) -> None:
     assert found["by_policy"] == {"continue": 1, "stop": 1}
 
 
-@pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="network namespaces need root and iproute2")
+@pytest.mark.skipif(
+    shutil.which("ip") is None or os.geteuid() != 0,
+    reason="network namespaces need root and iproute2",
+)
 def test_links(tmp_path: Path) -> None:
     # Red when: the link is not restored (the ranks then end with an error).
     try:
@@ -59,7 +65,10 @@ def test_links(tmp_path: Path) -> None:
 def test_growth_is_that_of_the_second_half() -> None:
     # Red when: the first half, where a process warms up, counts; a single spike decides; a slope per step is returned.
     limits = torture_soak.LIMITS
-    level = [(step, 1e8 + (1e8 if step == 70 else 0.0) - 1e6 * max(0, 40 - step), 20.0, 5.0) for step in range(100)]
+    level = [
+        (step, 1e8 + (1e8 if step == 70 else 0.0) - 1e6 * max(0, 40 - step), 20.0, 5.0)
+        for step in range(100)
+    ]
     assert torture_soak.not_flat(torture_soak.growth(level)) == []
     for place, name in enumerate(limits, start=1):
         steps = [list(each) for each in level]
@@ -80,7 +89,9 @@ def test_a_campaign_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert torture.Progress(tmp_path).done == [{"n": 1}, {"n": 3}]
 
 
-def test_what_all_short_forms_take_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_all_short_forms_take_is_summed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: the last one counts alone; a failed campaign is left out of a total that is written all the same.
     facts = {"form": "short", "time": "t", "versions": {}, "machine": {}, "git": {}}
     seconds = {name: 1.5 + number for number, name in enumerate(torture.campaigns())}

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from benchmarks import fuzz_structure, torture_fuzz
-from conadv import checkpoint
 from conadv.models import zoo
+from conadv.training import checkpoint
 
 
 def test_fuzz_short(tmp_path: Path) -> None:
@@ -40,7 +40,10 @@ def test_a_crash_is_found_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_structural_changes_reach_every_place_and_leave_the_original() -> None:
     # Red when: changed gives its argument back, or only looks at the first level.
     value = {"a": [1, {"b": 2}], "c": "x"}
-    found = [fuzz_structure.changed(value, fuzz_structure.Bytes(data)) for data in fuzz_structure.seeds(250)]
+    found = [
+        fuzz_structure.changed(value, fuzz_structure.Bytes(data))
+        for data in fuzz_structure.seeds(250)
+    ]
     assert value == {"a": [1, {"b": 2}], "c": "x"}
     assert all(any("c" not in v or v["c"] is odd for v in found) for odd in fuzz_structure.ODD[:3])
     assert any(v.get("a") == [1, {"b": 2}, 1, {"b": 2}] for v in found)
@@ -48,7 +51,9 @@ def test_structural_changes_reach_every_place_and_leave_the_original() -> None:
     assert any(v.get("a") == [1, {"b": None}] for v in found)
 
 
-def test_what_a_checkpoint_says_of_its_images_gets_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_checkpoint_says_of_its_images_gets_to_export(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # The control of target `state`: without the check of the envelope it finds what ended with exit code 70.
     monkeypatch.setattr(checkpoint, "_images_problem", lambda state: None)
     found = set()

@@ -21,26 +21,28 @@ from conadv import (
     RandomSigns,
     Sequential,
     WarmupDecay,
-    recipes,
 )
-from conadv.checkpoint import load, load_newest, save, steps
-from conadv.config import Config, load_yaml, replace, resolve
+from conadv.config import recipes
+from conadv.config.schema import Config, load_yaml, replace, resolve
 from conadv.data import build_source
-from conadv.evaluation import Result
-from conadv.export import export, load_plain_model
 from conadv.models import build_model
-from conadv.progress import Silent
-from conadv.record import read_lines
-from conadv.run import RunDir
-from conadv.summary import summarize
-from conadv.trainer import build, load_run, measure, train
+from conadv.training.checkpoint import load, load_newest, save, steps
+from conadv.training.evaluate import Result
+from conadv.training.export import export, load_plain_model
+from conadv.training.observer import Silent
+from conadv.training.record import read_lines
+from conadv.training.run_dir import RunDir
+from conadv.training.summary import summarize
+from conadv.training.trainer import build, load_run, measure, train
 
 FIELDS = set(
     "method staleness lookahead optimizer lr global_batch_size micro_batch_size batchnorm_batch_size seed steps epochs "
     "train_loss train_accuracy test_accuracy robust_accuracy seconds clean_images_per_second "
     "gradient_images_per_second gradient_images_per_clean_image attack_seconds_share version".split()
 )
-HEADER = set("type time version versions machine git ranks execution recipe seed config steps parameter_groups".split())
+HEADER = set(
+    "type time version versions machine git ranks execution recipe seed config steps parameter_groups".split()
+)
 STEP = set(
     "type step epoch lr loss losses grad_norm weight_version staleness phases seconds spans late skipped time".split()
 )
@@ -85,15 +87,29 @@ METHODS = {
         "attack__statistics": "running",
         "adv_route": "statistics",
     },
-    "conadv-lookahead": {"method": "conadv", "lookahead": True, "optim__name": "lamb", "optim__lr": 0.01},
+    "conadv-lookahead": {
+        "method": "conadv",
+        "lookahead": True,
+        "optim__name": "lamb",
+        "optim__lr": 0.01,
+    },
     "recycle": {"method": "recycle", "optim__name": "sgd", "optim__lr": 0.05},
-    "three-routes": {"method": "conadv", "data__aug_view": "basic", "optim__name": "adamw", "optim__lr": 0.01},
+    "three-routes": {
+        "method": "conadv",
+        "data__aug_view": "basic",
+        "optim__name": "adamw",
+        "optim__lr": 0.01,
+    },
 }
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     drop = ("time", "phases", "seconds", "spans", "type")
-    return [{k: v for k, v in line.items() if k not in drop} for line in lines if line["type"] in ("step", "eval")]
+    return [
+        {k: v for k, v in line.items() if k not in drop}
+        for line in lines
+        if line["type"] in ("step", "eval")
+    ]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -111,20 +127,31 @@ def test_run_directory_and_bitwise_resume(name: str, tmp_path: Path) -> None:
     assert (summary["steps"], summary["epochs"], summary["batchnorm_batch_size"]) == (6, 2, 64)
     assert 0 <= summary["robust_accuracy"] <= summary["test_accuracy"] <= 1
     lines = read_lines(whole / "record.jsonl")
-    assert [line["type"] for line in lines] == ["header", *["step"] * 3, "eval", *["step"] * 3, *["eval"] * 3]
+    assert [line["type"] for line in lines] == [
+        "header",
+        *["step"] * 3,
+        "eval",
+        *["step"] * 3,
+        *["eval"] * 3,
+    ]
     assert [line["split"] for line in lines[-3:]] == ["train", "test", "robust"]
     assert lines[-2]["accuracy"] == summary["test_accuracy"]
     assert lines[0].keys() == HEADER
     made = [line for line in lines if line["type"] == "step"]
     assert all(line.keys() == STEP and line["phases"].keys() == PHASES for line in made)
     assert [(line["step"], line["epoch"]) for line in made] == [(t, t // 3) for t in range(6)]
-    extra = {"vanilla": set(), "sam-aug": {"aug"}, "three-routes": {"adv", "aug"}}.get(name, {"adv"})
+    extra = {"vanilla": set(), "sam-aug": {"aug"}, "three-routes": {"adv", "aug"}}.get(
+        name, {"adv"}
+    )
     assert made[4]["losses"].keys() == {"clean"} | extra
     assert (lines[4]["step"], lines[4]["epoch"], lines[4]["images"]) == (3, 1, 899)
     assert load_yaml(whole / "config.yaml") == resolve(settings)
 
     train(settings, cut)
-    for late in (5, 6):  # as if the run had been killed after writing two more steps than its last checkpoint
+    for late in (
+        5,
+        6,
+    ):  # as if the run had been killed after writing two more steps than its last checkpoint
         (cut / "checkpoints" / f"step_{late:08d}.pt").unlink()
     assert steps(cut / "checkpoints") == [1, 2, 3, 4]
     train(settings, cut, resume=True)
@@ -167,8 +194,18 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     attack = {"attack__eps": 0.3, "attack__norm": "l2", "attack__targeted": True}
     pgd = {**attack, "attack__num_steps": 2, "attack__step_size": 0.1, "attack__random_start": 0.5}
     schedule = {"schedule__decay": "cosine", "schedule__power": 3.0, "schedule__end_lr": 0.5}
-    views = {"data__aug_view": "basic", "adv_weight": 2.0, "aug_weight": 3.0, "label_smoothing": 0.1}
-    layout = {"precision": "bf16", "channels_last": True, "pending_dtype": "uint8", "optim__weight_decay": 0.01}
+    views = {
+        "data__aug_view": "basic",
+        "adv_weight": 2.0,
+        "aug_weight": 3.0,
+        "label_smoothing": 0.1,
+    }
+    layout = {
+        "precision": "bf16",
+        "channels_last": True,
+        "pending_dtype": "uint8",
+        "optim__weight_decay": 0.01,
+    }
     method = {"method": "conadv", "staleness": 3, "lookahead": True}
     parts = build(resolve(config(**pgd, **schedule, **views, **layout, **method)), CPU)
     space = PixelSpace((0.3053,), (0.3763,))
@@ -181,14 +218,23 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     assert (engine._low, engine._format) == (torch.bfloat16, torch.channels_last)
     assert parts.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, y = torch.eye(10), torch.arange(10)
-    assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
-    assert build(resolve(config(method="disadv", **attack)), CPU).method == Sequential(FGSM(0.3, "l2", True, space))
-    assert build(resolve(config(method="noise", attack__eps=0.3)), CPU).method == Noise(RandomSigns(0.3, space))
+    assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(
+        logits, y, label_smoothing=0.1
+    )
+    assert build(resolve(config(method="disadv", **attack)), CPU).method == Sequential(
+        FGSM(0.3, "l2", True, space)
+    )
+    assert build(resolve(config(method="noise", attack__eps=0.3)), CPU).method == Noise(
+        RandomSigns(0.3, space)
+    )
 
 
 def test_fractions_of_an_epoch_are_rounded_to_steps() -> None:
     for epochs, num_steps in ((1.7, 5), (0.4, 1)):
-        assert build(resolve(config(epochs=epochs, schedule__warmup_epochs=0)), CPU).num_steps == num_steps
+        assert (
+            build(resolve(config(epochs=epochs, schedule__warmup_epochs=0)), CPU).num_steps
+            == num_steps
+        )
 
 
 def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,9 +242,14 @@ def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -
     calls = []
 
     def evaluate(model: Any, batches: Any, space: Any, *, attack: Any = None, **_: Any) -> None:
-        calls.append((sum(len(y) for _, y in batches), attack and (attack.eps, attack.num_steps, attack.space)))
+        calls.append(
+            (
+                sum(len(y) for _, y in batches),
+                attack and (attack.eps, attack.num_steps, attack.space),
+            )
+        )
 
-    monkeypatch.setattr("conadv.trainer.evaluate", evaluate)
+    monkeypatch.setattr("conadv.training.trainer.evaluate", evaluate)
     settings = config(method="disadv", eval__robust_eps=0.05, eval__train_images=100)
     measure(build(resolve(settings), CPU))
     assert calls == [(100, None), (899, None), (64, (0.05, 2, PixelSpace((0.3053,), (0.3763,))))]
@@ -206,7 +257,11 @@ def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -
 
 def test_summary_by_hand() -> None:
     # Red when: results change places, the first step counts in the median, or routes count as parameters.
-    results = {"train": Result(0.1, 0.9, 10), "test": Result(0.2, 0.8, 10), "robust": Result(0.3, 0.4, 10)}
+    results = {
+        "train": Result(0.1, 0.9, 10),
+        "test": Result(0.2, 0.8, 10),
+        "robust": Result(0.3, 0.4, 10),
+    }
     results["validation"] = Result(0.5, 0.6, 10)
     lines = [
         {
@@ -216,25 +271,47 @@ def test_summary_by_hand() -> None:
             "phases": {"gradient": seconds, "attack": 0.5},
             "late": late,
         }
-        for step, (seconds, late) in enumerate(((9.5, False), (0.5, True), (1.5, False), (2.5, True)))
+        for step, (seconds, late) in enumerate(
+            ((9.5, False), (0.5, True), (1.5, False), (2.5, True))
+        )
     ]
     made = summarize(build(resolve(config(method="disadv")), CPU), results, lines)
-    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "robust_eps")
+    names = (
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "robust_accuracy",
+        "robust_eps",
+    )
     assert [made[name] for name in names] == [0.1, 0.9, 0.2, 0.8, 0.4, 0.1]
     assert (made["validation_loss"], made["validation_accuracy"]) == (0.5, 0.6)
-    assert (made["seconds"], made["step_seconds_median"], made["attack_seconds_share"]) == (16.0, 2.0, 0.125)
+    assert (made["seconds"], made["step_seconds_median"], made["attack_seconds_share"]) == (
+        16.0,
+        2.0,
+        0.125,
+    )
     assert (made["batchnorm_batch_size"], made["accumulation"]) == (64, 4)
     assert (made["executor"], made["attack_ranks"], made["late_batches"]) == ("inline", 0, 2)
-    assert made["parameters"] == sum(p.numel() for p in build_model(config().model, 1, 10).parameters())
+    assert made["parameters"] == sum(
+        p.numel() for p in build_model(config().model, 1, 10).parameters()
+    )
 
 
 def test_validation_is_measured_on_the_images_held_out(tmp_path: Path) -> None:
     # Red when: another split is evaluated under its name, or the batches still come from all training images.
     summary = train(
-        config(data__validation_images=98, global_batch_size=800, micro_batch_size=800, schedule__warmup_epochs=0),
+        config(
+            data__validation_images=98,
+            global_batch_size=800,
+            micro_batch_size=800,
+            schedule__warmup_epochs=0,
+        ),
         tmp_path,
     )
-    held = next(line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation")
+    held = next(
+        line for line in read_lines(tmp_path / "record.jsonl") if line.get("split") == "validation"
+    )
     assert (held["images"], held["accuracy"]) == (98, summary["validation_accuracy"])
     assert summary["steps"] == 2
 
@@ -242,7 +319,11 @@ def test_validation_is_measured_on_the_images_held_out(tmp_path: Path) -> None:
 def test_images_drawn_by_the_seed_are_the_same_when_a_run_is_read_again(tmp_path: Path) -> None:
     # Red when: trainer.build gives the data no seed, or another one than the run's.
     own = config(
-        data__train_images=600, data__validation_images=80, data__subset_seed=None, global_batch_size=64, seed=3
+        data__train_images=600,
+        data__validation_images=80,
+        data__subset_seed=None,
+        global_batch_size=64,
+        seed=3,
     )
     summary = train(own, tmp_path)
     parts = load_run(tmp_path, torch.device("cpu"))
@@ -281,9 +362,13 @@ def test_costs_are_counted_in_images(tmp_path: Path) -> None:
     for method in ("vanilla", "sam", "noise", "disadv", "recycle"):
         s = train(config(method=method), tmp_path / method)
         ratios[method] = s["gradient_images_per_clean_image"]
-        assert s["gradient_images_per_second"] == pytest.approx(s["clean_images_per_second"] * ratios[method])
+        assert s["gradient_images_per_second"] == pytest.approx(
+            s["clean_images_per_second"] * ratios[method]
+        )
         assert s["clean_images_per_second"] == pytest.approx(6 * 256 / s["seconds"])
-    assert ratios == pytest.approx({"vanilla": 1, "sam": 2, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6})
+    assert ratios == pytest.approx(
+        {"vanilla": 1, "sam": 2, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6}
+    )
 
 
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) -> None:
@@ -297,7 +382,9 @@ def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) ->
     assert load_newest(tmp_path, CPU)["step"] == 3
 
 
-def test_a_full_disk_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: the temporary file stays.
     def write(_: Any, file: Any) -> None:
         file.write(b"half")
@@ -327,7 +414,9 @@ def test_non_finite_stops_and_keeps_the_checkpoint_before(tmp_path: Path) -> Non
     with pytest.raises(NonFiniteError, match="Step"):
         train(config(optim__name="sgd", optim__lr=1e18, schedule__warmup_epochs=0), tmp_path)
     kept = load_newest(tmp_path / "checkpoints", torch.device("cpu"))
-    assert all(value.isfinite().all() for value in kept["model"].values() if value.is_floating_point())
+    assert all(
+        value.isfinite().all() for value in kept["model"].values() if value.is_floating_point()
+    )
     last = read_lines(tmp_path / "record.jsonl")[-1]
     assert last["type"] == "error"
     assert last["step"] >= kept["step"]
@@ -343,7 +432,11 @@ def test_a_folder_with_a_run_is_safe(tmp_path: Path) -> None:
         ({}, config(), "already holds a run"),
         ({"resume": True, "overwrite": True}, config(), "give one of them"),
         ({"resume": True}, config(seed=9), r"seed: 0 -> 9"),
-        ({"overwrite": True}, config(global_batch_size=5000, micro_batch_size=None), "larger than the training set"),
+        (
+            {"overwrite": True},
+            config(global_batch_size=5000, micro_batch_size=None),
+            "larger than the training set",
+        ),
     ]
     for options, settings, message in cases:
         with pytest.raises(ConadvError, match=message):
@@ -389,7 +482,9 @@ def test_resuming_a_finished_run_repeats_its_end_and_nothing_else(tmp_path: Path
         ({"method": "conadv", "staleness": 6}, "staleness 6 has no effect in 6"),
     ],
 )
-def test_durations_that_cannot_be_meant(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_durations_that_cannot_be_meant(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConadvError, match=message):
         train(config(**changes), tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -446,12 +541,17 @@ def test_every_recipe_resolves_for_every_method(name: str) -> None:
 
 
 def test_models_by_name() -> None:
-    from conadv.config import ModelConfig
+    from conadv.config.schema import ModelConfig
 
     x = torch.zeros(2, 3, 32, 32)
     assert build_model(ModelConfig(name="resnet20"), 3, 10)(x).shape == (2, 10)
-    assert sum(p.numel() for p in build_model(ModelConfig(name="resnet20"), 3, 10).parameters()) == 272_474
-    assert build_model(ModelConfig(name="resnet20"), 3, 10).blocks(torch.zeros(1, 16, 32, 32)).shape == (1, 64, 8, 8)
+    assert (
+        sum(p.numel() for p in build_model(ModelConfig(name="resnet20"), 3, 10).parameters())
+        == 272_474
+    )
+    assert build_model(ModelConfig(name="resnet20"), 3, 10).blocks(
+        torch.zeros(1, 16, 32, 32)
+    ).shape == (1, 64, 8, 8)
     assert build_model(ModelConfig(name="resnet8", width=4), 3, 10).fc.in_features == 16
     assert build_model(ModelConfig(name="resnet18"), 3, 7).fc.out_features == 7
     with pytest.raises(ConadvError, match="Did you mean 'resnet18'"):

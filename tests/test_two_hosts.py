@@ -37,13 +37,29 @@ def load(name: str) -> ModuleType:
 
 
 def row(method: str, overlap: bool, ratio: float = 1.0) -> dict[str, Any]:
-    labels = {"method": method, "overlap": overlap, "learners": 2, "gradient_bytes": 50_000_000, "images": 16}
+    labels = {
+        "method": method,
+        "overlap": overlap,
+        "learners": 2,
+        "gradient_bytes": 50_000_000,
+        "images": 16,
+    }
     interval = {"ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1}
-    return {"name": method, "median_ms": 100.0, "phases_ms": {"attack": 40.0}, "labels": labels, **interval}
+    return {
+        "name": method,
+        "median_ms": 100.0,
+        "phases_ms": {"attack": 40.0},
+        "labels": labels,
+        **interval,
+    }
 
 
 def result(methods: dict[str, float]) -> dict[str, Any]:
-    rows = [row(method, overlap, ratio) for method, ratio in methods.items() for overlap in (True, False)]
+    rows = [
+        row(method, overlap, ratio)
+        for method, ratio in methods.items()
+        for overlap in (True, False)
+    ]
     same = {name: {} for name in ("machine", "versions", "options", "ranks")}
     return {"command": "c", "date": "d", "git": None, **same, "tables": {"attack-cost": rows}}
 
@@ -57,7 +73,9 @@ def test_sum_takes_as_long_as_its_bytes_need() -> None:
     assert load("two_hosts").sum_ms(point) == pytest.approx(1000.0)
 
 
-def test_rates_come_together_slowest_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rates_come_together_slowest_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: rates are sorted as text, or "none" comes first; the table mixes up the two kinds of overlap.
     two_hosts = load("two_hosts")
     methods = {"noise": 1.0, "disadv": 1.3, "conadv": 1.04, "conadv-lookahead": 1.05, "ddp": 1.01}
@@ -69,7 +87,11 @@ def test_rates_come_together_slowest_first(tmp_path: Path, capsys: pytest.Captur
         two_hosts.join(rate, str(tmp_path / "bench"), str(tmp_path / "link"), files[-1])
     out = tmp_path / "all.json"
     two_hosts.combine(str(out), *files)
-    assert [p["link"]["rate_mbit"] for p in json.loads(out.read_text())["points"]] == [400, 1600, None]
+    assert [p["link"]["rate_mbit"] for p in json.loads(out.read_text())["points"]] == [
+        400,
+        1600,
+        None,
+    ]
     two_hosts.table(str(out))
     assert "1.040 [0.940, 1.140]" in capsys.readouterr().out
     two_hosts.draw(str(out), str(tmp_path / "all.svg"))
@@ -80,16 +102,24 @@ def test_results_of_two_machines_are_not_put_together(tmp_path: Path) -> None:
     # Red when: combine() compares nothing.
     link = {"link": {"rate_mbit": 1, "measured_mbit": 1.0}}
     for name, threads in (("a", 1), ("b", 2)):
-        (tmp_path / name).write_text(json.dumps(result({}) | {"machine": {"threads": threads}} | link))
+        (tmp_path / name).write_text(
+            json.dumps(result({}) | {"machine": {"threads": threads}} | link)
+        )
     with pytest.raises(SystemExit, match="differ in 'machine'"):
-        load("two_hosts").combine(str(tmp_path / "all.json"), str(tmp_path / "a"), str(tmp_path / "b"))
+        load("two_hosts").combine(
+            str(tmp_path / "all.json"), str(tmp_path / "a"), str(tmp_path / "b")
+        )
 
 
 def test_repeats_of_a_split_are_pooled() -> None:
     # Red when: the ratio is that of one repeat, or of the pooled medians.
     attack_ranks = load("attack_ranks")
     repeats = [
-        {"tables": {"attack-cost": [{"name": "a", "samples_ms": a}, {"name": "b", "samples_ms": b}]}}
+        {
+            "tables": {
+                "attack-cost": [{"name": "a", "samples_ms": a}, {"name": "b", "samples_ms": b}]
+            }
+        }
         for a, b in (([2.0, 8.0], [1.0, 2.0]), ([30.0], [10.0]))
     ]
     assert attack_ranks.samples(repeats, "a") == [2.0, 8.0, 30.0]
@@ -104,12 +134,18 @@ ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 def run(*args: object, command: str = "true") -> subprocess.CompletedProcess[str]:
     environment = {**ENVIRONMENT, "CONADV_TWO_HOSTS_COMMAND": command}
     words = [str(SCRIPT), *map(str, args)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [(["4OO"], "neither a number"), (["0"], "neither a number"), (["--per-host", "x"], "--per-host 'x'")],
+    [
+        (["4OO"], "neither a number"),
+        (["0"], "neither a number"),
+        (["--per-host", "x"], "--per-host 'x'"),
+    ],
 )
 def test_bad_arguments(args: list[str], message: str, tmp_path: Path) -> None:
     done = run("--out", tmp_path, *args)
@@ -133,8 +169,12 @@ def why_not() -> str:
 
 def names() -> set[str]:
     """The script's namespaces; other tests make their own at the same time."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    return {name for name in (line.split()[0] for line in listed.splitlines()) if OURS.fullmatch(name)}
+    listed = subprocess.run(
+        ["ip", "netns", "list"], capture_output=True, text=True, check=True
+    ).stdout
+    return {
+        name for name in (line.split()[0] for line in listed.splitlines()) if OURS.fullmatch(name)
+    }
 
 
 def running(words: str) -> list[str]:
@@ -142,7 +182,9 @@ def running(words: str) -> list[str]:
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
-            found += [file.parent.name] * (words in file.read_bytes().decode(errors="replace").replace("\0", " "))
+            found += [file.parent.name] * (
+                words in file.read_bytes().decode(errors="replace").replace("\0", " ")
+            )
     return found
 
 
@@ -181,7 +223,9 @@ def ends(out: Path, before: set[str], number: int, code: int) -> None:
         stdout=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: (out / "0").exists() and (out / "1").exists() and len(running(mark)) >= 2)
+        wait_until(
+            lambda: (out / "0").exists() and (out / "1").exists() and len(running(mark)) >= 2
+        )
         assert len(names() - before) == 2
         script.send_signal(number)
         assert script.wait(timeout=20) == code

@@ -21,16 +21,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conadv import checkpoint, untrusted
-from conadv.cli import main
-from conadv.config import Config, dump_yaml, load_yaml, parse, replace, resolve
+from conadv import safe_io as untrusted
+from conadv.cli.program import main
+from conadv.config.schema import Config, dump_yaml, load_yaml, parse, replace, resolve
 from conadv.errors import ConadvError, printable
-from conadv.export import load_plain_model
-from conadv.progress import Live
-from conadv.record import read_lines, write_atomic
 from conadv.report.load import load_run as load_report_run
-from conadv.run import RunDir
-from conadv.trainer import load_run, train
+from conadv.training import checkpoint
+from conadv.training.export import load_plain_model
+from conadv.training.observer import Live
+from conadv.training.record import read_lines, write_atomic
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import load_run, train
 
 from . import hostile
 
@@ -38,7 +39,11 @@ CPU = torch.device("cpu")
 
 
 def tiny(**changes: Any) -> Config:
-    return resolve(replace(Config(steps=1, global_batch_size=8), model__width=4, eval__robust_images=0, **changes))
+    return resolve(
+        replace(
+            Config(steps=1, global_batch_size=8), model__width=4, eval__robust_images=0, **changes
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,9 @@ def places(path: Path) -> dict[str, Any]:
 def test_hostile_checkpoints_are_refused_everywhere(kind: str, copy: Path, tmp_path: Path) -> None:
     # Red when: check_archive is not called and torch.load gets weights_only=False.
     marker = tmp_path / "ran"
-    (copy / "checkpoints" / "step_00000001.pt").write_bytes(hostile.sealed(hostile.files(marker)[kind]))
+    (copy / "checkpoints" / "step_00000001.pt").write_bytes(
+        hostile.sealed(hostile.files(marker)[kind])
+    )
     before = sorted(tmp_path.rglob("*"))
     for name, read in places(copy).items():
         with pytest.raises(ConadvError, match="checkpoint"):
@@ -137,10 +144,23 @@ STATES: dict[str, Any] = {
     "no pending": {"model": {}},
     "model is a list": {"model": [], "optimizer": {}, "engine": {"version": 1, "pending": []}},
     "wrong shapes": {"model": {"conv.weight": torch.zeros(1)}, "optimizer": {}},
-    "names are numbers": {"model": {1: torch.zeros(1)}, "optimizer": {1: 2}, "engine": {"version": 1, "pending": {}}},
-    "an average of something else": {"channels": 1, "class_names": ["a"], "ema": {"module.a": 1}, "model": {}},
+    "names are numbers": {
+        "model": {1: torch.zeros(1)},
+        "optimizer": {1: 2},
+        "engine": {"version": 1, "pending": {}},
+    },
+    "an average of something else": {
+        "channels": 1,
+        "class_names": ["a"],
+        "ema": {"module.a": 1},
+        "model": {},
+    },
     "class names": {"channels": -3, "class_names": 7, "model": {}},
-    "many classes": {"channels": 1, "class_names": [], "model": {"x": torch.zeros(1).expand(2**40)}},
+    "many classes": {
+        "channels": 1,
+        "class_names": [],
+        "model": {"x": torch.zeros(1).expand(2**40)},
+    },
 }
 
 
@@ -151,20 +171,33 @@ def test_checkpoints_that_do_not_fit_are_errors(name: str, copy: Path) -> None:
     state = {"engine": {"version": 1, "pending": {}}, "best": None, **STATES[name]}
     checkpoint.save(copy / "checkpoints", 1, state, 1)
     for read in (lambda: load_plain_model(copy), lambda: load_run(copy, CPU)):
-        with pytest.raises(ConadvError, match=r"step_00000001.pt does not fit (the run's config|itself)"):
+        with pytest.raises(
+            ConadvError, match=r"step_00000001.pt does not fit (the run's config|itself)"
+        ):
             read()
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("channels", value) for value in (0, -1, True, 1.0, "1", [1], None, 2**40, torch.tensor(1))),
-        *(("image_size", value) for value in (0, -8, False, 8.0, "x", {}, None, 10**400, torch.tensor([8.0, 8.0]))),
-        *(("class_names", value) for value in ([], "0123456789", list(range(10)), dict.fromkeys("0123456789"), None)),
+        *(
+            ("channels", value)
+            for value in (0, -1, True, 1.0, "1", [1], None, 2**40, torch.tensor(1))
+        ),
+        *(
+            ("image_size", value)
+            for value in (0, -8, False, 8.0, "x", {}, None, 10**400, torch.tensor([8.0, 8.0]))
+        ),
+        *(
+            ("class_names", value)
+            for value in ([], "0123456789", list(range(10)), dict.fromkeys("0123456789"), None)
+        ),
         ("step", 10**12),
     ],
 )
-def test_what_a_checkpoint_says_of_its_images_is_checked(name: str, value: object, copy: Path) -> None:
+def test_what_a_checkpoint_says_of_its_images_is_checked(
+    name: str, value: object, copy: Path
+) -> None:
     # Red when: _images_problem returns None, or is_count has no upper bound (export then ended with exit code 70).
     state = {**checkpoint.load_newest(copy / "checkpoints", CPU), name: value}
     if name == "step":
@@ -191,27 +224,49 @@ def _odd_file(kind: str, path: Path) -> None:
     elif kind == "folder":
         path.mkdir()
     else:
-        with socket.socket(socket.AF_UNIX) as listening, tempfile.TemporaryDirectory(dir="/tmp") as short:
-            listening.bind(f"{short}/s")  # a socket's path has at most 107 bytes, pytest's folders may have more
+        with (
+            socket.socket(socket.AF_UNIX) as listening,
+            tempfile.TemporaryDirectory(dir="/tmp") as short,
+        ):
+            listening.bind(
+                f"{short}/s"
+            )  # a socket's path has at most 107 bytes, pytest's folders may have more
             os.rename(f"{short}/s", path)  # noqa: PTH104
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
 @pytest.mark.parametrize("place", ["checkpoints/step_00000002.pt", "checkpoints/step_00000001.pt"])
-def test_a_checkpoint_that_is_no_file_is_refused(kind: str, place: str, copy: Path, alarm: None) -> None:
+def test_a_checkpoint_that_is_no_file_is_refused(
+    kind: str, place: str, copy: Path, alarm: None
+) -> None:
     # Red when: verify opens whatever has the name (a pipe waits for ever).
     (copy / place).unlink(missing_ok=True)
     _odd_file(kind, copy / place)
     for name, read in places(copy).items():
         if (name, place) != ("load", "checkpoints/step_00000002.pt"):
-            with pytest.raises(ConadvError, match=r"not a regular file|is a pipe, a socket or a device"):
+            with pytest.raises(
+                ConadvError, match=r"not a regular file|is a pipe, a socket or a device"
+            ):
                 read()
-    fast = ["--images", "8", "--landscape", "none", "--eigenvalues", "0", "--probes", "0", "--robust-images", "0"]
+    fast = [
+        "--images",
+        "8",
+        "--landscape",
+        "none",
+        "--eigenvalues",
+        "0",
+        "--probes",
+        "0",
+        "--robust-images",
+        "0",
+    ]
     for command in (["eval"], ["export"], ["analyze", *fast]):
         assert main([*command, str(copy)]) == 2, command
 
 
-@pytest.mark.parametrize("place", ["checkpoints/step_00000002.tmp", "record.jsonl", "model.tmp", "timeline"])
+@pytest.mark.parametrize(
+    "place", ["checkpoints/step_00000002.tmp", "record.jsonl", "model.tmp", "timeline"]
+)
 def test_pipes_among_the_files_of_a_run_are_refused(place: str, copy: Path, alarm: None) -> None:
     # Red when: refuse_links lets pipes be.
     (copy / place).unlink(missing_ok=True)
@@ -248,7 +303,9 @@ def _set(state: Any, path: tuple[Any, ...], value: object) -> None:
         (("optimizer", "param_groups", 0, "momentum"), torch.ones(2)),
     ],
 )
-def test_values_that_do_not_fit_are_errors(path: tuple[Any, ...], value: object, copy: Path) -> None:
+def test_values_that_do_not_fit_are_errors(
+    path: tuple[Any, ...], value: object, copy: Path
+) -> None:
     # Red when: giving catches no OverflowError, load_run takes the average outside of it, or the optimizer's settings
     # are not compared.
     state = checkpoint.load_newest(copy / "checkpoints", CPU)
@@ -317,7 +374,9 @@ YAMLS = {
     "nothing as key": "~: 1",
     "set of numbers": "steps: !!set {1, 2}",
 }
-MANY: dict[str, str] = {  # of a size that took more than 10 s of processor time, or more values than are allowed
+MANY: dict[
+    str, str
+] = {  # of a size that took more than 10 s of processor time, or more values than are allowed
     "keys twice": "{" + ",".join(f"a{i % 10}: 1" for i in range(25_000)) + "}",
     "many keys": "{" + ",".join(f"a{i}: 1" for i in range(12_000)) + ", a1: 2}",
     "many merges": "{" + "<<: {}," * 12_000 + "}",
@@ -329,7 +388,9 @@ MANY: dict[str, str] = {  # of a size that took more than 10 s of processor time
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_hostile_configs_are_short_errors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_configs_are_short_errors(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: yaml.unsafe_load; no check of aliases, depth, duplicates, size.
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "config.yaml"
@@ -358,12 +419,17 @@ def test_no_config_takes_long(name: str, tmp_path: Path) -> None:
 
 def test_a_yaml_number_may_have_20_digits() -> None:
     # Red when: 20 digits are refused, or 21 in a key or a list are not.
-    assert untrusted.parse_yaml("a: [99999999999999999999, -0x10, 0b11, 1_000, .inf, 1.5e+3]")["a"][0] == 10**20 - 1
+    assert (
+        untrusted.parse_yaml("a: [99999999999999999999, -0x10, 0b11, 1_000, .inf, 1.5e+3]")["a"][0]
+        == 10**20 - 1
+    )
     with pytest.raises(yaml.YAMLError, match=r"'100000000000000000000' has more than 20 digits"):
         untrusted.parse_yaml("- -1\n- 100000000000000000000")
 
 
-@pytest.mark.parametrize("text", ['!!int ""', '!!float ""', "!!bool x", "1:30", "0x" + "f" * 5000, "{1: 2}"])
+@pytest.mark.parametrize(
+    "text", ['!!int ""', '!!float ""', "!!bool x", "1:30", "0x" + "f" * 5000, "{1: 2}"]
+)
 def test_values_of_a_tag_that_they_do_not_fit_are_errors_of_the_command_line(
     text: str, run: Path, tmp_path: Path
 ) -> None:
@@ -391,16 +457,20 @@ def test_values_of_a_tag_that_they_do_not_fit_are_errors_of_the_command_line(
 def test_a_config_that_is_no_text_file_is_an_error(kind: str, tmp_path: Path) -> None:
     # Red when: read_text opens a named pipe, which waits for ever.
     path = tmp_path / "config.yaml"
-    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "latin-1": lambda: path.write_bytes(b"recipe: \xe9")}[
-        kind
-    ]()
+    {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "latin-1": lambda: path.write_bytes(b"recipe: \xe9"),
+    }[kind]()
     with pytest.raises(ConadvError, match="Cannot read the config"):
         load_yaml(path)
 
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 names = st.sampled_from([*Config.model_fields, *(f"{n}_" for n in ("seed", "data"))])
@@ -411,7 +481,9 @@ names = st.sampled_from([*Config.model_fields, *(f"{n}_" for n in ("seed", "data
 def test_any_plain_values_are_a_config_or_an_error(values: dict[str, Any]) -> None:
     # Red when: explain or resolve raises something else.
     with suppress(ConadvError):
-        assert parse(yaml.safe_load(dump_yaml(config := resolve(parse(values, "x")))), "x") == config
+        assert (
+            parse(yaml.safe_load(dump_yaml(config := resolve(parse(values, "x")))), "x") == config
+        )
 
 
 @settings(max_examples=300, deadline=None)
@@ -422,7 +494,8 @@ def test_any_text_is_yaml_or_an_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e999999999", "1e400", "1/1e400", "9" * 5000, "1/0", "nan", "inf", "", "0x1", "1_0/3 /"]
+    "text",
+    ["1e999999999", "1e400", "1/1e400", "9" * 5000, "1/0", "nan", "inf", "", "0x1", "1_0/3 /"],
 )
 def test_numbers_that_are_none_are_quick_errors(text: str) -> None:
     # Red when: Fraction gets any text (it would write out a billion digits), or an OverflowError gets through.
@@ -433,11 +506,17 @@ def test_numbers_that_are_none_are_quick_errors(text: str) -> None:
     assert parse({"attack": {"eps": " 8 / 255"}}, "config").attack.eps == 8 / 255
 
 
-def test_a_config_from_somebody_else_does_not_download(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_from_somebody_else_does_not_download(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: --config keeps data.download.
     file = tmp_path / "config.yaml"
     file.write_text(
-        dump_yaml(Config(steps=1, data={"source": "fashion-mnist", "dir": tmp_path / "x", "download": True}))
+        dump_yaml(
+            Config(
+                steps=1, data={"source": "fashion-mnist", "dir": tmp_path / "x", "download": True}
+            )
+        )
     )
     assert main(["train", "--config", str(file), "--out", str(tmp_path / "run")]) == 2
     assert "--download" in capsys.readouterr().err
@@ -447,7 +526,9 @@ def test_a_config_from_somebody_else_does_not_download(tmp_path: Path, capsys: p
 # Paths
 
 
-@pytest.mark.parametrize("recipe", ["../../escaped", "/tmp/escaped", "..", "a/b", "a\n", "", "-x", "a" * 300])
+@pytest.mark.parametrize(
+    "recipe", ["../../escaped", "/tmp/escaped", "..", "a/b", "a\n", "", "-x", "a" * 300]
+)
 def test_a_recipe_name_does_not_lead_out_of_runs(
     recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -526,7 +607,9 @@ def test_hostile_records_are_errors_with_the_line(name: str, tmp_path: Path) -> 
         assert read_lines(path) == [{"type": "header", "steps": 3}]
 
 
-def test_a_line_without_end_is_an_error_and_takes_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_end_is_an_error_and_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: read_lines has no limit.
     monkeypatch.setattr(untrusted, "LINE_BYTES", 1000)
     (tmp_path / "record.jsonl").write_bytes(b'{"type": "' + b"x" * 2000)
@@ -572,14 +655,24 @@ SHOWN = {
 
 @pytest.mark.parametrize("command", SHOWN)
 def test_a_path_is_shown_on_one_line_without_escape_codes(
-    command: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # Red when: the command, or its error, writes a path as it is.
     monkeypatch.chdir(tmp_path)
     odd = Path("a\x1b[31mb\nc")
     shutil.copytree(run, odd / "run")
     options, named = SHOWN[command]
-    code = main([command, *([] if command == "train" else [str(odd / "run")]), *(each.format(odd) for each in options)])
+    code = main(
+        [
+            command,
+            *([] if command == "train" else [str(odd / "run")]),
+            *(each.format(odd) for each in options),
+        ]
+    )
     assert code == (2 if command in ("staleness", "check", "plan", "train") else 0)
     shown = "".join(capsys.readouterr())
     assert "\x1b" not in shown
@@ -598,7 +691,14 @@ def test_profiles_are_checked(tmp_path: Path) -> None:
     from conadv.plan.profile import load
 
     file = tmp_path / "profile.json"
-    for content in (b"[]", b"{", b"\xff", b'{"format": NaN}', b"[" * 100_000, json.dumps({"x" * 10**5: 1}).encode()):
+    for content in (
+        b"[]",
+        b"{",
+        b"\xff",
+        b'{"format": NaN}',
+        b"[" * 100_000,
+        json.dumps({"x" * 10**5: 1}).encode(),
+    ):
         file.write_bytes(content)
         with pytest.raises(ConadvError, match="profile"):
             load(file)
@@ -629,11 +729,21 @@ def report_page(folder: Path, text: str) -> str:
     run.mkdir(parents=True, exist_ok=True)
     config = {**json.loads(json.dumps(tiny().model_dump(mode="json"))), "recipe": text, "seed": 3}
     config["model"]["name"] = config["data"]["dir"] = config["x" + text] = text
-    header = {"time": text, "version": text, "versions": {text: text}, "machine": {"device": text, text: text}}
+    header = {
+        "time": text,
+        "version": text,
+        "versions": {text: text},
+        "machine": {"device": text, text: text},
+    }
     header |= {"git": {"commit": text, "dirty": True}, "steps": 2, "recipe": text, "config": config}
     lines: list[dict[str, Any]] = [{"type": "header", **header}]
-    lines += [{"type": "step", "step": i, "epoch": 1.0, "loss": 1.0, "phases": {"x" + text: 0.1}} for i in range(2)]
-    lines += [{"type": "eval", "step": 2, "epoch": 1.0, "split": "test", "loss": 1.0, "accuracy": 0.5}]
+    lines += [
+        {"type": "step", "step": i, "epoch": 1.0, "loss": 1.0, "phases": {"x" + text: 0.1}}
+        for i in range(2)
+    ]
+    lines += [
+        {"type": "eval", "step": 2, "epoch": 1.0, "split": "test", "loss": 1.0, "accuracy": 0.5}
+    ]
     lines += [{"type": "error", "step": 2, "message": text}]
     (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (run / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -669,7 +779,9 @@ def test_no_text_of_a_run_becomes_markup_of_the_report(text: str, tmp_path: Path
 @settings(max_examples=10, deadline=None)
 @given(
     # An arm's name must not be blank: that has its own error.
-    st.lists(st.sampled_from([*ATTACKS, "<", ">", '"', "'", "&", "\n", "`", "é"]), min_size=1, max_size=4)
+    st.lists(
+        st.sampled_from([*ATTACKS, "<", ">", '"', "'", "&", "\n", "`", "é"]), min_size=1, max_size=4
+    )
     .map("".join)
     .filter(str.strip)
 )
@@ -677,4 +789,6 @@ def test_no_mixture_of_them_does_either(text: str) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
-        assert elements(report_page(Path(name) / "a", text)) <= elements(report_page(Path(name) / "b", "word"))
+        assert elements(report_page(Path(name) / "a", text)) <= elements(
+            report_page(Path(name) / "b", "word")
+        )

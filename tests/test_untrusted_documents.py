@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from conadv import documents, untrusted
-from conadv.analyze import read as read_analysis
-from conadv.cli import main
+from conadv import documents
+from conadv import safe_io as untrusted
+from conadv.cli.analyze import read as read_analysis
+from conadv.cli.program import main
 from conadv.errors import ConadvError
 from conadv.report import load_run
 from conadv.report.study import load_sweep
@@ -52,7 +53,9 @@ def changed(path: Path, *keys: Any, value: Any) -> None:
 # Numbers and nesting
 
 
-@pytest.mark.parametrize("text", [LARGE, "-" + LARGE, "1" * 21, "[" * 33 + "]" * 33, '{"a":' * 33 + "1" + "}" * 33])
+@pytest.mark.parametrize(
+    "text", [LARGE, "-" + LARGE, "1" * 21, "[" * 33 + "]" * 33, '{"a":' * 33 + "1" + "}" * 33]
+)
 def test_numbers_and_nesting_that_readers_could_not_take_are_no_json(text: str) -> None:
     # Red when: parse_json calls json.loads without _whole, or does not look at _depth.
     with pytest.raises(ValueError, match=r"more than 20 digits|too deeply"):
@@ -96,13 +99,18 @@ def test_a_summary_that_cannot_be_is_an_error(name: str, run: Path) -> None:
     # Red when: _read_summary does not call checked.
     field, value = SUMMARIES[name]
     changed(run / "summary.json", field, value=value)
-    with pytest.raises(ConadvError, match=rf"summary\.json is not what conadv writes: {field} is .*Leave the run out"):
+    with pytest.raises(
+        ConadvError,
+        match=rf"summary\.json is not what conadv writes: {field} is .*Leave the run out",
+    ):
         load_run(run)
 
 
-def test_a_sweep_checks_the_summaries_it_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_checks_the_summaries_it_goes_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: Folder.result takes what a summary says.
-    monkeypatch.setattr("conadv.run.RunDir.changes", lambda *_: [])
+    monkeypatch.setattr("conadv.training.run_dir.RunDir.changes", lambda *_: [])
     folder = tmp_path / "runs" / "a"
     folder.mkdir(parents=True)
     (folder / "config.yaml").touch()
@@ -142,14 +150,18 @@ def test_a_sweep_that_cannot_be_is_an_error(name: str, sweep: Path, tmp_path: Pa
     shutil.copytree(sweep, tmp_path / "sweep")
     keys, value = SWEEPS[name]
     changed(tmp_path / "sweep" / "sweep.json", *keys, value=value)
-    with pytest.raises(ConadvError, match=r"sweep\.json is (not what conadv writes|not a readable sweep)"):
+    with pytest.raises(
+        ConadvError, match=r"sweep\.json is (not what conadv writes|not a readable sweep)"
+    ):
         load_sweep(tmp_path / "sweep")
     with pytest.raises(ConadvError, match=r"sweep\.json is"):
         Runs(tmp_path / "sweep").planned()
     assert main(["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "report.html")]) == 2
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "results" / "studies").glob("*/sweep.json")))
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "results" / "studies").glob("*/sweep.json"))
+)
 def test_the_sweeps_of_the_studies_are_readable(path: Path) -> None:
     # Red when: a field's type or range is narrower than what `conadv sweep` writes.
     assert documents.read_sweep(path).cells
@@ -177,7 +189,9 @@ def test_an_analysis_that_cannot_be_is_an_error(name: str, run: Path) -> None:
     assert analysis(load_run(run)) == read_analysis(run)
     changed(run / "analysis.json", *keys, value=value)
     for read in (lambda: analysis(load_run(run)), lambda: read_analysis(run)):
-        with pytest.raises(ConadvError, match=r"analysis\.json is not what conadv writes.*conadv analyze"):
+        with pytest.raises(
+            ConadvError, match=r"analysis\.json is not what conadv writes.*conadv analyze"
+        ):
             read()
 
 
@@ -194,7 +208,9 @@ PROBES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_probes_that_cannot_be_are_errors(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes_that_cannot_be_are_errors(
+    name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: _probes keeps a probe without "noise"; the command or the report does not check the lines' fields.
     with (run / "record.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in PROBES[name])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from conadv.cli import main
+from conadv.cli.program import main
 from conadv.errors import ConadvError
 from conadv.report.study import load_sweep
+from conadv.safe_io import inside
 from conadv.sweep.folder import Folder
-from conadv.untrusted import inside
 
 from .sweep_folder import write_sweep
 from .test_sweep import run, write
@@ -42,8 +42,12 @@ def test_a_lock_file_keeps_its_content(tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [".sweep.json.lock", "runs", "sweep.json", "runs/lars-batch-20-lr-1-seed100"])
-def test_a_sweep_refuses_links_in_its_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", [".sweep.json.lock", "runs", "sweep.json", "runs/lars-batch-20-lr-1-seed100"]
+)
+def test_a_sweep_refuses_links_in_its_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: the command does not call Folder.check.
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
@@ -54,8 +58,12 @@ def test_a_sweep_refuses_links_in_its_folder(name: str, tmp_path: Path, capsys: 
     assert not list(outside.iterdir())
 
 
-@pytest.mark.parametrize("path", ["../base", "/base", "runs/../../base", "", ".", "runs/away", "runs/away/run", "a\0b"])
-def test_a_report_takes_no_run_from_elsewhere(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "path", ["../base", "/base", "runs/../../base", "", ".", "runs/away", "runs/away/run", "a\0b"]
+)
+def test_a_report_takes_no_run_from_elsewhere(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Red when: inside joins the paths and looks at neither.
     sweep = tmp_path / "sweep"
     sweep.mkdir()

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from conadv import ConadvError, progress
-from conadv.cli import main
-from conadv.record import read_lines
-from conadv.run import RunDir
+from conadv import ConadvError
+from conadv.cli.program import main
+from conadv.training import observer as progress
+from conadv.training.record import read_lines
+from conadv.training.run_dir import RunDir
 from conadv.types import StepRecord
 
-RECORD = StepRecord(3, 0, 0.5, 2.0, {"clean": 1.5, "adv": 2.5}, 1.25, 2, {"attack": 0.1, "gradient": 0.2})
+RECORD = StepRecord(
+    3, 0, 0.5, 2.0, {"clean": 1.5, "adv": 2.5}, 1.25, 2, {"attack": 0.1, "gradient": 0.2}
+)
 
 
 def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +28,9 @@ def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     seen: dict[str, list[tuple[str, float, int]]] = {"wandb": [], "tensorboard": []}
     started: dict[str, Any] = {}
     run = SimpleNamespace(
-        log=lambda values, step: seen["wandb"].extend((name, value, step) for name, value in values.items()),
+        log=lambda values, step: seen["wandb"].extend(
+            (name, value, step) for name, value in values.items()
+        ),
         finish=lambda: started.update(finished=True),
     )
     fake = SimpleNamespace(Settings=dict, init=lambda **options: started.update(options) or run)
@@ -47,12 +52,18 @@ def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ("train/staleness", 1, 3) in seen["wandb"]
     assert ("test/accuracy", 0.75, 4) in seen["wandb"]
     assert ("train_eval/loss", 0.1, 4) in seen["wandb"]  # "train/loss" is that of a step
-    assert (started["mode"], started["config"], started["name"]) == ("offline", {"seed": 3}, "digits conadv")
+    assert (started["mode"], started["config"], started["name"]) == (
+        "offline",
+        {"seed": 3},
+        "digits conadv",
+    )
     assert started["settings"]["symlink"] is False
     assert started["finished"]
 
 
-def test_without_wandb_the_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_wandb_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConadvError, match=r"pip install '\.\[wandb\]'"):
         progress.WandB(tmp_path, {})

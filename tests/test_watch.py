@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from conadv import ConadvError
-from conadv.cli import main
+from conadv.cli.program import main
 from conadv.watch import many, view
 from conadv.watch.command import folder, is_run, one_run
 from conadv.watch.follow import TAIL_BYTES, Follower, ends
@@ -38,7 +38,11 @@ def step(index: int, **changes: Any) -> dict[str, Any]:
         "loss": 2.0 / (index + 1),
         "grad_norm": 1.5,
     }
-    return values | {"losses": {"clean": 1.0}, "phases": phases, "seconds": 0.4, "time": 0.4 * (index + 1)} | changes
+    return (
+        values
+        | {"losses": {"clean": 1.0}, "phases": phases, "seconds": 0.4, "time": 0.4 * (index + 1)}
+        | changes
+    )
 
 
 def write(path: Path, *lines: dict[str, Any], mode: str = "a") -> None:
@@ -86,7 +90,9 @@ def test_a_record_that_is_cut_or_replaced_begins_anew(tmp_path: Path) -> None:
     assert "step 9/10" in screen(look(80, 24)[0])
 
 
-def test_a_line_without_end_is_an_error_and_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_without_end_is_an_error_and_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("conadv.watch.follow.LINE_BYTES", 1000)
     (tmp_path / "record.jsonl").write_text("x" * 5000)
     with pytest.raises(ConadvError, match="longer than 1,000 bytes"):
@@ -122,7 +128,9 @@ def test_numbers_by_hand() -> None:
         state.add(step(i))
     assert LOSSES / 2 <= len(state.losses) <= LOSSES
     assert state.losses[0] == 2.0
-    assert all(earlier > later for earlier, later in zip(state.losses, state.losses[1:], strict=False))
+    assert all(
+        earlier > later for earlier, later in zip(state.losses, state.losses[1:], strict=False)
+    )
 
 
 def test_a_frame_fits_and_names_what_matters(tmp_path: Path) -> None:
@@ -130,7 +138,13 @@ def test_a_frame_fits_and_names_what_matters(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
     write(record, HEADER, *(step(i, phases={"data": 0.3, "gradient": 0.3}) for i in range(5)))
     write(record, {"type": "eval", "step": 5, "split": "test", "loss": 1.0, "accuracy": 0.75})
-    write(record, *({"type": "bad_image", "step": 5, "path": f"a/{i}.png", "reason": "empty"} for i in range(30)))
+    write(
+        record,
+        *(
+            {"type": "bad_image", "step": 5, "path": f"a/{i}.png", "reason": "empty"}
+            for i in range(30)
+        ),
+    )
     write(record, step(5, skipped="loss is not finite", loss=None, late=True))
     look = one_run(tmp_path, Console(file=io.StringIO()))
     for width, height in ((80, 24), (100, 30)):
@@ -184,8 +198,13 @@ def test_hostile_records_are_shown_as_text(tmp_path: Path) -> None:
     # Red when: an event is printed as markup or unescaped, or a value of another type raises.
     odd: list[Any] = [None, True, "x", [], {}, 1e308, -1, {"a": {"b": 1}}, HOSTILE, 10**400]
     lines = [{"type": kind, **dict.fromkeys(FIELDS, value)} for kind in KINDS for value in odd]
-    lines += [{**HEADER, "config": {"recipe": HOSTILE, "method": HOSTILE, "global_batch_size": HOSTILE}}]
-    lines += [step(1, losses={HOSTILE: 1.0}, phases={HOSTILE: 1.0}), {"type": "error", "step": 1, "message": HOSTILE}]
+    lines += [
+        {**HEADER, "config": {"recipe": HOSTILE, "method": HOSTILE, "global_batch_size": HOSTILE}}
+    ]
+    lines += [
+        step(1, losses={HOSTILE: 1.0}, phases={HOSTILE: 1.0}),
+        {"type": "error", "step": 1, "message": HOSTILE},
+    ]
     lines += [{"type": "_add_step"}, {"type": "__init__"}, {"type": ""}, {"type": HOSTILE}]
     write(tmp_path / "record.jsonl", *lines)
     for kind in (one_run(tmp_path, Console(file=io.StringIO())), folder(tmp_path)):
@@ -193,13 +212,13 @@ def test_hostile_records_are_shown_as_text(tmp_path: Path) -> None:
         assert "\x1b" not in text
         assert "\x07" not in text
         assert "\u202e" not in text
-    assert "[bold red]\\x1b" in screen(one_run(tmp_path, Console(file=io.StringIO()))(400, 40)[0], 400)
+    assert "[bold red]\\x1b" in screen(
+        one_run(tmp_path, Console(file=io.StringIO()))(400, 40)[0], 400
+    )
 
 
 KINDS = ("header", "step", "eval", "stop", "error", "resume", "bad_image")
-FIELDS = (
-    "step epoch lr loss losses grad_norm phases seconds time staleness skipped late split accuracy steps config".split()
-)
+FIELDS = "step epoch lr loss losses grad_norm phases seconds time staleness skipped late split accuracy steps config".split()
 FIELDS += "ranks message signal path reason damaged".split()
 
 
@@ -246,7 +265,9 @@ def test_a_sweep_is_counted_and_its_runs_listed(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(sweep(tmp_path / "sweep")), "--once"]) == 0
     assert "2 of 5 runs ended" in capsys.readouterr().out
-    assert main(["watch", str(tmp_path / "sweep" / "runs" / "going")]) == 0  # no terminal: one frame
+    assert (
+        main(["watch", str(tmp_path / "sweep" / "runs" / "going")]) == 0
+    )  # no terminal: one frame
     assert "step 4/10" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     for args, words in (

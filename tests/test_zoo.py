@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from conadv import ConadvError
-from conadv.norm import SplitBatchNorm, split_batchnorm
+from conadv.nn.split_batchnorm import SplitBatchNorm, split_batchnorm
 
 from .test_two_hosts import load
 
@@ -24,9 +24,7 @@ zoo = load("zoo")
 RESULT = json.loads((ROOT / "results" / "models" / "zoo.json").read_text())
 ROWS = {row["name"]: row for row in RESULT["rows"]}
 CASES = {case.name: case for case in zoo.cases()}
-HEAVY_TO_BUILD = (
-    5.0  # seconds from which a timm network is left to the script: its own initialisation cannot be skipped
-)
+HEAVY_TO_BUILD = 5.0  # seconds from which a timm network is left to the script: its own initialisation cannot be skipped
 
 
 def is_quick(name: str) -> bool:
@@ -52,7 +50,9 @@ def test_the_table_is_complete_and_in_the_docs() -> None:
     assert set(CASES) == set(ROWS)
     assert not [row["name"] for row in ROWS.values() if row["problem"] or not row["forward"]]
     assert zoo.table(RESULT["rows"]) in zoo.PAGE.read_text()
-    with_norm = [row for row in ROWS.values() if row["batch_norms"] and row["family"] != "torchvision"]
+    with_norm = [
+        row for row in ROWS.values() if row["batch_norms"] and row["family"] != "torchvision"
+    ]
     assert len({row["family"] for row in with_norm}) >= 30
     assert len([row for row in with_norm if is_quick(row["name"])]) >= 30
 

@@ -4,9 +4,16 @@ Those of a model need torch and are imported from their own files: objective, he
 which has all of them.
 """
 
-from .shares import Hidden, PhaseRow, StepRow, hidden_attack, hidden_communication, summary
-from .timeline import Lane, Timeline, timeline
-from .trace import trace
+from conadv.analysis.shares import (
+    Hidden,
+    PhaseRow,
+    StepRow,
+    hidden_attack,
+    hidden_communication,
+    summary,
+)
+from conadv.analysis.timeline import Lane, Timeline, timeline
+from conadv.analysis.trace import trace
 
 __all__ = [
     "Hidden",

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
-from ..ema import evaluated_state
-from ..errors import ConadvError, printable
-from ..fits import load_weights
-from ..run import RunDir
-from ..trainer import Parts, load_run
-from .model import images
-from .objective import clean_objective
+from conadv.analysis.model import images
+from conadv.analysis.objective import clean_objective
+from conadv.engine.validate import load_weights
+from conadv.errors import ConadvError, printable
+from conadv.nn.ema import evaluated_state
+from conadv.training import checkpoint
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import Parts, load_run
 
 FACTOR = 2.0
 """Losses further apart than this are not called equal: Hessian and gradient go with the loss (docs/analysis.md)."""
@@ -35,10 +35,16 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
             losses[step] = _loss(parts, checkpoint.load_step(folder, step, device), count)
         except checkpoint.DamagedCheckpoint:
             continue
-    apart = {step: abs(math.log(loss / target)) for step, loss in losses.items() if 0 < loss < math.inf}
+    apart = {
+        step: abs(math.log(loss / target)) for step, loss in losses.items() if 0 < loss < math.inf
+    }
     best = min(apart, key=lambda step: (apart[step], -step), default=None)
     if best is None or apart[best] > math.log(FACTOR):
-        nearest = "none has a loss above 0" if best is None else f"the nearest is {losses[best]:.3g}, at step {best}"
+        nearest = (
+            "none has a loss above 0"
+            if best is None
+            else f"the nearest is {losses[best]:.3g}, at step {best}"
+        )
         raise ConadvError(
             f"{printable(path)} has no checkpoint with a training loss within a factor of {FACTOR:g} of {target:g} "
             f"among {len(losses)}: {nearest}. Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose "

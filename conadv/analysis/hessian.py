@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 Product = Callable[[Tensor], Tensor]
 """v (P) -> H v (P), H symmetric."""
@@ -88,7 +88,11 @@ def lanczos(
 def _ritz(alphas: list[float], betas: list[float], beta: float) -> tuple[Tensor, Tensor]:
     """Eigenvalues of the tridiagonal matrix, descending, and their residuals |beta * last component|."""
     off = torch.tensor(betas, dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    matrix = (
+        torch.diag(torch.tensor(alphas, dtype=torch.float64))
+        + torch.diag(off, 1)
+        + torch.diag(off, -1)
+    )
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), (beta * vectors[-1].abs()).flip(0)
 

@@ -41,7 +41,9 @@ def length(a: Intervals) -> float:
     return float(np.sum(np.diff(union(a))))
 
 
-def lengths_by_group(a: Intervals, group: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.float64]:
+def lengths_by_group(
+    a: Intervals, group: npt.NDArray[np.int64], count: int
+) -> npt.NDArray[np.float64]:
     """:func:`length` of the intervals of each group 0..count-1: ``group[i]`` is the group of ``a[i]``."""
     if not len(a):
         return np.zeros(count)
@@ -59,7 +61,9 @@ def _covered(a: Intervals, times: int) -> Intervals:
     a = a[a[:, 1] > a[:, 0]]
     moments = a.T.ravel()
     change = np.repeat([1, -1], len(a))
-    order = np.lexsort((-change, moments))  # at one moment starts come before ends, which joins touching intervals
+    order = np.lexsort(
+        (-change, moments)
+    )  # at one moment starts come before ends, which joins touching intervals
     moments, depth = moments[order], np.cumsum(change[order])
     inside = np.concatenate([[False], depth >= times])
     starts, ends = moments[inside[1:] & ~inside[:-1]], moments[~inside[1:] & inside[:-1]]

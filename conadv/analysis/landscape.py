@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConadvError
-from .objective import Objective, Value
+from conadv.analysis.objective import Objective, Value
+from conadv.errors import ConadvError
 
 
 def filter_normalised(objective: Objective, generator: torch.Generator) -> Tensor:
@@ -59,7 +59,11 @@ def line(train: Objective, test: Objective, direction: Tensor, alphas: Sequence[
     """
     theta = train.theta
     points = [theta + alpha * direction for alpha in alphas]
-    return Line(list(alphas), [train.value(point) for point in points], [test.value(point) for point in points])
+    return Line(
+        list(alphas),
+        [train.value(point) for point in points],
+        [test.value(point) for point in points],
+    )
 
 
 def plane(objective: Objective, first: Tensor, second: Tensor, alphas: Sequence[float]) -> Plane:
@@ -72,6 +76,8 @@ def plane(objective: Objective, first: Tensor, second: Tensor, alphas: Sequence[
 def grid(points: int, reach: float = 1.0) -> list[float]:
     """``points`` numbers from -reach to reach, evenly spaced, 0 among them. ConadvError unless odd and 3 or more."""
     if points < 3 or points % 2 == 0:
-        raise ConadvError(f"A grid of {points} points: choose an odd number, 3 or more, so that 0 is one of them.")
+        raise ConadvError(
+            f"A grid of {points} points: choose an odd number, 3 or more, so that 0 is one of them."
+        )
     half = points // 2
     return [reach * i / half for i in range(-half, half + 1)]

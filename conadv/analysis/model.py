@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..attacks import PGD
-from ..data import Data
-from ..evaluation import evaluate
-from ..trainer import Parts
-from .hessian import lanczos, trace
-from .landscape import filter_normalised, grid, line, plane
-from .objective import GRADIENT, HVP, Objective, Tick, Value, clean_objective
-from .options import Options
-from .sharpness import keskar_sharpness, sam_sharpness
-from .watch import Watch
+from conadv import rng
+from conadv.analysis.hessian import lanczos, trace
+from conadv.analysis.landscape import filter_normalised, grid, line, plane
+from conadv.analysis.objective import GRADIENT, HVP, Objective, Tick, Value, clean_objective
+from conadv.analysis.options import Options
+from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
+from conadv.analysis.watch import Watch
+from conadv.attacks import PGD
+from conadv.data import Data
+from conadv.training.evaluate import evaluate
+from conadv.training.trainer import Parts
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -87,15 +87,25 @@ def _hessian(train: Objective, options: Options) -> dict[str, Any] | None:
     def product(vector: Tensor) -> Tensor:
         return train.hvp(theta, vector)
 
-    found: dict[str, Any] = dict.fromkeys(("eigenvalues", "residuals", "iterations", "trace", "trace_stderr", "probes"))
+    found: dict[str, Any] = dict.fromkeys(
+        ("eigenvalues", "residuals", "iterations", "trace", "trace_stderr", "probes")
+    )
     if options.eigenvalues:
         start = rng.generator("cpu", options.seed, "analyze", "lanczos")
         known = lanczos(product, theta, options.eigenvalues, options.iterations, start)
-        found |= {"eigenvalues": known.eigenvalues, "residuals": known.residuals, "iterations": known.iterations}
+        found |= {
+            "eigenvalues": known.eigenvalues,
+            "residuals": known.residuals,
+            "iterations": known.iterations,
+        }
     if options.probes:
         draws = rng.generator("cpu", options.seed, "analyze", "trace")
         estimate = trace(product, theta, options.probes, draws, known)
-        found |= {"trace": estimate.value, "trace_stderr": estimate.stderr, "probes": estimate.probes}
+        found |= {
+            "trace": estimate.value,
+            "trace_stderr": estimate.stderr,
+            "probes": estimate.probes,
+        }
     return found
 
 
@@ -107,12 +117,15 @@ def _sharpness(train: Objective, options: Options) -> dict[str, Any]:
     }
 
 
-def _landscape(parts: Parts, train: Objective, options: Options) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _landscape(
+    parts: Parts, train: Objective, options: Options
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     if options.landscape == "none":
         return None, None
     test = train.on(*images(parts.data, "test", options.images))
     first, second = (
-        filter_normalised(train, rng.generator("cpu", options.seed, "analyze", "direction", axis)) for axis in (0, 1)
+        filter_normalised(train, rng.generator("cpu", options.seed, "analyze", "direction", axis))
+        for axis in (0, 1)
     )
     alphas = grid(options.grid)
     along = line(train, test, first, alphas)
@@ -121,7 +134,10 @@ def _landscape(parts: Parts, train: Objective, options: Options) -> tuple[dict[s
 
 
 def _curves(split: str, values: list[Value]) -> dict[str, list[float]]:
-    return {f"{split}_loss": [v.loss for v in values], f"{split}_accuracy": [v.accuracy for v in values]}
+    return {
+        f"{split}_loss": [v.loss for v in values],
+        f"{split}_accuracy": [v.accuracy for v in values],
+    }
 
 
 def _robust(parts: Parts, options: Options, tick: Tick) -> dict[str, Any] | None:
@@ -131,12 +147,18 @@ def _robust(parts: Parts, options: Options, tick: Tick) -> dict[str, Any] | None
     eps = config.eval.robust_eps
     assert eps is not None
     attack = PGD(eps, steps, None, config.attack.norm, False, 1.0, parts.space)
-    batches = parts.data.eval_batches("test", options.robust_images, min(config.eval.batch_size, 125))
-    result = evaluate(parts.model, _ticking(batches, steps, tick), parts.space, attack=attack, seed=options.seed)
+    batches = parts.data.eval_batches(
+        "test", options.robust_images, min(config.eval.batch_size, 125)
+    )
+    result = evaluate(
+        parts.model, _ticking(batches, steps, tick), parts.space, attack=attack, seed=options.seed
+    )
     return {"eps": eps, "steps": steps, "accuracy": result.accuracy, "images": result.images}
 
 
-def _ticking(batches: Iterable[tuple[Tensor, Tensor]], steps: int, tick: Tick) -> Iterator[tuple[Tensor, Tensor]]:
+def _ticking(
+    batches: Iterable[tuple[Tensor, Tensor]], steps: int, tick: Tick
+) -> Iterator[tuple[Tensor, Tensor]]:
     for x, y in batches:
         yield x, y
         tick((1 + GRADIENT * steps) * len(y))

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import norm
-from ..attacks import PixelSpace
-from ..errors import ConadvError
+from conadv.attacks import PixelSpace
+from conadv.errors import ConadvError
+from conadv.nn import split_batchnorm as norm
 
 Tick = Callable[[float], None]
 """Hears of work done, in forward passes of one image."""
@@ -119,7 +119,9 @@ class Objective:
         """theta in pieces: the parameters' names and shapes."""
         names, like = zip(*self.model.named_parameters(), strict=True)
         pieces = theta.split([p.numel() for p in like])
-        return {name: piece.view(p.shape) for name, piece, p in zip(names, pieces, like, strict=True)}
+        return {
+            name: piece.view(p.shape) for name, piece, p in zip(names, pieces, like, strict=True)
+        }
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         like = next(self.model.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,24 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("images", "keskar_steps", "robust_steps"):
             if getattr(self, name) < 1:
-                raise ConadvError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more.")
+                raise ConadvError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more."
+                )
         for name in ("eigenvalues", "probes", "robust_images", "seed"):
             if getattr(self, name) < 0:
-                raise ConadvError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more.")
+                raise ConadvError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
+                )
         for name in ("rho", "keskar_eps"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConadvError(f"--{name.replace('_', '-')} {getattr(self, name)} must be a number above 0.")
+                raise ConadvError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must be a number above 0."
+                )
         if self.eigenvalues > self.iterations:
             raise ConadvError(
                 f"--eigenvalues {self.eigenvalues} needs as many --iterations at least; there are {self.iterations}."
             )
         if self.landscape != "none" and (self.grid < 3 or self.grid % 2 == 0):
-            raise ConadvError(f"--grid {self.grid} must be an odd number, 3 or more, so that 0 is one of the points.")
+            raise ConadvError(
+                f"--grid {self.grid} must be an odd number, 3 or more, so that 0 is one of the points."
+            )

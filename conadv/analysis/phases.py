@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..record import BESIDE
+from conadv.training.record import BESIDE
 
 INK = "#010203"
 """The figures' black. Where a page has a text colour of its own, it takes this one's place."""
@@ -21,7 +21,15 @@ FOR_ATTACK = ("attack", "receive", "send")
 LATE = "slower rank"
 """How figures call the part of "network" in which another rank had not launched its gradients yet."""
 
-_SHADES = {"data": 0.12, "gradient": 0.32, "send": 0.20, "receive": 0.05, "wait": 0.05, "attack": 0.0, "update": 0.62}
+_SHADES = {
+    "data": 0.12,
+    "gradient": 0.32,
+    "send": 0.20,
+    "receive": 0.05,
+    "wait": 0.05,
+    "attack": 0.0,
+    "update": 0.62,
+}
 _COLOURS = {"network": "#0072B2", LATE: "#A9CCE3", "transfer": "#009E73"}
 _HATCHES = {"attack": "/////", "receive": "..."}
 _EDGES = {"receive": 0.35}  # lighter than what is done in the meantime

@@ -12,20 +12,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..errors import ConadvError
-from ..record import BESIDE
-from . import phases
-from .intervals import NOTHING, Intervals, difference, union
-from .shares import on_network
-from .timeline import Lane, Timeline
-from .trace import TRACKS, tracks
+from conadv.analysis import phases
+from conadv.analysis.intervals import NOTHING, Intervals, difference, union
+from conadv.analysis.shares import on_network
+from conadv.analysis.timeline import Lane, Timeline
+from conadv.analysis.trace import TRACKS, tracks
+from conadv.errors import ConadvError
+from conadv.training.record import BESIDE
 
 WIDTH = 10.0  # inches
 DPI = 130
 MOST = 12  # ranks in one picture
 STEPS = 4  # steps in one picture
 _HEIGHTS = {"compute": 1.0, "attack stream": 1.0, "network": 0.42, "transfer": 0.42}
-_INSIDE, _APART = 0.10, 0.55  # gaps between the rows of a rank and between ranks, in heights of a row
+_INSIDE, _APART = (
+    0.10,
+    0.55,
+)  # gaps between the rows of a rank and between ranks, in heights of a row
 _LABELS = {
     "network": "network: gradients",
     phases.LATE: "waits for a slower rank",
@@ -64,7 +67,10 @@ def window(timeline: Timeline, count: int = STEPS) -> range:
     if not len(whole):
         return range(int(steps[0]), int(steps[-1]) + 1) if len(steps) else timeline.steps
     seconds = np.round(extent[whole + count - 1, 1] - extent[whole, 0], 6)
-    from_median, from_middle = np.abs(seconds - np.median(seconds)), np.abs(np.arange(len(whole)) - len(whole) // 2)
+    from_median, from_middle = (
+        np.abs(seconds - np.median(seconds)),
+        np.abs(np.arange(len(whole)) - len(whole) // 2),
+    )
     first = int(steps[whole[np.lexsort((from_middle, np.round(from_median, 6)))[0]]])
     return range(first, first + count)
 
@@ -74,7 +80,9 @@ def shown(timeline: Timeline, most: int = MOST) -> list[Lane]:
     if len(timeline.lanes) <= most:
         return list(timeline.lanes)
     attack = timeline.of("attack")
-    some = min(len(attack), max(1, round(most * len(attack) / len(timeline.lanes)))) if attack else 0
+    some = (
+        min(len(attack), max(1, round(most * len(attack) / len(timeline.lanes)))) if attack else 0
+    )
     chosen = [*_evenly(timeline.of("learner"), most - some), *_evenly(attack, some)]
     return sorted(chosen, key=lambda lane: lane.rank)
 
@@ -98,7 +106,11 @@ def picture(timeline: Timeline, steps: range, title: str = "") -> Figure:
     figure = Figure(figsize=(WIDTH, 1.45 + unit * bottom), layout="constrained")
     axes = figure.add_subplot()
     gradients = on_network(timeline)
-    drawn = {name for row in rows for name in _draw(axes, row, begin, end, gradients.get(row.lane.rank, NOTHING))}
+    drawn = {
+        name
+        for row in rows
+        for name in _draw(axes, row, begin, end, gradients.get(row.lane.rank, NOTHING))
+    }
     _label_rows(axes, rows)
     _label_steps(axes, timeline, begin, end)
     axes.set_xlim(0.0, 1e3 * (end - begin))
@@ -107,7 +119,9 @@ def picture(timeline: Timeline, steps: range, title: str = "") -> Figure:
     figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     names = sorted(drawn, key=lambda name: (phases.rank(name), name))
     handles = [Patch(label=_LABELS.get(name, name), **phases.style(name)) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=_columns(len(names)), frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=_columns(len(names)), frameon=False
+    )
     return figure
 
 
@@ -120,7 +134,9 @@ def to_png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as PNG bytes."""
     buffer = io.BytesIO()
     with mpl.rc_context(_RC):
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(
+            buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()
 
 
@@ -155,7 +171,10 @@ def _draw(axes: Any, row: _Row, begin: float, end: float, gradients: Intervals) 
     gradients: when all learners' gradients were on the network.
     """
     on_row = np.array([track == row.track for track in tracks(row.lane)])
-    found = {str(name): row.lane.span_n2[on_row & (row.lane.phase_n == name)] for name in set(row.lane.phase_n[on_row])}
+    found = {
+        str(name): row.lane.span_n2[on_row & (row.lane.phase_n == name)]
+        for name in set(row.lane.phase_n[on_row])
+    }
     if row.track == "network":
         found = {phases.LATE: difference(found["network"], gradients), "network": gradients}
     drawn = set()
@@ -175,7 +194,11 @@ def _draw_bars(axes: Any, bars: Intervals, row: _Row, name: str) -> None:
     """Bars of one phase. Messages that overlap are drawn as one bar, with a white line where one of them ends."""
     joined = union(bars)
     place = (row.y, row.height)
-    axes.broken_barh(np.stack([joined[:, 0], np.diff(joined)[:, 0]], axis=1).tolist(), place, **phases.style(name))
+    axes.broken_barh(
+        np.stack([joined[:, 0], np.diff(joined)[:, 0]], axis=1).tolist(),
+        place,
+        **phases.style(name),
+    )
     if name in BESIDE:
         inner = np.setdiff1d(bars[:, 1], joined[:, 1])
         axes.vlines(inner, row.y + 0.04, row.y + row.height - 0.04, color="white", lw=0.8)
@@ -183,8 +206,14 @@ def _draw_bars(axes: Any, bars: Intervals, row: _Row, name: str) -> None:
 
 def _label_attacks(axes: Any, row: _Row, begin: float, end: float) -> None:
     """On the bars of an attack rank that have room for it: the step that the images are for."""
-    mine = row.lane.phase_n == "attack" if row.track == "compute" else np.zeros(len(row.lane.phase_n), dtype=bool)
-    for (start, last), step in zip(row.lane.span_n2[mine].tolist(), row.lane.step_n[mine].tolist(), strict=True):
+    mine = (
+        row.lane.phase_n == "attack"
+        if row.track == "compute"
+        else np.zeros(len(row.lane.phase_n), dtype=bool)
+    )
+    for (start, last), step in zip(
+        row.lane.span_n2[mine].tolist(), row.lane.step_n[mine].tolist(), strict=True
+    ):
         left, right = max(start, begin), min(last, end)
         if right - left > 0.07 * (end - begin):
             box = {"facecolor": "white", "edgecolor": "none", "boxstyle": "round,pad=0.15"}
@@ -235,4 +264,8 @@ def _label_steps(axes: Any, timeline: Timeline, begin: float, end: float) -> Non
 
 def _left_out(timeline: Timeline) -> str:
     drawn = len(shown(timeline))
-    return f"   ({drawn} of {len(timeline.lanes)} ranks; the trace has all)" if drawn < len(timeline.lanes) else ""
+    return (
+        f"   ({drawn} of {len(timeline.lanes)} ranks; the trace has all)"
+        if drawn < len(timeline.lanes)
+        else ""
+    )

@@ -12,10 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..record import BESIDE
-from . import phases
-from .intervals import Intervals, difference, intersection, length, lengths_by_group, union
-from .timeline import Lane, Steps, Timeline
+from conadv.analysis import phases
+from conadv.analysis.intervals import (
+    Intervals,
+    difference,
+    intersection,
+    length,
+    lengths_by_group,
+    union,
+)
+from conadv.analysis.timeline import Lane, Steps, Timeline
+from conadv.training.record import BESIDE
 
 Column = npt.NDArray[np.float64]
 
@@ -81,8 +88,13 @@ def hidden_attack(timeline: Timeline) -> Hidden | None:
     parts = {}
     for lane in timeline.of("learner"):
         made = lane.only(timeline.steady)
-        attack, beside = made.of("attack"), {"network": gradients[lane.rank], "gradient": lane.of("gradient")}
-        delay = length(intersection(difference(attack, union(*beside.values())), lane.of("network")))
+        attack, beside = (
+            made.of("attack"),
+            {"network": gradients[lane.rank], "gradient": lane.of("gradient")},
+        )
+        delay = length(
+            intersection(difference(attack, union(*beside.values())), lane.of("network"))
+        )
         parts[lane.rank] = _split(made, attack, beside, delay)
     return _pool(parts)
 
@@ -122,14 +134,18 @@ def _from(start: Column, spans: Intervals) -> Intervals:
 
 
 def _on_attack_ranks(timeline: Timeline) -> Hidden | None:
-    seconds = float(np.mean([_per_step(lane.only(timeline.steady), "attack") for lane in timeline.of("attack")]))
+    seconds = float(
+        np.mean([_per_step(lane.only(timeline.steady), "attack") for lane in timeline.of("attack")])
+    )
     learners = [lane.only(timeline.steady) for lane in timeline.of("learner")]
     cost = {lane.rank: _per_step(lane, *phases.FOR_ATTACK) for lane in learners}
     if not seconds:
         return None
     exposed = float(np.mean(list(cost.values()) or [0.0]))
     beside = {"learners": max(seconds - exposed, 0.0)}
-    return Hidden(seconds, exposed, beside, {rank: _share(value, seconds) for rank, value in cost.items()})
+    return Hidden(
+        seconds, exposed, beside, {rank: _share(value, seconds) for rank, value in cost.items()}
+    )
 
 
 def _per_step(lane: Lane, *names: str) -> float:
@@ -145,7 +161,13 @@ def _split(lane: Lane, what: Intervals, beside: dict[str, Intervals], delay: flo
         parts[name] = length(intersection(rest, work)) / steps
         rest = difference(rest, work)
     exposed = length(rest) / steps
-    return Hidden(seconds / steps, exposed, parts, {lane.rank: _share(exposed, seconds / steps)}, delay / steps)
+    return Hidden(
+        seconds / steps,
+        exposed,
+        parts,
+        {lane.rank: _share(exposed, seconds / steps)},
+        delay / steps,
+    )
 
 
 def _pool(parts: dict[int, Hidden]) -> Hidden | None:
@@ -156,7 +178,9 @@ def _pool(parts: dict[int, Hidden]) -> Hidden | None:
     return Hidden(
         seconds=float(np.mean([part.seconds for part in some])),
         exposed=float(np.mean([part.exposed for part in some])),
-        beside={name: float(np.mean([part.beside[name] for part in some])) for name in some[0].beside},
+        beside={
+            name: float(np.mean([part.beside[name] for part in some])) for name in some[0].beside
+        },
         by_rank={rank: share for part in some for rank, share in part.by_rank.items()},
         delay=float(np.mean([part.delay for part in some])),
     )
@@ -198,20 +222,38 @@ def summary(timeline: Timeline) -> list[StepRow]:
     their shares and the rest (nothing of the step, such as the program between phases) are the step; "network" and
     "transfer" run beside them. On CUDA with a second stream the phases overlap, and shares add up to more.
     """
-    return [_step_row(role, lanes, timeline.steady) for role in ("learner", "attack") if (lanes := timeline.of(role))]
+    return [
+        _step_row(role, lanes, timeline.steady)
+        for role in ("learner", "attack")
+        if (lanes := timeline.of(role))
+    ]
 
 
 def _step_row(role: str, lanes: Sequence[Lane], steady: range) -> StepRow:
     tables = [_seconds(lane.only(steady)) for lane in lanes]
     whole = np.concatenate([extent[:, 1] - extent[:, 0] for _, extent, _ in tables])
     between = np.concatenate([_gaps(steps, extent) for steps, extent, _ in tables])
-    names = sorted({name for _, _, seconds in tables for name in seconds}, key=lambda name: (phases.rank(name), name))
+    names = sorted(
+        {name for _, _, seconds in tables for name in seconds},
+        key=lambda name: (phases.rank(name), name),
+    )
     rows = []
     for name in names:
-        column = np.concatenate([seconds.get(name, np.zeros(len(steps))) for steps, _, seconds in tables])
+        column = np.concatenate(
+            [seconds.get(name, np.zeros(len(steps))) for steps, _, seconds in tables]
+        )
         share = np.divide(column, whole, out=np.zeros_like(whole), where=whole > 0)
-        rows.append(PhaseRow(role, name, _median(column), float(np.mean(share)) if len(share) else 0.0))
-    return StepRow(role, len(lanes), max(len(t[0]) for t in tables), _median(whole), _median(between), tuple(rows))
+        rows.append(
+            PhaseRow(role, name, _median(column), float(np.mean(share)) if len(share) else 0.0)
+        )
+    return StepRow(
+        role,
+        len(lanes),
+        max(len(t[0]) for t in tables),
+        _median(whole),
+        _median(between),
+        tuple(rows),
+    )
 
 
 def _seconds(lane: Lane) -> tuple[Steps, Intervals, dict[str, Column]]:

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..errors import ConadvError
-from .objective import Objective
+from conadv.analysis.objective import Objective
+from conadv.errors import ConadvError
 
 
 def sam_sharpness(objective: Objective, rho: float) -> float:
@@ -51,7 +51,9 @@ def keskar_sharpness(objective: Objective, eps: float, num_steps: int = 10) -> f
         delta = _clamp(delta + (2.5 / num_steps) * half_width * gradient.sign(), half_width)
         last = step + 1 == num_steps
         reached, gradient = (
-            (objective.value(theta + delta).loss, gradient) if last else objective.gradient(theta + delta)
+            (objective.value(theta + delta).loss, gradient)
+            if last
+            else objective.gradient(theta + delta)
         )
         best = max(best, math.inf if math.isnan(reached) else reached)
     return 100 * (best - loss) / (1 + loss)

@@ -107,7 +107,9 @@ def text(rows: Sequence[Row]) -> list[str]:
     """The table for a terminal, a header first."""
     widths = (8, 4, max([9, *(len(row.predictor) for row in rows)]))
     heads = ("probes", "cosine", "loss +", "kept", "over noise", "error")
-    lines = [f"{'phase':<{widths[0]}}{'tau':>{widths[1]}}  {'predictor':<{widths[2]}}" + _cells(heads)]
+    lines = [
+        f"{'phase':<{widths[0]}}{'tau':>{widths[1]}}  {'predictor':<{widths[2]}}" + _cells(heads)
+    ]
     for row in rows:
         values = (row.cosine, row.loss_increase, row.kept, row.kept_over_noise, row.relative_error)
         cells = [str(row.probes), *("-" if value is None else f"{value:.3f}" for value in values)]
@@ -152,7 +154,9 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 
 def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str], value: Value) -> None:
     for number, name in enumerate(names):
-        points = [(row.tau, y) for row in rows if row.predictor == name and (y := value(row)) is not None]
+        points = [
+            (row.tau, y) for row in rows if row.predictor == name and (y := value(row)) is not None
+        ]
         axes.plot(
             [tau for tau, _ in points],
             [y for _, y in points],

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .phases import INK
+from conadv.analysis.phases import INK
 
 LEAST = 1e-6  # a loss below has no place on a logarithmic scale
 TRAIN, TEST = "#0072B2", "#D55E00"
@@ -35,7 +35,9 @@ def line_figure(found: dict[str, Any], title: str) -> Figure:
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for split, colour, style in (("train", TRAIN, "-"), ("test", TEST, "--")):
-        loss.plot(found["alphas"], _numbers(found[f"{split}_loss"]), style, color=colour, label=split)
+        loss.plot(
+            found["alphas"], _numbers(found[f"{split}_loss"]), style, color=colour, label=split
+        )
         percent = 100 * _numbers(found[f"{split}_accuracy"])
         accuracy.plot(found["alphas"], percent, style, color=colour, label=split)
     for axes, name in ((loss, "cross-entropy"), (accuracy, "accuracy, %")):
@@ -64,9 +66,15 @@ def plane_figure(found: dict[str, Any], title: str) -> Figure:
     lines = axes.contour(*place, levels=levels[::2], colors=INK, linewidths=0.5)
     axes.clabel(lines, fmt=lambda value: f"{value:.2g}", fontsize=7.5)
     axes.plot(0, 0, "o", color="white", markeredgecolor=INK, markersize=5)
-    axes.set(xlabel="direction 1, in filter lengths", ylabel="direction 2, in filter lengths", aspect="equal")
+    axes.set(
+        xlabel="direction 1, in filter lengths",
+        ylabel="direction 2, in filter lengths",
+        aspect="equal",
+    )
     ticks = levels[:: max(1, len(levels) // 6)]
-    bar = figure.colorbar(filled, label="training cross-entropy", ticks=ticks, format=lambda value, _: f"{value:.2g}")
+    bar = figure.colorbar(
+        filled, label="training cross-entropy", ticks=ticks, format=lambda value, _: f"{value:.2g}"
+    )
     bar.minorticks_off()
     return _titled(figure, title)
 
@@ -90,5 +98,7 @@ def to_png(figure: Figure, dpi: int = 130) -> bytes:
     """The figure as PNG bytes."""
     buffer = io.BytesIO()
     with mpl.rc_context(_RC):
-        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        figure.savefig(
+            buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConadvError
-from ..record import BESIDE
-from .intervals import Intervals
+from conadv.analysis.intervals import Intervals
+from conadv.errors import ConadvError
+from conadv.training.record import BESIDE
 
 Line = dict[str, Any]
 Steps = npt.NDArray[np.int64]
@@ -49,7 +49,9 @@ class Lane:
     def only(self, steps: range) -> Lane:
         """The spans of these steps."""
         chosen = (self.step_n >= steps.start) & (self.step_n < steps.stop)
-        return Lane(self.rank, self.role, self.phase_n[chosen], self.step_n[chosen], self.span_n2[chosen])
+        return Lane(
+            self.rank, self.role, self.phase_n[chosen], self.step_n[chosen], self.span_n2[chosen]
+        )
 
     def extents(self) -> tuple[Steps, Intervals]:
         """The steps with own spans, ascending, and for each the start of its first and the end of its last one."""
@@ -108,7 +110,7 @@ class Timeline:
 
 
 def timeline(lines: Sequence[Any], name: str = "record.jsonl") -> Timeline:
-    """The timeline in the lines of a record (:func:`conadv.record.read_lines`).
+    """The timeline in the lines of a record (:func:`conadv.training.record.read_lines`).
 
     A run that was resumed has one clock per part; taken is the part with the most spans, the last of equals.
     ``name`` is what errors call the record. Raises ConadvError, with the line's number, for lines that are no
@@ -170,11 +172,15 @@ class _Reader:
         if not isinstance(phase, str) or not _PHASE.fullmatch(phase):
             raise self.error(number, f"{_short(phase)} is no name of a phase")
         if not _is_time(start) or not _is_time(end) or end < start:
-            raise self.error(number, f"a span must have start <= end in seconds, not {_short(span)}")
+            raise self.error(
+                number, f"a span must have start <= end in seconds, not {_short(span)}"
+            )
         return phase, start, end
 
     def error(self, number: int, what: str) -> ConadvError:
-        return ConadvError(f"{self._name}, line {number}: {what}. Give the folder of a run as conadv train wrote it.")
+        return ConadvError(
+            f"{self._name}, line {number}: {what}. Give the folder of a run as conadv train wrote it."
+        )
 
 
 def _is_time(value: Any) -> bool:
@@ -208,7 +214,10 @@ class _Part:
         read = self._reader
         if line["type"] == "resume":
             self._resumed = read.whole(number, line, "step")
-            self._header = {**self._header, **{key: line[key] for key in ("execution", "ranks") if key in line}}
+            self._header = {
+                **self._header,
+                **{key: line[key] for key in ("execution", "ranks") if key in line},
+            }
         if line["type"] not in ("step", "timeline"):
             return
         step = read.whole(number, line, "step")
@@ -237,5 +246,9 @@ class _Part:
         span_n2 = np.array([starts, ends], dtype=np.float64).T
         order = np.lexsort((-span_n2[:, 1], span_n2[:, 0]))
         return Lane(
-            rank, self._roles[rank], np.array(phases)[order], np.array(steps, dtype=np.int64)[order], span_n2[order]
+            rank,
+            self._roles[rank],
+            np.array(phases)[order],
+            np.array(steps, dtype=np.int64)[order],
+            span_n2[order],
         )

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..record import BESIDE
-from .intervals import intersection
-from .phases import BLOCKED
-from .timeline import Lane, Timeline
+from conadv.analysis.intervals import intersection
+from conadv.analysis.phases import BLOCKED
+from conadv.analysis.timeline import Lane, Timeline
+from conadv.training.record import BESIDE
 
 Event = dict[str, Any]
 Place = tuple[str, int]
@@ -38,7 +38,9 @@ def trace(timeline: Timeline) -> dict[str, Any]:
         taken += len(threads)
         events += _spans(lane, places, threads, origin, timeline.staleness)
         names += _names(lane, threads)
-    events.sort(key=itemgetter("ts"))  # stable: of those that start together, a rank's longest stays first
+    events.sort(
+        key=itemgetter("ts")
+    )  # stable: of those that start together, a rank's longest stays first
     return {
         "traceEvents": names + events,
         "displayTimeUnit": "ms",
@@ -53,7 +55,10 @@ def tracks(lane: Lane) -> list[str]:
     """
     names = lane.phase_n.tolist()
     apart = len(intersection(lane.of("attack"), lane.of("gradient"))) > 0
-    return [name if name in BESIDE else "attack stream" if apart and name == "attack" else "compute" for name in names]
+    return [
+        name if name in BESIDE else "attack stream" if apart and name == "attack" else "compute"
+        for name in names
+    ]
 
 
 def rows(lane: Lane) -> list[Place]:
@@ -72,7 +77,11 @@ def rows(lane: Lane) -> list[Place]:
 
 
 def _spans(
-    lane: Lane, places: list[Place], threads: dict[Place, int], origin: float, staleness: dict[int, int]
+    lane: Lane,
+    places: list[Place],
+    threads: dict[Place, int],
+    origin: float,
+    staleness: dict[int, int],
 ) -> Iterator[Event]:
     micro = np.rint((lane.span_n2 - origin) * MICROSECONDS).astype(np.int64)
     args = {step: {"step": step} for step in np.unique(lane.step_n).tolist()}
@@ -101,9 +110,20 @@ def _category(name: str) -> str:
 def _names(lane: Lane, threads: dict[Place, int]) -> Iterator[Event]:
     pid = lane.rank + 1
     role = "learner" if lane.role == "learner" else "attack rank"
-    yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": f"rank {lane.rank} ({role})"}}
+    yield {
+        "name": "process_name",
+        "ph": "M",
+        "pid": pid,
+        "args": {"name": f"rank {lane.rank} ({role})"},
+    }
     yield {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": lane.rank}}
     for order, ((track, number), tid) in enumerate(threads.items()):
         name = track if number == 0 else f"{track} {number + 1}"
         yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
-        yield {"name": "thread_sort_index", "ph": "M", "pid": pid, "tid": tid, "args": {"sort_index": order}}
+        yield {
+            "name": "thread_sort_index",
+            "ph": "M",
+            "pid": pid,
+            "tid": tid,
+            "args": {"sort_index": order},
+        }

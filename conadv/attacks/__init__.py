@@ -1,9 +1,9 @@
 """Attacks: frozen dataclasses that are called with (forward, x_NCHW, y_N, generator)."""
 
-from .fgsm import FGSM
-from .noise import RandomSigns
-from .pgd import PGD
-from .plan import AttackPlan
-from .space import PixelSpace
+from conadv.attacks.fgsm import FGSM
+from conadv.attacks.noise import RandomSigns
+from conadv.attacks.pgd import PGD
+from conadv.attacks.plan import AttackPlan
+from conadv.attacks.space import PixelSpace
 
 __all__ = ["FGSM", "PGD", "AttackPlan", "PixelSpace", "RandomSigns"]

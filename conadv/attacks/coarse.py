@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 
 def check_resolution(resolution: float) -> None:
@@ -18,7 +18,9 @@ def shrink(x_NCHW: Tensor, resolution: float) -> Tensor:
     if resolution == 1:
         return x_NCHW
     if x_NCHW.dim() != 4:
-        raise ConadvError(f"An attack at a lower resolution needs images (N, C, H, W), not {tuple(x_NCHW.shape)}.")
+        raise ConadvError(
+            f"An attack at a lower resolution needs images (N, C, H, W), not {tuple(x_NCHW.shape)}."
+        )
     size = [max(1, round(length * resolution)) for length in x_NCHW.shape[2:]]
     return F.interpolate(x_NCHW, size=size, mode="area")
 

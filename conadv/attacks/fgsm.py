@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..types import Forward
-from .coarse import check_resolution
-from .pgd import PGD
-from .space import Norm, PixelSpace, check_eps
+from conadv.attacks.coarse import check_resolution
+from conadv.attacks.pgd import PGD
+from conadv.attacks.space import Norm, PixelSpace, check_eps
+from conadv.types import Forward
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,13 @@ class FGSM:
         check_eps("eps", self.eps, self.norm)
         check_resolution(self.resolution)
 
-    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Adversarial images like ``x_NCHW``."""
-        attack = PGD(self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space, self.resolution)
+        attack = PGD(
+            self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space, self.resolution
+        )
         return attack(forward, x_NCHW, y_N, generator)
 
     def from_gradient(self, x_NCHW: Tensor, gradient: Tensor) -> Tensor:

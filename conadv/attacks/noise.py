@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..types import Forward
-from .coarse import check_resolution, grow, shrink
-from .space import PixelSpace, check_eps
+from conadv.attacks.coarse import check_resolution, grow, shrink
+from conadv.attacks.space import PixelSpace, check_eps
+from conadv.types import Forward
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class RandomSigns:
         check_eps("eps", self.eps, "linf")
         check_resolution(self.resolution)
 
-    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Perturbed images like ``x_NCHW``."""
         x = x_NCHW.detach()
         if x.device.type == "cpu":
@@ -35,4 +37,6 @@ class RandomSigns:
         shape = shrink(x.to("meta"), self.resolution).shape
         coins = torch.randint(0, 2, shape, generator=generator, device=x.device, dtype=torch.int8)
         signs = coins.to(x.dtype).mul_(2).sub_(1)
-        return self.space.project(self.space.ascend(x, grow(signs, x), self.eps, "linf"), x, self.eps, "linf")
+        return self.space.project(
+            self.space.ascend(x, grow(signs, x), self.eps, "linf"), x, self.eps, "linf"
+        )

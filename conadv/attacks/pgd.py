@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import ConadvError
-from ..types import Forward
-from .coarse import check_resolution, grow, shrink
-from .space import Norm, PixelSpace, check_eps
-from .targets import ascent_loss, random_other_class
+from conadv.attacks.coarse import check_resolution, grow, shrink
+from conadv.attacks.space import Norm, PixelSpace, check_eps
+from conadv.attacks.targets import ascent_loss, random_other_class
+from conadv.errors import ConadvError
+from conadv.types import Forward
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ class PGD:
         if not 0 <= self.random_start <= 1:
             raise ConadvError(f"random_start = {self.random_start} is a probability in [0, 1].")
 
-    def __call__(self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(
+        self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Adversarial images like ``x_NCHW``. Parameters get no gradient; randomness comes from ``generator`` only."""
         assert self.step_size is not None
         origin = x_NCHW.detach()
-        if origin.device.type == "cpu":  # elsewhere it would wait for the device; the engine checks the first batch
+        if (
+            origin.device.type == "cpu"
+        ):  # elsewhere it would wait for the device; the engine checks the first batch
             self.space.check(origin)
         target_N = None
         x = self._start(origin, generator)
@@ -66,7 +70,11 @@ class PGD:
                 logits_NK = forward(seen)
                 if self.targeted and target_N is None:
                     target_N = random_other_class(y_N, logits_NK.shape[1], generator)
-                loss = ascent_loss(logits_NK, y_N, 1) if target_N is None else ascent_loss(logits_NK, target_N, -1)
+                loss = (
+                    ascent_loss(logits_NK, y_N, 1)
+                    if target_N is None
+                    else ascent_loss(logits_NK, target_N, -1)
+                )
                 (gradient,) = torch.autograd.grad(loss, seen)
             with torch.no_grad():
                 x = self.space.ascend(x.detach(), grow(gradient, x), self.step_size, self.norm)
@@ -76,6 +84,8 @@ class PGD:
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
         if not self.random_start:
             return origin.clone()
-        chosen = torch.rand(len(origin), generator=generator, device=origin.device) < self.random_start
+        chosen = (
+            torch.rand(len(origin), generator=generator, device=origin.device) < self.random_start
+        )
         start = self.space.random_start(origin, self.eps, self.norm, generator)
         return torch.where(chosen.view(-1, *[1] * (origin.dim() - 1)), start, origin)

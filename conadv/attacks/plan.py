@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import ConadvError
-from ..types import Attack, Schedule
+from conadv.errors import ConadvError
+from conadv.types import Attack, Schedule
 
 Statistics = Literal["batch", "running"]
 
@@ -41,7 +41,9 @@ class AttackPlan:
         if self.every < 1:
             raise ConadvError(f"attack.every = {self.every} must be 1 or more.")
         if self.stop is not None and self.stop < 1:
-            raise ConadvError("The attack would stop before the first step: choose a larger attack.until.")
+            raise ConadvError(
+                "The attack would stop before the first step: choose a larger attack.until."
+            )
         if self.route not in ("adv", "clean") or self.statistics not in ("batch", "running"):
             raise ConadvError(
                 f"attack.route {self.route!r}, attack.statistics {self.statistics!r}: the route is adv or clean, the "
@@ -56,7 +58,9 @@ class AttackPlan:
         """How many of ``num_images`` images are attacked. Raises ConadvError where the share comes to none."""
         count = round(self.share * num_images)
         if not count:
-            raise ConadvError(f"attack.share {self.share:g} of {num_images} images is no image: choose a larger one.")
+            raise ConadvError(
+                f"attack.share {self.share:g} of {num_images} images is no image: choose a larger one."
+            )
         return count
 
     def at(self, attack: Attack, step: int) -> Attack:
@@ -71,9 +75,13 @@ EVERYTHING = AttackPlan()
 def scaled(attack: Attack, factor: float) -> Attack:
     """The attack with its eps and step size times ``factor``. Raises ConadvError for one without a field eps."""
     made: Any = attack
-    names: list[str] = [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(attack) else []
+    names: list[str] = (
+        [f.name for f in dataclasses.fields(made)] if dataclasses.is_dataclass(attack) else []
+    )
     if "eps" not in names:
-        raise ConadvError(f"{type(attack).__name__} has no field eps that a schedule of eps could change.")
+        raise ConadvError(
+            f"{type(attack).__name__} has no field eps that a schedule of eps could change."
+        )
     sizes = {name: factor * getattr(made, name) for name in ("eps", "step_size") if name in names}
     changed: Attack = dataclasses.replace(made, **sizes)
     return changed

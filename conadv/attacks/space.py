@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 Norm = Literal["linf", "l2"]
 
@@ -38,7 +38,9 @@ class PixelSpace:
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
         object.__setattr__(self, "std", tuple(map(float, self.std)))
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ConadvError(f"PixelSpace: mean {self.mean} and std {self.std} need one value per channel each.")
+            raise ConadvError(
+                f"PixelSpace: mean {self.mean} and std {self.std} need one value per channel each."
+            )
         if min(self.std) <= 0 or max(map(abs, (*self.mean, *self.std))) > 2:
             raise ConadvError(
                 f"PixelSpace: mean {self.mean} and std {self.std} are in [0, 1] pixel units with std > 0. "
@@ -100,13 +102,17 @@ class PixelSpace:
             draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             return self.clip(x + (2 * draw - 1).mul_(eps / std))
         direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (1 / x[0].numel())
+        radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (
+            1 / x[0].numel()
+        )
         length = direction.flatten(1).norm(dim=1)
         return self.clip(x + direction.mul_(_per_image(eps * radius / length, x)).div_(std))
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if len(self.mean) not in (1, x.shape[1]):
-            raise ConadvError(f"PixelSpace has {len(self.mean)} channels, the images have {x.shape[1]}.")
+            raise ConadvError(
+                f"PixelSpace has {len(self.mean)} channels, the images have {x.shape[1]}."
+            )
         return _constants(self, x.dtype, x.device, x.dim())
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 
 def random_other_class(y_N: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import unknown
-from ..limits import check_numbers
-from .options import AttackCostArgs, BenchArgs, DataArgs, EngineArgs, NormArgs, OptimArgs
+from conadv.bench.options import (
+    AttackCostArgs,
+    BenchArgs,
+    DataArgs,
+    EngineArgs,
+    NormArgs,
+    OptimArgs,
+)
+from conadv.errors import unknown
+from conadv.limits import check_numbers
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,17 @@ class Row:
 
 
 BENCHES: dict[str, Row] = {
-    "attack-cost": Row(AttackCostArgs, "attack_cost", "a step of each method beside noise, on 1 to N ranks (torchrun)"),
+    "attack-cost": Row(
+        AttackCostArgs,
+        "attack_cost",
+        "a step of each method beside noise, on 1 to N ranks (torchrun)",
+    ),
     "engine": Row(EngineArgs, "engine", "TrainStep beside the same arithmetic written by hand"),
     "norm": Row(NormArgs, "norm", "split batch norm beside plain and timm's"),
     "optim": Row(OptimArgs, "optim", "LARS and LAMB beside torch's and timm's optimizers"),
-    "data": Row(DataArgs, "data", "the loader beside torchvision's transforms in a plain DataLoader"),
+    "data": Row(
+        DataArgs, "data", "the loader beside torchvision's transforms in a plain DataLoader"
+    ),
 }
 
 
@@ -38,7 +51,13 @@ def overview() -> str:
     width = max(map(len, BENCHES))
     lines = [f"  {name:<{width}}  {row.summary}" for name, row in BENCHES.items()]
     return "\n".join(
-        ["usage: conadv bench WHAT [options]", "", *lines, "", "`conadv bench WHAT --help` has the options"]
+        [
+            "usage: conadv bench WHAT [options]",
+            "",
+            *lines,
+            "",
+            "`conadv bench WHAT --help` has the options",
+        ]
     )
 
 

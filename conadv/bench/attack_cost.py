@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..engine import Comm, Executor, Inline, Ranks, Stream, Teams, TrainStep
-from ..engine.teams import roles
-from ..errors import ConadvError
-from ..types import Batch, MicroBatch, Span
-from . import output
-from .harness import Case, Row, Sample, measure, nothing, synchronize
-from .options import CONCURRENT, AttackCostArgs
-from .workload import METHODS, SPACE, micro_batches, network, optimizer
+from conadv.bench import output
+from conadv.bench.harness import Case, Row, Sample, measure, nothing, synchronize
+from conadv.bench.options import CONCURRENT, AttackCostArgs
+from conadv.bench.workload import METHODS, SPACE, micro_batches, network, optimizer
+from conadv.distributed.comm import Comm
+from conadv.distributed.teams import Teams, roles
+from conadv.engine import Executor, Inline, Ranks, Stream, TrainStep
+from conadv.errors import ConadvError
+from conadv.types import Batch, MicroBatch, Span
 
 OWN_LOOPS = ("plain", "ddp")  # vanilla without the engine
 Burst = Callable[[bool], Sample]
@@ -42,14 +43,24 @@ def command(options: AttackCostArgs) -> None:
             output.prepare(options)
         teams = world.split(options.attack_ranks)
         cases = build(options, teams)
-        torch.backends.cudnn.benchmark = True  # shapes are fixed: let it find the fastest kernels, for all cases alike
+        torch.backends.cudnn.benchmark = (
+            True  # shapes are fixed: let it find the fastest kernels, for all cases alike
+        )
         # one round to warm up: the reducer learns, and every burst has untimed steps of its own
-        rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world)
+        rows = measure(
+            cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world
+        )
         if world.first:
-            ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers), "backend": world.backend}
+            ranks = {
+                "learners": len(teams.learners),
+                "attack_ranks": len(teams.attackers),
+                "backend": world.backend,
+            }
             about = output.facts("attack-cost", options, world.device, ranks=ranks)
             output.say(f"{_headline(options, teams)}\n{table(rows)}")
-            output.write(options.out, about, "attack-cost", [asdict(row) | rates(row) for row in rows])
+            output.write(
+                options.out, about, "attack-cost", [asdict(row) | rates(row) for row in rows]
+            )
     finally:
         world.close()
 
@@ -62,11 +73,17 @@ def _check_ranks(options: AttackCostArgs, world: Comm) -> None:
             "would have nothing to do. Give fewer --attack-ranks."
         )
     if "ddp" in options.methods and (attackers or world.ranks == 1):
-        raise ConadvError("ddp compares sums over ranks: it needs torchrun with 2 ranks or more, all of them learners.")
+        raise ConadvError(
+            "ddp compares sums over ranks: it needs torchrun with 2 ranks or more, all of them learners."
+        )
     if "plain" in options.methods and world.ranks > 1:
-        raise ConadvError("plain is a loop on one process, without sums over ranks: use ddp under torchrun.")
+        raise ConadvError(
+            "plain is a loop on one process, without sums over ranks: use ddp under torchrun."
+        )
     if options.overlap != "on" and len(learners) == 1:
-        raise ConadvError(f"--overlap {options.overlap} has no effect on one learner: nothing is sent during backward.")
+        raise ConadvError(
+            f"--overlap {options.overlap} has no effect on one learner: nothing is sent during backward."
+        )
 
 
 # ---- the cases
@@ -82,7 +99,9 @@ def build(options: AttackCostArgs, teams: Teams) -> dict[str, Case]:
                 cases |= _cases(options, teams, method, how, micro)
     for name, case in cases.items():
         if case.yardstick not in cases:
-            raise ConadvError(f"{name!r} is compared with {case.yardstick!r}: add that to --methods and --executors.")
+            raise ConadvError(
+                f"{name!r} is compared with {case.yardstick!r}: add that to --methods and --executors."
+            )
     return cases
 
 
@@ -107,14 +126,21 @@ def _cases(
             "gradient_bytes": gradient_bytes,
         }
         yardstick = name_of("vanilla" if method in OWN_LOOPS else "noise", "inline", size, overlap)
-        made[name_of(method, how, size, overlap)] = Case(partial(burst, overlap), yardstick, labels, end)
+        made[name_of(method, how, size, overlap)] = Case(
+            partial(burst, overlap), yardstick, labels, end
+        )
     return made
 
 
 def name_of(method: str, how: str, size: int, overlap: bool) -> str:
     """The name of a case: what differs from an inline step with backward overlap is said."""
-    words = [method.replace("-lookahead", " + look-ahead").replace("-busy", ", attack ranks busy"), f"batch {size}"]
-    return ", ".join([*words, *([how] if how != "inline" else []), *([] if overlap else ["no overlap"])])
+    words = [
+        method.replace("-lookahead", " + look-ahead").replace("-busy", ", attack ranks busy"),
+        f"batch {size}",
+    ]
+    return ", ".join(
+        [*words, *([how] if how != "inline" else []), *([] if overlap else ["no overlap"])]
+    )
 
 
 def _burst(
@@ -123,7 +149,11 @@ def _burst(
     """What this rank does in a burst of a case, the bytes that its gradients have, and what it does at the end."""
     if method in OWN_LOOPS:
         loop, model = _own_loop(options, teams.comm, micro[0])
-        return lambda overlap: _timed_steps(options, teams.comm.device, loop), _gradient_bytes(model), nothing
+        return (
+            lambda overlap: _timed_steps(options, teams.comm.device, loop),
+            _gradient_bytes(model),
+            nothing,
+        )
     engine = _engine(options, teams, "noise" if method == "noise-busy" else method, how)
     burst: Burst = LearnerBurst(options, engine, micro)
     if how == "ranks" and teams.attacking:
@@ -142,7 +172,9 @@ def _gradient_bytes(model: nn.Module) -> int:
 def _engine(options: AttackCostArgs, teams: Teams, method: str, how: str) -> TrainStep:
     made = METHODS[method](options.staleness)
     model = network(options, made.route, teams.comm.device)
-    executor: Executor = Ranks(teams) if how == "ranks" else Stream() if how == "stream" else Inline()
+    executor: Executor = (
+        Ranks(teams) if how == "ranks" else Stream() if how == "stream" else Inline()
+    )
     return TrainStep(
         model,
         optimizer(options, model),
@@ -173,7 +205,9 @@ class LearnerBurst:
 
         def step(counts: bool) -> None:
             t = engine.version
-            record = engine(Batch(t, self.micro), Batch(t + engine.ahead, self.micro) if engine.ahead else None)
+            record = engine(
+                Batch(t, self.micro), Batch(t + engine.ahead, self.micro) if engine.ahead else None
+            )
             for name, seconds in record.phases.items() if counts else ():
                 phases[name] = phases.get(name, 0.0) + seconds
 
@@ -243,7 +277,10 @@ def _idle(overlap: bool) -> Sample:
 
 
 def _timed_steps(
-    options: AttackCostArgs, device: torch.device, step: Callable[[bool], None], phases: dict[str, float] | None = None
+    options: AttackCostArgs,
+    device: torch.device,
+    step: Callable[[bool], None],
+    phases: dict[str, float] | None = None,
 ) -> Sample:
     """A burst: the mean time of its counted steps, and of the phases that ``step`` adds up in them."""
     for _ in range(options.dropped):
@@ -258,7 +295,9 @@ def _timed_steps(
     return Sample(seconds / count, {name: total / count for name, total in (phases or {}).items()})
 
 
-def _own_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[Callable[[bool], None], nn.Module]:
+def _own_loop(
+    options: AttackCostArgs, comm: Comm, micro: MicroBatch
+) -> tuple[Callable[[bool], None], nn.Module]:
     """Plain training in a loop of one's own, set up as fast as it goes; on several ranks by DistributedDataParallel.
 
     Buffers are not broadcast, as they are not by the engine.
@@ -282,9 +321,13 @@ def _own_loop(options: AttackCostArgs, comm: Comm, micro: MicroBatch) -> tuple[C
 
 
 def _distributed(plain: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():  # newer torch has another name for broadcast_buffers, older torch only this one
+    with (
+        warnings.catch_warnings()
+    ):  # newer torch has another name for broadcast_buffers, older torch only this one
         warnings.simplefilter("ignore", FutureWarning)
-        model: nn.Module = DistributedDataParallel(plain, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model: nn.Module = DistributedDataParallel(
+            plain, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
         return model
 
 
@@ -303,7 +346,10 @@ def _headline(options: AttackCostArgs, teams: Teams) -> str:
 def rates(row: Row) -> dict[str, float]:
     """Clean images per second at the median step, of all learners and per rank in use."""
     per_second = 1e3 * row.labels["images"] / row.median_ms
-    return {"images_per_second": per_second, "images_per_second_per_rank": per_second / row.labels["ranks"]}
+    return {
+        "images_per_second": per_second,
+        "images_per_second_per_rank": per_second / row.labels["ranks"],
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -312,7 +358,16 @@ def table(rows: Sequence[Row]) -> str:
     cells = []
     for row in rows:
         speed = [f"{value:.0f}" for value in rates(row).values()]
-        cells.append([row.name, f"{row.median_ms:.1f}", *speed, output.ratio_text(row), row.yardstick, _phases(row)])
+        cells.append(
+            [
+                row.name,
+                f"{row.median_ms:.1f}",
+                *speed,
+                output.ratio_text(row),
+                row.yardstick,
+                _phases(row),
+            ]
+        )
     return f"{output.text_table(head, cells)}\n{output.describe_rounds(rows)}"
 
 
@@ -320,4 +375,6 @@ def _phases(row: Row) -> str:
     def text(phases: Any) -> str:
         return " ".join(f"{name} {ms:.1f}" for name, ms in phases.items() if ms >= 0.05)
 
-    return text(row.phases_ms) + (f" | attack rank: {text(row.server_phases_ms)}" if row.server_phases_ms else "")
+    return text(row.phases_ms) + (
+        f" | attack rank: {text(row.server_phases_ms)}" if row.server_phases_ms else ""
+    )

@@ -25,14 +25,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..config import AugmentName, Config, DataConfig
-from ..data import MemorySplit, build_data, build_source
-from ..data import augment as augments
-from ..engine.comm import pick_device
-from . import output
-from .harness import Case, Row, Sample, measure
-from .memory import Peak, private_memory
-from .options import DataArgs
+from conadv.bench import output
+from conadv.bench.harness import Case, Row, Sample, measure
+from conadv.bench.memory import Peak, private_memory
+from conadv.bench.options import DataArgs
+from conadv.config.schema import AugmentName, Config, DataConfig
+from conadv.data import MemorySplit, build_data, build_source
+from conadv.data import augment as augments
+from conadv.distributed.comm import pick_device
 
 OURS, PLAIN = "conadv", "torchvision, DataLoader"
 CLASSES, PER_CLASS = 4, 64
@@ -44,7 +44,9 @@ def command(options: DataArgs) -> None:
     output.prepare(options)
     device = pick_device(options.device)
     with with_images(options) as found:
-        cases = {name: Case(timed_batches(make(found), found), PLAIN) for name, make in LOADERS.items()}
+        cases = {
+            name: Case(timed_batches(make(found), found), PLAIN) for name, make in LOADERS.items()
+        }
         rows = measure(cases, options.rounds, seconds=options.seconds, seed=options.seed)
         memory = {name: _in_fresh_process(name, found) for name in LOADERS}
     complete = [asdict(row) | rates(row, options) | memory[row.name] for row in rows]
@@ -74,7 +76,9 @@ def _draw_class(folder: Path, count: int, size: int, seed: int) -> None:
     """Smooth random photographs: pure noise would decode far slower than photographs do."""
     folder.mkdir(parents=True)
     g = torch.Generator().manual_seed(seed)
-    coarse = torch.randint(0, 256, (count, 3, max(2, size // 16), max(2, size // 16)), generator=g, dtype=torch.uint8)
+    coarse = torch.randint(
+        0, 256, (count, 3, max(2, size // 16), max(2, size // 16)), generator=g, dtype=torch.uint8
+    )
     for number, image in enumerate(F.resize(coarse, [size, size], antialias=True)):
         F.to_pil_image(image).save(folder / (f"{number}.png" if size <= 32 else f"{number}.jpg"))
 
@@ -86,7 +90,12 @@ Batches = Callable[[int], Iterator[Any]]
 
 
 def ours(options: DataArgs) -> Batches:
-    config = Config(data=_data_config(options), global_batch_size=options.step, micro_batch_size=options.batch, steps=1)
+    config = Config(
+        data=_data_config(options),
+        global_batch_size=options.step,
+        micro_batch_size=options.batch,
+        steps=1,
+    )
     data = build_data(config)
     return lambda count: data.train_batches(0, count)
 
@@ -96,7 +105,9 @@ def plain(options: DataArgs) -> Batches:
 
     def batches(count: int) -> Iterator[Any]:
         sampler = RandomSampler(images, replacement=True, num_samples=count * options.step)  # type: ignore[arg-type]
-        parts = iter(DataLoader(images, options.batch, sampler=sampler, num_workers=options.num_workers))
+        parts = iter(
+            DataLoader(images, options.batch, sampler=sampler, num_workers=options.num_workers)
+        )
         return (list(islice(parts, options.accumulation)) for _ in range(count))
 
     return batches
@@ -116,7 +127,9 @@ class InMemory(Dataset[Any]):
         return len(self.split.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(F.to_pil_image(self.split.images[index])), int(self.split.labels[index])
+        return self.transform(F.to_pil_image(self.split.images[index])), int(
+            self.split.labels[index]
+        )
 
 
 def _plain_images(options: DataArgs) -> Dataset[Any]:
@@ -134,7 +147,9 @@ def _plain_images(options: DataArgs) -> Dataset[Any]:
 def photo_transform(name: AugmentName, size: int) -> v2.Compose:
     """torchvision's usual pipeline for photographs of any size."""
     if name == "none":
-        return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
+        return v2.Compose(
+            [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
+        )
     policy = augments._policy(name, v2.AutoAugmentPolicy.IMAGENET)
     steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), policy, v2.PILToTensor()]
     return v2.Compose([step for step in steps if step is not None])
@@ -203,7 +218,9 @@ def table(rows: list[Row], complete: list[dict[str, Any]]) -> str:
     head = ["", "images/s", "ms per step", "ratio", "to", "peak MiB", "MiB at start"]
     cells = []
     for row, values in zip(rows, complete, strict=True):
-        memory = [f"{values[name]:.0f}" if values[name] else "-" for name in ("peak_mib", "start_mib")]
+        memory = [
+            f"{values[name]:.0f}" if values[name] else "-" for name in ("peak_mib", "start_mib")
+        ]
         speed = [f"{values['images_per_second']:.0f}", f"{row.median_ms:.2f}"]
         cells.append([row.name, *speed, output.ratio_text(row), row.yardstick, *memory])
     return f"{output.text_table(head, cells)}\n{output.describe_rounds(rows)}"

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..engine import TrainStep
-from ..engine.comm import pick_device
-from ..models import SmallResNet
-from ..norm import frozen_stats, route, split_batchnorm
-from ..types import Batch, MicroBatch
-from . import output
-from .harness import Case, measure, timed
-from .options import EngineArgs
-from .workload import ATTACK, METHODS, SPACE, random_images
+from conadv.bench import output
+from conadv.bench.harness import Case, measure, timed
+from conadv.bench.options import EngineArgs
+from conadv.bench.workload import ATTACK, METHODS, SPACE, random_images
+from conadv.distributed.comm import pick_device
+from conadv.engine import TrainStep
+from conadv.models import SmallResNet
+from conadv.nn.split_batchnorm import frozen_stats, route, split_batchnorm
+from conadv.types import Batch, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def cases(device: torch.device) -> dict[str, Case]:
         for method in COMPARED:
             hand = f"{name}: {method} by hand"
             made[hand] = Case(timed(by_hand(workload, method, device), device), hand)
-            made[f"{name}: {method} engine"] = Case(timed(with_engine(workload, method, device), device), hand)
+            made[f"{name}: {method} engine"] = Case(
+                timed(with_engine(workload, method, device), device), hand
+            )
     return made
 
 
@@ -92,7 +94,9 @@ def by_hand(workload: Workload, method: str, device: torch.device) -> Callable[[
     def attack() -> Tensor:
         leaf = x.detach().requires_grad_()
         with route(model, "adv"), frozen_stats(model):
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+            (gradient,) = torch.autograd.grad(
+                F.cross_entropy(model(leaf), y, reduction="sum"), leaf
+            )
         return ATTACK.from_gradient(leaf, gradient)
 
     def step() -> float:

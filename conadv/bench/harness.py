@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .stats import median_interval
+from conadv.bench.stats import median_interval
 
 if TYPE_CHECKING:
     import torch
 
-    from ..engine import Comm
+    from conadv.distributed.comm import Comm
 
 WARMUP_ROUNDS = 2
 
@@ -161,7 +161,9 @@ def combine(samples: Sequence[Sample]) -> Measured:
     learners = [sample for sample in samples if sample.seconds is not None]
     servers = [sample for sample in samples if sample.seconds is None and sample.phases]
     slowest = max(sample.seconds or 0.0 for sample in learners)
-    return Measured(slowest, _mean([s.phases for s in learners]), _mean([s.phases for s in servers]))
+    return Measured(
+        slowest, _mean([s.phases for s in learners]), _mean([s.phases for s in servers])
+    )
 
 
 def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -169,7 +171,10 @@ def _mean(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _median_ms(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: 1e3 * statistics.median(part.get(name, 0.0) for part in parts) for name in _names(parts)}
+    return {
+        name: 1e3 * statistics.median(part.get(name, 0.0) for part in parts)
+        for name in _names(parts)
+    }
 
 
 def _names(parts: Sequence[Mapping[str, float]]) -> list[str]:

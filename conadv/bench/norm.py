@@ -9,13 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..engine.comm import pick_device
-from ..models import SmallResNet
-from ..norm import route, split_batchnorm
-from . import output
-from .harness import Case, measure, timed
-from .options import NormArgs
-from .workload import random_images
+from conadv.bench import output
+from conadv.bench.harness import Case, measure, timed
+from conadv.bench.options import NormArgs
+from conadv.bench.workload import random_images
+from conadv.distributed.comm import pick_device
+from conadv.models import SmallResNet
+from conadv.nn.split_batchnorm import route, split_batchnorm
 
 COUNT = 64
 ONE, TWO = "plain, one forward of both halves", "plain, two forwards"
@@ -47,7 +47,10 @@ def cases(device: torch.device) -> dict[str, Case]:
     except ImportError:
         sys.stderr.write("timm is not installed: its line is left out (pip install timm).\n")
     else:
-        runs["timm split, one forward"] = (_pass(convert_splitbn_model(copy.deepcopy(plain), 2), both), ONE)
+        runs["timm split, one forward"] = (
+            _pass(convert_splitbn_model(copy.deepcopy(plain), 2), both),
+            ONE,
+        )
     return {name: Case(timed(run, device), yardstick) for name, (run, yardstick) in runs.items()}
 
 
@@ -70,7 +73,10 @@ def _together(split: nn.Module, both: Tensor) -> Callable[[], None]:
 
 
 def _apart(split: nn.Module, both: Tensor) -> Callable[[], None]:
-    steps = [(name, _pass(split, half)) for name, half in zip(("clean", "adv"), both.split(COUNT), strict=True)]
+    steps = [
+        (name, _pass(split, half))
+        for name, half in zip(("clean", "adv"), both.split(COUNT), strict=True)
+    ]
 
     def run() -> None:
         for name, step in steps:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torchvision
 
-from ..engine.comm import pick_device
-from ..optim import LAMB, LARS, parameter_groups
-from . import output
-from .harness import Case, measure, timed
-from .options import OptimArgs
+from conadv.bench import output
+from conadv.bench.harness import Case, measure, timed
+from conadv.bench.options import OptimArgs
+from conadv.distributed.comm import pick_device
+from conadv.optim import LAMB, LARS, parameter_groups
 
 try:
     import timm.optim
@@ -36,14 +36,26 @@ def command(options: OptimArgs) -> None:
     if timm is None:
         sys.stderr.write("timm is not installed: its two lines are left out (pip install timm).\n")
     rows = measure(cases(device), options.rounds, seconds=options.seconds, seed=options.seed)
-    output.finish("optim", options, device, rows, timm=timm.__version__ if timm is not None else "not installed")
+    output.finish(
+        "optim",
+        options,
+        device,
+        rows,
+        timm=timm.__version__ if timm is not None else "not installed",
+    )
 
 
 def cases(device: torch.device) -> dict[str, Case]:
     steps: dict[str, tuple[Callable[[], Any], str]] = {}
     for form, settings in TORCH_FORMS.items():
-        steps[f"torch SGD {form}"] = (step_of(torch.optim.SGD, device, momentum=0.9, **settings), FIRST_ORDER)
-        steps[f"torch AdamW {form}"] = (step_of(torch.optim.AdamW, device, **settings), SECOND_ORDER)
+        steps[f"torch SGD {form}"] = (
+            step_of(torch.optim.SGD, device, momentum=0.9, **settings),
+            FIRST_ORDER,
+        )
+        steps[f"torch AdamW {form}"] = (
+            step_of(torch.optim.AdamW, device, **settings),
+            SECOND_ORDER,
+        )
     for form, foreach in OUR_FORMS.items():
         steps[f"conadv LARS {form}"] = (step_of(LARS, device, foreach=foreach), FIRST_ORDER)
         steps[f"conadv LAMB {form}"] = (step_of(LAMB, device, foreach=foreach), SECOND_ORDER)

@@ -6,11 +6,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import AugmentName, OptimizerName
-from ..errors import ConadvError, printable
+from conadv.config.schema import AugmentName, OptimizerName
+from conadv.errors import ConadvError, printable
 
 MethodName = Literal[
-    "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle", "noise-busy", "plain", "ddp"
+    "vanilla",
+    "multiview",
+    "noise",
+    "disadv",
+    "conadv",
+    "conadv-lookahead",
+    "recycle",
+    "noise-busy",
+    "plain",
+    "ddp",
 ]
 ExecutorName = Literal["inline", "stream", "ranks"]
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
@@ -46,8 +55,12 @@ class BenchArgs:
 
     def facts(self) -> dict[str, Any]:
         """The options as plain values; of a path only its name, since folders belong to one machine."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "out"}
-        return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "out"
+        }
+        return {
+            name: value.name if isinstance(value, Path) else value for name, value in values.items()
+        }
 
 
 @dataclass
@@ -58,7 +71,14 @@ class AttackCostArgs(BenchArgs):
     bursts of consecutive steps, since an adversarial batch is made steps ahead of its use.
     """
 
-    methods: tuple[MethodName, ...] = ("vanilla", "noise", "disadv", "conadv", "conadv-lookahead", "recycle")
+    methods: tuple[MethodName, ...] = (
+        "vanilla",
+        "noise",
+        "disadv",
+        "conadv",
+        "conadv-lookahead",
+        "recycle",
+    )
     """Also multiview, noise-busy (noise while the attack ranks attack for nobody), and vanilla in a loop of one's own:
     plain (one rank) and ddp (torch's DistributedDataParallel, several ranks)."""
     batches: tuple[int, ...] = (64,)
@@ -107,7 +127,9 @@ class AttackCostArgs(BenchArgs):
         if "stream" in self.how() and self.device == "cpu":
             raise ConadvError("--executors stream needs a CUDA device: give --device cuda.")
         if "noise-busy" in self.methods and not self.attack_ranks:
-            raise ConadvError("noise-busy keeps attack ranks busy: it needs --attack-ranks M, under torchrun.")
+            raise ConadvError(
+                "noise-busy keeps attack ranks busy: it needs --attack-ranks M, under torchrun."
+            )
 
     def how(self) -> tuple[ExecutorName, ...]:
         """The executors to measure."""

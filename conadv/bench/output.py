@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..allocator import keep_freed_memory
-from ..errors import ConadvError, printable
-from ..record import git_state, machine, now, versions, write_atomic
-from .harness import Row
-from .options import BenchArgs
+from conadv.bench.harness import Row
+from conadv.bench.options import BenchArgs
+from conadv.errors import ConadvError, printable
+from conadv.training.allocator import keep_freed_memory
+from conadv.training.record import git_state, machine, now, versions, write_atomic
 
 
 def prepare(options: BenchArgs) -> None:
@@ -28,14 +28,19 @@ def prepare(options: BenchArgs) -> None:
         try:
             options.out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConadvError(f"--out {printable(options.out)} cannot be written: {error}") from error
+            raise ConadvError(
+                f"--out {printable(options.out)} cannot be written: {error}"
+            ) from error
 
 
 def facts(name: str, options: BenchArgs, device: Any, **more: Any) -> dict[str, Any]:
     """What the numbers depend on: machine, versions, git, and every option."""
     import torch
 
-    where = machine(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", torch.get_num_threads())
+    where = machine(
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch.get_num_threads(),
+    )
     return {
         "bench": name,
         "command": command_line(sys.argv[1:]),
@@ -61,7 +66,9 @@ def command_line(args: Sequence[str]) -> str:
     return shlex.join(["conadv", *kept])
 
 
-def write(path: Path | None, about: Mapping[str, Any], title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def write(
+    path: Path | None, about: Mapping[str, Any], title: str, rows: Sequence[Mapping[str, Any]]
+) -> None:
     """Write the table ``title`` as JSON, if a file was asked for."""
     if path is None:
         return
@@ -82,7 +89,10 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for first, *others in (head, *rows):
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        cells = [
+            first.ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True)),
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -99,6 +109,9 @@ def describe_rounds(rows: Sequence[Row]) -> str:
 
 def finish(name: str, options: BenchArgs, device: Any, rows: Sequence[Row], **more: Any) -> None:
     """Print the table of a benchmark on one process and write its JSON."""
-    cells = [[row.name, f"{row.median_ms:.2f}", f"{row.min_ms:.2f}", ratio_text(row), row.yardstick] for row in rows]
+    cells = [
+        [row.name, f"{row.median_ms:.2f}", f"{row.min_ms:.2f}", ratio_text(row), row.yardstick]
+        for row in rows
+    ]
     say(f"{text_table(['', 'median ms', 'min ms', 'ratio', 'to'], cells)}\n{describe_rounds(rows)}")
     write(options.out, facts(name, options, device, **more), name, [asdict(row) for row in rows])

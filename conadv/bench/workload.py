@@ -8,24 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..attacks import FGSM, PixelSpace, RandomSigns
-from ..config import Config, ModelConfig, OptimConfig, replace, resolve
-from ..methods.base import Method
-from ..methods.concurrent import Concurrent
-from ..methods.controls import MultiView, Noise
-from ..methods.recycle import Recycle
-from ..methods.sequential import Sequential
-from ..methods.vanilla import Vanilla
-from ..models import build_model, check_model
-from ..norm import split_batchnorm
-from ..optim import build_optimizer, parameter_groups
-from ..types import MicroBatch
-from .options import AttackCostArgs
+from conadv.attacks import FGSM, PixelSpace, RandomSigns
+from conadv.bench.options import AttackCostArgs
+from conadv.config.schema import Config, ModelConfig, OptimConfig, replace, resolve
+from conadv.methods.base import Method
+from conadv.methods.concurrent import Concurrent
+from conadv.methods.controls import MultiView, Noise
+from conadv.methods.recycle import Recycle
+from conadv.methods.sequential import Sequential
+from conadv.methods.vanilla import Vanilla
+from conadv.models import build_model, check_model
+from conadv.nn.split_batchnorm import split_batchnorm
+from conadv.optim import build_optimizer, parameter_groups
+from conadv.types import MicroBatch
 
 SPACE = PixelSpace((0.5,), (0.25,))
 EPS = 4 / 255
 ATTACK = FGSM(EPS, space=SPACE)
-LR = {"sgd": 0.01, "adamw": 1e-4, "lars": 0.1, "lamb": 1e-3}  # small: the numbers must stay finite, nothing else
+LR = {
+    "sgd": 0.01,
+    "adamw": 1e-4,
+    "lars": 0.1,
+    "lamb": 1e-3,
+}  # small: the numbers must stay finite, nothing else
 
 METHODS: dict[str, Callable[[int], Method]] = {
     "vanilla": lambda tau: Vanilla(),
@@ -42,7 +47,9 @@ def network(options: AttackCostArgs, route: str | None, device: torch.device) ->
     """The model in train mode, with a batch-norm route for the method's extra images. Same weights everywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model(ModelConfig(name=options.model, width=options.width), options.channels, options.classes)
+        model = build_model(
+            ModelConfig(name=options.model, width=options.width), options.channels, options.classes
+        )
         check_model(model, options.channels, options.image_size, options.classes)
     model = split_batchnorm(model.train(), *([route] if route else [])).to(device)
     if options.channels_last:
@@ -56,7 +63,9 @@ def optimizer(options: AttackCostArgs, model: nn.Module) -> Optimizer:
     """The named optimizer with its usual settings, in its fastest form."""
     lr = LR[options.optimizer]
     config = resolve(replace(Config(steps=1), optim=OptimConfig(name=options.optimizer, lr=lr)))
-    return build_optimizer(config.optim, parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0), lr)
+    return build_optimizer(
+        config.optim, parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0), lr
+    )
 
 
 def micro_batches(
@@ -66,7 +75,9 @@ def micro_batches(
     return tuple(_micro_batch(options, size, index, device) for index in indices)
 
 
-def _micro_batch(options: AttackCostArgs, size: int, index: int, device: torch.device) -> MicroBatch:
+def _micro_batch(
+    options: AttackCostArgs, size: int, index: int, device: torch.device
+) -> MicroBatch:
     shape = (size, options.channels, options.image_size, options.image_size)
     x, y = random_images(shape, options.classes, index, device)
     if options.channels_last:

@@ -1,11 +1,11 @@
 """Data: the order, the augmentation, the sources, and the batches that the engine trains on."""
 
-from .augment import build_augment, build_photo_augment, sample_keys
-from .loader import Data, build_data, windows
-from .order import Order
-from .sources import SOURCES, Source, build_source
-from .splits import MemorySplit, PhotoSplit, Split
-from .windowed import WindowedLoader
+from conadv.data.augment import build_augment, build_photo_augment, sample_keys
+from conadv.data.loader import Data, build_data, windows
+from conadv.data.order import Order
+from conadv.data.sources import SOURCES, Source, build_source
+from conadv.data.splits import MemorySplit, PhotoSplit, Split
+from conadv.data.windowed import WindowedLoader
 
 __all__ = [
     "SOURCES",

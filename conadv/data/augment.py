@@ -23,9 +23,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .. import rng
-from ..config import AugmentName
-from ..errors import unknown
+from conadv import rng
+from conadv.config.schema import AugmentName
+from conadv.errors import unknown
 
 BatchAugment = Callable[[Tensor, Tensor], Tensor]
 """(images_NCHW uint8, keys_N int64) -> images_NCHW uint8 of the same size; the input is left as it was."""
@@ -150,7 +150,9 @@ def build_photo_augment(name: AugmentName, image_size: int) -> PhotoAugment:
     autoaugment (the ImageNet policy), randaugment, trivialaugment: torchvision's, after basic.
     """
     if name == "none":
-        return Photo(v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]))
+        return Photo(
+            v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)])
+        )
     policy = _policy(name, v2.AutoAugmentPolicy.IMAGENET)
     basic = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
     return Photo(v2.Compose([*basic, policy] if policy else basic))

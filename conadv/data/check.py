@@ -15,9 +15,7 @@ import tyro
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import ConadvError, printable
-from ..record import write_atomic
-from .files import (
+from conadv.data.files import (
     FORMATS,
     BadImage,
     Progress,
@@ -30,6 +28,8 @@ from .files import (
     unreadable_folder,
     why,
 )
+from conadv.errors import ConadvError, printable
+from conadv.training.record import write_atomic
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
@@ -88,7 +88,9 @@ class Report:
         }
 
 
-def check_folder(folder: Path, workers: int | None = None, progress: Progress | None = None) -> Report:
+def check_folder(
+    folder: Path, workers: int | None = None, progress: Progress | None = None
+) -> Report:
     """Read every image below ``folder`` in ``workers`` threads. Raises ConadvError if there is nothing to check."""
     splits = _splits(folder)
     if not splits:
@@ -103,7 +105,11 @@ def check_folder(folder: Path, workers: int | None = None, progress: Progress | 
             if progress and (done % 100 == 0 or done == len(files)):
                 progress("check", done, len(files))
     below = [Finding(_below(folder, f.path), f.kind, f.reason, f.bad) for f in findings]
-    return Report(printable(folder), len(files), tuple(sorted(below, key=lambda f: (not f.bad, f.path, f.kind))))
+    return Report(
+        printable(folder),
+        len(files),
+        tuple(sorted(below, key=lambda f: (not f.bad, f.path, f.kind))),
+    )
 
 
 def _splits(folder: Path) -> list[Path]:
@@ -123,7 +129,9 @@ def _structure(folder: Path, splits: Sequence[Path]) -> tuple[list[Finding], lis
     files: list[Path] = []
     classes = {}
     if splits[0].name != "train" or len(splits) == 1:
-        findings.append(Finding(str(folder), "missing split", "it needs a folder train, and test or val"))
+        findings.append(
+            Finding(str(folder), "missing split", "it needs a folder train, and test or val")
+        )
     for split in splits:
         try:
             classes[split.name] = set(class_folders(split))
@@ -132,16 +140,28 @@ def _structure(folder: Path, splits: Sequence[Path]) -> tuple[list[Finding], lis
             continue
         if not classes[split.name] and (unsorted := flat(split)):
             findings.append(Finding(str(split), "not sorted by class", unsorted))
-            del classes[split.name]  # or every class of the other one would be listed as missing here
+            del classes[
+                split.name
+            ]  # or every class of the other one would be listed as missing here
             continue
         if len(classes[split.name]) < 2:
-            findings.append(Finding(str(split), "too few classes", "training needs two or more class folders"))
-        findings += [Finding(e.path, "broken link", _broken(e.path)) for e in os.scandir(split) if _is_broken(e)]
+            findings.append(
+                Finding(str(split), "too few classes", "training needs two or more class folders")
+            )
+        findings += [
+            Finding(e.path, "broken link", _broken(e.path))
+            for e in os.scandir(split)
+            if _is_broken(e)
+        ]
         for name in sorted(classes[split.name]):
             found = list(_files(split / name, findings))
             files += found
             if not found:
-                findings.append(Finding(str(split / name), "empty class", f"no image ({', '.join(IMG_EXTENSIONS)})"))
+                findings.append(
+                    Finding(
+                        str(split / name), "empty class", f"no image ({', '.join(IMG_EXTENSIONS)})"
+                    )
+                )
     findings += _unequal(folder, classes)
     return findings, files
 
@@ -150,10 +170,16 @@ def _unequal(folder: Path, classes: dict[str, set[str]]) -> Iterator[Finding]:
     for one, theirs in classes.items():
         for other, ours in classes.items():
             for name in sorted(theirs - ours):
-                yield Finding(str(folder / one / name), "class in one split", f"{other} has no folder of this name")
+                yield Finding(
+                    str(folder / one / name),
+                    "class in one split",
+                    f"{other} has no folder of this name",
+                )
 
 
-def _files(folder: Path, findings: list[Finding], above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+def _files(
+    folder: Path, findings: list[Finding], above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[Path]:
     """The image files below ``folder``; unlike training, goes on after what is wrong with a folder."""
     try:
         about = folder.stat()
@@ -173,7 +199,9 @@ def _files(folder: Path, findings: list[Finding], above: tuple[tuple[int, int], 
         elif _is_broken(entry):
             findings.append(Finding(entry.path, "broken link", _broken(entry.path)))
         else:
-            findings.append(Finding(entry.path, "ignored file", "it is not called like an image", bad=False))
+            findings.append(
+                Finding(entry.path, "ignored file", "it is not called like an image", bad=False)
+            )
 
 
 def _is_broken(entry: os.DirEntry[str]) -> bool:
@@ -188,7 +216,9 @@ def examine(path: Path) -> Iterator[Finding]:
     """What is to be said about one image file."""
     name = str(path)
     if name != printable(name):
-        yield Finding(name, "odd name", "its name holds control characters or is not UTF-8", bad=False)
+        yield Finding(
+            name, "odd name", "its name holds control characters or is not UTF-8", bad=False
+        )
     try:
         read_rgb(path)
     except BadImage as error:
@@ -224,7 +254,11 @@ def _notes(path: Path) -> Iterator[Finding]:
     name = str(path)
     try:
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            mode, frames, rotated = image.mode, getattr(image, "n_frames", 1), image.getexif().get(ORIENTATION, 1)
+            mode, frames, rotated = (
+                image.mode,
+                getattr(image, "n_frames", 1),
+                image.getexif().get(ORIENTATION, 1),
+            )
     except Exception as error:  # read a moment ago: only what comes behind the pixels is damaged
         yield Finding(name, "damaged extras", why(error), bad=False)
         return
@@ -239,16 +273,26 @@ def _notes(path: Path) -> Iterator[Finding]:
 def command(args: CheckArgs) -> bool:
     """Check, show, write; returns whether nothing is wrong."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     if args.workers is not None and args.workers < 1:
         raise ConadvError(f"--workers {args.workers} must be 1 or more.")
     columns = (TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
-    with Progress(*columns, transient=True, disable=args.quiet or not console.is_terminal, console=console) as bar:
+    with Progress(
+        *columns, transient=True, disable=args.quiet or not console.is_terminal, console=console
+    ) as bar:
         task = bar.add_task("check", total=None)
         report = check_folder(
-            args.folder, args.workers, lambda _, done, total: bar.update(task, completed=done, total=total)
+            args.folder,
+            args.workers,
+            lambda _, done, total: bar.update(task, completed=done, total=total),
         )
     _show(report, args.show, console)
     if args.json is not None:
@@ -260,7 +304,9 @@ def _write(path: Path, report: Report) -> None:
     try:
         write_atomic(path, json.dumps(report.to_json(), indent=1) + "\n")
     except OSError as error:
-        raise ConadvError(f"Cannot write {printable(path)}: {error.strerror}. Choose another file.") from error
+        raise ConadvError(
+            f"Cannot write {printable(path)}: {error.strerror}. Choose another file."
+        ) from error
 
 
 def _show(report: Report, count: int, console: Any) -> None:
@@ -271,7 +317,9 @@ def _show(report: Report, count: int, console: Any) -> None:
     if bad and count > 0:
         table = Table("path", "what", "why")
         for finding in bad[:count]:
-            table.add_row(Text(finding.path, overflow="fold"), Text(finding.kind), Text(finding.reason))
+            table.add_row(
+                Text(finding.path, overflow="fold"), Text(finding.kind), Text(finding.reason)
+            )
         console.print(table)
     if len(bad) > count:
         console.print(f"and {len(bad) - count} more: --json FILE writes them all", highlight=False)

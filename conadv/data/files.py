@@ -18,8 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .. import rng
-from ..errors import ConadvError, printable
+from conadv import rng
+from conadv.errors import ConadvError, printable
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, images done, images in all); called now and then from the calling thread."""
@@ -74,7 +74,9 @@ class Listing:
         return read_rgb(self.path(index))
 
     def bad(self, index: int, error: BadImage) -> BadFile:
-        return BadFile(f"{self.root.name}/{printable(os.fsdecode(self.names[index]))}", error.reason)
+        return BadFile(
+            f"{self.root.name}/{printable(os.fsdecode(self.names[index]))}", error.reason
+        )
 
     def subset(self, indices: Tensor) -> Listing:
         return replace(self, names=self.names[indices.numpy()], labels=self.labels[indices])
@@ -91,14 +93,19 @@ def scan_folder(directory: Path) -> tuple[Listing, Listing]:
     if not (directory / "train").is_dir():
         inside = directory / "Data" / "CLS-LOC"  # as ImageNet's archive unpacks
         hint = f" Did you mean {printable(inside)}?" if (inside / "train").is_dir() else ""
-        raise ConadvError(f"The data folder {printable(directory)} has no folder train. {layout}{hint}")
+        raise ConadvError(
+            f"The data folder {printable(directory)} has no folder train. {layout}{hint}"
+        )
     held = evaluation_folder(directory)
     if held is None:
-        raise ConadvError(f"The data folder {printable(directory)} has neither a folder test nor val. {layout}")
+        raise ConadvError(
+            f"The data folder {printable(directory)} has neither a folder test nor val. {layout}"
+        )
     train, test = scan_split(directory / "train"), scan_split(held)
     if train.class_names != test.class_names:
         only_train, only_test = (
-            _some(set(a.class_names) - set(b.class_names)) for a, b in ((train, test), (test, train))
+            _some(set(a.class_names) - set(b.class_names))
+            for a, b in ((train, test), (test, train))
         )
         raise ConadvError(
             f"{train.root} and {test.root} have different classes (only in {train.root.name}: {only_train}; "
@@ -141,9 +148,13 @@ def scan_split(root: Path) -> Listing:
     if not classes and (unsorted := flat(root)):
         raise ConadvError(f"{root} is not sorted by class: {unsorted}.")
     if not classes:
-        raise ConadvError(f"{root} is empty: it has no class folder. Put the images in {root}/<class>/.")
+        raise ConadvError(
+            f"{root} is empty: it has no class folder. Put the images in {root}/<class>/."
+        )
     if len(classes) == 1:
-        raise ConadvError(f"{root} has only one class, {classes[0]!r}. Training needs two or more class folders.")
+        raise ConadvError(
+            f"{root} has only one class, {classes[0]!r}. Training needs two or more class folders."
+        )
     files = [list(class_files(root / name)) for name in classes]
     for name, found in zip(classes, files, strict=True):
         if not found:
@@ -151,8 +162,12 @@ def scan_split(root: Path) -> Listing:
                 f"The class folder {printable(root / name)} holds no image ({', '.join(IMG_EXTENSIONS)}). "
                 "Add images or remove the folder."
             )
-    labels = torch.tensor([label for label, found in enumerate(files) for _ in found], dtype=torch.int64)
-    names = np.array([os.fsencode(os.path.relpath(path, root)) for found in files for path in found])
+    labels = torch.tensor(
+        [label for label, found in enumerate(files) for _ in found], dtype=torch.int64
+    )
+    names = np.array(
+        [os.fsencode(os.path.relpath(path, root)) for found in files for path in found]
+    )
     return Listing(root, names, labels, tuple(classes))
 
 
@@ -167,7 +182,11 @@ def class_folders(root: Path) -> list[str]:
 def class_files(folder: Path) -> Iterator[str]:
     """The paths of all files below ``folder`` that are called like an image, folder by folder in order of name."""
     for directory, names in sorted(walk(folder)):
-        yield from (os.path.join(directory, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS))  # noqa: PTH118
+        yield from (
+            os.path.join(directory, name)  # noqa: PTH118
+            for name in sorted(names)
+            if name.lower().endswith(IMG_EXTENSIONS)
+        )
 
 
 def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
@@ -183,7 +202,9 @@ def walk(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tupl
         raise unreadable_folder(error) from error
     here = (about.st_dev, about.st_ino)
     if here in above:
-        raise ConadvError(f"{printable(folder)} is a link to a folder that it lies in. Remove the link.")
+        raise ConadvError(
+            f"{printable(folder)} is a link to a folder that it lies in. Remove the link."
+        )
     yield str(folder), [entry.name for entry in entries if entry not in folders]
     for entry in folders:
         yield from walk(Path(entry.path), (*above, here))
@@ -198,7 +219,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def unreadable_folder(error: OSError) -> ConadvError:
-    return ConadvError(f"Cannot read the folder {printable(error.filename)}: {error.strerror}. Check its permissions.")
+    return ConadvError(
+        f"Cannot read the folder {printable(error.filename)}: {error.strerror}. Check its permissions."
+    )
 
 
 def _some(names: set[str], count: int = 3) -> str:
@@ -225,13 +248,17 @@ def decode_rgb(file: IO[bytes]) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:
         check_pixels(image)
         # a palette with transparency reaches RGB over RGBA, or Pillow warns
-        rgb: Image.Image = (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+        rgb: Image.Image = (
+            image.convert("RGBA") if "transparency" in image.info else image
+        ).convert("RGB")
         return rgb
 
 
 def _opened(path: Path) -> BinaryIO:
     """A regular file, opened to read. A named pipe would wait for ever, a device would never end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     about = os.fstat(descriptor)
     if stat.S_ISREG(about.st_mode) and about.st_size:
         return os.fdopen(descriptor, "rb")
@@ -243,7 +270,9 @@ def check_pixels(image: Image.Image) -> None:
     """ValueError for what must not be decoded, told from the header alone."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {limit:,} (a decompression bomb?)")
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than {limit:,} (a decompression bomb?)"
+        )
     if image.mode.startswith(("I", "F")):  # Pillow would clip nearly all of it to white
         raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
 
@@ -252,7 +281,11 @@ def why(error: BaseException) -> str:
     """One line without the path: what is wrong with an image file."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image in a known format"
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    text = (
+        (error.strerror if isinstance(error, OSError) else None)
+        or str(error)
+        or type(error).__name__
+    )
     return printable(text).rstrip(".")
 
 
@@ -268,7 +301,9 @@ def stand_ins(labels_N: Tensor, index: int) -> Iterator[int]:
 
 
 def no_stand_in(name: str) -> ConadvError:
-    return ConadvError(f"No image of class {printable(name)} can be read. Repair the data: `conadv check` lists it.")
+    return ConadvError(
+        f"No image of class {printable(name)} can be read. Repair the data: `conadv check` lists it."
+    )
 
 
 def decode(

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import AugmentName, Config, accumulation, micro_batch
-from ..errors import ConadvError, unknown
-from ..signals import outlive_stop
-from ..types import Batch, MicroBatch
-from .augment import sample_keys
-from .files import BadFile, Progress
-from .mix import Mix
-from .order import Order
-from .sources import Source, build_source
-from .splits import Draw, Split
+from conadv.config.schema import AugmentName, Config, accumulation, micro_batch
+from conadv.data.augment import sample_keys
+from conadv.data.files import BadFile, Progress
+from conadv.data.mix import Mix
+from conadv.data.order import Order
+from conadv.data.sources import Source, build_source
+from conadv.data.splits import Draw, Split
+from conadv.errors import ConadvError, unknown
+from conadv.training.signals import outlive_stop
+from conadv.types import Batch, MicroBatch
 
 T = TypeVar("T")
 
@@ -46,7 +46,9 @@ class BadImages:
     def take(self, last_step: int) -> list[dict[str, Any]]:
         """What was found since the last call, for the record; ``last_step``: the one that an evaluation follows."""
         found, self.waiting = self.waiting, []
-        return [{**line, "step": last_step if line["step"] is None else line["step"]} for line in found]
+        return [
+            {**line, "step": last_step if line["step"] is None else line["step"]} for line in found
+        ]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Data:
     def test_size(self) -> int:
         return len(self.source.test.labels)
 
-    def train_batches(self, start_step: int, stop_step: int, views: tuple[str, ...] = ("clean",)) -> Iterator[Batch]:
+    def train_batches(
+        self, start_step: int, stop_step: int, views: tuple[str, ...] = ("clean",)
+    ) -> Iterator[Batch]:
         """This rank's batches of steps start_step..stop_step-1, each with uint8 images N,C,H,W for each view.
 
         "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
@@ -129,7 +133,9 @@ class Data:
             self.skip_bad,
             self.mix,
         )
-        return self._assemble(_stream(load, keys, self.num_workers, self.ahead), range(start_step, stop_step))
+        return self._assemble(
+            _stream(load, keys, self.num_workers, self.ahead), range(start_step, stop_step)
+        )
 
     def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
         for step in steps:
@@ -139,7 +145,9 @@ class Data:
             micro = tuple(MicroBatch(**part) for part in loaded)
             yield Batch(step, micro, self.order.epoch_of(step))
 
-    def eval_batches(self, split: str, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def eval_batches(
+        self, split: str, limit: int | None, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 images N,C,H,W, labels N) over ``split``, unaugmented and always in one order.
 
         ``split``: "train", "test", or "validation" where images are held out (data.validation_images).
@@ -160,9 +168,13 @@ class Data:
         if limit is not None:
             indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
         mine = torch.split(indices, batch_size)[self.rank :: self.ranks]
-        return self._evaluated(_stream(_LoadPlain(splits[split], self.skip_bad), mine, self.num_workers))
+        return self._evaluated(
+            _stream(_LoadPlain(splits[split], self.skip_bad), mine, self.num_workers)
+        )
 
-    def _evaluated(self, parts: Iterator[tuple[Tensor, Tensor, list[BadFile]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _evaluated(
+        self, parts: Iterator[tuple[Tensor, Tensor, list[BadFile]]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels, bad in parts:
             self.bad.note(bad, None)
             yield images, labels
@@ -198,7 +210,18 @@ def build_data(
     mix = None
     if config.data.mixup or config.data.cutmix:
         mix = Mix(config.data.mixup, config.data.cutmix, len(source.class_names), config.seed)
-    return Data(source, order, augments, micro, mine, rank, config.data.num_workers, ranks, skip_bad, mix=mix)
+    return Data(
+        source,
+        order,
+        augments,
+        micro,
+        mine,
+        rank,
+        config.data.num_workers,
+        ranks,
+        skip_bad,
+        mix=mix,
+    )
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
@@ -211,7 +234,9 @@ def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
     [('a', 'b'), ('b', 'c'), ('c', None)]
     """
     if ahead < 0:
-        raise ConadvError(f"ahead {ahead} must be 0 or more: it counts items after the current one.")
+        raise ConadvError(
+            f"ahead {ahead} must be 0 or more: it counts items after the current one."
+        )
     return _windows(iter(batches), ahead)
 
 
@@ -240,7 +265,10 @@ class _LoadMicroBatch:
         step, index = key
         indices_N = self.order.micro_batch(step, index, self.micro_batch_size)
         seed, epoch = self.order.seed, self.order.epoch_of(step)
-        draws = {v: Draw(name, sample_keys(seed, epoch, v, indices_N)) for v, name in self.augments.items()}
+        draws = {
+            v: Draw(name, sample_keys(seed, epoch, v, indices_N))
+            for v, name in self.augments.items()
+        }
         bad: list[BadFile] = []
         views = self.split.views(indices_N, draws, bad if self.skip_bad else None)
         y_N = self.split.labels[indices_N]
@@ -277,7 +305,9 @@ class _Caught(Dataset[Any]):
             return error
 
 
-def _stream(load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, ahead: int = 2) -> Iterator[Any]:
+def _stream(
+    load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, ahead: int = 2
+) -> Iterator[Any]:
     """load(key) for each key, in order, by torch's DataLoader (which gives each of its workers one thread).
 
     ``ahead``: keys that each worker may be ahead of what was taken.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .. import rng
+from conadv import rng
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Mix:
         floats = {name: tv_tensors.Image(images.float()) for name, images in views.items()}
         with rng.scope(torch.device("cpu"), self.seed, "mix", step, index):
             mixed, y_NK = transform(floats, y_N)
-        rounded = {name: x.as_subclass(Tensor).round_().to(torch.uint8) for name, x in mixed.items()}
+        rounded = {
+            name: x.as_subclass(Tensor).round_().to(torch.uint8) for name, x in mixed.items()
+        }
         return rounded, y_NK
 
     def _transform(self) -> v2.Transform:

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import rng
-from ..errors import ConadvError
+from conadv import rng
+from conadv.errors import ConadvError
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ class Order:
         assert 0 <= index < self.global_batch_size // micro_batch_size, (index, micro_batch_size)
         start = step % self.steps_per_epoch * self.global_batch_size + index * micro_batch_size
         permutation = _permutation(self.num_images, self.seed, self.epoch_of(step))
-        return permutation[start : start + micro_batch_size].clone()  # a view would let the caller edit the cache
+        return permutation[
+            start : start + micro_batch_size
+        ].clone()  # a view would let the caller edit the cache
 
     def micro(self, step: int, rank: int, ranks: int, micro_batch_size: int) -> tuple[Tensor, ...]:
         """One rank's micro-batches: rank r owns slices [r * accumulation, (r + 1) * accumulation) of the global batch.
@@ -71,9 +73,13 @@ class Order:
                 f"x {ranks} rank(s). Choose a micro-batch that divides the batch of one rank."
             )
         first = rank * accumulation
-        return tuple(self.micro_batch(step, first + m, micro_batch_size) for m in range(accumulation))
+        return tuple(
+            self.micro_batch(step, first + m, micro_batch_size) for m in range(accumulation)
+        )
 
 
-@lru_cache(maxsize=2)  # an attack on a future batch reads the next epoch while this one is still running
+@lru_cache(
+    maxsize=2
+)  # an attack on a future batch reads the next epoch while this one is still running
 def _permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=rng.generator("cpu", seed, "order", epoch))

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ConadvError, install, printable
-from .files import BadFile, BadImage, decode_rgb, why
+from conadv.data.files import BadFile, BadImage, decode_rgb, why
+from conadv.errors import ConadvError, install, printable
 
 SPLITS = ("train", "test", "validation", "val", "valid")
 _LAYOUT = "Expected files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet, anywhere below it."
@@ -71,10 +71,14 @@ def scan_parquet(directory: Path) -> tuple[Rows, Rows]:
     tables = _load(directory, files)
     image, label = _columns(directory, tables["train"].features)
     train = _rows(directory, "train", tables["train"], image, label)
-    tests = [_rows(directory, name, tables[name], image, label) for name in files if name != "train"]
+    tests = [
+        _rows(directory, name, tables[name], image, label) for name in files if name != "train"
+    ]
     test = next((rows for rows in tests if len(rows) and int(rows.labels.min()) >= 0), None)
     if test is None:
-        raise ConadvError(f"No rows below {printable(directory)} but those of train have labels. {_LAYOUT}")
+        raise ConadvError(
+            f"No rows below {printable(directory)} but those of train have labels. {_LAYOUT}"
+        )
     for rows in (train, test):
         _check(rows, train.class_names)
     return train, test
@@ -88,7 +92,9 @@ def _files(directory: Path) -> dict[str, list[str]]:
     found = {split: names for split, names in found.items() if names}
     if "train" not in found or len(found) == 1:
         seen = ", ".join(printable(path.name) for path in paths[:3]) or "no parquet file"
-        raise ConadvError(f"{printable(directory)} holds no training or no test rows (found {seen}). {_LAYOUT}")
+        raise ConadvError(
+            f"{printable(directory)} holds no training or no test rows (found {seen}). {_LAYOUT}"
+        )
     return found
 
 
@@ -109,7 +115,10 @@ def _load(directory: Path, files: Mapping[str, list[str]]) -> Any:
     try:
         tables = load_dataset("parquet", data_files=dict(files))
         images = {
-            name for table in tables.values() for name, kind in table.features.items() if isinstance(kind, ImageColumn)
+            name
+            for table in tables.values()
+            for name, kind in table.features.items()
+            if isinstance(kind, ImageColumn)
         }
         for name in images:
             tables = tables.cast_column(name, ImageColumn(decode=False))
@@ -126,7 +135,9 @@ def _columns(directory: Path, features: Mapping[str, Any]) -> tuple[str, str]:
     for kind in ("Image", "ClassLabel"):
         found = [name for name, feature in features.items() if type(feature).__name__ == kind]
         if len(found) != 1:
-            columns = ", ".join(f"{printable(name)}: {type(value).__name__}" for name, value in features.items())
+            columns = ", ".join(
+                f"{printable(name)}: {type(value).__name__}" for name, value in features.items()
+            )
             raise ConadvError(
                 f"The parquet files below {printable(directory)} have {len(found)} columns of the type {kind}, "
                 "wanted one "
@@ -137,19 +148,33 @@ def _columns(directory: Path, features: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _rows(directory: Path, split: str, table: Any, image: str, label: str) -> Rows:
-    labels = torch.tensor([-1 if value is None else int(value) for value in table[label]], dtype=torch.int64)
+    labels = torch.tensor(
+        [-1 if value is None else int(value) for value in table[label]], dtype=torch.int64
+    )
     classes = tuple(map(str, table.features[label].names))
-    return Rows(directory, split, table.select_columns([image]), image, torch.arange(len(labels)), labels, classes)
+    return Rows(
+        directory,
+        split,
+        table.select_columns([image]),
+        image,
+        torch.arange(len(labels)),
+        labels,
+        classes,
+    )
 
 
 def _check(rows: Rows, classes: tuple[str, ...]) -> None:
     if rows.class_names != classes:
-        raise ConadvError(f"The classes of {rows.split} below {rows.root} are not those of train. Give both the same.")
+        raise ConadvError(
+            f"The classes of {rows.split} below {rows.root} are not those of train. Give both the same."
+        )
     if len(classes) < 2:
         raise ConadvError(f"{rows.root} has only {len(classes)} class. Training needs two or more.")
     sizes = torch.bincount(rows.labels.clamp(min=0), minlength=len(classes))
     if int(rows.labels.min()) < 0 or int(rows.labels.max()) >= len(classes):
-        raise ConadvError(f"Some rows of {rows.split} below {rows.root} have no label of the {len(classes)} classes.")
+        raise ConadvError(
+            f"Some rows of {rows.split} below {rows.root} have no label of the {len(classes)} classes."
+        )
     if not sizes.all():
         raise ConadvError(
             f"{rows.split} below {rows.root} has no image of class {printable(classes[int(sizes.argmin())])}. "

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as F
 
-from ..config import DataConfig, home
-from ..errors import ConadvError, printable, unknown
-from .files import BadFile, Progress, decode, scan_folder
-from .parquet import scan_parquet
-from .splits import MemorySplit, Photos, PhotoSplit, Split, choose, hold_out
+from conadv.config.schema import DataConfig, home
+from conadv.data.files import BadFile, Progress, decode, scan_folder
+from conadv.data.parquet import scan_parquet
+from conadv.data.splits import MemorySplit, Photos, PhotoSplit, Split, choose, hold_out
+from conadv.errors import ConadvError, printable, unknown
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Source:
     validation: Split | None = None
 
 
-def build_source(config: DataConfig, progress: Progress | None = None, seed: int | None = None) -> Source:
+def build_source(
+    config: DataConfig, progress: Progress | None = None, seed: int | None = None
+) -> Source:
     """The source that ``config`` names. Raises ConadvError for whatever is wrong with the folder or the settings.
 
     ``seed``: the run's, which nothing here depends on but a data.subset_seed of None. ``progress`` hears of images
@@ -51,7 +53,9 @@ def build_source(config: DataConfig, progress: Progress | None = None, seed: int
     if config.validation_images is None:
         return source
     assert config.subset_seed is not None
-    train, validation = hold_out(source.train, config.validation_images, source.class_names, seed=config.subset_seed)
+    train, validation = hold_out(
+        source.train, config.validation_images, source.class_names, seed=config.subset_seed
+    )
     return replace(source, train=train, validation=validation)
 
 
@@ -59,7 +63,9 @@ def _with_subset_seed(config: DataConfig, seed: int | None) -> DataConfig:
     if config.subset_seed is not None:
         return config
     if seed is None:
-        raise ConadvError("data.subset_seed None takes the run's seed. Give build_source that seed.")
+        raise ConadvError(
+            "data.subset_seed None takes the run's seed. Give build_source that seed."
+        )
     return config.model_copy(update={"subset_seed": seed})
 
 
@@ -74,7 +80,9 @@ def digits(config: DataConfig, progress: Progress | None = None) -> Source:
     from sklearn.model_selection import train_test_split
 
     if config.dir is not None or config.download:
-        raise ConadvError("data.dir and data.download have no effect with data.source digits. Leave them out.")
+        raise ConadvError(
+            "data.dir and data.download have no effect with data.source digits. Leave them out."
+        )
     values, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(np.round(values * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
     parts = train_test_split(np.arange(len(labels)), test_size=0.5, stratify=labels, random_state=0)
@@ -99,7 +107,10 @@ def cifar10(config: DataConfig, progress: Progress | None = None) -> Source:
             f"The images in {train.root} are {images[0].shape[-1]} pixels wide and those in {test.root} "
             f"{images[1].shape[-1]}. Give data.image_size to bring all images to one size."
         )
-    splits = (MemorySplit(images[0], train.labels, bad=bad[0]), MemorySplit(images[1], test.labels, bad=bad[1]))
+    splits = (
+        MemorySplit(images[0], train.labels, bad=bad[0]),
+        MemorySplit(images[1], test.labels, bad=bad[1]),
+    )
     return Source(*splits, train.class_names, channels=3, image_size=images[0].shape[-1])
 
 
@@ -122,13 +133,21 @@ def huggingface(config: DataConfig, progress: Progress | None = None) -> Source:
 
 def _refuse_download(config: DataConfig) -> None:
     if config.download:
-        raise ConadvError(f"data.download has no effect with data.source {config.source}. Leave it out.")
+        raise ConadvError(
+            f"data.download has no effect with data.source {config.source}. Leave it out."
+        )
 
 
 def _photos(train: Photos, test: Photos, config: DataConfig) -> Source:
     train = train.subset(_choose(train.labels, config, train.class_names))
     size = config.image_size or 224
-    return Source(PhotoSplit(train, size), PhotoSplit(test, size), train.class_names, channels=3, image_size=size)
+    return Source(
+        PhotoSplit(train, size),
+        PhotoSplit(test, size),
+        train.class_names,
+        channels=3,
+        image_size=size,
+    )
 
 
 SOURCES: dict[str, Callable[[DataConfig, Progress | None], Source]] = {
@@ -143,14 +162,19 @@ _ENCODED = ("cifar10", "folder", "huggingface")
 
 def _directory(config: DataConfig) -> Path:
     if config.dir is None:
-        raise ConadvError(f"data.source {config.source} needs a folder. Give data.dir (--data DIR).")
+        raise ConadvError(
+            f"data.source {config.source} needs a folder. Give data.dir (--data DIR)."
+        )
     return home(config.dir)
 
 
 def _torchvision(factory: Any, config: DataConfig) -> Source:
     directory = _directory(config)
     try:
-        parts = [factory(str(directory), train=train, download=config.download) for train in (True, False)]
+        parts = [
+            factory(str(directory), train=train, download=config.download)
+            for train in (True, False)
+        ]
     except Exception as error:  # whatever downloading, unpacking and reading raise
         if config.download:
             message = (
@@ -158,9 +182,7 @@ def _torchvision(factory: Any, config: DataConfig) -> Source:
                 "the folder."
             )
         else:
-            message = (
-                f"There is no {config.source} in {printable(directory)}: {error}. Give data.download (--download)."
-            )
+            message = f"There is no {config.source} in {printable(directory)}: {error}. Give data.download (--download)."
         raise ConadvError(message) from error
     splits = [(_to_nchw(part.data), torch.as_tensor(part.targets)) for part in parts]
     return _in_memory(splits, tuple(parts[0].classes), config, flip=True)
@@ -172,12 +194,19 @@ def _to_nchw(images: Any) -> Tensor:
 
 
 def _in_memory(
-    parts: list[tuple[Tensor, Tensor]], class_names: tuple[str, ...], config: DataConfig, *, flip: bool
+    parts: list[tuple[Tensor, Tensor]],
+    class_names: tuple[str, ...],
+    config: DataConfig,
+    *,
+    flip: bool,
 ) -> Source:
     """A source from (uint8 images_NCHW, labels_N) of train and test: subset, then one resize."""
     (x, y), test = parts
     chosen = _choose(y, config, class_names)
-    train, test = (_resized(x[chosen], config.image_size), y[chosen]), (_resized(test[0], config.image_size), test[1])
+    train, test = (
+        (_resized(x[chosen], config.image_size), y[chosen]),
+        (_resized(test[0], config.image_size), test[1]),
+    )
     splits = (MemorySplit(*train, flip), MemorySplit(*test, flip))
     return Source(*splits, class_names, channels=x.shape[1], image_size=train[0].shape[-1])
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import AugmentName
-from ..errors import ConadvError
-from .augment import build_augment, build_photo_augment, sample_keys
-from .files import BadFile, BadImage, no_stand_in, stand_ins
+from conadv.config.schema import AugmentName
+from conadv.data.augment import build_augment, build_photo_augment, sample_keys
+from conadv.data.files import BadFile, BadImage, no_stand_in, stand_ins
+from conadv.errors import ConadvError
 
 
 class Draw(NamedTuple):
@@ -70,7 +70,10 @@ class MemorySplit:
         if self.bad:
             indices_N = torch.tensor([self._usable(i, bad) for i in indices_N.tolist()])
         images, size = self.images[indices_N], self.images.shape[-1]
-        return {v: build_augment(d.augment, size, flip=self.flip)(images, d.keys_N) for v, d in draws.items()}
+        return {
+            v: build_augment(d.augment, size, flip=self.flip)(images, d.keys_N)
+            for v, d in draws.items()
+        }
 
     def _usable(self, index: int, bad: list[BadFile] | None) -> int:
         if index not in self.bad:
@@ -87,7 +90,9 @@ class MemorySplit:
 
     def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
         bad += [self.bad[i] for i in indices_N.tolist() if i in self.bad]
-        kept_N = indices_N[torch.tensor([i not in self.bad for i in indices_N.tolist()], dtype=torch.bool)]
+        kept_N = indices_N[
+            torch.tensor([i not in self.bad for i in indices_N.tolist()], dtype=torch.bool)
+        ]
         return self.plain(kept_N), kept_N
 
     def subset(self, indices_N: Tensor) -> MemorySplit:
@@ -129,7 +134,10 @@ class PhotoSplit:
     ) -> dict[str, Tensor]:
         shape = (len(indices_N), 3, self.image_size, self.image_size)
         # decoded images have their channels last: so rows are copied as they lie, and the device rearranges them
-        out = {view: torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) for view in draws}
+        out = {
+            view: torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            for view in draws
+        }
         made = [
             (out[view], build_photo_augment(draw.augment, self.image_size), draw.keys_N.tolist())
             for view, draw in draws.items()
@@ -166,7 +174,11 @@ class PhotoSplit:
     def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
         resize = build_photo_augment("none", self.image_size)
         with torch.random.fork_rng(devices=[]):
-            found = [(i, resize(image, 0)) for i in indices_N.tolist() if (image := self._try(i, bad)) is not None]
+            found = [
+                (i, resize(image, 0))
+                for i in indices_N.tolist()
+                if (image := self._try(i, bad)) is not None
+            ]
         images = [image for _, image in found] or [torch.empty(0, dtype=torch.uint8)]
         return torch.stack(images), torch.tensor([i for i, _ in found], dtype=torch.int64)
 
@@ -209,7 +221,9 @@ def choose(
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values
 
 
-def hold_out(train: Split, count: int, class_names: tuple[str, ...], *, seed: int = 0) -> tuple[Split, Split]:
+def hold_out(
+    train: Split, count: int, class_names: tuple[str, ...], *, seed: int = 0
+) -> tuple[Split, Split]:
     """(what is left to train on, ``count`` validation images): a stratified choice by ``seed``.
 
     Raises ConadvError where either side would be left without a class.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sized
 from itertools import count
 from typing import Any, Generic, TypeVar
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 T = TypeVar("T")
 
@@ -29,9 +29,13 @@ class WindowedLoader(Generic[T]):
     Ranks: each has a loader of its own. In flight: ``ahead`` batches beside the present one.
     """
 
-    def __init__(self, loader: Iterable[T], ahead: int, epochs: int | None = None, *, start: int = 0) -> None:
+    def __init__(
+        self, loader: Iterable[T], ahead: int, epochs: int | None = None, *, start: int = 0
+    ) -> None:
         if ahead < 0:
-            raise ConadvError(f"ahead {ahead} must be 0 or more: it counts batches after the current one.")
+            raise ConadvError(
+                f"ahead {ahead} must be 0 or more: it counts batches after the current one."
+            )
         self.loader, self.ahead = loader, ahead
         self._stream = self._batches(start, epochs)
         self._waiting: deque[tuple[int, T]] = deque()
@@ -69,12 +73,18 @@ class WindowedLoader(Generic[T]):
                 empty = False
                 yield epoch, batch
             if empty:
-                raise ConadvError("The loader has no batch: its data set is empty, or smaller than a batch.")
+                raise ConadvError(
+                    "The loader has no batch: its data set is empty, or smaller than a batch."
+                )
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: list[Any] = [loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)]
+    owners: list[Any] = [
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(batch_sampler, "sampler", None),
+    ]
     for owner in owners:
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)

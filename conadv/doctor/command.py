@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable
-from ..preflight.estimate import gib
-from .facts import Facts, look
-from .findings import Finding, findings
+from conadv.doctor.facts import Facts, look
+from conadv.doctor.findings import Finding, findings
+from conadv.errors import printable
+from conadv.preflight.estimate import gib
 
 COLOURS = {"wrong": "bold red", "slow": "yellow", "note": "dim"}
 
@@ -36,7 +36,9 @@ def command(args: DoctorArgs, console: Console | None = None) -> bool:
     facts = look(Path.cwd())
     found = findings(facts)
     if args.json:
-        text = json.dumps({"facts": facts.to_json(), "findings": [asdict(finding) for finding in found]}, indent=1)
+        text = json.dumps(
+            {"facts": facts.to_json(), "findings": [asdict(finding) for finding in found]}, indent=1
+        )
         sys.stdout.write(text + "\n")
     else:
         show(facts, found, console or Console(highlight=False))
@@ -58,7 +60,9 @@ def show(facts: Facts, found: list[Finding], console: Console) -> None:
         console.print(line)
         console.print(Text(f"      -> {printable(finding.todo)}"))
     counts = {level: sum(finding.level == level for finding in found) for level in COLOURS}
-    console.print(Text(", ".join(f"{count} {level}" for level, count in counts.items()), style="bold"))
+    console.print(
+        Text(", ".join(f"{count} {level}" for level, count in counts.items()), style="bold")
+    )
 
 
 def rows(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -66,10 +70,19 @@ def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {number}" for name, number in facts.versions.items())
     extras = [f"{name} {number}" for name, number in facts.extras.items() if number is not None]
     yield "extras", ", ".join(extras) or "none"
-    yield "processor", f"{facts.processor}, {facts.system}, {' '.join(facts.cpu_flags) or 'no vector units known'}"
-    yield "cores", f"{facts.cores}, of which {facts.usable_cores:g} usable; torch uses {facts.threads} thread(s)"
+    yield (
+        "processor",
+        f"{facts.processor}, {facts.system}, {' '.join(facts.cpu_flags) or 'no vector units known'}",
+    )
+    yield (
+        "cores",
+        f"{facts.cores}, of which {facts.usable_cores:g} usable; torch uses {facts.threads} thread(s)",
+    )
     free = "not known" if facts.memory_free is None else gib(facts.memory_free)
-    yield "memory", f"{free} free; allocator {facts.allocator}; oneDNN {'yes' if facts.onednn else 'no'}"
+    yield (
+        "memory",
+        f"{free} free; allocator {facts.allocator}; oneDNN {'yes' if facts.onednn else 'no'}",
+    )
     for index, device in enumerate(facts.cuda):
         peers = ", ".join(f"cuda:{j}" for j in device.peers) or "none"
         major, minor = device.capability

@@ -15,11 +15,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .._version import __version__
-from ..preflight.memory import host_available
-from ..record import machine
+from conadv import __version__
+from conadv.preflight.memory import host_available
+from conadv.training.record import machine
 
-CORE = ("torch", "torchvision", "numpy", "pillow", "tyro", "pydantic", "rich", "matplotlib", "safetensors")
+CORE = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "tyro",
+    "pydantic",
+    "rich",
+    "matplotlib",
+    "safetensors",
+)
 EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
@@ -31,8 +41,20 @@ EXTRAS = {
 }
 """Extra of conadv -> the package that it brings."""
 VARIABLES = (
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "WORLD_SIZE"),
-    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "WANDB_MODE"),
+    *(
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_LAUNCH_BLOCKING",
+        "WORLD_SIZE",
+    ),
+    *(
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "NCCL_P2P_DISABLE",
+        "NCCL_IB_DISABLE",
+        "WANDB_MODE",
+    ),
 )
 
 
@@ -89,7 +111,11 @@ class Facts:
 def look(folder: Path) -> Facts:
     """The facts of this machine. ``folder``: where runs will go, for the free disk."""
     return Facts(
-        versions={"python": platform.python_version(), "conadv": __version__, **{p: _version(p) or "-" for p in CORE}},
+        versions={
+            "python": platform.python_version(),
+            "conadv": __version__,
+            **{p: _version(p) or "-" for p in CORE},
+        },
         extras={extra: _version(package) for extra, package in EXTRAS.items()},
         system=f"{platform.system()} {platform.machine()}",
         processor=machine("", 0)["processor"],
@@ -97,13 +123,16 @@ def look(folder: Path) -> Facts:
         usable_cores=usable_cores(),
         threads=torch.get_num_threads(),
         cpu_flags=tuple(
-            flag for flag in _cpu_flags() if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
+            flag
+            for flag in _cpu_flags()
+            if flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
         ),
         onednn=torch.backends.mkldnn.is_available(),
         memory_free=host_available(),
         allocator=allocator(),
         cuda_built=torch.version.cuda,
-        nvidia_driver=Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists(),
+        nvidia_driver=Path("/proc/driver/nvidia/version").exists()
+        or Path("/dev/nvidiactl").exists(),
         cuda=tuple(_cuda()),
         backends=tuple(_backends()),
         interfaces=tuple(_interfaces()),
@@ -123,7 +152,9 @@ def _version(package: str) -> str | None:
 
 def usable_cores() -> float:
     """Cores that this process may use: its affinity, and a container's share of processor time."""
-    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = float(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return cores if quota == "max" else min(cores, int(quota) / int(period))
@@ -136,7 +167,14 @@ def _cpu_flags() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return next(
+        (
+            line.partition(":")[2].split()
+            for line in lines
+            if line.startswith(("flags", "Features"))
+        ),
+        [],
+    )
 
 
 def allocator() -> str:
@@ -145,7 +183,9 @@ def allocator() -> str:
         loaded = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
         loaded = ""
-    found = next((name for name in ("jemalloc", "tcmalloc", "mimalloc") if f"lib{name}" in loaded), None)
+    found = next(
+        (name for name in ("jemalloc", "tcmalloc", "mimalloc") if f"lib{name}" in loaded), None
+    )
     return found or ("glibc" if platform.libc_ver()[0] == "glibc" else "other")
 
 
@@ -154,9 +194,13 @@ def _cuda() -> Iterator[Cuda]:
     for index in range(count):
         try:
             free, total = torch.cuda.mem_get_info(index)
-        except RuntimeError:  # no context can be made there: somebody else's exclusively, or it has no memory left
+        except (
+            RuntimeError
+        ):  # no context can be made there: somebody else's exclusively, or it has no memory left
             free, total = 0, torch.cuda.get_device_properties(index).total_memory
-        peers = tuple(j for j in range(count) if j != index and torch.cuda.can_device_access_peer(index, j))
+        peers = tuple(
+            j for j in range(count) if j != index and torch.cuda.can_device_access_peer(index, j)
+        )
         capability = torch.cuda.get_device_capability(index)
         yield Cuda(torch.cuda.get_device_name(index), capability, total, free, peers)
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import install
-from ..preflight.memory import GIB
-from .facts import Facts
+from conadv.doctor.facts import Facts
+from conadv.errors import install
+from conadv.preflight.memory import GIB
 
 Level = Literal["wrong", "slow", "note"]
 
@@ -43,12 +43,20 @@ def _versions(facts: Facts) -> Found:
             f"install torchvision 0.{torch[1] + 15}",
         )
     if torch[1] < 9:
-        yield Finding("wrong", f"torch {facts.versions['torch']} is older than 2.9", "install torch 2.9 or newer")
+        yield Finding(
+            "wrong",
+            f"torch {facts.versions['torch']} is older than 2.9",
+            "install torch 2.9 or newer",
+        )
 
 
 def _numbers(version: str) -> tuple[int, int] | None:
     parts = version.split(".")[:2]
-    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(part.isdigit() for part in parts) else None
+    return (
+        (int(parts[0]), int(parts[1]))
+        if len(parts) == 2 and all(part.isdigit() for part in parts)
+        else None
+    )
 
 
 def _extras(facts: Facts) -> Found:
@@ -65,10 +73,14 @@ def _cuda_missing(facts: Facts) -> Found:
     if not facts.nvidia_driver or facts.cuda:
         return
     if facts.variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        yield Finding("note", "CUDA_VISIBLE_DEVICES hides all CUDA devices", "unset it to train on them")
+        yield Finding(
+            "note", "CUDA_VISIBLE_DEVICES hides all CUDA devices", "unset it to train on them"
+        )
     elif facts.cuda_built is None:
         yield Finding(
-            "wrong", "an NVIDIA driver is there, and this torch is built without CUDA", "install a CUDA build"
+            "wrong",
+            "an NVIDIA driver is there, and this torch is built without CUDA",
+            "install a CUDA build",
         )
     else:
         yield Finding(
@@ -100,9 +112,13 @@ def _cuda_devices(facts: Facts) -> Found:
             )
     if len({device.name for device in facts.cuda}) > 1:
         yield Finding(
-            "slow", "the CUDA devices differ: the slowest sets the step time", "choose like ones (CUDA_VISIBLE_DEVICES)"
+            "slow",
+            "the CUDA devices differ: the slowest sets the step time",
+            "choose like ones (CUDA_VISIBLE_DEVICES)",
         )
-    lonely = [index for index, device in enumerate(facts.cuda) if len(facts.cuda) > 1 and not device.peers]
+    lonely = [
+        index for index, device in enumerate(facts.cuda) if len(facts.cuda) > 1 and not device.peers
+    ]
     if lonely:
         yield Finding(
             "slow",
@@ -110,14 +126,22 @@ def _cuda_devices(facts: Facts) -> Found:
             "look at nvidia-smi topo -m; in a virtual machine or container, allow peer-to-peer",
         )
     if len(facts.cuda) > 1 and facts.backends == ("gloo",):
-        yield Finding("wrong", "several CUDA devices and no NCCL in this torch", "install a build of torch with NCCL")
+        yield Finding(
+            "wrong",
+            "several CUDA devices and no NCCL in this torch",
+            "install a build of torch with NCCL",
+        )
 
 
 def _debugging(facts: Facts) -> Found:
     if facts.variables.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
-        yield Finding("slow", "CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before", "unset it")
+        yield Finding(
+            "slow", "CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before", "unset it"
+        )
     if facts.cuda and facts.variables.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
-        yield Finding("slow", "NCCL_P2P_DISABLE is set: devices do not talk directly", "unset it, if they can")
+        yield Finding(
+            "slow", "NCCL_P2P_DISABLE is set: devices do not talk directly", "unset it, if they can"
+        )
 
 
 def _threads(facts: Facts) -> Found:
@@ -140,7 +164,9 @@ def _processor(facts: Facts) -> Found:
     if facts.cuda:
         return
     if not {"avx512_bf16", "amx_bf16", "bf16"} & set(facts.cpu_flags):
-        yield Finding("slow", "the processor has no bf16 in hardware", "use --precision fp32 on the CPU")
+        yield Finding(
+            "slow", "the processor has no bf16 in hardware", "use --precision fp32 on the CPU"
+        )
     if not facts.onednn:
         yield Finding(
             "slow",
@@ -161,7 +187,11 @@ def _allocator(facts: Facts) -> Found:
 def _shared_memory(facts: Facts) -> Found:
     """A worker hands over two micro-batches at a time: 128 photographs of 3 x 224 x 224 are 19 MB, for each view."""
     if facts.shm is None:
-        yield Finding("wrong", "there is no /dev/shm: loader processes cannot hand images over", "--data.num-workers 0")
+        yield Finding(
+            "wrong",
+            "there is no /dev/shm: loader processes cannot hand images over",
+            "--data.num-workers 0",
+        )
     elif facts.shm[1] < GIB // 2:
         yield Finding(
             "wrong",
@@ -185,7 +215,9 @@ def _room(facts: Facts) -> Found:
         )
     if facts.open_files is not None and facts.open_files < 1024:
         yield Finding(
-            "slow", f"a process may open {facts.open_files} files: many loader processes need more", "ulimit -n 65536"
+            "slow",
+            f"a process may open {facts.open_files} files: many loader processes need more",
+            "ulimit -n 65536",
         )
 
 
@@ -200,7 +232,11 @@ def _network(facts: Facts) -> Found:
                 f"{variable} names {asked}, and there is no such interface",
                 f"choose of {', '.join(sorted(names))}",
             )
-    slow = [i for i in facts.interfaces if i.up and i.name != "lo" and i.speed is not None and i.speed < 10_000]
+    slow = [
+        i
+        for i in facts.interfaces
+        if i.up and i.name != "lo" and i.speed is not None and i.speed < 10_000
+    ]
     if slow and all(i in slow or i.name == "lo" or not i.up for i in facts.interfaces):
         fastest = max(i.speed or 0 for i in slow)
         yield Finding(
@@ -210,7 +246,9 @@ def _network(facts: Facts) -> Found:
         )
     if not facts.backends:
         yield Finding(
-            "wrong", "this torch has neither gloo nor NCCL: only one process can train", "install another build"
+            "wrong",
+            "this torch has neither gloo nor NCCL: only one process can train",
+            "install another build",
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConadvError, unknown
-from ..fits import check_count, check_keys
-from ..precision import LossScale
+from conadv.engine.precision import LossScale
+from conadv.engine.validate import check_count, check_keys
+from conadv.errors import ConadvError, unknown
 
 
 class NonFiniteError(ConadvError):
@@ -36,7 +36,9 @@ class Guard:
     Ranks: what is judged is the same on all, so all decide alike; each restores its own buffers.
     """
 
-    def __init__(self, model: nn.Module, on_nonfinite: str, limit: int, scale: LossScale | None) -> None:
+    def __init__(
+        self, model: nn.Module, on_nonfinite: str, limit: int, scale: LossScale | None
+    ) -> None:
         if on_nonfinite not in ("stop", "skip"):
             raise unknown("on_nonfinite", on_nonfinite, ("stop", "skip"))
         if limit < 1:
@@ -60,7 +62,14 @@ class Guard:
 
     def judge(self, step: int, losses: Mapping[str, float], grad_norm: float) -> str | None:
         """Why the update must be left out, None if it may be made. Raises NonFiniteError where that ends the run."""
-        bad = next((f"loss of the {view} view is {v}" for view, v in losses.items() if not math.isfinite(v)), None)
+        bad = next(
+            (
+                f"loss of the {view} view is {v}"
+                for view, v in losses.items()
+                if not math.isfinite(v)
+            ),
+            None,
+        )
         if bad is None and math.isfinite(grad_norm):
             self._in_a_row = 0
             if self.scale is not None:
@@ -73,7 +82,11 @@ class Guard:
         reason = f"the {bad or f'gradient is {grad_norm}'}"
         if self._stop or self._in_a_row > self._limit:
             self.restore()
-            before = "" if self._stop else f" So were the {self._limit} steps before it (nonfinite_limit)."
+            before = (
+                ""
+                if self._stop
+                else f" So were the {self._limit} steps before it (nonfinite_limit)."
+            )
             raise NonFiniteError(f"Step {step}: {reason}. The update was not made.{before}")
         return reason
 

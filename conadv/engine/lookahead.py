@@ -33,11 +33,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ..config import PredictorName
-from ..errors import unknown
-from ..fits import check_keys, check_like, check_mapping
-from ..optim import LAMB, LARS
-from ..optim.lars import VARIANTS
+from conadv.config.schema import PredictorName
+from conadv.engine.validate import check_keys, check_like, check_mapping
+from conadv.errors import unknown
+from conadv.optim import LAMB, LARS
+from conadv.optim.lars import VARIANTS
 
 Group = dict[str, Any]
 Lrs = Sequence[float]
@@ -65,7 +65,9 @@ def _sgd(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) 
 def _lars(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) -> None:
     """Learning rate inside the buffer: theta - sum_k mu^k v; outside: as SGD."""
     mu, inside = group["momentum"], VARIANTS[group["variant"]].lr_inside
-    _along_buffer(out, p, state, sum((1.0 if inside else lr) * mu**k for k, lr in enumerate(lrs, 1)))
+    _along_buffer(
+        out, p, state, sum((1.0 if inside else lr) * mu**k for k, lr in enumerate(lrs, 1))
+    )
 
 
 def _adam_directions(state: dict[str, Any], group: Group, num_steps: int) -> Iterator[Tensor]:
@@ -105,9 +107,13 @@ def _advance_for(optimizer: torch.optim.Optimizer) -> Advance | None:
         (torch.optim.Adam, _adam),  # AdamW is a subclass
     )
     groups = optimizer.param_groups
-    if isinstance(optimizer, (torch.optim.SGD, LARS)) and not all(group["momentum"] > 0 for group in groups):
+    if isinstance(optimizer, (torch.optim.SGD, LARS)) and not all(
+        group["momentum"] > 0 for group in groups
+    ):
         return None
-    if isinstance(optimizer, LARS) and not all(VARIANTS[group["variant"]].ratio_inside for group in groups):
+    if isinstance(optimizer, LARS) and not all(
+        VARIANTS[group["variant"]].ratio_inside for group in groups
+    ):
         return None  # the ratio of a gradient that is not known yet would scale the whole step
     plain = not any(g.get("maximize") or g.get("amsgrad") for g in groups)
     return next((form for kind, form in forms if plain and isinstance(optimizer, kind)), None)
@@ -196,17 +202,25 @@ class LookAhead:
         if predictor not in get_args(PredictorName):
             raise unknown("predictor", predictor, get_args(PredictorName))
         kind = predictor.removesuffix(CONSTANT)
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self._names: dict[Tensor, str] = {
+            p: name for name, p in model.named_parameters() if p.requires_grad
+        }
         self._optimizer = optimizer
         self._lr_at = lr_at
         self._constant = predictor != kind
         self._advance = _advance_for(optimizer) if kind == "momentum" else None
         self._rehearsal = _Rehearsal(optimizer) if kind == "momentum-gradient" else None
-        outs = self._rehearsal.outs() if self._rehearsal else {p: p.detach().clone() for p in self._names}
+        outs = (
+            self._rehearsal.outs()
+            if self._rehearsal
+            else {p: p.detach().clone() for p in self._names}
+        )
         self._weights = {name: outs[p] for p, name in self._names.items() if p in outs}
         self._previous: dict[str, Tensor] | None = None
         if self._advance is None and self._rehearsal is None:
-            self._previous = {n: w.clone() for n, w in self._weights.items()} if keep else self._weights
+            self._previous = (
+                {n: w.clone() for n, w in self._weights.items()} if keep else self._weights
+            )
 
     @torch.no_grad()
     def predict(self, version: int, num_steps: int) -> dict[str, Tensor]:
@@ -252,18 +266,24 @@ class LookAhead:
         Empty for the closed forms, which follow from the optimizer's state.
         """
         if self._rehearsal is not None:
-            return {self._names[p]: g for p, g in self._rehearsal.gradients.items() if p in self._names}
+            return {
+                self._names[p]: g for p, g in self._rehearsal.gradients.items() if p in self._names
+            }
         return dict(self._previous or {})
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         named = {name: p for p, name in self._names.items()}
-        if self._rehearsal is None or not set(check_mapping(state, _WHAT)) <= set(named):  # some have no gradient yet
+        if self._rehearsal is None or not set(check_mapping(state, _WHAT)) <= set(
+            named
+        ):  # some have no gradient yet
             check_keys(state, self._previous or {}, _WHAT)
         for name, value in state.items():
             check_like(value, named[name], f"{name} of {_WHAT}")
         if self._rehearsal is not None:
-            self._rehearsal.gradients = {named[name]: value.clone() for name, value in state.items()}
+            self._rehearsal.gradients = {
+                named[name]: value.clone() for name, value in state.items()
+            }
         elif self._previous is not None:
             for name, value in state.items():
                 self._previous[name].copy_(value)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..attacks import PixelSpace
-from ..errors import ConadvError
-from ..fits import check_count, check_keys, check_mapping, check_tensor, shown
-from ..types import ExtraBatch
+from conadv.attacks import PixelSpace
+from conadv.engine.validate import check_count, check_keys, check_mapping, check_tensor, shown
+from conadv.errors import ConadvError
+from conadv.types import ExtraBatch
 
 if TYPE_CHECKING:
-    from .comm import Comm
+    from conadv.distributed.comm import Comm
 
 _WHAT = "its images that wait"
 _KEYS = ("images", "labels", "weight_version", "dtype")
@@ -38,8 +38,14 @@ class Expected:
     def check(self, state: object, version: int, dtype: torch.dtype | None) -> None:
         """Raise ConadvError unless ``state`` could wait at ``version``. ``dtype``: as they are stored, None as made."""
         for step, entry in check_mapping(state, _WHAT).items():
-            if not isinstance(step, str) or not _STEP.fullmatch(step) or int(step) >= version + self.ahead:
-                raise ConadvError(f"{_WHAT} are for step {shown(step)}, not one up to {version + self.ahead - 1}")
+            if (
+                not isinstance(step, str)
+                or not _STEP.fullmatch(step)
+                or int(step) >= version + self.ahead
+            ):
+                raise ConadvError(
+                    f"{_WHAT} are for step {shown(step)}, not one up to {version + self.ahead - 1}"
+                )
             self._check_entry(check_keys(entry, _KEYS, _WHAT), version, dtype)
 
     def _check_entry(self, entry: dict[str, Any], version: int, dtype: torch.dtype | None) -> None:
@@ -58,7 +64,9 @@ class Expected:
 
     def _check_labels(self, label: object) -> None:
         what, count = f"the labels of {_WHAT}", self.images[0]
-        if isinstance(label, Tensor) and label.is_floating_point():  # probabilities, of mixed images
+        if (
+            isinstance(label, Tensor) and label.is_floating_point()
+        ):  # probabilities, of mixed images
             check_tensor(label, torch.Size((count, self.classes)), label.dtype, what)
             return
         found = check_tensor(label, torch.Size((count,)), torch.int64, what)
@@ -85,7 +93,10 @@ class Pending:
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
         """Store the extra batch of ``step``. ``dtype``: what its images were before somebody else encoded them."""
         images = tuple(map(self.encode, extra.images))
-        self._waiting[step] = (ExtraBatch(images, extra.labels, extra.weight_version), dtype or extra.images[0].dtype)
+        self._waiting[step] = (
+            ExtraBatch(images, extra.labels, extra.weight_version),
+            dtype or extra.images[0].dtype,
+        )
 
     def skip(self, step: int) -> None:
         """Say that ``step`` has to go without its extra batch."""
@@ -185,7 +196,10 @@ def shard(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
 
     def mine(tensors: list[Tensor]) -> list[Tensor]:
         count, rest = divmod(len(tensors), ranks)
-        assert not rest, (len(tensors), ranks)  # the config, which a resumed run may not change, has fixed both
+        assert not rest, (
+            len(tensors),
+            ranks,
+        )  # the config, which a resumed run may not change, has fixed both
         return tensors[rank * count : (rank + 1) * count]
 
     return {

@@ -12,22 +12,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import norm, rng
-from ..attacks import PixelSpace
-from ..errors import ConadvError, unknown
-from ..fits import check_count, check_keys
-from ..methods.base import Method
-from ..methods.vanilla import Vanilla
-from ..precision import LossScale, amplify, autocast, low_type
-from ..signals import TERMINATE
-from ..types import Attack, Batch, ExtraBatch, Forward, MicroBatch, Schedule, StepRecord
-from .clock import PhaseClock, covered
-from .comm import Comm, Handle
-from .executor import Executor, Inline, Served
-from .guard import Guard, NonFiniteError
-from .lookahead import LookAhead
-from .pending import Expected, Pending
-from .reducer import GradientReducer
+from conadv import rng
+from conadv.attacks import PixelSpace
+from conadv.distributed.clock import PhaseClock, covered
+from conadv.distributed.comm import Comm, Handle
+from conadv.distributed.reducer import GradientReducer
+from conadv.engine.executors import Executor, Inline, Served
+from conadv.engine.guard import Guard, NonFiniteError
+from conadv.engine.lookahead import LookAhead
+from conadv.engine.pending import Expected, Pending
+from conadv.engine.precision import LossScale, amplify, autocast, low_type
+from conadv.engine.validate import check_count, check_keys
+from conadv.errors import ConadvError, unknown
+from conadv.methods.base import Method
+from conadv.methods.vanilla import Vanilla
+from conadv.nn import split_batchnorm as norm
+from conadv.training.signals import TERMINATE
+from conadv.types import Attack, Batch, ExtraBatch, Forward, MicroBatch, Schedule, StepRecord
 
 RawBatch = Batch | Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -55,7 +56,7 @@ class TrainStep:
             share a route go one pass each, so that each is normalised by its own batch.
         view_weights: weight of each view's loss, default 1.
         space: the model's normalisation, for uint8 images and uint8 pending; default: the method's.
-        precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a loss scale (:class:`conadv.precision.LossScale`).
+        precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a loss scale (:class:`conadv.engine.precision.LossScale`).
         clip_norm: :meth:`update` scales the gradient, after unscaling, down to this norm; None does not.
         on_nonfinite, nonfinite_limit: what :meth:`update` does when a loss or gradient is infinite or NaN: "stop"
             raises NonFiniteError, "skip" leaves the update out, at most so many times in a row (:class:`Guard`).
@@ -106,7 +107,9 @@ class TrainStep:
     ) -> None:
         self.model = model
         self._compiled = compile
-        self._network: Any = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        self._network: Any = (
+            torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+        )
         self.optimizer = optimizer
         self.method = method or Vanilla()
         self.loss = loss
@@ -120,9 +123,11 @@ class TrainStep:
         self._seed = seed
         self._low = low_type(precision)
         self._clip_norm = clip_norm
-        self._guard = Guard(model, on_nonfinite, nonfinite_limit, LossScale() if precision == "fp16" else None)
+        self._guard = Guard(
+            model, on_nonfinite, nonfinite_limit, LossScale() if precision == "fp16" else None
+        )
         self.stop_request: Callable[[], int] | None = None
-        """Asked once per step whether this rank wants to stop (see conadv.signals); the answer is ``stop`` of all."""
+        """Asked once per step whether this rank wants to stop (see conadv.training.signals); the answer is ``stop`` of all."""
         self.stop = 0
         self._heard = 0
         self._requests: Tensor | None = None
@@ -132,7 +137,9 @@ class TrainStep:
         self.executor = executor or Inline()
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False) and not self.executor.attack_only:
-            self._lookahead = LookAhead(model, optimizer, lr_at, getattr(self.method, "predictor", "momentum"))
+            self._lookahead = LookAhead(
+                model, optimizer, lr_at, getattr(self.method, "predictor", "momentum")
+            )
         self.comm = comm or _alone(self.device)
         self._reducer: GradientReducer | None = None
         self._loss_sum: Handle | None = None
@@ -191,7 +198,9 @@ class TrainStep:
             self._gradient_uphill(batch, extra, radius)
         if self.method.needs_input_gradient:
             with self.clock.phase("attack"):
-                self.method.absorb(self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs])
+                self.method.absorb(
+                    self, batch, [x.detach() for x in inputs], [_gradient_of(x) for x in inputs]
+                )
         return self._losses
 
     def prepare(self, future: RawBatch | None, *, early: bool = False) -> None:
@@ -201,14 +210,18 @@ class TrainStep:
         Raises ConadvError after the update: the images would be attacked at other weights and for another step.
         """
         if future is not None and self._gradient_version != self.version and not early:
-            raise ConadvError("prepare(future) belongs between gradient(batch) and the update of the same step.")
+            raise ConadvError(
+                "prepare(future) belongs between gradient(batch) and the update of the same step."
+            )
         self.comm.at("attack", self.version)
         with self.clock.phase("attack"):
-            self.method.prepare(self, None if future is None else self._as_batch(future, self.version + self.ahead))
+            self.method.prepare(
+                self, None if future is None else self._as_batch(future, self.version + self.ahead)
+            )
             self.remember()
 
     def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
-        """On an attack rank: attack ``batches`` for the learners until either ends, see conadv.engine.ranks.
+        """On an attack rank: attack ``batches`` for the learners until either ends, see conadv.engine.attack_ranks.executor.
 
         ``batches``: this rank's micro-batches of step ``ahead`` after the learners' first, and of those that follow.
         ``served`` hears of each batch: its step and spans.
@@ -229,7 +242,9 @@ class TrainStep:
             self._reducer.wait(self.clock)
             if self._loss_sum is not None:
                 sums = self._loss_sum.wait()
-                self._losses = dict(zip(self._losses, (sums[:-1] / self.comm.ranks).unbind(), strict=True))
+                self._losses = dict(
+                    zip(self._losses, (sums[:-1] / self.comm.ranks).unbind(), strict=True)
+                )
                 self._requests = sums[-1]
         self._loss_sum = None
 
@@ -254,16 +269,22 @@ class TrainStep:
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
         phases, spans = self.clock.collect()
-        record = StepRecord(step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans)
+        record = StepRecord(
+            step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans
+        )
         record.skipped = skipped
         return record
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
         if self._reducer is not None and self._reducer.busy:
-            raise ConadvError("Call wait() before optimizer.step(): gradients were still being summed over the ranks.")
+            raise ConadvError(
+                "Call wait() before optimizer.step(): gradients were still being summed over the ranks."
+            )
         if self._guard.scale is not None:
-            raise ConadvError("In fp16 gradients carry the loss scale: call update(), not optimizer.step().")
+            raise ConadvError(
+                "In fp16 gradients carry the loss scale: call update(), not optimizer.step()."
+            )
         self._count_update()
         self.clock.discard()  # there is no record to put the phases in, and CUDA events would pile up
 
@@ -276,7 +297,9 @@ class TrainStep:
     def images(self, micro: MicroBatch, view: str) -> Tensor:
         """A view's images in model space on the model's device, (N, C, H, W)."""
         if view not in micro.views:
-            raise ConadvError(f"The method {type(self.method).__name__} needs a view {view!r} in every batch.")
+            raise ConadvError(
+                f"The method {type(self.method).__name__} needs a view {view!r} in every batch."
+            )
         x = micro.views[view].to(self.device, non_blocking=True)
         if x.dtype == torch.uint8:
             x = self.space.normalize(x)
@@ -295,7 +318,9 @@ class TrainStep:
     def labels(self, micro: MicroBatch) -> Tensor:
         return micro.y_N.to(self.device, non_blocking=True)
 
-    def craft(self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> ExtraBatch:
+    def craft(
+        self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
+    ) -> ExtraBatch:
         """Run ``attack`` on the clean view of every micro-batch at the present or given weights, by the method's plan.
 
         Running statistics are left alone; modes, ``requires_grad`` and ``.grad`` of the model are untouched, and so
@@ -335,7 +360,11 @@ class TrainStep:
         """
         draws = rng.generator(self.device, self._seed, *path)
         statistics = norm.running_stats if running else norm.frozen_stats
-        with rng.scope(self.device, self._seed, *path), self._route(self._route_of(route)), statistics(self.model):
+        with (
+            rng.scope(self.device, self._seed, *path),
+            self._route(self._route_of(route)),
+            statistics(self.model),
+        ):
             yield self._forward(weights), draws
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
@@ -384,7 +413,8 @@ class TrainStep:
         """All passes of a step; returns each micro-batch's clean images, and the losses on this rank."""
         totals: dict[str, Tensor] = {}
         inputs = [
-            self._micro_gradient(batch, m, micro, extra, totals, sum_losses) for m, micro in enumerate(batch.micro)
+            self._micro_gradient(batch, m, micro, extra, totals, sum_losses)
+            for m, micro in enumerate(batch.micro)
         ]
         if self._reducer is not None:
             self._reducer.launch()
@@ -409,7 +439,11 @@ class TrainStep:
                 torch._foreach_copy_(params, kept)
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        total: Tensor = self._reducer.norm(gradients) if self._reducer else torch.nn.utils.get_total_norm(gradients)
+        total: Tensor = (
+            self._reducer.norm(gradients)
+            if self._reducer
+            else torch.nn.utils.get_total_norm(gradients)
+        )
         return total
 
     def _micro_gradient(
@@ -425,7 +459,9 @@ class TrainStep:
         clean, views = self._views(m, micro, extra)
         path = ("gradient", batch.step, micro.index)
         # per image: a view of fewer images, such as a share that is attacked, weighs less
-        self._weights = {name: self._weight(name) * (len(y) / len(micro.y_N)) for name, (_, y) in views.items()}
+        self._weights = {
+            name: self._weight(name) * (len(y) / len(micro.y_N)) for name, (_, y) in views.items()
+        }
         share = self._scale / (len(batch.micro) * self.comm.ranks * sum(self._weights.values()))
         passes = [views] if self._fuse_views else [{name: view} for name, view in views.items()]
         for together in passes:
@@ -433,16 +469,24 @@ class TrainStep:
             if self._reducer is not None and last:
                 self._reducer.last_pass(tuple(views))
             # route and randomness also cover backward: activation checkpointing runs forward again there
-            with rng.scope(self.device, self._seed, *path, *together), self._route(self._route_spec(together)):
+            with (
+                rng.scope(self.device, self._seed, *path, *together),
+                self._route(self._route_spec(together)),
+            ):
                 losses = self._forward_views(together)
                 for name, loss in losses.items():
                     totals[name] = totals.get(name, 0.0) + loss.detach()
-                if self._reducer is not None and last and sum_losses:  # before the large messages, not behind them
+                if (
+                    self._reducer is not None and last and sum_losses
+                ):  # before the large messages, not behind them
                     means = torch.stack(list(totals.values())) / len(batch.micro)
                     request = means.new_full((1,), self._encoded_request())
                     self._loss_sum = self.comm.sum_async(torch.cat([means, request]))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
-                factors = [torch.full_like(loss, share * self._weights[name]) for name, loss in losses.items()]
+                factors = [
+                    torch.full_like(loss, share * self._weights[name])
+                    for name, loss in losses.items()
+                ]
                 torch.autograd.backward(list(losses.values()), factors)
         return clean
 
@@ -463,7 +507,10 @@ class TrainStep:
         if self._low is not None:
             logits = logits.float()
         parts = logits.split([len(y) for _, y in views.values()]) if len(views) > 1 else [logits]
-        return {name: self.loss(part, y) for part, (name, (_, y)) in zip(parts, views.items(), strict=True)}
+        return {
+            name: self.loss(part, y)
+            for part, (name, (_, y)) in zip(parts, views.items(), strict=True)
+        }
 
     def _call(self, x_NCHW: Tensor) -> Tensor:
         try:
@@ -529,15 +576,25 @@ class TrainStep:
         if not self._losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
         requests = [] if self._requests is None else [self._requests]
-        read = torch.stack([*self._losses.values(), self._norm(gradients), *requests]).tolist()  # sync point
-        losses, grad_norm = dict(zip(self._losses, read, strict=False)), read[len(self._losses)] / self._scale
+        read = torch.stack(
+            [*self._losses.values(), self._norm(gradients), *requests]
+        ).tolist()  # sync point
+        losses, grad_norm = (
+            dict(zip(self._losses, read, strict=False)),
+            read[len(self._losses)] / self._scale,
+        )
         self.stop = self._decoded_request(read[-1]) if requests else self._request()
         weights = self._weights
         loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
         return loss, losses, grad_norm
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return [
+            p.grad
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
 
     # ---- numbers that are not finite, scaling and clipping
 
@@ -571,8 +628,15 @@ class TrainStep:
         """What to do about a number that is not finite. Ranks: collective; all of them are here."""
         assert self._batch is not None
         views = sorted(self._batch.micro[0].views)
-        bad = [any(not bool(self.images(m, v).isfinite().all()) for m in self._batch.micro) for v in views]
-        found = [view for view, flag in zip(views, self.comm.any(torch.tensor(bad)).tolist(), strict=True) if flag]
+        bad = [
+            any(not bool(self.images(m, v).isfinite().all()) for m in self._batch.micro)
+            for v in views
+        ]
+        found = [
+            view
+            for view, flag in zip(views, self.comm.any(torch.tensor(bad)).tolist(), strict=True)
+            if flag
+        ]
         if found:
             return f"The images of the {found[0]} view hold infinite or NaN values: check the data."
         return "The images are finite: lower the learning rate, lengthen the warm-up, or clip (optim.clip_norm)."
@@ -597,16 +661,26 @@ class TrainStep:
     def _as_batch(self, raw: RawBatch, step: int) -> Batch:
         if isinstance(raw, Batch):
             if len({len(micro.y_N) for micro in raw.micro}) != 1:
-                raise ConadvError("A batch needs micro-batches of one size: a step takes the mean of their means.")
+                raise ConadvError(
+                    "A batch needs micro-batches of one size: a step takes the mean of their means."
+                )
             return raw
-        if not (isinstance(raw, (tuple, list)) and len(raw) == 2 and all(isinstance(part, Tensor) for part in raw)):
-            raise ConadvError(f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}.")
+        if not (
+            isinstance(raw, (tuple, list))
+            and len(raw) == 2
+            and all(isinstance(part, Tensor) for part in raw)
+        ):
+            raise ConadvError(
+                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}."
+            )
         x_NCHW, y_N = raw
         return Batch(step, (MicroBatch(self.comm.rank, y_N, {"clean": x_NCHW}),))
 
     def _check_model(self) -> None:
         if isinstance(self.model, nn.DataParallel):
-            raise ConadvError("nn.DataParallel copies the model in every pass, which breaks routes. Use one process.")
+            raise ConadvError(
+                "nn.DataParallel copies the model in every pass, which breaks routes. Use one process."
+            )
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             raise ConadvError(
                 "The model is wrapped in DistributedDataParallel. TrainStep sums gradients over ranks itself: pass the "
@@ -619,9 +693,15 @@ class TrainStep:
         norm.check_routes(self.model, [own] if own else [])
         rates = {float(group["lr"]) for group in self.optimizer.param_groups}
         if self._lr_at is not None and len(rates) > 1:
-            raise ConadvError(f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}.")
+            raise ConadvError(
+                f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}."
+            )
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        orphans = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in known]
+        orphans = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and id(p) not in known
+        ]
         if orphans:
             raise ConadvError(
                 f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
@@ -667,5 +747,7 @@ def _not_compiled(error: Exception) -> ConadvError:
 
 def _one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSpace:
     if given and of_method and given != of_method:
-        raise ConadvError(f"The attack has {of_method}, the step {given}. Give the normalisation once.")
+        raise ConadvError(
+            f"The attack has {of_method}, the step {given}. Give the normalisation once."
+        )
     return given or of_method or PixelSpace()

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from .base import Method
+    from conadv.config.schema import Config
+    from conadv.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,23 @@ def _row(target: str, summary: str, *settings: str) -> Row:
 
 METHODS: dict[str, Row] = {
     "vanilla": _row("vanilla:Vanilla", "clean images only"),
-    "sam": _row("sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho", "sam_every"),
-    "multiview": _row("controls:MultiView", "control: a second draw of the clean view", "adv_weight", "adv_route"),
+    "sam": _row(
+        "sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho", "sam_every"
+    ),
+    "multiview": _row(
+        "controls:MultiView", "control: a second draw of the clean view", "adv_weight", "adv_route"
+    ),
     "noise": _row(
         "controls:Noise",
         "control: random signs of size eps",
-        *("adv_weight", "adv_route", "attack.eps", "attack.share", "attack.every", "attack.resolution"),
+        *(
+            "adv_weight",
+            "adv_route",
+            "attack.eps",
+            "attack.share",
+            "attack.every",
+            "attack.resolution",
+        ),
         *("attack.eps_schedule", "attack.until"),
     ),
     "disadv": _row(
@@ -46,7 +57,15 @@ METHODS: dict[str, Row] = {
     "conadv": _row(
         "concurrent:Concurrent",
         "attack on a future batch at stale (or predicted) weights, beside the step",
-        *("adv_weight", "adv_route", "attack", "staleness", "lookahead", "predictor", "pending_dtype"),
+        *(
+            "adv_weight",
+            "adv_route",
+            "attack",
+            "staleness",
+            "lookahead",
+            "predictor",
+            "pending_dtype",
+        ),
     ),
     "recycle": _row(
         "recycle:Recycle",

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ..attacks import FGSM, PGD, AttackPlan, PixelSpace
-from ..attacks.plan import EVERYTHING
-from ..types import Attack, Batch, ExtraBatch
+from conadv.attacks import FGSM, PGD, AttackPlan, PixelSpace
+from conadv.attacks.plan import EVERYTHING
+from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..engine.step import TrainStep
+    from conadv.config.schema import Config
+    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ class Method:
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         return None
 
-    def absorb(self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def absorb(
+        self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
         return
 
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
@@ -124,7 +126,9 @@ def attack_from_config(config: Config) -> Attack:
     step_size = a.eps if a.step_size is None else a.step_size
     if a.num_steps == 1 and not a.random_start and step_size == a.eps:
         return FGSM(a.eps, a.norm, a.targeted, space, a.resolution)
-    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space, a.resolution)
+    return PGD(
+        a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space, a.resolution
+    )
 
 
 def gradients_of(attack: Attack) -> float:

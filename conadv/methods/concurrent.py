@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attacks import PixelSpace
-from ..errors import ConadvError
-from ..types import Attack, Batch, ExtraBatch
-from .base import Planned, attack_from_config, gradients_of, space_of
+from conadv.attacks import PixelSpace
+from conadv.errors import ConadvError
+from conadv.methods.base import Planned, attack_from_config, gradients_of, space_of
+from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..engine.step import TrainStep
+    from conadv.config.schema import Config
+    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,23 @@ class Concurrent(Planned):
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
         if future is None or not self.staleness or not self.plan.active(future.step):
             return
-        engine.pending.put(future.step, engine.craft(self.attack, future, self.attack_weights(engine)))
+        engine.pending.put(
+            future.step, engine.craft(self.attack, future, self.attack_weights(engine))
+        )
 
     @classmethod
     def from_config(cls, config: Config) -> Concurrent:
         assert config.staleness is not None
-        return cls(attack_from_config(config), config.staleness, bool(config.lookahead), config.predictor)
+        return cls(
+            attack_from_config(config), config.staleness, bool(config.lookahead), config.predictor
+        )
 
 
 def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:
     """The images that wait must be those of the batch: a loop that changed its data in between is told."""
-    labels = [engine.labels(micro)[: engine.method.plan.count(len(micro.y_N))] for micro in batch.micro]
+    labels = [
+        engine.labels(micro)[: engine.method.plan.count(len(micro.y_N))] for micro in batch.micro
+    ]
     same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
     if not same:
         raise ConadvError(

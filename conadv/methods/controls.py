@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..attacks import PixelSpace, RandomSigns
-from ..types import Batch, ExtraBatch
-from .base import Method, Planned, space_from_config
+from conadv.attacks import PixelSpace, RandomSigns
+from conadv.methods.base import Method, Planned, space_from_config
+from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..engine.step import TrainStep
+    from conadv.config.schema import Config
+    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,6 @@ class Noise(Planned):
 
     @classmethod
     def from_config(cls, config: Config) -> Noise:
-        return cls(RandomSigns(config.attack.eps, space_from_config(config), config.attack.resolution))
+        return cls(
+            RandomSigns(config.attack.eps, space_from_config(config), config.attack.resolution)
+        )

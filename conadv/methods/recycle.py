@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ..attacks import FGSM, PixelSpace
-from ..errors import ConadvError
-from ..types import Batch, ExtraBatch
-from .base import Method, attack_from_config
+from conadv.attacks import FGSM, PixelSpace
+from conadv.errors import ConadvError
+from conadv.methods.base import Method, attack_from_config
+from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..engine.step import TrainStep
+    from conadv.config.schema import Config
+    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Recycle(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, FGSM) or self.attack.targeted:
-            raise ConadvError("recycle needs an untargeted FGSM: it reuses one gradient of the true labels' loss.")
+            raise ConadvError(
+                "recycle needs an untargeted FGSM: it reuses one gradient of the true labels' loss."
+            )
 
     @property
     def space(self) -> PixelSpace:
@@ -45,7 +47,9 @@ class Recycle(Method):
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         return engine.pending.pop(batch.step)
 
-    def absorb(self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def absorb(
+        self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
         images = tuple(map(self.attack.from_gradient, clean, gradients))
         labels = tuple(engine.labels(micro) for micro in batch.micro)
         engine.pending.put(batch.step + 1, ExtraBatch(images, labels, batch.step))

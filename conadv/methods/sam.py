@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ..errors import ConadvError
-from .base import Method
+from conadv.errors import ConadvError
+from conadv.methods.base import Method
 
 if TYPE_CHECKING:
-    from ..config import Config
+    from conadv.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class SAM(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.rho < float("inf"):
-            raise ConadvError(f"sam_rho = {self.rho} must be above 0. Use the method vanilla for plain gradients.")
+            raise ConadvError(
+                f"sam_rho = {self.rho} must be above 0. Use the method vanilla for plain gradients."
+            )
         if self.every < 1:
             raise ConadvError(f"sam_every = {self.every} must be 1 or more.")
 

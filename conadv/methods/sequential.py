@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..attacks import PixelSpace
-from ..types import Attack, Batch, ExtraBatch
-from .base import Planned, attack_from_config, gradients_of, space_of
+from conadv.attacks import PixelSpace
+from conadv.methods.base import Planned, attack_from_config, gradients_of, space_of
+from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from ..config import Config
-    from ..engine.step import TrainStep
+    from conadv.config.schema import Config
+    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)

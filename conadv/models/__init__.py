@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import ModelConfig
-from ..errors import ConadvError
-from .own import build_own, is_own, trust
-from .small import SMALL, BasicBlock, SmallResNet, build_small
-from .trial import check_model
-from .zoo import TIMM, TORCHVISION, arguments, build_timm, build_torchvision
+from conadv.config.schema import ModelConfig
+from conadv.errors import ConadvError
+from conadv.models.own import build_own, is_own, trust
+from conadv.models.small import SMALL, BasicBlock, SmallResNet, build_small
+from conadv.models.trial import check_model
+from conadv.models.zoo import TIMM, TORCHVISION, arguments, build_timm, build_torchvision
 
 __all__ = ["SMALL", "BasicBlock", "SmallResNet", "build_model", "check_model", "trust"]
 
@@ -31,7 +31,9 @@ def build_model(config: ModelConfig, in_channels: int, num_classes: int) -> nn.M
     """
     name, options = config.name, arguments(config.args)
     if config.width is not None and name not in SMALL:
-        raise ConadvError(f"model.width has no effect on {name!r}; it belongs to {', '.join(SMALL)}.")
+        raise ConadvError(
+            f"model.width has no effect on {name!r}; it belongs to {', '.join(SMALL)}."
+        )
     if name in SMALL:
         if options:
             raise ConadvError(f"model.args has no effect on {name!r}, which has only model.width.")

@@ -18,8 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConadvError, printable
-from .zoo import TIMM, TORCHVISION, Options
+from conadv.errors import ConadvError, printable
+from conadv.models.zoo import TIMM, TORCHVISION, Options
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _trusted: dict[str, Callable[..., Any]] = {}
@@ -39,15 +39,21 @@ def trust(name: str) -> None:
     if not is_own(name):
         return
     if not _NAME.fullmatch(name):
-        raise ConadvError(f"The model {name!r} is neither timm:NAME, torchvision:NAME nor module:function.")
+        raise ConadvError(
+            f"The model {name!r} is neither timm:NAME, torchvision:NAME nor module:function."
+        )
     module_name, _, function = name.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last: a file here must not take the place of an installed module
+        sys.path.append(
+            str(Path.cwd())
+        )  # last: a file here must not take the place of an installed module
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise ConadvError(f"The model {name!r}: there is no module {error.name!r} here or installed.") from error
+            raise ConadvError(
+                f"The model {name!r}: there is no module {error.name!r} here or installed."
+            ) from error
         raise _failed(f"The module of the model {name!r} cannot be imported", error) from error
     except Exception as error:  # somebody's code, which raises anything
         raise _failed(f"The module of the model {name!r} cannot be imported", error) from error
@@ -91,7 +97,9 @@ def _failed(what: str, error: Exception) -> ConadvError:
 
 def _check_signature(name: str, factory: Callable[..., Any]) -> None:
     if "num_classes" not in _parameters(factory) and not _takes_any(factory):
-        raise ConadvError(f"{name} must take num_classes: def {name.partition(':')[2]}(num_classes, ...) -> nn.Module.")
+        raise ConadvError(
+            f"{name} must take num_classes: def {name.partition(':')[2]}(num_classes, ...) -> nn.Module."
+        )
 
 
 def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -101,11 +109,15 @@ def _parameters(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _takes_any(factory: Callable[..., Any]) -> bool:
-    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in _signature(factory).parameters.values())
+    return any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in _signature(factory).parameters.values()
+    )
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(factory)
     except ValueError as error:  # of some functions in C
-        raise ConadvError(f"What {factory!r} takes cannot be told: wrap it in a function of your own.") from error
+        raise ConadvError(
+            f"What {factory!r} takes cannot be told: wrap it in a function of your own."
+        ) from error

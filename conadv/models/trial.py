@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config, micro_batch
-from ..errors import ConadvError, printable
-from ..methods import METHODS
-from ..norm import frozen_stats
+from conadv.config.schema import Config, micro_batch
+from conadv.errors import ConadvError, printable
+from conadv.methods import METHODS
+from conadv.nn.split_batchnorm import frozen_stats
 
 NO_BATCH_NORM = (
     "no batch norm in this model: the routes share its normalisation and every weight, so that clean and extra images "
@@ -31,7 +31,9 @@ def looks(config: Config, image_size: int) -> Iterator[tuple[int, int]]:
         yield min(2, attacked), max(1, round(image_size * config.attack.resolution))
 
 
-def check_model(model: nn.Module, channels: int, image_size: int, num_classes: int, images: int = 2) -> None:
+def check_model(
+    model: nn.Module, channels: int, image_size: int, num_classes: int, images: int = 2
+) -> None:
     """ConadvError unless the model turns images N,C,H,W into logits N,K, in train and in eval mode.
 
     Costs two forward passes of ``images`` black images. Statistics and modes stay as they are. Draws of dropout come
@@ -41,7 +43,9 @@ def check_model(model: nn.Module, channels: int, image_size: int, num_classes: i
     was_training = [(module, module.training) for module in model.modules()]
     try:
         for mode in ("train", "eval"):
-            model.train(mode == "train")  # before frozen_stats, which freezes what is in train mode when it begins
+            model.train(
+                mode == "train"
+            )  # before frozen_stats, which freezes what is in train mode when it begins
             with torch.no_grad(), frozen_stats(model):
                 _check_output(_forward(model, x_NCHW), mode, (images, num_classes))
     finally:

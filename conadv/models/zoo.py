@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from ..errors import ConadvError, install, printable, unknown
-from ..untrusted import parse_yaml
-from .small import SMALL
+from conadv.errors import ConadvError, install, printable, unknown
+from conadv.models.small import SMALL
+from conadv.safe_io import parse_yaml
 
 TORCHVISION, TIMM = "torchvision:", "timm:"
 
@@ -41,9 +41,13 @@ def arguments(args: Sequence[str]) -> Options:
     for arg in args:
         name, sign, text = arg.partition("=")
         if not sign or not name.isidentifier() or keyword.iskeyword(name):
-            raise ConadvError(f"model.args {_shown(arg)!r} is not NAME=VALUE, such as drop_rate=0.1.")
+            raise ConadvError(
+                f"model.args {_shown(arg)!r} is not NAME=VALUE, such as drop_rate=0.1."
+            )
         if name in _TAKEN or name in options:
-            why = "is given twice" if name in options else "is set by conadv, which loads no weights"
+            why = (
+                "is given twice" if name in options else "is set by conadv, which loads no weights"
+            )
             raise ConadvError(f"model.args: {_shown(name)} {why}. Leave it out.")
         options[name] = _value(name, text)
     return options
@@ -82,7 +86,9 @@ def build_torchvision(name: str, in_channels: int, num_classes: int, options: Op
     if name in ("inception_v3", "googlenet"):
         # auxiliary logits in train mode have no place in a view's loss
         options = {"init_weights": True, **options, "aux_logits": False}
-    return _make(f"torchvision:{name}", zoo.get_model, name, weights=None, num_classes=num_classes, **options)
+    return _make(
+        f"torchvision:{name}", zoo.get_model, name, weights=None, num_classes=num_classes, **options
+    )
 
 
 def build_timm(name: str, in_channels: int, num_classes: int, options: Options) -> nn.Module:
@@ -90,7 +96,9 @@ def build_timm(name: str, in_channels: int, num_classes: int, options: Options) 
     try:
         import timm as zoo
     except ImportError as error:
-        raise ConadvError(f"The model timm:{name} needs timm, which is missing: {install('timm')}") from error
+        raise ConadvError(
+            f"The model timm:{name} needs timm, which is missing: {install('timm')}"
+        ) from error
     if name not in (names := zoo.list_models()):
         raise unknown("timm model", name, _near(name.partition(".")[0], names))
     return _make(

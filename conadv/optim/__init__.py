@@ -9,14 +9,23 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from ..config import OptimConfig
-from ..errors import ConadvError
-from .groups import DEFAULT_RULES, MODEL_RULES, Rule, describe, parameter_groups
-from .lamb import LAMB
-from .lars import LARS
-from .trust_ratio import flat_alike
+from conadv.config.schema import OptimConfig
+from conadv.errors import ConadvError
+from conadv.optim.groups import DEFAULT_RULES, MODEL_RULES, Rule, describe, parameter_groups
+from conadv.optim.lamb import LAMB
+from conadv.optim.lars import LARS
+from conadv.optim.trust_ratio import flat_alike
 
-__all__ = ["DEFAULT_RULES", "LAMB", "LARS", "MODEL_RULES", "Rule", "build_optimizer", "describe", "parameter_groups"]
+__all__ = [
+    "DEFAULT_RULES",
+    "LAMB",
+    "LARS",
+    "MODEL_RULES",
+    "Rule",
+    "build_optimizer",
+    "describe",
+    "parameter_groups",
+]
 
 
 def build_optimizer(optim: OptimConfig, groups: Sequence[dict[str, Any]], lr: float) -> Optimizer:
@@ -42,7 +51,11 @@ def build_optimizer(optim: OptimConfig, groups: Sequence[dict[str, Any]], lr: fl
 def _fused_on_cpu(groups: Sequence[dict[str, Any]]) -> bool | None:
     """True where torch's fused CPU kernels are safe (1.5 to 6 times as fast), None for torch's own choice."""
     params = [p for group in groups for p in group["params"]]
-    return True if all(p.device.type == "cpu" and p.is_floating_point() and flat_alike(p) for p in params) else None
+    return (
+        True
+        if all(p.device.type == "cpu" and p.is_floating_point() and flat_alike(p) for p in params)
+        else None
+    )
 
 
 def _prepare_fused(optimizer: Optimizer, *_: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 NORM_LAYERS = (
     nn.BatchNorm1d,
@@ -43,7 +43,12 @@ class Rule:
 
 DEFAULT_RULES = (
     Rule("norm", lambda module, name, p: isinstance(module, NORM_LAYERS), decay=False, adapt=False),
-    Rule("bias", lambda module, name, p: name == "bias" or name.endswith("_bias"), decay=False, adapt=False),
+    Rule(
+        "bias",
+        lambda module, name, p: name == "bias" or name.endswith("_bias"),
+        decay=False,
+        adapt=False,
+    ),
     Rule("weights", lambda module, name, p: p.dim() >= 2, decay=True, adapt=True),
 )
 """The first rule that matches decides."""
@@ -53,7 +58,11 @@ def _is_vector(module: nn.Module, name: str, p: Tensor) -> bool:
     return p.dim() < 2 or (name != "weight" and p.numel() == max(p.shape))
 
 
-MODEL_RULES = (*DEFAULT_RULES[:2], Rule("scale", _is_vector, decay=False, adapt=False), DEFAULT_RULES[2])
+MODEL_RULES = (
+    *DEFAULT_RULES[:2],
+    Rule("scale", _is_vector, decay=False, adapt=False),
+    DEFAULT_RULES[2],
+)
 """What networks by name train with: vectors and scalars of any kind (LayerScale gammas, PReLU slopes, class tokens)
 get neither decay nor trust ratio, as in timm and in the large-batch literature for norm and bias."""
 
@@ -69,7 +78,12 @@ def parameter_groups(
     Raises: ConadvError if a parameter matches no rule, if two rules of one name differ, or if nothing is trainable.
     """
     groups: dict[str, dict[str, Any]] = {
-        name: {"name": name, "params": [], "weight_decay": weight_decay if decay else 0.0, "adapt": adapt}
+        name: {
+            "name": name,
+            "params": [],
+            "weight_decay": weight_decay if decay else 0.0,
+            "adapt": adapt,
+        }
         for name, (decay, adapt) in _settings(rules).items()
     }
     for module, path, name, parameter in _trainable(model):
@@ -79,7 +93,9 @@ def parameter_groups(
         groups[rule.name]["params"].append(parameter)
     filled = [group for group in groups.values() if group["params"]]
     if not filled:
-        raise ConadvError("The model has no trainable parameter: every one has requires_grad=False, or there is none.")
+        raise ConadvError(
+            "The model has no trainable parameter: every one has requires_grad=False, or there is none."
+        )
     return filled
 
 
@@ -101,7 +117,9 @@ def _settings(rules: Sequence[Rule]) -> dict[str, tuple[bool, bool]]:
     settings: dict[str, tuple[bool, bool]] = {}
     for rule in rules:
         if settings.setdefault(rule.name, (rule.decay, rule.adapt)) != (rule.decay, rule.adapt):
-            raise ConadvError(f"Two rules named {rule.name!r} differ in decay or adapt. Give one of them another name.")
+            raise ConadvError(
+                f"Two rules named {rule.name!r} differ in decay or adapt. Give one of them another name."
+            )
     return settings
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from ..errors import ConadvError
-from .trust_ratio import (
+from conadv.errors import ConadvError
+from conadv.optim.trust_ratio import (
     Group,
     Rate,
     Scalar,
@@ -74,14 +74,22 @@ class LAMB(TrustRatioOptimizer):
         weight_decay: float = 0.01,
         foreach: bool | None = None,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "adapt": True,
+        }
         self._scratch = {}
         super().__init__(params, {**defaults, "foreach": foreach})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scratch = {}
-        for values in self.state.values():  # a checkpoint loaded onto a GPU would make every step wait for it
+        for values in (
+            self.state.values()
+        ):  # a checkpoint loaded onto a GPU would make every step wait for it
             values["step"] = values["step"].cpu()
 
     def _check(self, group: Group) -> None:
@@ -100,7 +108,11 @@ class LAMB(TrustRatioOptimizer):
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         states = [self.state[p] for p in params]
-        return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [s["step"] for s in states]
+        return (
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [s["step"] for s in states],
+        )
 
     def _fused(self, params: list[Tensor], group: Group) -> None:
         """Adam's kernel run on a scratch tensor that holds weight_decay * w leaves u there, in one pass."""
@@ -114,22 +126,34 @@ class LAMB(TrustRatioOptimizer):
             else:
                 fusable.append(p)
         if fusable:
-            self._adam_kernel(fusable, fusable, group, lr=group["lr"], decoupled_decay=group["weight_decay"])
+            self._adam_kernel(
+                fusable, fusable, group, lr=group["lr"], decoupled_decay=group["weight_decay"]
+            )
 
     def _fused_tensor(self, p: Tensor, group: Group) -> None:
         u = torch.mul(p, group["weight_decay"], out=self._scratch_like(p))
-        self._adam_kernel([u], [p], group, lr=-1.0, decoupled_decay=0.0)  # "subtracts" -1 times the direction
+        self._adam_kernel(
+            [u], [p], group, lr=-1.0, decoupled_decay=0.0
+        )  # "subtracts" -1 times the direction
         p.add_(u, alpha=-group["lr"] * lamb_ratio(norm(p), norm(u)))
 
     def _scratch_like(self, p: Tensor) -> Tensor:
         """Memory that all tensors share, so that it stays in cache, in the layout of p."""
         scratch = self._scratch.get(p.dtype)
         if scratch is None or scratch.numel() < p.numel():
-            scratch = self._scratch[p.dtype] = torch.empty(p.numel(), dtype=p.dtype, device=p.device)
+            scratch = self._scratch[p.dtype] = torch.empty(
+                p.numel(), dtype=p.dtype, device=p.device
+            )
         return scratch.as_strided(p.size(), p.stride())
 
     def _adam_kernel(
-        self, targets: list[Tensor], params: list[Tensor], group: Group, *, lr: float, decoupled_decay: float
+        self,
+        targets: list[Tensor],
+        params: list[Tensor],
+        group: Group,
+        *,
+        lr: float,
+        decoupled_decay: float,
     ) -> None:
         """Advance the moments of ``params`` and subtract lr times Adam's direction from ``targets``."""
         exp_avgs, exp_avg_sqs, steps = self._moments(params)
@@ -160,7 +184,9 @@ class LAMB(TrustRatioOptimizer):
         beta1, beta2 = group["betas"]
         moments = self._moments(params)
         corrections = zip(*self._corrections(moments[2], group), strict=True)
-        for p, g, m, s, (c1, c2) in zip(params, grads_of(params), *moments[:2], corrections, strict=True):
+        for p, g, m, s, (c1, c2) in zip(
+            params, grads_of(params), *moments[:2], corrections, strict=True
+        ):
             m.lerp_(g, 1 - beta1)
             s.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             u = m.div((s / c2).sqrt_().add_(group["eps"])).div_(c1)

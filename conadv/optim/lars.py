@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from ..errors import unknown
-from .trust_ratio import (
+from conadv.errors import unknown
+from conadv.optim.trust_ratio import (
     Group,
     Rate,
     Scalar,
@@ -156,21 +156,29 @@ class LARS(TrustRatioOptimizer):
         fusable, others = self._split(params, group)
         if group["adapt"]:
             for p, g, v in fusable:
-                _fused_kernel([p], [g], [v], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group)))
+                _fused_kernel(
+                    [p], [g], [v], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group))
+                )
         elif fusable:
             weights, grads, buffers = (list(part) for part in zip(*fusable, strict=True))
             _fused_kernel(weights, grads, buffers, group, *variant.rates(lr, 1.0))
         if others:
             self._loop(others, group)
 
-    def _split(self, params: list[Tensor], group: Group) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
+    def _split(
+        self, params: list[Tensor], group: Group
+    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
         """(weight, gradient, buffer) of those that torch's fused kernel updates exactly, and the other weights."""
         clamps = VARIANTS[group["variant"]].max_gradient is not None
         if group["momentum"] == 0 or clamps or params[0].dtype == torch.float64:
             return [], params
         triples = list(zip(params, grads_of(params), self._buffers(params), strict=True))
         fusable = [triple for triple in triples if flat_alike(*triple)]
-        others = [] if len(fusable) == len(triples) else [p for p, g, v in triples if not flat_alike(p, g, v)]
+        others = (
+            []
+            if len(fusable) == len(triples)
+            else [p for p, g, v in triples if not flat_alike(p, g, v)]
+        )
         return fusable, others
 
     def _loop(self, params: list[Tensor], group: Group) -> None:
@@ -198,7 +206,12 @@ class LARS(TrustRatioOptimizer):
 
 
 def _fused_kernel(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: Group, inside: float, outside: float
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: Group,
+    inside: float,
+    outside: float,
 ) -> None:
     """v <- momentum * v + inside * (g + weight_decay * w); w <- w - outside * v, in one pass over memory."""
     if inside < _SMALLEST_FUSED_RATE:
@@ -220,7 +233,12 @@ def _fused_kernel(
 
 
 def _plain(
-    params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], group: Group, inside: Rate, outside: Rate
+    params: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    group: Group,
+    inside: Rate,
+    outside: Rate,
 ) -> None:
     limit, count = VARIANTS[group["variant"]].max_gradient, len(params)
     rates = zip(spread(inside, count), spread(outside, count), strict=True)

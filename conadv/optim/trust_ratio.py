@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 Group = dict[str, Any]
 Scalar = TypeVar("Scalar", float, Tensor)
@@ -38,7 +38,9 @@ def norm_tensor(x: Tensor) -> Tensor:
     the sum over rows is off by 2e-8 and does not.
     """
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
-    rows = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype) if x.dim() > 1 else x
+    rows = (
+        torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype) if x.dim() > 1 else x
+    )
     result: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
     return result
 
@@ -56,7 +58,9 @@ def norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if half else None)).double()
 
 
-def trust_ratio(w_norm: Scalar, other_norm: Scalar, formula: Callable[[Scalar, Scalar], Scalar]) -> Scalar:
+def trust_ratio(
+    w_norm: Scalar, other_norm: Scalar, formula: Callable[[Scalar, Scalar], Scalar]
+) -> Scalar:
     """``formula(w_norm, other_norm)``, or 1 where either norm is 0: for numbers and for vectors of norms."""
     if isinstance(w_norm, Tensor):
         return torch.where((w_norm > 0) & (other_norm > 0), formula(w_norm, other_norm), 1.0)
@@ -88,7 +92,11 @@ def flat_alike(*tensors: Tensor) -> bool:
     for x in others:
         if x.dtype != first.dtype or x.shape != first.shape:
             return False
-    return any(_all_contiguous(tensors, f) for f in (torch.contiguous_format, _CHANNELS_LAST.get(first.dim())) if f)
+    return any(
+        _all_contiguous(tensors, f)
+        for f in (torch.contiguous_format, _CHANNELS_LAST.get(first.dim()))
+        if f
+    )
 
 
 def _all_contiguous(tensors: tuple[Tensor, ...], memory_format: torch.memory_format) -> bool:
@@ -123,7 +131,9 @@ class TrustRatioOptimizer(Optimizer):
         check_number("weight_decay", group["weight_decay"], 0)
         for name, allowed in (("adapt", (True, False)), ("foreach", (True, False, None))):
             if not any(group[name] is value for value in allowed):
-                raise ConadvError(f"{name} = {group[name]!r}: give one of {', '.join(map(str, allowed))}.")
+                raise ConadvError(
+                    f"{name} = {group[name]!r}: give one of {', '.join(map(str, allowed))}."
+                )
         for p in group["params"]:
             if not p.is_floating_point():
                 raise ConadvError(

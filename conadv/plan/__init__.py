@@ -4,8 +4,8 @@
 pure functions without torch; ``search`` picks executor and split; ``table`` and ``figure`` show it. docs/plan.md.
 """
 
-from .model import KINDS, Layout, Planner, Prediction
-from .profile import Profile, load, save
-from .search import Rules, best
+from conadv.plan.model import KINDS, Layout, Planner, Prediction
+from conadv.plan.profile import Profile, load, save
+from conadv.plan.search import Rules, best
 
 __all__ = ["KINDS", "Layout", "Planner", "Prediction", "Profile", "Rules", "best", "load", "save"]

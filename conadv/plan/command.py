@@ -9,12 +9,12 @@ from typing import Literal
 
 import tyro
 
-from ..errors import ConadvError
-from ..record import write_atomic
-from .model import KINDS, Planner, kind_of
-from .profile import Link, Profile, Workload, load, save
-from .rows import Plan, make_plan
-from .search import Rules
+from conadv.errors import ConadvError
+from conadv.plan.model import KINDS, Planner, kind_of
+from conadv.plan.profile import Link, Profile, Workload, load, save
+from conadv.plan.rows import Plan, make_plan
+from conadv.plan.search import Rules
+from conadv.training.record import write_atomic
 
 LARGEST = 2**22
 """Devices, and images per update: the search through the splits of more takes minutes."""
@@ -99,8 +99,8 @@ def command(args: PlanArgs) -> None:
     if args.measure != "no":
         _measure(args)
         return
-    from .figure import draw
-    from .table import show
+    from conadv.plan.figure import draw
+    from conadv.plan.table import show
 
     plan = plan_of(args)
     show(plan, args.images_per_epoch, args.price, args.steps)
@@ -114,8 +114,12 @@ def plan_of(args: PlanArgs) -> Plan:
     """Read the profile and search. Raises ConadvError for what cannot be planned."""
     profile = load(args.profile)
     if args.staleness < 1:
-        raise ConadvError(f"--staleness {args.staleness} must be 1 or more; for staleness 0 plan disadv, which it is.")
-    methods = list(KINDS) if args.method == "all" else [name.strip() for name in args.method.split(",")]
+        raise ConadvError(
+            f"--staleness {args.staleness} must be 1 or more; for staleness 0 plan disadv, which it is."
+        )
+    methods = (
+        list(KINDS) if args.method == "all" else [name.strip() for name in args.method.split(",")]
+    )
     for method in methods:
         kind_of(method)
     if args.attack_ranks is not None and args.attack_ranks < 0:
@@ -131,7 +135,10 @@ def plan_of(args: PlanArgs) -> Plan:
     rules = Rules(args.micro_batch_size, args.executor, args.attack_ranks, memory, args.objective)
     planner = Planner(profile, link_of(profile, args.link_gbit, args.latency_us), args.staleness)
     given = args.link_gbit is not None or args.latency_us is not None
-    devices, batches = _numbers("--devices", args.devices), _numbers("--global-batch-size", args.global_batch_size)
+    devices, batches = (
+        _numbers("--devices", args.devices),
+        _numbers("--global-batch-size", args.global_batch_size),
+    )
     return make_plan(planner, methods, devices, batches, rules, given)
 
 
@@ -146,9 +153,13 @@ def link_of(profile: Profile, gbit: float | None, latency_us: float | None) -> L
         return link
     for name, value in (("--link-gbit", gbit), ("--latency-us", latency_us)):
         if value is None and link is None:
-            raise ConadvError(f"The profile has no link: give {name} as well, or measure it with --measure link.")
+            raise ConadvError(
+                f"The profile has no link: give {name} as well, or measure it with --measure link."
+            )
         if value is not None and not (value > 0 if name == "--link-gbit" else value >= 0):
-            raise ConadvError(f"{name} {value} must be {'more than' if name == '--link-gbit' else 'at least'} 0.")
+            raise ConadvError(
+                f"{name} {value} must be {'more than' if name == '--link-gbit' else 'at least'} 0."
+            )
     base = link or _no_link(profile)
     changes: dict[str, float] = {}
     if gbit is not None:
@@ -176,11 +187,11 @@ def _measure(args: PlanArgs) -> None:
     """Measure what was asked for; rank 0 writes the file. Collective."""
     import torch
 
-    from ..allocator import keep_freed_memory
-    from ..engine import Comm
-    from ..models import trust
-    from .link import measure_link
-    from .measure import measure_phases
+    from conadv.distributed.comm import Comm
+    from conadv.models import trust
+    from conadv.plan.link import measure_link
+    from conadv.plan.measure import measure_phases
+    from conadv.training.allocator import keep_freed_memory
 
     trust(args.workload.model)
     if args.workload.threads is not None:
@@ -193,7 +204,11 @@ def _measure(args: PlanArgs) -> None:
         if args.measure != "link":
             batches = _numbers("--workload.batches", args.workload.batches)
             profile = measure_phases(_workload(args.workload), batches, args.workload.rounds, comm)
-        link = measure_link(comm) if args.measure == "link" or (args.measure == "all" and comm.ranks > 1) else None
+        link = (
+            measure_link(comm)
+            if args.measure == "link" or (args.measure == "all" and comm.ranks > 1)
+            else None
+        )
         if profile is not None and comm.first:
             save(profile.model_copy(update={"link": link}), args.profile)
     finally:

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ..report.figures import COLOURS, LINES, MARKERS
-from .rows import Plan, Row
-from .table import describe
+from conadv.plan.rows import Plan, Row
+from conadv.plan.table import describe
+from conadv.report.figures import COLOURS, LINES, MARKERS
 
 _RC = {
     "font.size": 9.5,
@@ -39,7 +39,12 @@ def draw(plan: Plan, path: Path) -> None:
         _throughput_axes(left, rows)
         _overhead_axes(right, rows)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        figure.suptitle(f"global batch {batch:,}; {describe(plan.planner.profile)}", fontsize=8.5, x=0.01, ha="left")
+        figure.suptitle(
+            f"global batch {batch:,}; {describe(plan.planner.profile)}",
+            fontsize=8.5,
+            x=0.01,
+            ha="left",
+        )
         figure.savefig(path, dpi=150)
 
 
@@ -55,13 +60,17 @@ def _lines(left: Axes, right: Axes, rows: list[Row], number: int) -> None:
         axes.plot(x, y, label=rows[0].method, color=colour, linestyle=line, linewidth=1.4)
         axes.plot(x, y, marker, markersize=5, color=colour, markerfacecolor="white")
         inside = [(a, b) for a, b, row in zip(x, y, rows, strict=True) if not row.extrapolated]
-        axes.plot(*(zip(*inside, strict=True) if inside else ([], [])), marker, markersize=5, color=colour)
+        axes.plot(
+            *(zip(*inside, strict=True) if inside else ([], [])), marker, markersize=5, color=colour
+        )
 
 
 def _device_axis(axes: Axes, rows: list[Row]) -> None:
     counts = sorted({row.devices for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [f"{count}" for count in counts], fontsize=9.5 if len(counts) < 9 else 7.5)
+    axes.set_xticks(
+        counts, [f"{count}" for count in counts], fontsize=9.5 if len(counts) < 9 else 7.5
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("devices")
     axes.grid(True)
@@ -72,10 +81,19 @@ def _throughput_axes(axes: Axes, rows: list[Row]) -> None:
     _device_axis(axes, rows)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    first = max((row for row in rows if row.devices == rows[0].devices), key=lambda r: r.prediction.images_per_second)
+    first = max(
+        (row for row in rows if row.devices == rows[0].devices),
+        key=lambda r: r.prediction.images_per_second,
+    )
     ends = [rows[0].devices, max(row.devices for row in rows)]
     slope = first.prediction.images_per_second / first.devices
-    axes.plot(ends, [slope * count for count in ends], color="#888888", linewidth=0.8, label="in proportion to devices")
+    axes.plot(
+        ends,
+        [slope * count for count in ends],
+        color="#888888",
+        linewidth=0.8,
+        label="in proportion to devices",
+    )
 
 
 def _overhead_axes(axes: Axes, rows: list[Row]) -> None:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import Comm
-from ..errors import ConadvError
-from .profile import Link, LinkSample
+from conadv.distributed.comm import Comm
+from conadv.errors import ConadvError
+from conadv.plan.profile import Link, LinkSample
 
 KIB, MIB = 2**10, 2**20
 SIZES = (4 * KIB, 64 * KIB, 512 * KIB, 2 * MIB, 8 * MIB)
@@ -35,12 +35,19 @@ def measure_link(comm: Comm) -> Link:
             "-m conadv plan PROFILE.json --measure link, or one torchrun per host to measure the network between them."
         )
     boxes = [torch.zeros(size // 4, device=comm.device) for size in SIZES]
-    sums = [LinkSample(bytes=box.nbytes, seconds=_median(partial(comm.sum, box), comm)) for box in boxes]
+    sums = [
+        LinkSample(bytes=box.nbytes, seconds=_median(partial(comm.sum, box), comm)) for box in boxes
+    ]
     trips = [_median(partial(_ping, comm, box), comm) for box in boxes]
-    messages = [LinkSample(bytes=box.nbytes, seconds=trip / 2) for box, trip in zip(boxes, trips, strict=True)]
+    messages = [
+        LinkSample(bytes=box.nbytes, seconds=trip / 2)
+        for box, trip in zip(boxes, trips, strict=True)
+    ]
     steps, part = 2 * (comm.ranks - 1), 2 * (comm.ranks - 1) / comm.ranks
     latency, per_byte = fit([s.bytes * part for s in sums], [s.seconds for s in sums], steps)
-    point_latency, point_per_byte = fit([s.bytes for s in messages], [s.seconds for s in messages], 1)
+    point_latency, point_per_byte = fit(
+        [s.bytes for s in messages], [s.seconds for s in messages], 1
+    )
     found = Link(
         ranks=comm.ranks,
         algorithm="ring" if comm.backend == "gloo" else "ring-or-tree",
@@ -111,13 +118,19 @@ def _busy(comm: Comm, alone: float) -> float:
         _work(comm, units)
         lost.append(time.perf_counter() - start - (middle - begin))
         handle.wait()
-    mean = comm.sum(torch.tensor([statistics.median(lost)], dtype=torch.float64, device=comm.device)) / comm.ranks
+    mean = (
+        comm.sum(torch.tensor([statistics.median(lost)], dtype=torch.float64, device=comm.device))
+        / comm.ranks
+    )
     return max(0.0, float(mean)) / BUSY_BYTES
 
 
 def _work(comm: Comm, units: int) -> None:
     """Convolutions, about a millisecond each on a CPU core."""
-    x, w = torch.ones(8, 32, 16, 16, device=comm.device), torch.ones(32, 32, 3, 3, device=comm.device)
+    x, w = (
+        torch.ones(8, 32, 16, 16, device=comm.device),
+        torch.ones(32, 32, 3, 3, device=comm.device),
+    )
     for _ in range(units):
         F.conv2d(x, w, padding=1)
     _synchronize(comm)

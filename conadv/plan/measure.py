@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import Comm, TrainStep
-from ..engine.comm import processes_here
-from ..record import git_state, machine, now, versions
-from ..types import Batch, Span, StepRecord
-from .model import MEASURED
-from .profile import Bucket, Measured, Point, Profile, Sizes, Workload
-from .workload import batches, build_step, try_out
+from conadv.distributed.comm import Comm, processes_here
+from conadv.engine import TrainStep
+from conadv.plan.model import MEASURED
+from conadv.plan.profile import Bucket, Measured, Point, Profile, Sizes, Workload
+from conadv.plan.workload import batches, build_step, try_out
+from conadv.training.record import git_state, machine, now, versions
+from conadv.types import Batch, Span, StepRecord
 
 MIB = 2**20
 WARMUP_STEPS = 2
@@ -44,7 +44,11 @@ class Times:
         self.rest.append(wall - gradient - attack)
 
     def medians(self) -> tuple[float, float, float]:
-        return statistics.median(self.gradient), statistics.median(self.attack), statistics.median(self.rest)
+        return (
+            statistics.median(self.gradient),
+            statistics.median(self.attack),
+            statistics.median(self.rest),
+        )
 
 
 def measure_phases(workload: Workload, sizes: Sequence[int], rounds: int, comm: Comm) -> Profile:
@@ -62,11 +66,17 @@ def measure_phases(workload: Workload, sizes: Sequence[int], rounds: int, comm: 
         times = _bursts(engines, workload, micro_batch, rounds, comm)
         for method, seconds in times.items():
             gradient, attack, rest = _mean(comm, seconds.medians())
-            found[method].append(Point(micro_batch=micro_batch, gradient=gradient, attack=attack, rest=max(rest, 1e-9)))
+            found[method].append(
+                Point(
+                    micro_batch=micro_batch, gradient=gradient, attack=attack, rest=max(rest, 1e-9)
+                )
+            )
     largest = max(sizes)
     methods = {
         method: Measured(
-            points=tuple(points), passes=_passes(method, alone), buckets=_buckets(engines[method], workload, largest)
+            points=tuple(points),
+            passes=_passes(method, alone),
+            buckets=_buckets(engines[method], workload, largest),
         )
         for method, points in found.items()
     }
@@ -96,26 +106,34 @@ def _bursts(
         random.Random(number).shuffle(order)
         for method in order:
             comm.sum(torch.zeros(1, device=comm.device))  # a barrier
-            steps = _burst(engines[method], workload, micro_batch, WARMUP_STEPS if number == 0 else BURST_STEPS)
+            steps = _burst(
+                engines[method], workload, micro_batch, WARMUP_STEPS if number == 0 else BURST_STEPS
+            )
             for wall, record in steps[1:] if number else ():
                 times[method].add(wall, record)
     return times
 
 
-def _burst(engine: TrainStep, workload: Workload, micro_batch: int, count: int) -> list[tuple[float, StepRecord]]:
+def _burst(
+    engine: TrainStep, workload: Workload, micro_batch: int, count: int
+) -> list[tuple[float, StepRecord]]:
     """Wall time and record of steps that follow each other. The first of a burst finds cold caches."""
     micro = next(batches(workload, range(1), micro_batch, engine.device)).micro
     steps = []
     for _ in range(count):
         step = engine.version
         begin = time.perf_counter()
-        record = engine(Batch(step, micro), Batch(step + engine.ahead, micro) if engine.ahead else None)
+        record = engine(
+            Batch(step, micro), Batch(step + engine.ahead, micro) if engine.ahead else None
+        )
         steps.append((time.perf_counter() - begin, record))
     return steps
 
 
 def _mean(comm: Comm, values: Sequence[float]) -> list[float]:
-    total: list[float] = comm.sum(torch.tensor(values, dtype=torch.float64, device=comm.device)).tolist()
+    total: list[float] = comm.sum(
+        torch.tensor(values, dtype=torch.float64, device=comm.device)
+    ).tolist()
     return [value / comm.ranks for value in total]
 
 
@@ -133,8 +151,14 @@ def _buckets(engine: TrainStep, workload: Workload, micro_batch: int) -> tuple[B
     A parameter that the last pass does not touch is ready when that pass begins.
     """
     params = [p for p in engine.model.parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(partial(_note, engine, i)) for i, p in enumerate(params)]
-    steps = [final_moments(record.spans) for _, record in _burst(engine, workload, micro_batch, HOOKED_STEPS)]
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(_note, engine, i))
+        for i, p in enumerate(params)
+    ]
+    steps = [
+        final_moments(record.spans)
+        for _, record in _burst(engine, workload, micro_batch, HOOKED_STEPS)
+    ]
     for hook in hooks:
         hook.remove()
     ready = {i: statistics.median(step[i] for step in steps) for i in steps[0]}
@@ -144,7 +168,10 @@ def _buckets(engine: TrainStep, workload: Workload, micro_batch: int) -> tuple[B
         *cut([(i, size[i]) for i in order if not ready[i]], 25 * MIB, 25 * MIB),
         *cut([(i, size[i]) for i in order if ready[i]], MIB, 25 * MIB),
     ]
-    return tuple(Bucket(bytes=sum(size[i] for i in group), ready=max(ready[i] for i in group)) for group in groups)
+    return tuple(
+        Bucket(bytes=sum(size[i] for i in group), ready=max(ready[i] for i in group))
+        for group in groups
+    )
 
 
 def _note(engine: TrainStep, number: int, _: Tensor) -> None:
@@ -166,7 +193,9 @@ def final_moments(spans: Sequence[Span]) -> dict[int, float]:
     begin, end = next((start, end) for name, start, end in spans if name == "gradient")
     passes = max(map(len, touches.values()))
     first = min(times[-1] for times in touches.values() if len(times) == passes)
-    begin = max((moment for times in touches.values() for moment in times if moment < first), default=begin)
+    begin = max(
+        (moment for times in touches.values() for moment in times if moment < first), default=begin
+    )
     return {
         number: min(1.0, (times[-1] - begin) / (end - begin)) if times[-1] >= first else 0.0
         for number, times in touches.items()
@@ -176,7 +205,7 @@ def final_moments(spans: Sequence[Span]) -> dict[int, float]:
 def cut(sizes: Sequence[tuple[int, int]], first: int, later: int) -> list[list[int]]:
     """(number, bytes) pairs as groups, in order, that are full when they reach ``first`` and then ``later`` bytes.
 
-    The rule of conadv.engine.reducer for parameters of one dtype.
+    The rule of conadv.distributed.reducer for parameters of one dtype.
     """
     groups: list[list[int]] = []
     room = 0
@@ -207,7 +236,10 @@ def _sizes(engine: TrainStep, workload: Workload, micro_batch: int) -> Sizes:
 
 def activations(engine: TrainStep, x: Tensor) -> int:
     """Bytes that autograd keeps of a forward pass of ``x``, without the parameters and buffers themselves."""
-    own = {t.untyped_storage().data_ptr() for t in (*engine.model.parameters(), *engine.model.buffers())}
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (*engine.model.parameters(), *engine.model.buffers())
+    }
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -235,7 +267,10 @@ def _copy(engine: TrainStep, comm: Comm) -> float:
     parts = [torch.ones_like(p) for p in engine.model.parameters()]
     size = sum(p.nbytes for p in parts)
     flat = torch.empty(sum(p.numel() for p in parts), device=engine.device)
-    views = [view.view(p.shape) for view, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    views = [
+        view.view(p.shape)
+        for view, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    ]
     seconds = []
     comm.sum(torch.zeros(1, device=comm.device))  # a barrier
     for _ in range(12):

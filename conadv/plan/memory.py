@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from .model import Layout, Planner, kind_of
-from .profile import Sizes
+from conadv.plan.model import Layout, Planner, kind_of
+from conadv.plan.profile import Sizes
 
 
 def step_bytes(
-    sizes: Sizes, *, copies: int, local_batch: int, held: float, micro_batch: int, views_per_pass: int
+    sizes: Sizes,
+    *,
+    copies: int,
+    local_batch: int,
+    held: float,
+    micro_batch: int,
+    views_per_pass: int,
 ) -> int:
     """Bytes that a learner's step needs at least.
 
@@ -16,7 +22,12 @@ def step_bytes(
     """
     images = int(local_batch * held * sizes.image)
     in_pass = micro_batch * views_per_pass
-    return sizes.weights * copies + sizes.optimizer_state + images + in_pass * sizes.activations_per_image
+    return (
+        sizes.weights * copies
+        + sizes.optimizer_state
+        + images
+        + in_pass * sizes.activations_per_image
+    )
 
 
 def learner_bytes(planner: Planner, method: str, layout: Layout) -> int:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..errors import ConadvError, unknown
-from .curve import Curve
-from .overlap import Ends, Message, beside
-from .profile import Bucket, Link, Measured, Profile
+from conadv.errors import ConadvError, unknown
+from conadv.plan.curve import Curve
+from conadv.plan.overlap import Ends, Message, beside
+from conadv.plan.profile import Bucket, Link, Measured, Profile
 
 LOSSES_BYTES = 16  # the last all-reduce of a step: one float per view
 
@@ -83,7 +83,9 @@ class Layout:
     @property
     def share(self) -> int:
         """Micro-batches per step of the attack rank that has most of them; 0 without attack ranks."""
-        return -(-self.learners * self.accumulation // self.attack_ranks) if self.attack_ranks else 0
+        return (
+            -(-self.learners * self.accumulation // self.attack_ranks) if self.attack_ranks else 0
+        )
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,13 @@ class Planner:
         learner = ends.both + rest
         attack = self._share_seconds(kind, layout)
         step = max(
-            learner, self._chain(kind, layout, predicted, attack), self._crowded(layout, ends.work + rest, attack)
+            learner,
+            self._chain(kind, layout, predicted, attack),
+            self._crowded(layout, ends.work + rest, attack),
         )
-        return Prediction(method, layout, step, ends.work, 0.0, ends.wait, step - learner, rest, step)
+        return Prediction(
+            method, layout, step, ends.work, 0.0, ends.wait, step - learner, rest, step
+        )
 
     def _crowded(self, layout: Layout, learner: float, attacker: float = 0.0) -> float:
         """Work of all ranks over the processors that they share."""
@@ -175,7 +181,9 @@ class Planner:
     def _share_seconds(self, kind: Kind, layout: Layout) -> float:
         """What an attack rank works per step: its attacks, out of the buffer of weights, and packing images."""
         images = layout.share * layout.micro_batch * self.profile.sizes.image
-        attack = layout.share * self._scaled(self._curve(kind.measured, "attack")(layout.micro_batch))
+        attack = layout.share * self._scaled(
+            self._curve(kind.measured, "attack")(layout.micro_batch)
+        )
         return attack + self._copy(images)
 
     def _chain(self, kind: Kind, layout: Layout, predicted: float, own: float) -> float:
@@ -210,7 +218,9 @@ class Planner:
             ready = gradient - last * (1 - bucket.ready) + copied
             messages.append(self.all_reduce(bucket, layout.learners, ready))
         work = gradient + copied
-        messages.append(self.all_reduce(Bucket(bytes=LOSSES_BYTES, ready=1.0), layout.learners, work))
+        messages.append(
+            self.all_reduce(Bucket(bytes=LOSSES_BYTES, ready=1.0), layout.learners, work)
+        )
         return beside(work + later, messages)
 
     # ---- the network
@@ -225,7 +235,10 @@ class Planner:
         steps, sent = 2 * (ranks - 1), 2 * (ranks - 1) / ranks * bucket.bytes
         seconds = steps * link.latency + sent * link.seconds_per_byte
         if link.algorithm == "ring-or-tree" and ranks > 2:
-            tree = 2 * math.ceil(math.log2(ranks)) * link.latency + 2 * bucket.bytes * link.seconds_per_byte
+            tree = (
+                2 * math.ceil(math.log2(ranks)) * link.latency
+                + 2 * bucket.bytes * link.seconds_per_byte
+            )
             seconds = min(seconds, tree)
         return Message(ready, seconds, min(seconds, sent * self._busy(link)))
 
@@ -248,7 +261,9 @@ class Planner:
     # ---- the processor
 
     def _gradient_seconds(self, kind: Kind, layout: Layout) -> float:
-        return self._scaled(layout.accumulation * self._curve(kind.measured, "gradient")(layout.micro_batch))
+        return self._scaled(
+            layout.accumulation * self._curve(kind.measured, "gradient")(layout.micro_batch)
+        )
 
     def _attack_seconds(self, kind: Kind, layout: Layout) -> float:
         attack = layout.accumulation * self._curve(kind.measured, "attack")(layout.micro_batch)
@@ -259,7 +274,9 @@ class Planner:
         if not kind.lookahead:
             return 0.0
         more = self._curve("conadv-lookahead", "attack")(layout.micro_batch)
-        return self._scaled(max(0.0, more - self._curve(kind.measured, "attack")(layout.micro_batch)))
+        return self._scaled(
+            max(0.0, more - self._curve(kind.measured, "attack")(layout.micro_batch))
+        )
 
     def _rest_seconds(self, kind: Kind, layout: Layout) -> float:
         return self._scaled(self._curve(kind.measured, "rest")(layout.micro_batch))
@@ -273,7 +290,9 @@ class Planner:
     @cached_property
     def _curves(self) -> dict[tuple[str, str], Curve]:
         return {
-            (name, phase): Curve([(point.micro_batch, getattr(point, phase)) for point in measured.points])
+            (name, phase): Curve(
+                [(point.micro_batch, getattr(point, phase)) for point in measured.points]
+            )
             for name, measured in self.profile.methods.items()
             for phase in ("gradient", "attack", "rest")
         }
@@ -321,5 +340,8 @@ class Planner:
             "link": replace(self, link=fast),
             "latency": replace(self, link=near),
         }
-        steps = {name: planner.predict(prediction.method, prediction.layout).step for name, planner in free.items()}
+        steps = {
+            name: planner.predict(prediction.method, prediction.layout).step
+            for name, planner in free.items()
+        }
         return min(steps, key=lambda name: steps[name])

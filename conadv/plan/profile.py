@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import ConadvError, printable, unknown
-from ..record import write_atomic
-from ..untrusted import JSON_BYTES, read_text
+from conadv.errors import ConadvError, printable, unknown
+from conadv.safe_io import JSON_BYTES, read_text
+from conadv.training.record import write_atomic
 
 FORMAT = 1
 Seconds = Annotated[float, Field(gt=0)]
@@ -185,4 +185,6 @@ def _explain(error: ValidationError, path: Path) -> ConadvError:
         return ConadvError(
             f"The profile {printable(path)} has format {first['input']!r}, this version reads {FORMAT}. Measure again."
         )
-    return ConadvError(f"The profile {printable(path)}: {where} = {first['input']!r:.60}: {first['msg']}.")
+    return ConadvError(
+        f"The profile {printable(path)}: {where} = {first['input']!r:.60}: {first['msg']}."
+    )

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import ConadvError
-from .model import Planner, Prediction
-from .search import Choice, Rules, best
+from conadv.errors import ConadvError
+from conadv.plan.model import Planner, Prediction
+from conadv.plan.search import Choice, Rules, best
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Row:
     def as_json(self, steps: int | None = None) -> dict[str, Any]:
         """Plain values, with the derived ones; with ``steps`` also the seconds that so many take."""
         prediction, layout = self.prediction, self.prediction.layout
-        values = asdict(self) | {"extrapolated": list(self.extrapolated), "executor": layout.executor}
+        values = asdict(self) | {
+            "extrapolated": list(self.extrapolated),
+            "executor": layout.executor,
+        }
         derived = {
             "images_per_second": prediction.images_per_second,
             "device_seconds_per_image": prediction.device_seconds_per_image,
@@ -76,7 +79,9 @@ def make_plan(
         for count in devices:
             for method in methods:
                 try:
-                    rows.append(_row(planner, best(planner, method, count, batch, rules), count, link_given))
+                    rows.append(
+                        _row(planner, best(planner, method, count, batch, rules), count, link_given)
+                    )
                 except ConadvError as error:
                     omitted.append(Omitted(method, count, batch, str(error)))
     if not rows:

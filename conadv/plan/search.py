@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import ConadvError
-from .memory import device_bytes
-from .model import Layout, Planner, Prediction, kind_of
+from conadv.errors import ConadvError
+from conadv.plan.memory import device_bytes
+from conadv.plan.model import Layout, Planner, Prediction, kind_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,12 @@ class Rules:
     def cost_of(self, choice: Choice) -> tuple[float, int]:
         """What :func:`best` minimises; of equal layouts it takes the one with fewer devices."""
         prediction = choice.prediction
-        seconds = prediction.step if self.objective == "speed" else prediction.device_seconds_per_image
-        return float(f"{seconds:.9g}"), prediction.layout.devices  # times that differ by rounding only are equal
+        seconds = (
+            prediction.step if self.objective == "speed" else prediction.device_seconds_per_image
+        )
+        return float(
+            f"{seconds:.9g}"
+        ), prediction.layout.devices  # times that differ by rounding only are equal
 
 
 DEFAULT = Rules()
@@ -44,7 +48,9 @@ class Choice:
     short_of_memory: bool
 
 
-def best(planner: Planner, method: str, devices: int, global_batch: int, rules: Rules = DEFAULT) -> Choice:
+def best(
+    planner: Planner, method: str, devices: int, global_batch: int, rules: Rules = DEFAULT
+) -> Choice:
     """The layout of at most ``devices`` with the most images per second, or the fewest device-seconds per image.
 
     Devices may be left over, where the batch does not divide into all of them or fewer are faster; with the executor
@@ -60,7 +66,9 @@ def best(planner: Planner, method: str, devices: int, global_batch: int, rules: 
             continue
         accumulation = global_batch // learners // micro
         most = min(devices - learners, learners * accumulation) if attacked else 0
-        for attack_ranks in _splits(learners * accumulation, most, rules.attack_ranks) if attacked else (0,):
+        for attack_ranks in (
+            _splits(learners * accumulation, most, rules.attack_ranks) if attacked else (0,)
+        ):
             layout = Layout(learners, attack_ranks, micro, accumulation)
             needed = device_bytes(planner, method, layout)
             if rules.memory is None or needed <= rules.memory:
@@ -70,16 +78,29 @@ def best(planner: Planner, method: str, devices: int, global_batch: int, rules: 
     return min(found, key=rules.cost_of)
 
 
-def _teams(method: str, devices: int, global_batch: int, rules: Rules) -> Iterator[tuple[int, bool]]:
+def _teams(
+    method: str, devices: int, global_batch: int, rules: Rules
+) -> Iterator[tuple[int, bool]]:
     """(learners, whether attack ranks stand beside them) that the rules and the batch allow."""
     stale = kind_of(method).stale
     if not stale and (rules.executor == "ranks" or rules.attack_ranks):
-        raise ConadvError(f"Attack ranks have nothing to do with {method}: only conadv attacks ahead of its step.")
+        raise ConadvError(
+            f"Attack ranks have nothing to do with {method}: only conadv attacks ahead of its step."
+        )
     fewest = rules.attack_ranks or 1
     for learners in (count for count in divisors(global_batch) if count <= devices):
-        if rules.executor != "ranks" and not rules.attack_ranks and (rules.executor == "auto" or learners == devices):
+        if (
+            rules.executor != "ranks"
+            and not rules.attack_ranks
+            and (rules.executor == "auto" or learners == devices)
+        ):
             yield learners, False
-        if rules.executor != "inline" and stale and rules.attack_ranks != 0 and learners + fewest <= devices:
+        if (
+            rules.executor != "inline"
+            and stale
+            and rules.attack_ranks != 0
+            and learners + fewest <= devices
+        ):
             yield learners, True
 
 
@@ -101,7 +122,9 @@ def _splits(micro_batches: int, most: int, fixed: int | None) -> Iterator[int]:
         count = -(-micro_batches // (share - 1))
 
 
-def _micro_batch(planner: Planner, method: str, learners: int, global_batch: int, rules: Rules) -> tuple[int, bool]:
+def _micro_batch(
+    planner: Planner, method: str, learners: int, global_batch: int, rules: Rules
+) -> tuple[int, bool]:
     """Clean images per forward pass and whether memory made them fewer.
 
     The largest divisor of the local batch that was measured and fits into memory, unless the user fixed it.
@@ -116,9 +139,15 @@ def _micro_batch(planner: Planner, method: str, learners: int, global_batch: int
         return rules.micro_batch, False
     largest = planner.measured(method).points[-1].micro_batch
     sizes = [size for size in divisors(local) if size <= largest]
-    fits = [size for size in sizes if _fits(planner, method, Layout(learners, 0, size, local // size), rules.memory)]
+    fits = [
+        size
+        for size in sizes
+        if _fits(planner, method, Layout(learners, 0, size, local // size), rules.memory)
+    ]
     if not fits:
-        raise ConadvError(f"memory: even a micro-batch of one image needs more than {rules.memory} bytes per device.")
+        raise ConadvError(
+            f"memory: even a micro-batch of one image needs more than {rules.memory} bytes per device."
+        )
     return fits[-1], fits[-1] < sizes[-1]
 
 
@@ -138,4 +167,6 @@ def _nothing(method: str, devices: int, global_batch: int, rules: Rules) -> str:
         return f"The global batch {global_batch} does not divide into {devices} rank(s)."
     if rules.executor == "ranks" or rules.attack_ranks:
         return f"{method}: no split of {devices} device(s) into learners and attack ranks{wanted} fits the batch."
-    return f"memory: {method} needs more than {rules.memory} bytes per device on {devices} device(s)."
+    return (
+        f"memory: {method} needs more than {rules.memory} bytes per device on {devices} device(s)."
+    )

@@ -6,14 +6,31 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import printable
-from ..report.table import duration
-from .profile import Profile
-from .rows import Plan, Row
+from conadv.errors import printable
+from conadv.plan.profile import Profile
+from conadv.plan.rows import Plan, Row
+from conadv.report.table import duration
 
 GIB = 2**30
-RIGHT = ("devices", "batch", "step", "total", "images/s", "overhead", "device-s\nper epoch", "cost", "GiB")
-NEEDS_WIDTH = {"GiB": 125, "micro-batch": 118, "batch": 106, "device-s\nper epoch": 98, "overhead": 86, "limit": 78}
+RIGHT = (
+    "devices",
+    "batch",
+    "step",
+    "total",
+    "images/s",
+    "overhead",
+    "device-s\nper epoch",
+    "cost",
+    "GiB",
+)
+NEEDS_WIDTH = {
+    "GiB": 125,
+    "micro-batch": 118,
+    "batch": 106,
+    "device-s\nper epoch": 98,
+    "overhead": 86,
+    "limit": 78,
+}
 TOTAL_WIDTH = 9
 LEGEND = (
     "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the number of ranks, L the "
@@ -25,7 +42,11 @@ LEGEND = (
 
 
 def show(
-    plan: Plan, epoch_images: int, price: float | None, steps: int | None = None, console: Console | None = None
+    plan: Plan,
+    epoch_images: int,
+    price: float | None,
+    steps: int | None = None,
+    console: Console | None = None,
 ) -> None:
     """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
     console = console or Console(highlight=False)
@@ -36,7 +57,11 @@ def show(
 
 
 def plan_table(
-    plan: Plan, epoch_images: int, price: float | None = None, width: int = 160, steps: int | None = None
+    plan: Plan,
+    epoch_images: int,
+    price: float | None = None,
+    width: int = 160,
+    steps: int | None = None,
 ) -> Table:
     """One line per row; columns that can wait are left out of a terminal narrower than they need."""
     names = list(cells(plan.rows[0], epoch_images, price, steps))
@@ -55,11 +80,17 @@ def plan_table(
     return table
 
 
-def cells(row: Row, epoch_images: int, price: float | None = None, steps: int | None = None) -> dict[str, str]:
+def cells(
+    row: Row, epoch_images: int, price: float | None = None, steps: int | None = None
+) -> dict[str, str]:
     """Column -> text. ``price``: of one device for one hour; ``steps``: of the whole training."""
     prediction, layout = row.prediction, row.prediction.layout
     epoch = prediction.device_seconds_per_image * epoch_images
-    split = f"ranks {layout.learners}:{layout.attack_ranks}" if layout.attack_ranks else f"inline {layout.learners}"
+    split = (
+        f"ranks {layout.learners}:{layout.attack_ranks}"
+        if layout.attack_ranks
+        else f"inline {layout.learners}"
+    )
     values = {
         "devices": f"{row.devices}",
         "batch": f"{row.global_batch}",
@@ -106,7 +137,9 @@ def _stream(plan: Plan) -> list[str]:
         for row in plan.rows
         if row.prediction.lower < row.prediction.step
     ]
-    return [f"stream executor, bounds of a step, not measured: {'; '.join(gains)}."] if gains else []
+    return (
+        [f"stream executor, bounds of a step, not measured: {'; '.join(gains)}."] if gains else []
+    )
 
 
 def _left_out(plan: Plan) -> list[str]:

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..config import Config, DataConfig, ModelConfig, OptimConfig, resolve
-from ..engine import Comm, TrainStep
-from ..methods import build_method
-from ..methods.base import space_from_config
-from ..models import check_model
-from ..optim import MODEL_RULES, build_optimizer, parameter_groups
-from ..trainer import make_model
-from ..types import Batch, MicroBatch
-from .model import kind_of
-from .profile import Workload
+from conadv.config.schema import Config, DataConfig, ModelConfig, OptimConfig, resolve
+from conadv.distributed.comm import Comm
+from conadv.engine import TrainStep
+from conadv.methods import build_method
+from conadv.methods.base import space_from_config
+from conadv.models import check_model
+from conadv.optim import MODEL_RULES, build_optimizer, parameter_groups
+from conadv.plan.model import kind_of
+from conadv.plan.profile import Workload
+from conadv.training.trainer import make_model
+from conadv.types import Batch, MicroBatch
 
 if TYPE_CHECKING:
-    from ..engine.executor import Executor
+    from conadv.engine.executors import Executor
 
 LEARNING_RATE = 1e-3  # small: random labels must not end a measurement by a loss that is not finite
 
@@ -49,13 +50,17 @@ def try_out(workload: Workload) -> None:
     check_model(model, workload.channels, workload.image_size, workload.num_classes)
 
 
-def build_step(workload: Workload, method: str, comm: Comm, executor: Executor | None = None) -> TrainStep:
+def build_step(
+    workload: Workload, method: str, comm: Comm, executor: Executor | None = None
+) -> TrainStep:
     """The engine of ``method`` on the comm's device, as training builds it."""
     config = config_of(workload, method)
     model: nn.Module = make_model(config, workload.channels, workload.num_classes).to(comm.device)
     if workload.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
+    groups = parameter_groups(
+        model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
+    )
     return TrainStep(
         model,
         build_optimizer(config.optim, groups, LEARNING_RATE),

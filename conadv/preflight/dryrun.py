@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
-from ..config import Config
-from ..data import PhotoSplit
-from ..data.files import BadImage
-from ..engine import Comm
-from ..errors import ConadvError, printable
-from ..execution import Execution
-from ..plan import Profile, load
-from ..progress import Observer, Silent
-from ..run import RunDir
-from ..trainer import Parts, admit, build, overview
-from . import estimate, memory, picture
-from .estimate import Cost, Disk, Group, Time, gib
-from .profiled import predicted_time
-from .rehearsal import Rehearsal, Shape
+from conadv.config.schema import Config
+from conadv.data import PhotoSplit
+from conadv.data.files import BadImage
+from conadv.distributed.comm import Comm
+from conadv.engine.execution import Execution
+from conadv.errors import ConadvError, printable
+from conadv.plan import Profile, load
+from conadv.preflight import estimate, memory, picture
+from conadv.preflight.estimate import Cost, Disk, Group, Time, gib
+from conadv.preflight.profiled import predicted_time
+from conadv.preflight.rehearsal import Rehearsal, Shape
+from conadv.training import checkpoint
+from conadv.training.observer import Observer, Silent
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import Parts, admit, build, overview
 
 SAMPLE = 512
 """So many image files of a split are read; `conadv check` reads all."""
@@ -82,7 +82,7 @@ def preview(
     Writes nothing (data.download aside) and leaves ``out`` as it is. ``profile``: of ``conadv plan``, for the time,
     with ``link_gbit`` and ``latency_us`` of the link between ranks in place of the measured one; without a profile, a
     few steps of one micro-batch on synthetic images are timed, in an engine of their own.
-    Raises ConadvError for all that :func:`conadv.trainer.train` would stop at before its first step, and where image
+    Raises ConadvError for all that :func:`conadv.training.trainer.train` would stop at before its first step, and where image
     files in the sample cannot be read, memory or disk would not do.
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
     """
@@ -134,7 +134,11 @@ def preview(
 def _data(parts: Parts) -> DataFound:
     """Read a sample of the image files. Raises ConadvError where the run would stop at one of them."""
     source = parts.data.source
-    splits = [split for split in (source.train, source.validation, source.test) if isinstance(split, PhotoSplit)]
+    splits = [
+        split
+        for split in (source.train, source.validation, source.test)
+        if isinstance(split, PhotoSplit)
+    ]
     bad, sampled = [], 0
     for split in splits:
         chosen = _spread(len(split.labels))
@@ -184,8 +188,12 @@ class _Needs:
 def _memory(parts: Parts, comm: Comm) -> tuple[_Needs, int | None]:
     """What a step needs at least, and the least that any rank's device has free. Raises ConadvError if it is less."""
     data = parts.data
-    rehearsal = Rehearsal(parts.config, Shape(data.channels, data.image_size, data.num_classes), comm.device)
-    comm.sum(torch.zeros(1, device=comm.device))  # a barrier: nobody rehearses while others look what is free
+    rehearsal = Rehearsal(
+        parts.config, Shape(data.channels, data.image_size, data.num_classes), comm.device
+    )
+    comm.sum(
+        torch.zeros(1, device=comm.device)
+    )  # a barrier: nobody rehearses while others look what is free
     with comm.agreed():
         free = memory.available(comm.device)
     comm.sum(torch.zeros(1, device=comm.device))

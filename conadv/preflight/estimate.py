@@ -10,14 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import Config, accumulation, micro_batch
-from ..norm import has_batchnorm
-from ..plan.measure import activations
-from ..plan.memory import step_bytes
-from ..plan.profile import Sizes
-from ..trainer import Parts
-from .memory import GIB
-from .rehearsal import Rehearsal
+from conadv.config.schema import Config, accumulation, micro_batch
+from conadv.nn.split_batchnorm import has_batchnorm
+from conadv.plan.measure import activations
+from conadv.plan.memory import step_bytes
+from conadv.plan.profile import Sizes
+from conadv.preflight.memory import GIB
+from conadv.preflight.rehearsal import Rehearsal
+from conadv.training.trainer import Parts
 
 _STATE = {"sgd": 1, "lars": 1, "lamb": 2, "adamw": 2}
 """Buffers of the size of the weights that each optimizer keeps."""
@@ -49,7 +49,9 @@ def groups(parts: Parts) -> list[Group]:
             sum(p.numel() for p in group["params"]),
             group["weight_decay"],
             ratio and group["adapt"],
-            tuple(dict.fromkeys(_route(names[id(p)]) for p in group["params"])) if has_batchnorm(parts.model) else (),
+            tuple(dict.fromkeys(_route(names[id(p)]) for p in group["params"]))
+            if has_batchnorm(parts.model)
+            else (),
         )
         for group in parts.groups
     ]
@@ -83,11 +85,16 @@ def cost(parts: Parts) -> Cost:
     """What the whole run computes, by the plan of its attack; of a very long one by a sample of its steps."""
     config, method, steps = parts.config, parts.method, parts.num_steps
     micro = micro_batch(config)
-    looked_at = range(steps) if steps <= LOOKED_AT else random.Random(0).sample(range(steps), LOOKED_AT)
+    looked_at = (
+        range(steps) if steps <= LOOKED_AT else random.Random(0).sample(range(steps), LOOKED_AT)
+    )
     images = sum(method.gradient_images(step, _views(parts, step), micro) for step in looked_at)
     per_image = images / len(looked_at)
     return Cost(
-        steps, steps / parts.data.order.steps_per_epoch, per_image, per_image * steps * config.global_batch_size
+        steps,
+        steps / parts.data.order.steps_per_epoch,
+        per_image,
+        per_image * steps * config.global_batch_size,
     )
 
 
@@ -119,7 +126,9 @@ def memory_needed(parts: Parts, found: Sizes) -> int:
     views = 1 + (method.route is not None) + (config.data.aug_view is not None)
     lookahead, attackers = bool(getattr(method, "lookahead", False)), bool(parts.teams.attackers)
     averaged = config.ema.decay is not None
-    copies = 2 + (parts.comm.ranks > 1) + lookahead + attackers + (config.method == "sam") + averaged
+    copies = (
+        2 + (parts.comm.ranks > 1) + lookahead + attackers + (config.method == "sam") + averaged
+    )
     waiting = (method.ahead or int(method.needs_input_gradient)) * _pending_bytes(config) / 4
     return step_bytes(
         found,
@@ -132,7 +141,9 @@ def memory_needed(parts: Parts, found: Sizes) -> int:
 
 
 def _pending_bytes(config: Config) -> int:
-    return {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}[config.pending_dtype or "float32"]
+    return {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}[
+        config.pending_dtype or "float32"
+    ]
 
 
 def waiting_bytes(parts: Parts, found: Sizes) -> int:
@@ -145,7 +156,9 @@ def waiting_bytes(parts: Parts, found: Sizes) -> int:
 
 def checkpoint_bytes(parts: Parts, found: Sizes) -> int:
     """One checkpoint: weights and buffers, their average, optimizer state, and the images that wait."""
-    model = sum(value.nbytes for value in parts.model.state_dict().values() if isinstance(value, Tensor))
+    model = sum(
+        value.nbytes for value in parts.model.state_dict().values() if isinstance(value, Tensor)
+    )
     averaged = parts.config.ema.decay is not None
     return model * (1 + averaged) + found.optimizer_state + waiting_bytes(parts, found)
 
@@ -168,7 +181,9 @@ class Disk:
 def disk(parts: Parts, found: Sizes, out: Path) -> Disk:
     """A checkpoint is complete before older ones go, so that one more lies there for a while."""
     settings = parts.config.checkpoint
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    existing = next(
+        folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists()
+    )
     planned = 1
     if settings.every_epochs is not None:
         period = max(1, round(settings.every_epochs * parts.data.order.steps_per_epoch))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConadvError
+from conadv.errors import ConadvError
 
 GIB = 2**30
 _CGROUPS = (

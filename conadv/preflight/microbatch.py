@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Config, replace, resolve
-from ..data import Source
-from ..engine import Teams
-from ..errors import ConadvError
-from ..methods import build_method
-from ..norm import has_batchnorm
-from ..plan.measure import activations
-from ..plan.search import divisors
-from . import memory
-from .rehearsal import Rehearsal, Shape
+from conadv.config.schema import Config, replace, resolve
+from conadv.data import Source
+from conadv.distributed.teams import Teams
+from conadv.errors import ConadvError
+from conadv.methods import build_method
+from conadv.nn.split_batchnorm import has_batchnorm
+from conadv.plan.measure import activations
+from conadv.plan.search import divisors
+from conadv.preflight import memory
+from conadv.preflight.rehearsal import Rehearsal, Shape
 
 CUDA_HEADROOM = 0.05
 """Share of a CUDA device's memory that stays free: NCCL's buffers, fragments, other sizes in evaluation."""
@@ -46,12 +46,20 @@ def settle(config: Config, teams: Teams, source: Source, tell: Callable[[str], N
     with world.agreed():
         sizes = candidates(config, len(teams.learners), len(teams.attackers))
     shape = Shape(source.channels, source.image_size, len(source.class_names))
-    world.sum(torch.zeros(1, device=world.device))  # a barrier: none measures what is free while another one tries
+    world.sum(
+        torch.zeros(1, device=world.device)
+    )  # a barrier: none measures what is free while another one tries
     with world.agreed():
         free = memory.available(world.device)
         rehearsal = Rehearsal(config, shape, world.device)
-        trials = _Trials(rehearsal, config.global_batch_size // len(teams.learners), len(teams.learners))
-        sizes = [size for size in sizes if size > 1 or sizes == [1] or not has_batchnorm(rehearsal.model())]
+        trials = _Trials(
+            rehearsal, config.global_batch_size // len(teams.learners), len(teams.learners)
+        )
+        sizes = [
+            size
+            for size in sizes
+            if size > 1 or sizes == [1] or not has_batchnorm(rehearsal.model())
+        ]
     world.sum(torch.zeros(1, device=world.device))
     with world.agreed():
         found = _largest_that_fits(sizes, trials, free)
@@ -72,7 +80,9 @@ def candidates(config: Config, learners: int, attackers: int = 0) -> list[int]:
     """Micro-batches that a learner's share divides into, ascending; those that leave every attack rank some work."""
     share, rest = divmod(config.global_batch_size, learners)
     if rest or not share:
-        raise ConadvError(f"global_batch_size {config.global_batch_size} does not divide into {learners} rank(s).")
+        raise ConadvError(
+            f"global_batch_size {config.global_batch_size} does not divide into {learners} rank(s)."
+        )
     sizes = [size for size in divisors(share) if learners * (share // size) >= attackers]
     sizes = [size for size in sizes if round(config.attack.share * size)]
     if not sizes:
@@ -89,10 +99,15 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     What is larger than a size that does not fit does not fit either. Nothing more than twice as large as what fits (or
     the next divisor) is tried: its images would fill the host's memory.
     """
-    low, high = -1, 0  # sizes[low] fits; sizes[high] comes next, and does not fit once the first loop has ended
+    low, high = (
+        -1,
+        0,
+    )  # sizes[low] fits; sizes[high] comes next, and does not fit once the first loop has ended
     while high < len(sizes) and fits(sizes[high]):
         low, twice = high, 2 * sizes[high]
-        high = max([i for i, size in enumerate(sizes) if size <= twice and i > low], default=low + 1)
+        high = max(
+            [i for i, size in enumerate(sizes) if size <= twice and i > low], default=low + 1
+        )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
@@ -101,7 +116,9 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 def _largest_that_fits(sizes: Sequence[int], trials: _Trials, free: int | None) -> int:
     if free is None:
-        raise ConadvError("This system does not say how much memory is free. Give micro_batch_size a number.")
+        raise ConadvError(
+            "This system does not say how much memory is free. Give micro_batch_size a number."
+        )
     cuda = trials.rehearsal.device.type == "cuda"
     fits = (lambda size: trials.fits_on_cuda(size, free)) if cuda else trials.predictor(sizes, free)
     found = largest(sizes, fits)
@@ -147,14 +164,19 @@ class _Trials:
             for size in (small, larger)
         )
         slope = max((high - low) / (larger - small) if larger > small else 0.0, KEPT * kept)
-        return lambda size: max(0.0, high - start + slope * (size - larger)) + self.ballast(size) <= CPU_SHARE * free
+        return lambda size: (
+            max(0.0, high - start + slope * (size - larger)) + self.ballast(size)
+            <= CPU_SHARE * free
+        )
 
     def ballast(self, size: int) -> int:
         """Bytes that a run holds beside a step of one micro-batch: waiting images, gradient buckets, an average."""
         config, shape = self.rehearsal.config, self.rehearsal.shape
         method = build_method(config)
         pixels = shape.channels * shape.image_size**2
-        made = 4 if method.route is not None and not method.data_views else 0  # this step's, as float32
+        made = (
+            4 if method.route is not None and not method.data_views else 0
+        )  # this step's, as float32
         waiting = method.ahead or int(method.needs_input_gradient)
         per_image = made + waiting * _bytes_of(config.pending_dtype)
         rest = math.ceil(config.attack.share * (self.share - size)) * pixels * per_image
@@ -174,7 +196,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether torch, or a library below it, could not get memory."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in text for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+        words in text
+        for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ..errors import ConadvError, printable
+from conadv.errors import ConadvError, printable
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 ASCII = "        #"
@@ -27,7 +27,13 @@ def bars(values: Sequence[float], height: int, *, ascii_only: bool = False) -> l
 
 
 def plot(
-    curve: Callable[[int], float], steps: int, width: int, height: int, label: str, *, ascii_only: bool = False
+    curve: Callable[[int], float],
+    steps: int,
+    width: int,
+    height: int,
+    label: str,
+    *,
+    ascii_only: bool = False,
 ) -> list[str]:
     """``curve`` over the steps 0 .. steps - 1 as lines of at most ``width`` characters, with both axes' ends.
 
@@ -55,7 +61,12 @@ def _some(first: int, last: int) -> Sequence[int]:
     return [*range(first, last, stride), last - 1]
 
 
-def draw(curves: Sequence[tuple[str, Callable[[int], float]]], steps: int, steps_per_epoch: int, path: Path) -> None:
+def draw(
+    curves: Sequence[tuple[str, Callable[[int], float]]],
+    steps: int,
+    steps_per_epoch: int,
+    path: Path,
+) -> None:
     """The named curves over epochs as a PNG, one below another. Raises ConadvError where it cannot be written."""
     from matplotlib.figure import Figure
 
@@ -72,4 +83,6 @@ def draw(curves: Sequence[tuple[str, Callable[[int], float]]], steps: int, steps
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="png", dpi=150)
     except OSError as error:
-        raise ConadvError(f"Cannot write {printable(path)}: {error.strerror}. Choose another --figure.") from error
+        raise ConadvError(
+            f"Cannot write {printable(path)}: {error.strerror}. Choose another --figure."
+        ) from error

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..config import accumulation, micro_batch
-from ..engine.comm import processes_here
-from ..errors import ConadvError
-from ..models.small import WIDTH
-from ..plan.command import link_of
-from ..plan.model import KINDS, Layout, Planner, Prediction
-from ..plan.profile import Profile
-from ..plan.rows import extrapolated
-from ..trainer import Parts
-from .estimate import Time
+from conadv.config.schema import accumulation, micro_batch
+from conadv.distributed.comm import processes_here
+from conadv.errors import ConadvError
+from conadv.models.small import WIDTH
+from conadv.plan.command import link_of
+from conadv.plan.model import KINDS, Layout, Planner, Prediction
+from conadv.plan.profile import Profile
+from conadv.plan.rows import extrapolated
+from conadv.preflight.estimate import Time
+from conadv.training.trainer import Parts
 
 
 def predicted_time(
@@ -30,13 +30,21 @@ def predicted_time(
     if method == "conadv" and config.staleness == 0:
         method = "disadv"
     if method not in KINDS:
-        raise ConadvError(f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out.")
+        raise ConadvError(
+            f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out."
+        )
     learners = len(parts.teams.learners)
-    layout = Layout(learners, len(parts.teams.attackers), micro_batch(config), accumulation(config, learners))
+    layout = Layout(
+        learners, len(parts.teams.attackers), micro_batch(config), accumulation(config, learners)
+    )
     planner = Planner(profile, link_of(profile, link_gbit, latency_us), config.staleness or 1)
     prediction = planner.predict(method, layout)
     given = link_gbit is not None or latency_us is not None
-    notes = (*_differences(parts, profile), *_outside(planner, prediction, given), *_not_counted(parts))
+    notes = (
+        *_differences(parts, profile),
+        *_outside(planner, prediction, given),
+        *_not_counted(parts),
+    )
     return Time(prediction.step, "predicted from the profile", notes)
 
 
@@ -73,7 +81,11 @@ def _args(args: Sequence[str]) -> str:
 
 def _outside(planner: Planner, prediction: Prediction, link_given: bool) -> Iterator[str]:
     """What of the prediction lies outside of what was measured: B, R and L in the table of ``conadv plan``."""
-    points, layout, link = planner.measured(prediction.method).points, prediction.layout, planner.link
+    points, layout, link = (
+        planner.measured(prediction.method).points,
+        prediction.layout,
+        planner.link,
+    )
     first, last = points[0].micro_batch, points[-1].micro_batch
     words = {
         "batch": f"the micro-batch {layout.micro_batch} (measured: {first} to {last})",

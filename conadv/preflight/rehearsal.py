@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import rng
-from ..attacks import AttackPlan
-from ..config import Config, replace
-from ..engine import Comm, TrainStep
-from ..methods import build_method
-from ..models import check_model
-from ..optim import MODEL_RULES, build_optimizer, parameter_groups
-from ..trainer import make_engine, make_model
-from ..types import Batch, MicroBatch
+from conadv import rng
+from conadv.attacks import AttackPlan
+from conadv.config.schema import Config, replace
+from conadv.distributed.comm import Comm
+from conadv.engine import TrainStep
+from conadv.methods import build_method
+from conadv.models import check_model
+from conadv.optim import MODEL_RULES, build_optimizer, parameter_groups
+from conadv.training.trainer import make_engine, make_model
+from conadv.types import Batch, MicroBatch
 
 LEARNING_RATE = 1e-6  # random labels must not blow the weights up
 
@@ -57,7 +58,9 @@ class Rehearsal:
         attack = config.attack
         plan = AttackPlan(attack.share, 1, None, None, attack.route, attack.statistics)
         method = build_method(config).for_run(plan)
-        groups = parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES)
+        groups = parameter_groups(
+            model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
+        )
         optimizer = build_optimizer(config.optim, groups, LEARNING_RATE)
         calm = replace(config, on_nonfinite="skip", nonfinite_limit=100)
         return make_engine(calm, model, optimizer, method, None, Comm(device=self.device))
@@ -67,8 +70,14 @@ class Rehearsal:
         shape = self.shape
         draws = rng.generator("cpu", 0, "rehearsal", step)
         size = (micro_batch, shape.channels, shape.image_size, shape.image_size)
-        names = ("clean", *engine.method.data_views, *(["aug"] if self.config.data.aug_view is not None else []))
-        views = {name: torch.randint(0, 256, size, generator=draws, dtype=torch.uint8) for name in names}
+        names = (
+            "clean",
+            *engine.method.data_views,
+            *(["aug"] if self.config.data.aug_view is not None else []),
+        )
+        views = {
+            name: torch.randint(0, 256, size, generator=draws, dtype=torch.uint8) for name in names
+        }
         y_N = torch.randint(0, shape.num_classes, (micro_batch,), generator=draws)
         return Batch(step, (MicroBatch(0, y_N, views),))
 
@@ -89,6 +98,8 @@ class Rehearsal:
             batch = self.batch(engine, step, micro_batch)
             begin = time.perf_counter()
             engine(batch, future)
-            seconds = time.perf_counter() - begin  # reading back the losses has waited for the device
+            seconds = (
+                time.perf_counter() - begin
+            )  # reading back the losses has waited for the device
         del taken
         return seconds

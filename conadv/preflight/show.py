@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable
-from . import picture
-from .dryrun import DataFound, Preview, hours
-from .estimate import Group, gib
+from conadv.errors import printable
+from conadv.preflight import picture
+from conadv.preflight.dryrun import DataFound, Preview, hours
+from conadv.preflight.estimate import Group, gib
 
 HEIGHT = 8
 PATTERNS = 3
@@ -27,13 +27,20 @@ def show(shown: Preview, console: Console | None = None) -> None:
     for name, curve in shown.curves:
         label = f"{name} over {shown.cost.steps} steps ({shown.cost.epochs:.4g} epochs)"
         console.print()
-        for line in picture.plot(curve, shown.cost.steps, width, HEIGHT, label, ascii_only=ascii_only):
+        for line in picture.plot(
+            curve, shown.cost.steps, width, HEIGHT, label, ascii_only=ascii_only
+        ):
             console.print(line, markup=False, no_wrap=True, overflow="crop")
     console.print(group_table(shown.groups))
     console.print(needs_table(shown))
     for line in _notes(shown):
         console.print(printable(f"- {line}"), markup=False)
-    console.print(Text("ready: nothing has been trained, and nothing written into the run directory", style="bold"))
+    console.print(
+        Text(
+            "ready: nothing has been trained, and nothing written into the run directory",
+            style="bold",
+        )
+    )
 
 
 def group_table(groups: tuple[Group, ...]) -> Table:
@@ -77,7 +84,12 @@ def needs_table(shown: Preview) -> Table:
     images = f"{cost.steps:,} steps, {cost.total:.4g} gradient images ({cost.per_clean_image:.3f} per clean image)"
     left = cost.steps - shown.first_step
     time = f"about {hours(shown.time.step * left)}: {left:,} steps of {shown.time.step:.3g} s, {shown.time.source}"
-    for name, text in (("data", _data(shown.data)), ("memory", memory), ("disk", disk), ("cost", images)):
+    for name, text in (
+        ("data", _data(shown.data)),
+        ("memory", memory),
+        ("disk", disk),
+        ("cost", images),
+    ):
         table.add_row(name, Text(text))
     table.add_row("time", Text(time))
     if shown.first_step:
@@ -93,7 +105,10 @@ def _data(data: DataFound) -> str:
 
 
 def _notes(shown: Preview) -> list[str]:
-    notes = ["time: training steps only, evaluation and checkpoints come on top; " + "; ".join(shown.time.notes)]
+    notes = [
+        "time: training steps only, evaluation and checkpoints come on top; "
+        + "; ".join(shown.time.notes)
+    ]
     if shown.data.bad:
         more = f" (and {len(shown.data.bad) - 1} more)" if len(shown.data.bad) > 1 else ""
         notes.append(f"left out, as it cannot be read: {shown.data.bad[0]}{more}")

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..norm import frozen_stats, route
-from ..types import Attack
+from conadv.nn.split_batchnorm import frozen_stats, route
+from conadv.types import Attack
 
 
 def algorithm_1(
@@ -39,7 +39,9 @@ def algorithm_1(
         seen = coast(model, optimizer, tau) if lookahead else model
         theta.append({name: p.detach().clone() for name, p in seen.named_parameters()})
         stale = t >= tau  # the first tau batches find no older weights and are attacked at theta_t
-        theta_made: Mapping[str, Tensor] = theta[t - tau] if stale else dict(model.named_parameters())
+        theta_made: Mapping[str, Tensor] = (
+            theta[t - tau] if stale else dict(model.named_parameters())
+        )
         x_hat = attacked(model, theta_made, attack, x, y, draws(t))
         loss = F.cross_entropy(model(x), y) / 2  # main batch norm
         with route(model, "adv"):
@@ -52,7 +54,12 @@ def algorithm_1(
 
 
 def attacked(
-    model: nn.Module, theta: Mapping[str, Tensor], attack: Attack, x: Tensor, y: Tensor, draws: torch.Generator
+    model: nn.Module,
+    theta: Mapping[str, Tensor],
+    attack: Attack,
+    x: Tensor,
+    y: Tensor,
+    draws: torch.Generator,
 ) -> Tensor:
     """x^(theta), on a copy of the model that has the weights theta."""
     attacker = copy.deepcopy(model)
@@ -64,7 +71,10 @@ def attacked(
 
 
 def coast(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tau: int, gradients: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tau: int,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Look-ahead by definition: a copy of the model after tau steps of a copied optimizer with zero gradients.
 
@@ -76,7 +86,8 @@ def coast(
     twins = list(twin.parameters())
     decay = {"weight_decay": 0.0} if gradients is None else {}
     groups = [
-        {**group, "params": [twins[places[p]] for p in group["params"]], **decay} for group in optimizer.param_groups
+        {**group, "params": [twins[places[p]] for p in group["params"]], **decay}
+        for group in optimizer.param_groups
     ]
     coasting = type(optimizer)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
     for p, state in optimizer.state.items():

@@ -42,12 +42,18 @@ def lars_step(
     return new_weights, new_buffers
 
 
-def _trust_ratio(w: Tensor, g: Tensor, gamma: float, beta: float, eta: float, eps: float, variant: str) -> float:
+def _trust_ratio(
+    w: Tensor, g: Tensor, gamma: float, beta: float, eta: float, eps: float, variant: str
+) -> float:
     w_norm = w.square().sum().sqrt().item()
     g_norm = g.square().sum().sqrt().item()
     if w_norm == 0 or g_norm == 0:
         return 1.0
-    r = eta * w_norm / (g_norm + eps) if variant == "no-wd-ratio" else eta * w_norm / (g_norm + beta * w_norm + eps)
+    r = (
+        eta * w_norm / (g_norm + eps)
+        if variant == "no-wd-ratio"
+        else eta * w_norm / (g_norm + beta * w_norm + eps)
+    )
     if variant == "larc":
         return 1.0 if r >= gamma else r / gamma
     if variant == "nus":

@@ -1,12 +1,12 @@
 """Records -> arms -> HTML, Markdown, summary.json and a terminal table. Only the command line and the demo use it."""
 
-from .compare import Arm, Comparison, compare
-from .html import write_report
-from .load import Run, find_runs, load_run
-from .study import StudySummary, is_sweep, write_sweep_report
-from .summary import Summary
-from .table import arms_table
-from .terminal import show, show_study
+from conadv.report.compare import Arm, Comparison, compare
+from conadv.report.html import write_report
+from conadv.report.load import Run, find_runs, load_run
+from conadv.report.study import StudySummary, is_sweep, write_sweep_report
+from conadv.report.summary import Summary
+from conadv.report.table import arms_table
+from conadv.report.terminal import show, show_study
 
 __all__ = [
     "Arm",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConadvError, printable, unknown
-from .load import Run
-from .settings import Settings, choices, effective, labels, varying
-from .stats import Difference, Stat, paired_difference, stat
+from conadv.errors import ConadvError, printable, unknown
+from conadv.report.load import Run
+from conadv.report.settings import Settings, choices, effective, labels, varying
+from conadv.report.stats import Difference, Stat, paired_difference, stat
 
 # Name here -> name in a run's summary.json. Accuracies and shares in [0, 1], times in seconds.
 METRICS = {
@@ -87,7 +87,9 @@ class Comparison:
         return tuple(run for arm in self.arms for run in (*arm.runs, *arm.replaced))
 
 
-def compare(runs: Sequence[Run], names: Mapping[str, str] | None = None, baseline: str | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run], names: Mapping[str, str] | None = None, baseline: str | None = None
+) -> Comparison:
     """Group ``runs`` into arms and compare every arm's test accuracy with the baseline's, paired by seed.
 
     names: run folder -> name of its arm, for callers that know what they compare; other runs are grouped by their
@@ -95,12 +97,17 @@ def compare(runs: Sequence[Run], names: Mapping[str, str] | None = None, baselin
     Raises ConadvError without runs, for a name of a folder that is no run given, and for an unknown baseline.
     """
     if not runs:
-        raise ConadvError("There is no run to report. Give run folders, or folders that contain runs.")
+        raise ConadvError(
+            "There is no run to report. Give run folders, or folders that contain runs."
+        )
     arms = _arms(runs, names or {})
     chosen = _choose_baseline(arms, baseline)
     values = _values(chosen, "test_accuracy")
     compared = [
-        arm if arm is chosen else _with(arm, paired_difference(_values(arm, "test_accuracy"), values)) for arm in arms
+        arm
+        if arm is chosen
+        else _with(arm, paired_difference(_values(arm, "test_accuracy"), values))
+        for arm in arms
     ]
     settings = [arm.settings for arm in arms]
     differing = choices(settings)
@@ -123,14 +130,18 @@ def _arms(runs: Sequence[Run], names: Mapping[str, str]) -> list[Arm]:
     given = _resolve_names(runs, names)
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = given.get(run.path.resolve()) or repr(sorted(_settings(run).items(), key=lambda item: item[0]))
+        key = given.get(run.path.resolve()) or repr(
+            sorted(_settings(run).items(), key=lambda item: item[0])
+        )
         groups.setdefault(key, []).append(run)
     members = list(groups.values())
     automatic = labels([_settings(group[0]) for group in members])
     found: list[Arm] = []
     for group, label in zip(members, automatic, strict=True):
         name = given.get(group[0].path.resolve())
-        found.append(_arm(name or _unused(label, {*given.values(), *(arm.label for arm in found)}), group))
+        found.append(
+            _arm(name or _unused(label, {*given.values(), *(arm.label for arm in found)}), group)
+        )
     return found
 
 
@@ -147,7 +158,9 @@ def _resolve_names(runs: Sequence[Run], names: Mapping[str, str]) -> dict[Path, 
                 f"The arm name {name!r} is for {printable(folder)}, which is not among the runs of this report."
             )
         if not name.strip():
-            raise ConadvError(f"The arm name for {printable(folder)} is empty. Give it a name, or leave it out.")
+            raise ConadvError(
+                f"The arm name for {printable(folder)} is empty. Give it a name, or leave it out."
+            )
     return given
 
 
@@ -176,7 +189,11 @@ def _arm(label: str, group: Sequence[Run]) -> Arm:
 
 def _metric(runs: Sequence[Run], key: str) -> dict[int, float]:
     found = {run.seed: (run.summary or {}).get(key) for run in runs}
-    return {s: float(value) for s, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+    return {
+        s: float(value)
+        for s, value in found.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
 
 
 def _choose_baseline(arms: Sequence[Arm], label: str | None) -> Arm:
@@ -211,4 +228,8 @@ def _staleness(runs: Sequence[Run]) -> Staleness | None:
         counts.update(map(int, measured))
         if (tau := _configured(run)) is not None:
             unexpected += int(np.sum((measured != tau) & (steps >= tau)))
-    return Staleness(_configured(runs[0]), dict(sorted(counts.items())), unexpected) if counts else None
+    return (
+        Staleness(_configured(runs[0]), dict(sorted(counts.items())), unexpected)
+        if counts
+        else None
+    )

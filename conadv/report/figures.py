@@ -21,10 +21,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..analysis import phases as phase_names
-from .compare import Arm, Comparison
-from .load import Column, Columns, Run
-from .table import duration
+from conadv.analysis import phases as phase_names
+from conadv.report.compare import Arm, Comparison
+from conadv.report.load import Column, Columns, Run
+from conadv.report.table import duration
 
 Scale = Callable[[Run], float]
 """run -> what one step is on the time axis: 1 step, or a fraction of an epoch."""
@@ -103,7 +103,9 @@ def to_svg(figure: Figure, title: str) -> str:
     """The figure as one ``<svg>`` element for HTML: no ids that clash, no comments, no outside reference."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
@@ -131,9 +133,18 @@ def accuracy_dots(comparison: Comparison) -> Figure | None:
             continue
         numbers = [100 * number for number in value.values.values()]
         axes.plot(
-            numbers, [row] * value.n, look.marker, color=look.colour, alpha=0.75, markersize=7, mew=0, clip_on=False
+            numbers,
+            [row] * value.n,
+            look.marker,
+            color=look.colour,
+            alpha=0.75,
+            markersize=7,
+            mew=0,
+            clip_on=False,
         )
-        axes.plot([100 * value.mean] * 2, [row - 0.3, row + 0.3], color=INK, lw=2, solid_capstyle="butt")
+        axes.plot(
+            [100 * value.mean] * 2, [row - 0.3, row + 0.3], color=INK, lw=2, solid_capstyle="butt"
+        )
     base = comparison.baseline.metrics["test_accuracy"]
     if base is not None:
         axes.axvline(100 * base.mean, color=INK, lw=0.8, ls=(0, (4, 4)), alpha=0.6, zorder=0)
@@ -176,11 +187,27 @@ def step_times(comparison: Comparison) -> Figure | None:
     left = np.zeros(len(phases))
     for name in sorted(names, key=phase_names.rank):
         widths = np.array([1e3 * seconds.get(name, 0.0) for seconds in phases])
-        axes.barh(range(len(phases)), widths, left=left, height=0.62, label=name, **phase_names.style(name))
+        axes.barh(
+            range(len(phases)),
+            widths,
+            left=left,
+            height=0.62,
+            label=name,
+            **phase_names.style(name),
+        )
         left += widths
     for row, (total, look) in enumerate(zip(left, looks(comparison), strict=True)):
-        axes.plot(-0.013, row, look.marker, color=look.colour, transform=axes.get_yaxis_transform(), clip_on=False)
-        axes.annotate(duration(total / 1e3), (total, row), (5, 0), textcoords="offset points", va="center")
+        axes.plot(
+            -0.013,
+            row,
+            look.marker,
+            color=look.colour,
+            transform=axes.get_yaxis_transform(),
+            clip_on=False,
+        )
+        axes.annotate(
+            duration(total / 1e3), (total, row), (5, 0), textcoords="offset points", va="center"
+        )
     axes.grid(visible=False)
     axes.tick_params(axis="y", pad=12)
     axes.set_xlabel("median time of a step, ms")
@@ -194,7 +221,11 @@ def lr_schedule(comparison: Comparison) -> Figure | None:
     """The learning rate as recorded, once for all arms that share it."""
     unit, scale = _time_axis(comparison.runs)
     longest = [max(arm.runs, key=lambda run: run.steps_done) for arm in comparison.arms]
-    drawn = {i: (run.steps["step"] * scale(run), run.steps["lr"]) for i, run in enumerate(longest) if "lr" in run.steps}
+    drawn = {
+        i: (run.steps["step"] * scale(run), run.steps["lr"])
+        for i, run in enumerate(longest)
+        if "lr" in run.steps
+    }
     groups: list[list[int]] = []
     for index, curve in drawn.items():
         group = next((group for group in groups if _same_curve(drawn[group[0]], curve)), None)
@@ -205,7 +236,9 @@ def lr_schedule(comparison: Comparison) -> Figure | None:
     axes = figure.add_subplot()
     for members in groups:
         look = looks(comparison)[members[0]]
-        text = _members_text([comparison.arms[index].label for index in members], len(comparison.arms))
+        text = _members_text(
+            [comparison.arms[index].label for index in members], len(comparison.arms)
+        )
         colour = look.colour if len(members) == 1 else INK
         axes.plot(*drawn[members[0]], color=colour, ls=look.line, lw=1.8, label=text)
     axes.set_xlabel(unit)
@@ -219,7 +252,11 @@ def lr_schedule(comparison: Comparison) -> Figure | None:
 @mpl.rc_context(STYLE)
 def staleness(comparison: Comparison) -> Figure | None:
     """Share of steps at every measured staleness (filled, with its percentage) beside the configured one (ring)."""
-    chosen = [(arm, look) for arm, look in zip(comparison.arms, looks(comparison), strict=True) if arm.staleness]
+    chosen = [
+        (arm, look)
+        for arm, look in zip(comparison.arms, looks(comparison), strict=True)
+        if arm.staleness
+    ]
     if not chosen:
         return None
     figure, axes = _rows_figure(comparison, [arm for arm, _ in chosen])
@@ -228,9 +265,17 @@ def staleness(comparison: Comparison) -> Figure | None:
         total = sum(arm.staleness.measured.values())
         for value, count in arm.staleness.measured.items():
             axes.scatter(value, row, s=20 + 90 * count / total, color=look.colour, lw=0, zorder=3)
-            axes.annotate(f"{_share(count, total)}", (value, row), (11, 0), textcoords="offset points", va="center")
+            axes.annotate(
+                f"{_share(count, total)}",
+                (value, row),
+                (11, 0),
+                textcoords="offset points",
+                va="center",
+            )
         if arm.staleness.configured is not None:
-            axes.scatter(arm.staleness.configured, row, s=210, facecolor="none", edgecolor=INK, lw=1.3)
+            axes.scatter(
+                arm.staleness.configured, row, s=210, facecolor="none", edgecolor=INK, lw=1.3
+            )
     left, right = axes.get_xlim()
     axes.set_xlim(min(left, -0.3), right + 0.25 * (right - left))  # room for the last annotation
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -247,7 +292,15 @@ def _same_curve(a: tuple[Column, Column], b: tuple[Column, Column]) -> bool:
 
 def _share(count: int, total: int) -> str:
     share = 100 * count / total
-    return "all steps" if count == total else "< 1 %" if share < 1 else "> 99 %" if share > 99 else f"{share:.0f} %"
+    return (
+        "all steps"
+        if count == total
+        else "< 1 %"
+        if share < 1
+        else "> 99 %"
+        if share > 99
+        else f"{share:.0f} %"
+    )
 
 
 def _rows_figure(comparison: Comparison, arms: Sequence[Arm] | None = None) -> tuple[Figure, Any]:
@@ -277,7 +330,9 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     return figure, grid
 
 
-def _draw_curves(axes: Any, comparison: Comparison, curve: Callable[[Run], tuple[Column, Column]]) -> None:
+def _draw_curves(
+    axes: Any, comparison: Comparison, curve: Callable[[Run], tuple[Column, Column]]
+) -> None:
     for arm, look in zip(comparison.arms, looks(comparison), strict=True):
         pairs = [pair for pair in map(curve, arm.runs) if len(pair[0])]
         if not pairs:
@@ -291,7 +346,12 @@ def _draw_curves(axes: Any, comparison: Comparison, curve: Callable[[Run], tuple
         axes.plot(x, np.nanmean(table, axis=0), look.line, color=look.colour, lw=1.5)
         if len(pairs) > 1:
             axes.fill_between(
-                x, np.nanmin(table, axis=0), np.nanmax(table, axis=0), color=look.colour, alpha=0.15, lw=0
+                x,
+                np.nanmin(table, axis=0),
+                np.nanmax(table, axis=0),
+                color=look.colour,
+                alpha=0.15,
+                lw=0,
             )
 
 
@@ -328,7 +388,9 @@ def _steps_per_epoch(steps: Columns) -> int | None:
 def _show_second_half(axes: Any) -> None:
     """Cut off the climb: the axis starts at the lowest value of the second half of the time."""
     middle = np.mean(axes.get_xlim())
-    late = np.concatenate([line.get_ydata()[line.get_xdata() >= middle] for line in axes.lines] or [np.empty(0)])
+    late = np.concatenate(
+        [line.get_ydata()[line.get_xdata() >= middle] for line in axes.lines] or [np.empty(0)]
+    )
     if late.size and late.max() > late.min():
         margin = 0.1 * (late.max() - late.min())
         axes.set_ylim(late.min() - margin, late.max() + margin)

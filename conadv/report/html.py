@@ -11,12 +11,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..errors import ConadvError, printable
-from ..record import write_atomic
-from . import figures, settings, table, words
-from .compare import Comparison, compare
-from .load import RECORD, SUMMARY, find_runs, load_run
-from .summary import Summary, run_list
+from conadv.errors import ConadvError, printable
+from conadv.report import figures, settings, table, words
+from conadv.report.compare import Comparison, compare
+from conadv.report.load import RECORD, SUMMARY, find_runs, load_run
+from conadv.report.summary import Summary, run_list
+from conadv.training.record import write_atomic
 
 
 def write_report(
@@ -48,7 +48,10 @@ def write_report(
 def render_html(summary: Summary) -> str:
     """The page as text. Whatever comes from a run is escaped; nothing outside the page is referred to."""
     environment = Environment(
-        loader=PackageLoader("conadv", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("conadv", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     style = Markup((Path(__file__).parent / "style.css").read_text(encoding="utf-8"))
     drawings = [(card, Markup(card.svg)) for card in figures.draw_all(summary.comparison)]
@@ -94,7 +97,9 @@ def _content(summary: Summary) -> dict[str, Any]:
         "rows": table.rows(comparison),
         "differing": _differing(comparison),
         "labels": [arm.label for arm in comparison.arms],
-        "common": [(name, settings.show(name, value)) for name, value in sorted(comparison.common.items())],
+        "common": [
+            (name, settings.show(name, value)) for name, value in sorted(comparison.common.items())
+        ],
         "machines": words.machines(comparison),
         "versions": words.distinct(comparison, "versions"),
         "run_versions": words.distinct(comparison, "version"),
@@ -113,7 +118,9 @@ def _differing(comparison: Comparison) -> list[tuple[str, list[str]]]:
 def check_out(out: Path) -> None:
     """ConadvError for a file that is no .html or would lie in a run."""
     if out.suffix != ".html":
-        raise ConadvError(f"The report's file must end in .html, not {out.name!r}: the other files are named after it.")
+        raise ConadvError(
+            f"The report's file must end in .html, not {out.name!r}: the other files are named after it."
+        )
     if (out.parent / RECORD).exists():
         raise ConadvError(
             f"{printable(out.parent)} is a run, and the report would overwrite its {SUMMARY}. Choose a file in "

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import documents
-from ..config import flatten
-from ..errors import ConadvError, printable
-from ..record import read_lines
-from ..untrusted import JSON_BYTES, parse_json, read_text, read_yaml, refuse_links
+from conadv import documents
+from conadv.config.schema import flatten
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import JSON_BYTES, parse_json, read_text, read_yaml, refuse_links
+from conadv.training.record import read_lines
 
 RECORD, CONFIG, SUMMARY = "record.jsonl", "config.yaml", "summary.json"
 
@@ -70,7 +70,9 @@ class Run:
     def nested(self, prefix: str) -> Columns:
         """The columns of one nested field, e.g. ``nested("phases")`` -> {"data": ..., "attack": ...}."""
         dot = prefix + "."
-        return {name[len(dot) :]: column for name, column in self.steps.items() if name.startswith(dot)}
+        return {
+            name[len(dot) :]: column for name, column in self.steps.items() if name.startswith(dot)
+        }
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -87,7 +89,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
             )
         runs = list(_search(path))
         if not runs:
-            raise ConadvError(f"No run in {printable(path)}: neither it nor a folder below it holds a {RECORD}.")
+            raise ConadvError(
+                f"No run in {printable(path)}: neither it nor a folder below it holds a {RECORD}."
+            )
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
@@ -113,7 +117,9 @@ def load_run(path: str | Path) -> Run:
     problems: list[str] = []
     lines = _read_lines(path)
     header = next((line for line in lines if line["type"] == "header"), {})
-    evals = [line for line in lines if line["type"] == "eval" and line.get("split", "test") == "test"]
+    evals = [
+        line for line in lines if line["type"] == "eval" and line.get("split", "test") == "test"
+    ]
     summary = _read_summary(path / SUMMARY, problems)
     return Run(
         path=path,
@@ -121,7 +127,9 @@ def load_run(path: str | Path) -> Run:
         header=header,
         steps=_columns(line for line in lines if line["type"] == "step"),
         evals=_columns(evals),
-        resumed_at=tuple(int(line["step"]) for line in lines if line["type"] == "resume" and "step" in line),
+        resumed_at=tuple(
+            int(line["step"]) for line in lines if line["type"] == "resume" and "step" in line
+        ),
         summary=summary,
         label=path.resolve().name,
         stopped_by=_last_error(lines),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import OPTIMIZER_DEFAULTS, ProbeConfig, flatten
-from ..methods import METHODS
+from conadv.config.schema import OPTIMIZER_DEFAULTS, ProbeConfig, flatten
+from conadv.methods import METHODS
 
 Settings = dict[str, Any]
 
@@ -14,9 +14,21 @@ Settings = dict[str, Any]
 IGNORED = frozenset({"seed", "recipe", "data.download"}) | {
     f"checkpoint.{name}" for name in ("every_epochs", "keep", "keep_best", "background")
 }
-IGNORED |= {f"probe.{name}" for name in ProbeConfig.model_fields}  # measures, and leaves training alone
+IGNORED |= {
+    f"probe.{name}" for name in ProbeConfig.model_fields
+}  # measures, and leaves training alone
 # Null in these only says that the method or optimizer chosen has no such setting.
-_OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_", "sam_", "aug_weight", "attack.", "optim.")
+_OWNED = (
+    "staleness",
+    "lookahead",
+    "predictor",
+    "pending_dtype",
+    "adv_",
+    "sam_",
+    "aug_weight",
+    "attack.",
+    "optim.",
+)
 _IN_METHOD_NAME = frozenset({"method", "staleness", "lookahead", "predictor"})
 _FIRST = ("data.source", "model.name", "optim.name", "global_batch_size", "optim.lr", "attack.eps")
 _WORDS = {
@@ -51,7 +63,9 @@ def effective(config: dict[str, Any], ranks: int = 1) -> Settings:
     if flat.get("attack.step_size") == _default_step_size(flat):
         flat["attack.step_size"] = None
     flat["data.subset_seed"] = _subset_seed(flat)
-    without_effect = [name for name in flat if _belongs_to_methods(name) and not _has_effect(name, method)]
+    without_effect = [
+        name for name in flat if _belongs_to_methods(name) and not _has_effect(name, method)
+    ]
     return {**flat, **dict.fromkeys(without_effect), "ranks": ranks}
 
 
@@ -74,7 +88,7 @@ def _has_effect(name: str, method: object) -> bool:
 
 
 def _default_step_size(flat: Settings) -> float | None:
-    """The same rule as in :func:`conadv.config.resolve`."""
+    """The same rule as in :func:`conadv.config.schema.resolve`."""
     eps, num_steps = flat.get("attack.eps"), flat.get("attack.num_steps")
     if not isinstance(eps, float) or not isinstance(num_steps, int):
         return None
@@ -104,7 +118,10 @@ def labels(arms: Sequence[Settings]) -> list[str]:
     names = [_label(settings, main, arms) for settings in arms]
     if len(set(names)) < len(names):
         # Only the evaluation, or only a setting that belongs to another choice, tells them apart.
-        names = [_label(settings, [n for n in varying(arms) if n not in _IN_METHOD_NAME], arms) for settings in arms]
+        names = [
+            _label(settings, [n for n in varying(arms) if n not in _IN_METHOD_NAME], arms)
+            for settings in arms
+        ]
     return names
 
 
@@ -153,6 +170,11 @@ def show(name: str, value: object) -> str:
         return str(value)
     text = f"{value:.6g}"
     pixels = value * 255
-    if name.endswith(("eps", "step_size")) and len(text) > 5 and pixels > 0.1 and abs(pixels - round(pixels, 1)) < 1e-3:
+    if (
+        name.endswith(("eps", "step_size"))
+        and len(text) > 5
+        and pixels > 0.1
+        and abs(pixels - round(pixels, 1)) < 1e-3
+    ):
         return f"{round(pixels, 1):g}/255"
     return text

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .._version import __version__
-from . import words
-from .compare import Arm, Comparison
-from .load import Run
+from conadv import __version__
+from conadv.report import words
+from conadv.report.compare import Arm, Comparison
+from conadv.report.load import Run
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable_lines
-from .compare import Arm, Comparison
-from .stats import Difference, Stat
+from conadv.errors import printable_lines
+from conadv.report.compare import Arm, Comparison
+from conadv.report.stats import Difference, Stat
 
 NONE = "–"
 MINUS = "−"
@@ -27,7 +27,12 @@ COLUMNS = (
     "attack share, %",
 )
 _DIFFERENCE = 3
-_NEEDS_WIDTH = {"attack share, %": 100, "robust accuracy, %": 130, "train accuracy, %": 130, "training time": 130}
+_NEEDS_WIDTH = {
+    "attack share, %": 100,
+    "robust accuracy, %": 130,
+    "train accuracy, %": 130,
+    "training time": 130,
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,12 @@ def _row(arm: Arm, baseline: Arm) -> Row:
         percent(metrics["robust_accuracy"]),
         percent(metrics["train_accuracy"]),
         step_time(arm, baseline),
-        NONE if arm.median("train_seconds") is None else duration(arm.median("train_seconds") or 0.0),
-        NONE if arm.median("attack_share") is None else f"{100 * (arm.median('attack_share') or 0.0):.1f}",
+        NONE
+        if arm.median("train_seconds") is None
+        else duration(arm.median("train_seconds") or 0.0),
+        NONE
+        if arm.median("attack_share") is None
+        else f"{100 * (arm.median('attack_share') or 0.0):.1f}",
     )
     return Row(cells, is_baseline, arm.difference.verdict if arm.difference else "")
 
@@ -106,7 +115,9 @@ def duration(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    return (
+        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    )
 
 
 def arms_table(comparison: Comparison, title: str | None = None, width: int = 160) -> Table:
@@ -115,7 +126,9 @@ def arms_table(comparison: Comparison, title: str | None = None, width: int = 16
     The baseline is bold, a difference whose interval excludes 0 is green (higher) or red (lower).
     """
     shown = [index for index, name in enumerate(COLUMNS) if width >= _NEEDS_WIDTH.get(name, 0)]
-    table = Table(title=title, header_style="bold", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table = Table(
+        title=title, header_style="bold", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True
+    )
     for index in shown:
         header = Text(COLUMNS[index].replace(", ", "\n").replace(" (", "\n(").replace(" [", "\n["))
         if index == 0:

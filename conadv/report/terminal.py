@@ -7,11 +7,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import printable, printable_lines
-from . import words
-from .study import StudySummary, answers
-from .summary import Summary
-from .table import arms_table
+from conadv.errors import printable, printable_lines
+from conadv.report import words
+from conadv.report.study import StudySummary, answers
+from conadv.report.summary import Summary
+from conadv.report.table import arms_table
 
 
 def show(summary: Summary, console: Console | None = None) -> None:
@@ -41,9 +41,14 @@ def show_study(summary: StudySummary, console: Console | None = None) -> None:
 def _answers_table(summary: StudySummary) -> Table:
     table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
     for index, name in enumerate(answers.head(summary.study)):
-        table.add_column(Text(printable_lines(name)), justify="right" if index else "left", overflow="fold")
+        table.add_column(
+            Text(printable_lines(name)), justify="right" if index else "left", overflow="fold"
+        )
     for line, marks in answers.rows(summary.study):
         # Text, not str: a label with square brackets must not be read as markup
         colours = {"higher": "green", "lower": "red"}
-        table.add_row(Text(printable(line)), *(Text(mark.text, style=colours.get(mark.verdict, "")) for mark in marks))
+        table.add_row(
+            Text(printable(line)),
+            *(Text(mark.text, style=colours.get(mark.verdict, "")) for mark in marks),
+        )
     return table

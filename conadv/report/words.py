@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..methods import METHODS
-from .compare import Arm, Comparison
-from .load import Run
-from .settings import part, show
-from .stats import Difference
-from .table import points
+from conadv.methods import METHODS
+from conadv.report.compare import Arm, Comparison
+from conadv.report.load import Run
+from conadv.report.settings import part, show
+from conadv.report.stats import Difference
+from conadv.report.table import points
 
 TAU = "staleness: the adversarial images of a step were made at the weights of tau steps before."
 LOOKAHEAD = "attacks at predicted weights instead of the stale ones."
@@ -32,14 +32,20 @@ def lead(comparison: Comparison) -> str:
     arms, common = comparison.arms, comparison.common
     model = show("", common.get("model.name", "several networks"))
     data = show("", common.get("data.source", "several data sets"))
-    facts = [part(name, common[name]) for name in ("epochs", "steps", "global_batch_size") if name in common]
+    facts = [
+        part(name, common[name])
+        for name in ("epochs", "steps", "global_batch_size")
+        if name in common
+    ]
     if "global_batch_size" in comparison.differing:
         sizes = [int(arm.settings["global_batch_size"]) for arm in arms]
         facts.append(f"global batches from {min(sizes)} to {max(sizes)}")
     facts.append(_seed_words(arms))
     if len(arms) == 1:
         return f"One way of training {model} on {data} ({arms[0].label}): {', '.join(facts)}."
-    return f"{len(arms)} ways (arms) of training {model} on {data} are compared: {', '.join(facts)}."
+    return (
+        f"{len(arms)} ways (arms) of training {model} on {data} are compared: {', '.join(facts)}."
+    )
 
 
 def _seed_words(arms: Iterable[Arm]) -> str:
@@ -61,9 +67,7 @@ def findings(comparison: Comparison) -> list[str]:
 def finding(difference: Difference, baseline: str) -> str:
     """The verdict on one paired difference."""
     if difference.low is None or difference.high is None:
-        return (
-            f"{points(difference.mean)} points against {baseline} on one common seed, which says nothing of the spread."
-        )
+        return f"{points(difference.mean)} points against {baseline} on one common seed, which says nothing of the spread."
     interval = f"{points(difference.mean)} points, 95 % interval {points(difference.low)} to {points(difference.high)}"
     count = f"{difference.n} seeds"
     if difference.low == difference.high:
@@ -82,7 +86,9 @@ def _run_notes(comparison: Comparison) -> list[str]:
     found = []
     unfinished = sum(len(arm.unfinished) for arm in comparison.arms)
     if unfinished:
-        found.append(f"Unfinished runs: {unfinished}. The list of runs has them, the table's numbers do not.")
+        found.append(
+            f"Unfinished runs: {unfinished}. The list of runs has them, the table's numbers do not."
+        )
     replaced = sum(len(arm.replaced) for arm in comparison.arms)
     if replaced:
         found.append(
@@ -91,7 +97,9 @@ def _run_notes(comparison: Comparison) -> list[str]:
         )
     broken = [run for run in comparison.runs if run.problems]
     if broken:
-        found.append(f"Runs that could not be read in full: {len(broken)}. The list of runs says why.")
+        found.append(
+            f"Runs that could not be read in full: {len(broken)}. The list of runs says why."
+        )
     return found
 
 
@@ -122,7 +130,9 @@ def _comparison_notes(comparison: Comparison) -> list[str]:
             "0 by chance."
         )
     if "eval.robust_eps" in comparison.differing:
-        found.append("Robust accuracy was measured with different eps, so that column is not comparable.")
+        found.append(
+            "Robust accuracy was measured with different eps, so that column is not comparable."
+        )
     if "global_batch_size" in comparison.differing:
         found.append(
             "Step times belong to different global batches, so a step is not the same amount of work: compare the "
@@ -132,7 +142,10 @@ def _comparison_notes(comparison: Comparison) -> list[str]:
         found.append("The runs were made on different machines, so times are not comparable.")
     if len(distinct(comparison, "version")) > 1:
         found.append("The runs were made by different versions of conadv.")
-    if any(isinstance(git := run.header.get("git"), dict) and git.get("dirty") for run in comparison.runs):
+    if any(
+        isinstance(git := run.header.get("git"), dict) and git.get("dirty")
+        for run in comparison.runs
+    ):
         found.append("Some runs were made from code with uncommitted changes.")
     return found
 
@@ -166,5 +179,7 @@ def machines(comparison: Comparison) -> list[str]:
 
 def _in_words(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_in_words(item)}" for key, item in value.items() if item is not None)
+        return ", ".join(
+            f"{key} {_in_words(item)}" for key, item in value.items() if item is not None
+        )
     return show("", value)

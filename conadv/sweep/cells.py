@@ -7,10 +7,10 @@ from dataclasses import replace as with_fields
 from pathlib import Path
 from typing import Any
 
-from .. import recipes
-from ..config import Config, home, override, parse, replace, resolve
-from ..errors import ConadvError
-from .spec import BATCH, Settings, Spec
+from conadv.config import recipes
+from conadv.config.schema import Config, home, override, parse, replace, resolve
+from conadv.errors import ConadvError
+from conadv.sweep.spec import BATCH, Settings, Spec
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Plan:
     def tuning(self, only: frozenset[int]) -> list[str]:
         """The tuning runs of the cells ``only``, by seed, point and trial: the arms of a seed run close together."""
         seeds = range(len(self.spec.tune.seeds) if self.spec.tune else 0)
-        tuned = [self.cells[index] for index in self._by_point(only) if self.cells[index].source == index]
+        tuned = [
+            self.cells[index] for index in self._by_point(only) if self.cells[index].source == index
+        ]
         trials = range(max((len(cell.trials) for cell in tuned), default=0))
         points = list(dict.fromkeys(repr(cell.settings) for cell in tuned))
         names = [
@@ -71,16 +73,24 @@ class Plan:
 
     def confirming(self, only: frozenset[int]) -> list[tuple[int, int]]:
         """(seed's index, cell's index) of every confirmation run of the cells ``only``, in the same order."""
-        return [(seed, index) for seed in range(len(self.spec.confirm.seeds)) for index in self._by_point(only)]
+        return [
+            (seed, index)
+            for seed in range(len(self.spec.confirm.seeds))
+            for index in self._by_point(only)
+        ]
 
     def shard(self, index: int, count: int) -> frozenset[int]:
         """The cells of the ``index``-th of ``count`` shards, from 1. Every group is in exactly one."""
         order = list(dict.fromkeys(self.groups))
-        return frozenset(i for i, group in enumerate(self.groups) if order.index(group) % count == index - 1)
+        return frozenset(
+            i for i, group in enumerate(self.groups) if order.index(group) % count == index - 1
+        )
 
     def _by_point(self, only: frozenset[int]) -> list[int]:
         points = list(dict.fromkeys(repr(cell.settings) for cell in self.cells))
-        return sorted(only, key=lambda index: (points.index(repr(self.cells[index].settings)), index))
+        return sorted(
+            only, key=lambda index: (points.index(repr(self.cells[index].settings)), index)
+        )
 
 
 def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
@@ -116,7 +126,9 @@ class _Expansion:
         ]
         return Cell(arm, point, tuple(trials), None)
 
-    def _run(self, arm: str, point: Settings, trial: Settings, seed: int, tuning: bool = False) -> str:
+    def _run(
+        self, arm: str, point: Settings, trial: Settings, seed: int, tuning: bool = False
+    ) -> str:
         label = _label(arm, {**point, **trial})
         try:
             config = _config(self._base, self._spec, arm, point, trial, seed)
@@ -128,7 +140,9 @@ class _Expansion:
                 "could not be compared. Give a number."
             )
         if tuning and config.data.validation_images is None:
-            raise ConadvError(f"{label}: tuning needs images to choose by. Give data.validation_images in base.")
+            raise ConadvError(
+                f"{label}: tuning needs images to choose by. Give data.validation_images in base."
+            )
         key, name = config.model_dump_json(), f"{_slug(label)}-seed{seed}"
         if key not in self._names and name in self.runs:
             raise ConadvError(
@@ -142,7 +156,9 @@ class _Expansion:
 def _base(spec: Spec, data_dir: Path | None) -> Config:
     """The recipe with the spec's base settings: what every arm starts from."""
     recipe = recipes.get(spec.recipe)
-    given = {name for name in spec.base if not name.startswith("attack.")}  # vanilla arms may stand beside attacks
+    given = {
+        name for name in spec.base if not name.startswith("attack.")
+    }  # vanilla arms may stand beside attacks
     base = override(recipe, _edited(recipe, spec.base, "base"), given)
     folder = data_dir or base.data.dir
     if folder is not None:
@@ -150,7 +166,9 @@ def _base(spec: Spec, data_dir: Path | None) -> Config:
     return base
 
 
-def _config(base: Config, spec: Spec, arm: str, point: Settings, trial: Settings, seed: int) -> Config:
+def _config(
+    base: Config, spec: Spec, arm: str, point: Settings, trial: Settings, seed: int
+) -> Config:
     settings = {**spec.arms[arm].settings, **point, **trial}
     given = {name for name in settings if not (name in point and name.startswith("attack."))}
     edited = _edited(base, {**settings, "seed": seed}, arm)
@@ -188,7 +206,9 @@ def _groups(cells: list[Cell]) -> list[int]:
     owners: dict[str, int] = {}
     for index, cell in enumerate(cells):
         names = [name for trial in cell.trials for name in trial.tuning + trial.confirming]
-        linked = {owners.setdefault(name, index) for name in names} | {index if cell.source is None else cell.source}
+        linked = {owners.setdefault(name, index) for name in names} | {
+            index if cell.source is None else cell.source
+        }
         joined = {groups[other] for other in linked | {index}}
         groups = [min(joined) if group in joined else group for group in groups]
     return groups
@@ -204,8 +224,12 @@ def _short(name: str) -> str:
 
 def _text(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text.replace("e+", "e") if isinstance(value, float) else text  # a folder name keeps no sign
+    return (
+        text.replace("e+", "e") if isinstance(value, float) else text
+    )  # a folder name keeps no sign
 
 
 def _slug(label: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in label.lower()).split()).strip(".")
+    return "-".join(
+        "".join(c if c.isalnum() or c in "._" else " " for c in label.lower()).split()
+    ).strip(".")

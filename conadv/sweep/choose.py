@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from .spec import Settings, number
+from conadv.sweep.spec import Settings, number
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ def choose(trials: Sequence[Sequence[Result | None]]) -> int | None:
     images tell few accuracies apart), then the earlier trial. None while a run is missing, where a run failed by
     anything else than divergence (then the comparison would not be fair), and where every trial diverged.
     """
-    if not all(result is not None and (result.error is None or result.diverged) for runs in trials for result in runs):
+    if not all(
+        result is not None and (result.error is None or result.diverged)
+        for runs in trials
+        for result in runs
+    ):
         return None
     best = max(range(len(trials)), key=lambda index: (score(trials[index]), -index))
     return None if score(trials[best])[0] == -1.0 else best
@@ -44,7 +48,9 @@ def score(runs: Sequence[Result | None]) -> tuple[float, float]:
     losses = [run.validation_loss if run else None for run in runs]
     if any(value is None for value in accuracies + losses):
         return -1.0, 0.0
-    return mean(value for value in accuracies if value is not None), -mean(v for v in losses if v is not None)
+    return mean(value for value in accuracies if value is not None), -mean(
+        v for v in losses if v is not None
+    )
 
 
 def at_edge(trials: Sequence[Settings], chosen: Mapping[str, Any]) -> list[str]:
@@ -54,7 +60,9 @@ def at_edge(trials: Sequence[Settings], chosen: Mapping[str, Any]) -> list[str]:
     """
     numbers = {name: numbers_tried(trials, name) for name in chosen}
     return [
-        name for name, tried in numbers.items() if len(tried) > 2 and number(chosen[name]) in (min(tried), max(tried))
+        name
+        for name, tried in numbers.items()
+        if len(tried) > 2 and number(chosen[name]) in (min(tried), max(tried))
     ]
 
 

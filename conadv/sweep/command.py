@@ -12,16 +12,16 @@ from typing import Literal
 
 import tyro
 
-from ..errors import ConadvError, printable
-from ..progress import Silent
-from .cells import Plan, expand
-from .display import Workload, duration, for_terminal
-from .document import document, load_results
-from .estimate import relative_cost
-from .folder import SWEEP, Folder, clean, tidy
-from .pool import Job, cores, run_pool
-from .schedule import Schedule
-from .spec import load_spec
+from conadv.errors import ConadvError, printable
+from conadv.sweep.cells import Plan, expand
+from conadv.sweep.display import Workload, duration, for_terminal
+from conadv.sweep.document import document, load_results
+from conadv.sweep.estimate import relative_cost
+from conadv.sweep.folder import SWEEP, Folder, clean, tidy
+from conadv.sweep.pool import Job, cores, run_pool
+from conadv.sweep.schedule import Schedule
+from conadv.sweep.spec import load_spec
+from conadv.training.observer import Silent
 
 
 @dataclass
@@ -68,7 +68,9 @@ def sweep(args: SweepArgs) -> None:
         _show_plan(_schedule(plan, folder, plan.shard(index, count)))
         return
     with folder.locked(file):
-        schedule = _schedule(plan, folder, plan.shard(index, count), args.retry_failed, args.max_minutes)
+        schedule = _schedule(
+            plan, folder, plan.shard(index, count), args.retry_failed, args.max_minutes
+        )
         schedule.changed = lambda: folder.write(file, document(schedule, args.spec.name))
         schedule.changed()
         _run(schedule, args)
@@ -77,17 +79,25 @@ def sweep(args: SweepArgs) -> None:
 
 def train_job(job: Job, observer: Silent, *, keep_checkpoints: bool, device: str) -> None:
     """Train one job in a worker: on from its checkpoint where an interrupted run left one, else from the start."""
-    from ..checkpoint import steps
-    from ..execution import Execution
-    from ..run import RunDir
-    from ..trainer import train
+    from conadv.engine.execution import Execution
+    from conadv.training.checkpoint import steps
+    from conadv.training.run_dir import RunDir
+    from conadv.training.trainer import train
 
     run = RunDir(job.out)
     resume = run.config.is_file() and bool(steps(run.checkpoints))
     clean(job.out)
-    execution = Execution(timeline_steps=0)  # spans are most of a record, and no sweep asks for them
+    execution = Execution(
+        timeline_steps=0
+    )  # spans are most of a record, and no sweep asks for them
     train(
-        job.config, job.out, resume=resume, overwrite=not resume, device=device, observer=observer, execution=execution
+        job.config,
+        job.out,
+        resume=resume,
+        overwrite=not resume,
+        device=device,
+        observer=observer,
+        execution=execution,
     )
     if not keep_checkpoints:
         tidy(job.out)
@@ -104,12 +114,18 @@ def _check(args: SweepArgs) -> tuple[int, int]:
 
 
 def _schedule(
-    plan: Plan, folder: Folder, only: frozenset[int], retry: bool = False, max_minutes: float | None = None
+    plan: Plan,
+    folder: Folder,
+    only: frozenset[int],
+    retry: bool = False,
+    max_minutes: float | None = None,
 ) -> Schedule:
     results = load_results(plan, folder)
     schedule = Schedule(plan, folder, only, results)
     if retry:
-        for name in [name for name in schedule.names() if name in results and results[name].error is not None]:
+        for name in [
+            name for name in schedule.names() if name in results and results[name].error is not None
+        ]:
             folder.forget_failure(name)
             del results[name]
         schedule = Schedule(plan, folder, only, results)
@@ -136,12 +152,18 @@ def _run(schedule: Schedule, args: SweepArgs) -> None:
 
 def _finish(schedule: Schedule, args: SweepArgs, shards: int) -> None:
     say = (lambda text: None) if args.quiet else _say
-    failed = [name for name, result in schedule.results.items() if result.error is not None and not result.diverged]
+    failed = [
+        name
+        for name, result in schedule.results.items()
+        if result.error is not None and not result.diverged
+    ]
     diverged = [name for name, result in schedule.results.items() if result.diverged]
     if diverged:
         say(f"{len(diverged)} run(s) diverged; as trials they count as worst.")
     if failed:
-        say(f"{len(failed)} run(s) failed, see sweep.json; --retry-failed tries again. First: {failed[0]}")
+        say(
+            f"{len(failed)} run(s) failed, see sweep.json; --retry-failed tries again. First: {failed[0]}"
+        )
     for index in sorted(schedule.only):
         if schedule.blocked(index):
             cell = schedule.plan.cells[index]
@@ -149,13 +171,15 @@ def _finish(schedule: Schedule, args: SweepArgs, shards: int) -> None:
     if waiting := len(schedule.waiting()):
         say(f"time is up: {waiting} run(s) are left; the same command goes on with them.")
     elif shards > 1:
-        say("this shard is done; when all are, the same command without --shard writes sweep.json and the report.")
+        say(
+            "this shard is done; when all are, the same command without --shard writes sweep.json and the report."
+        )
     elif args.report:
         _report(schedule, args)
 
 
 def _report(schedule: Schedule, args: SweepArgs) -> None:
-    from ..report import show_study, write_sweep_report
+    from conadv.report import show_study, write_sweep_report
 
     out = schedule.folder.out
     summary = write_sweep_report(out, command=f"conadv sweep {args.spec}")
@@ -174,7 +198,9 @@ def _show_plan(schedule: Schedule) -> None:
         cost = sum(relative_cost(plan.runs[name].config) for name in [*tuning, *trial.confirming])
         costs[cell.arm] = costs.get(cell.arm, 0.0) + cost
     for arm, cost in costs.items():
-        cells = [plan.cells[index] for index in sorted(schedule.only) if plan.cells[index].arm == arm]
+        cells = [
+            plan.cells[index] for index in sorted(schedule.only) if plan.cells[index].arm == arm
+        ]
         trials = " + ".join(str(sum(len(trial.tuning) for trial in cell.trials)) for cell in cells)
         confirming = sum(len(cell.trials[0].confirming) for cell in cells)
         _say(
@@ -184,7 +210,9 @@ def _show_plan(schedule: Schedule) -> None:
     names = schedule.names()
     done = [schedule.results[name] for name in names if name in schedule.results]
     took = f" in {duration(sum(result.seconds for result in done))} of computing" if done else ""
-    _say(f"{len(names)} runs in all, {len(done)} of them done{took}; in {printable(schedule.folder.out)}")
+    _say(
+        f"{len(names)} runs in all, {len(done)} of them done{took}; in {printable(schedule.folder.out)}"
+    )
 
 
 def _say(text: str) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import Config
-from ..errors import printable
-from .estimate import Estimate
+from conadv.config.schema import Config
+from conadv.errors import printable
+from conadv.sweep.estimate import Estimate
 
 
 @dataclass
@@ -51,7 +51,9 @@ class Workload:
     def share(self) -> float:
         """Of the whole work that is done, by time."""
         going = sum(self.estimate.seconds(run.config) * run.share for run in self.going.values())
-        rest = sum(self.estimate.seconds(run.config) * (1 - run.share) for run in self.going.values())
+        rest = sum(
+            self.estimate.seconds(run.config) * (1 - run.share) for run in self.going.values()
+        )
         waiting = sum(map(self.estimate.seconds, self.waiting()))
         done = self.seconds + going
         return done / (done + rest + waiting) if done + rest + waiting else 1.0
@@ -93,7 +95,9 @@ class Lines(Display):
 
     def ended(self, run: Going, seconds: float, error: str | None) -> None:
         work = self.work
-        known = work.estimate.known and work.done < work.total  # a run that failed at once tells nothing
+        known = (
+            work.estimate.known and work.done < work.total
+        )  # a run that failed at once tells nothing
         left = f", about {duration(work.left())} left" if known else ""
         how = f"failed: {error.splitlines()[0]}" if error else f"{seconds:.1f} s"
         sys.stdout.write(printable(f"[{work.done}/{work.total}] {run.label}: {how}{left}") + "\n")
@@ -104,9 +108,20 @@ class Bars(Display):
     """A bar for everything with the time left, and one for each run that is going."""
 
     def __enter__(self) -> Bars:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         self._bars = Progress(*columns, TextColumn("{task.fields[left]}"))
         self._all = self._bars.add_task("", total=1.0, left="")
         self._tasks: dict[int, Any] = {}
@@ -134,15 +149,24 @@ class Bars(Display):
             self._bars.remove_task(self._tasks.pop(number))
         if error:
             self._bars.console.print(
-                printable(f"{run.label}: failed: {error.splitlines()[0]}"), markup=False, highlight=False
+                printable(f"{run.label}: failed: {error.splitlines()[0]}"),
+                markup=False,
+                highlight=False,
             )
         self._update()
 
     def _update(self) -> None:
         work = self.work
-        left = f"left {duration(work.left())}" if work.estimate.known and work.done < work.total else ""
+        left = (
+            f"left {duration(work.left())}"
+            if work.estimate.known and work.done < work.total
+            else ""
+        )
         self._bars.update(
-            self._all, description=f"[bold]{work.done} of {work.total} runs", completed=work.share(), left=left
+            self._all,
+            description=f"[bold]{work.done} of {work.total} runs",
+            completed=work.share(),
+            left=left,
         )
 
 

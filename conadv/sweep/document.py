@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._version import __version__
-from ..config import flatten
-from .cells import Cell, Plan
-from .choose import Result, at_edge
-from .folder import Folder
-from .schedule import Schedule
-from .spec import Settings
+from conadv import __version__
+from conadv.config.schema import flatten
+from conadv.sweep.cells import Cell, Plan
+from conadv.sweep.choose import Result, at_edge
+from conadv.sweep.folder import Folder
+from conadv.sweep.schedule import Schedule
+from conadv.sweep.spec import Settings
 
 _Values = dict[str, Any]
 
@@ -29,7 +29,11 @@ def document(schedule: Schedule, spec_path: str) -> _Values:
         "axis": plan.spec.axis,
         "cells": [_cell(schedule, index) for index in range(len(plan.cells))],
         "failed": [
-            {"run": schedule.folder.relative(name), "error": result.error, "diverged": result.diverged}
+            {
+                "run": schedule.folder.relative(name),
+                "error": result.error,
+                "diverged": result.diverged,
+            }
             for name in made
             if (result := schedule.results.get(name)) is not None and result.error is not None
         ],
@@ -48,11 +52,19 @@ def _cell(schedule: Schedule, index: int) -> _Values:
     return {
         "arm": cell.arm,
         "settings": _plain(plan, cell, 0, cell.settings),
-        "trials": [_trial(schedule, cell, number) for number in range(len(cell.trials))] if own else [],
+        "trials": [_trial(schedule, cell, number) for number in range(len(cell.trials))]
+        if own
+        else [],
         "tuned_on": None if cell.source is None else plan.cells[cell.source].arm,
-        "chosen": {} if chosen is None or trial is None else _plain(plan, cell, chosen, trial.settings),
-        "at_edge": [] if trial is None else at_edge([each.settings for each in cell.trials], trial.settings),
-        "runs": [] if trial is None else [schedule.folder.relative(name) for name in trial.confirming],
+        "chosen": {}
+        if chosen is None or trial is None
+        else _plain(plan, cell, chosen, trial.settings),
+        "at_edge": []
+        if trial is None
+        else at_edge([each.settings for each in cell.trials], trial.settings),
+        "runs": []
+        if trial is None
+        else [schedule.folder.relative(name) for name in trial.confirming],
         "seeds": list(plan.spec.confirm.seeds),
     }
 
@@ -84,5 +96,7 @@ def _plain(plan: Plan, cell: Cell, trial: int, settings: Settings) -> Settings:
 
 def load_results(plan: Plan, folder: Folder) -> dict[str, Result]:
     """What every run of the plan has come to so far, whichever shard made it."""
-    found = {name: folder.result(run) for name, run in plan.runs.items() if folder.path(name).is_dir()}
+    found = {
+        name: folder.result(run) for name, run in plan.runs.items() if folder.path(name).is_dir()
+    }
     return {name: result for name, result in found.items() if result is not None}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..config import Config
-from ..methods import METHODS
+from conadv.config.schema import Config
+from conadv.methods import METHODS
 
 
 def relative_cost(config: Config) -> float:
@@ -16,13 +16,21 @@ def relative_cost(config: Config) -> float:
     """
     settings = METHODS[config.method].settings
     attack = config.attack
-    attacked = attack.share * attack.until / attack.every if "attack.eps" in settings or "attack" in settings else 1.0
-    passes = 1.0 + (config.data.aug_view is not None) + (attacked if "adv_weight" in settings else 0.0)
+    attacked = (
+        attack.share * attack.until / attack.every
+        if "attack.eps" in settings or "attack" in settings
+        else 1.0
+    )
+    passes = (
+        1.0 + (config.data.aug_view is not None) + (attacked if "adv_weight" in settings else 0.0)
+    )
     if "attack" in settings and config.method != "recycle":
         passes += 0.67 * attack.num_steps * attacked * attack.resolution**2
     if config.method == "sam":
         passes += 1 / (config.sam_every or 1)
-    work = (config.epochs or 0.0) * (config.data.train_images or 1000) or (config.steps or 0) * config.global_batch_size
+    work = (config.epochs or 0.0) * (config.data.train_images or 1000) or (
+        config.steps or 0
+    ) * config.global_batch_size
     return work * passes * (1 + 60 / config.global_batch_size)
 
 
@@ -69,7 +77,9 @@ class Estimate:
         seconds, cost = self._speed if self._speed[1] else self._early
         return relative_cost(config) * (seconds / cost if cost else 1.0)
 
-    def left(self, waiting: Iterable[Config], going: Iterable[tuple[Config, float]], workers: int) -> float:
+    def left(
+        self, waiting: Iterable[Config], going: Iterable[tuple[Config, float]], workers: int
+    ) -> float:
         """Seconds until all are done: what is waiting, and the rest of what is going with its share done."""
         rest = [self.seconds(config) for config in waiting]
         rest += [self.seconds(config) * (1 - share) for config, share in going]

@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..documents import Summary, checked
-from ..errors import ConadvError, printable
-from ..record import write_atomic
-from ..run import RunDir
-from ..untrusted import JSON_BYTES, parse_json, read_text, refuse_links
-from .cells import Run
-from .choose import Result
+from conadv.documents import Summary, checked
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import JSON_BYTES, parse_json, read_text, refuse_links
+from conadv.sweep.cells import Run
+from conadv.sweep.choose import Result
+from conadv.training.record import write_atomic
+from conadv.training.run_dir import RunDir
 
 try:
     import fcntl
@@ -62,7 +62,9 @@ class Folder:
             return Result(error=str(failure.get("error")), diverged=bool(failure.get("diverged")))
         if not (directory.config.is_file() and directory.summary.is_file()):
             return None
-        summary = checked(Summary, _read(directory.summary), directory.summary, _remedy(directory.path))
+        summary = checked(
+            Summary, _read(directory.summary), directory.summary, _remedy(directory.path)
+        )
         return Result(summary.validation_accuracy, summary.validation_loss, summary.seconds or 0.0)
 
     def fail(self, name: str, error: str, diverged: bool, trace: str = "") -> None:
@@ -71,7 +73,11 @@ class Folder:
         The checkpoints of a diverged run go: they lead to the same end.
         """
         self.path(name).mkdir(parents=True, exist_ok=True)
-        content = {"error": error, "diverged": diverged, **({"traceback": trace.splitlines()} if trace else {})}
+        content = {
+            "error": error,
+            "diverged": diverged,
+            **({"traceback": trace.splitlines()} if trace else {}),
+        }
         write_atomic(self.path(name) / _FAILED, json.dumps(content, indent=1) + "\n")
         if diverged:
             tidy(self.path(name))
@@ -85,7 +91,9 @@ class Folder:
             self.out.mkdir(parents=True, exist_ok=True)
             write_atomic(self.out / file, json.dumps(document, indent=1, allow_nan=False) + "\n")
         except OSError as error:
-            raise ConadvError(f"Cannot write {printable(self.out / file)}: {error}. Choose another --out.") from error
+            raise ConadvError(
+                f"Cannot write {printable(self.out / file)}: {error}. Choose another --out."
+            ) from error
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -99,7 +107,9 @@ class Folder:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
             file = os.fdopen(os.open(self.out / f".{name}.lock", flags, 0o666), "rb+", buffering=0)
         except OSError as error:
-            raise ConadvError(f"Cannot write to {printable(self.out)}: {error}. Choose another --out.") from error
+            raise ConadvError(
+                f"Cannot write to {printable(self.out)}: {error}. Choose another --out."
+            ) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +143,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = parse_json(read_text(path, JSON_BYTES))
     except (OSError, ValueError) as error:
-        raise ConadvError(f"Cannot read {printable(path)}: {error}. {_remedy(path.parent)}") from error
+        raise ConadvError(
+            f"Cannot read {printable(path)}: {error}. {_remedy(path.parent)}"
+        ) from error
     if not isinstance(values, dict):
         raise ConadvError(f"{printable(path)} is not a mapping. {_remedy(path.parent)}")
     return values

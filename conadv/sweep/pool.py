@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..allocator import keep_freed_memory
-from ..config import Config
-from ..errors import ConadvError
-from ..progress import Silent
-from ..signals import end_with_parent
-from ..types import StepRecord
-from .display import Display
+from conadv.config.schema import Config
+from conadv.errors import ConadvError
+from conadv.sweep.display import Display
+from conadv.training.allocator import keep_freed_memory
+from conadv.training.observer import Silent
+from conadv.training.signals import end_with_parent
+from conadv.types import StepRecord
 
 GRACE_SECONDS = 5.0
 
@@ -99,7 +99,9 @@ def _workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     context = mp.get_context("spawn")
     reports = context.Queue()
     before = mp.active_children()
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start_worker, initargs=(reports,))
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_start_worker, initargs=(reports,)
+    )
     try:
         yield pool, reports
         pool.shutdown()
@@ -130,11 +132,13 @@ _reports: Any = None  # a worker's way to its parent
 def _start_worker(reports: Any) -> None:
     import torch
 
-    from .. import trainer  # noqa: F401 -- not at the cost of the first job's seconds
+    from conadv.training import trainer  # noqa: F401 -- not at the cost of the first job's seconds
 
     global _reports
     _reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches all processes: the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's Ctrl-C reaches all processes: the parent decides
     torch.set_num_threads(1)
     keep_freed_memory()
     end_with_parent()  # a killed parent must not leave its workers training on
@@ -142,7 +146,7 @@ def _start_worker(reports: Any) -> None:
 
 def _run(work: Work, number: int, job: Job) -> Outcome:
     """Exceptions become words here: not every one survives the way between processes."""
-    from ..engine import NonFiniteError
+    from conadv.engine import NonFiniteError
 
     begin = time.monotonic()
     try:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from ..config import Config
-from .cells import Cell, Plan
-from .choose import Result, choose
-from .folder import Folder
-from .pool import Job, Outcome
+from conadv.config.schema import Config
+from conadv.sweep.cells import Cell, Plan
+from conadv.sweep.choose import Result, choose
+from conadv.sweep.folder import Folder
+from conadv.sweep.pool import Job, Outcome
 
 
 @dataclass
@@ -30,7 +30,10 @@ class Schedule:
     _choices: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._tuning, self._confirming = self.plan.tuning(self.only), self.plan.confirming(self.only)
+        self._tuning, self._confirming = (
+            self.plan.tuning(self.only),
+            self.plan.confirming(self.only),
+        )
 
     def next(self) -> Job | None:
         if time.monotonic() >= self.deadline:
@@ -73,7 +76,9 @@ class Schedule:
         source = self.plan.cells[index].source
         if source is None or self.choice(index) is not None:
             return False
-        return all(result is not None for runs in self.trials(self.plan.cells[source]) for result in runs)
+        return all(
+            result is not None for runs in self.trials(self.plan.cells[source]) for result in runs
+        )
 
     def waiting(self) -> list[Config]:
         """The configs of all runs to come; of the first trial where the choice is open."""
@@ -84,14 +89,18 @@ class Schedule:
         names = list(self._tuning)
         for seed, index in self._confirming:
             if not self.blocked(index):
-                names.append(self.plan.cells[index].trials[self.choice(index) or 0].confirming[seed])
+                names.append(
+                    self.plan.cells[index].trials[self.choice(index) or 0].confirming[seed]
+                )
         return list(dict.fromkeys(names))
 
     def _ready(self) -> Iterator[str]:
         yield from filter(self._is_new, self._tuning)
         for seed, index in self._confirming:
             chosen = self.choice(index)
-            if chosen is not None and self._is_new(name := self.plan.cells[index].trials[chosen].confirming[seed]):
+            if chosen is not None and self._is_new(
+                name := self.plan.cells[index].trials[chosen].confirming[seed]
+            ):
                 yield name
 
     def _is_new(self, name: str) -> bool:

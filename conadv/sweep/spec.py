@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from ..config import Config, Section, flatten, read_fraction
-from ..errors import ConadvError, printable, unknown
-from ..untrusted import read_yaml
+from conadv.config.schema import Config, Section, flatten, read_fraction
+from conadv.errors import ConadvError, printable, unknown
+from conadv.safe_io import read_yaml
 
 BATCH = "global_batch_size"
 Settings = dict[str, Any]
@@ -33,7 +33,9 @@ def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_different)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_different)
+]
 
 
 class Arm(Section):
@@ -108,8 +110,12 @@ class Spec(Section):
         points = math.prod(map(len, self.arm_grid(arm).values()))
         if points > MAX_RUNS:
             return points
-        seeds = len(self.confirm.seeds) + (len(self.tune.seeds) if self.tune and self.tunes(arm) else 0)
-        trials = (math.prod(map(len, self._tried(arm, point).values())) for point in self.points(arm))
+        seeds = len(self.confirm.seeds) + (
+            len(self.tune.seeds) if self.tune and self.tunes(arm) else 0
+        )
+        trials = (
+            math.prod(map(len, self._tried(arm, point).values())) for point in self.points(arm)
+        )
         return seeds * sum(trials)
 
     def _tried(self, arm: str, point: Settings) -> dict[str, list[Any]]:
@@ -155,7 +161,9 @@ def load_spec(path: Path) -> Spec:
     """Read and check a spec; a ConadvError names the file and what is wrong in it."""
     values = read_yaml(path, "spec", number_keys=True)
     if not isinstance(values, dict):
-        raise ConadvError(f"The spec {printable(path)} is not a mapping. See docs/sweep.md for an example.")
+        raise ConadvError(
+            f"The spec {printable(path)} is not a mapping. See docs/sweep.md for an example."
+        )
     return parse_spec(values, str(path))
 
 
@@ -182,8 +190,14 @@ def _explain(error: ValidationError, where: str) -> ConadvError:
     if first["type"] == "extra_forbidden":
         owners: dict[str, type[Section]] = {"arms": Arm, "tune": Tune, "confirm": Confirm}
         owner = owners.get(path[0], Spec) if len(path) > 1 else Spec
-        hint = " (an arm's settings go below `settings` beside `grid` and `tune`)" if owner is Arm else ""
-        return ConadvError(f"{where}: {'.'.join(path)}: {unknown('key', path[-1], owner.model_fields)}{hint}")
+        hint = (
+            " (an arm's settings go below `settings` beside `grid` and `tune`)"
+            if owner is Arm
+            else ""
+        )
+        return ConadvError(
+            f"{where}: {'.'.join(path)}: {unknown('key', path[-1], owner.model_fields)}{hint}"
+        )
     return ConadvError(f"{where}: {'.'.join(path)}: {first['msg']}.")
 
 
@@ -194,9 +208,13 @@ def _check_arms(spec: Spec) -> None:
         if name is not None and name not in spec.arms:
             raise unknown(f"{kind} arm", name, spec.arms)
     if spec.tune is None and any(arm.tune is not None for arm in spec.arms.values()):
-        raise ConadvError("An arm has a tune, but the sweep has none: the seeds to tune on are missing.")
+        raise ConadvError(
+            "An arm has a tune, but the sweep has none: the seeds to tune on are missing."
+        )
     if spec.grid and spec.axis not in spec.grid:
-        raise ConadvError(f"axis {spec.axis!r} is not in the grid ({', '.join(spec.grid)}). Name one of these.")
+        raise ConadvError(
+            f"axis {spec.axis!r} is not in the grid ({', '.join(spec.grid)}). Name one of these."
+        )
 
 
 def _check_names(spec: Spec) -> None:
@@ -208,11 +226,17 @@ def _check_names(spec: Spec) -> None:
         places |= {f"arms.{name}": set(arm.settings), f"arms.{name}.grid": set(arm.grid)}
         places |= {f"arms.{name}.tune": set(arm.tune or ())}
         if both := set(arm.settings) & set(spec.arm_grid(name)):
-            raise ConadvError(f"arms.{name}: {min(both)} is in its settings and in its grid. Give it once.")
+            raise ConadvError(
+                f"arms.{name}: {min(both)} is in its settings and in its grid. Give it once."
+            )
         if both := set(spec.arm_grid(name)) & set(tuned if arm.tune is None else arm.tune):
-            raise ConadvError(f"arms.{name}: {min(both)} is in the grid and tuned. It can be one of them.")
+            raise ConadvError(
+                f"arms.{name}: {min(both)} is in the grid and tuned. It can be one of them."
+            )
         if both := set(arm.settings) & set(tuned if arm.tune is None else arm.tune):
-            raise ConadvError(f"arms.{name}: {min(both)} is in its settings and tuned. It can be one of them.")
+            raise ConadvError(
+                f"arms.{name}: {min(both)} is in its settings and tuned. It can be one of them."
+            )
     for place, names in places.items():
         for setting in sorted(names):
             if setting == "seed":

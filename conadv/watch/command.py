@@ -12,11 +12,11 @@ import tyro
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from ..errors import ConadvError, printable
-from ..untrusted import refuse_links
-from . import many, view
-from .follow import Follower
-from .state import State
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import refuse_links
+from conadv.watch import many, view
+from conadv.watch.follow import Follower
+from conadv.watch.state import State
 
 
 @dataclass
@@ -47,7 +47,9 @@ def command(args: WatchArgs, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     look = one_run(args.run, console) if is_run(args.run) else folder(args.run)
     if args.once or not console.is_terminal:
-        console.print(look(console.width, 10**6 if not console.is_terminal else console.height - 1)[0])
+        console.print(
+            look(console.width, 10**6 if not console.is_terminal else console.height - 1)[0]
+        )
         return
     with suppress(KeyboardInterrupt):  # the usual way to end it
         _live(look, args.interval, console)
@@ -68,11 +70,15 @@ def _live(look: Look, interval: float, console: Console) -> None:
 def is_run(path: Path) -> bool:
     """Whether ``path`` is one run. Raises ConadvError where there is nothing to watch."""
     if not path.is_dir():
-        raise ConadvError(f"{printable(path)} is no folder. Give a run directory, or a folder of runs.")
+        raise ConadvError(
+            f"{printable(path)} is no folder. Give a run directory, or a folder of runs."
+        )
     if (path / "config.yaml").is_file() or (path / "record.jsonl").is_file():
         return True
     if not (path / "sweep.json").is_file() and not many.Runs(path).look():
-        raise ConadvError(f"No run in {printable(path)}: neither it nor a folder below it holds a config.yaml.")
+        raise ConadvError(
+            f"No run in {printable(path)}: neither it nor a folder below it holds a config.yaml."
+        )
     return False
 
 
@@ -110,6 +116,8 @@ def folder(path: Path) -> Look:
 
     def look(width: int, height: int) -> tuple[RenderableType, bool]:
         seen, planned = runs.look(), runs.planned()
-        return many.frame(path.resolve().name, seen, planned, width, height), many.is_over(seen, planned)
+        return many.frame(path.resolve().name, seen, planned, width, height), many.is_over(
+            seen, planned
+        )
 
     return look

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConadvError, printable
-from ..untrusted import LINE_BYTES, parse_json
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import LINE_BYTES, parse_json
 
 CHUNK = 2**20
 TAIL_BYTES = 2**16
@@ -45,7 +45,9 @@ class Follower:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise ConadvError(f"Cannot read the record {printable(self._path)}: {error}.") from error
+            raise ConadvError(
+                f"Cannot read the record {printable(self._path)}: {error}."
+            ) from error
 
     def _read(self, size: int) -> Iterator[Line]:
         while self._offset < size:

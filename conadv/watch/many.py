@@ -13,11 +13,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..documents import read_sweep
-from ..untrusted import JSON_BYTES, parse_json, read_text
-from .follow import ends
-from .state import State, number, text
-from .view import COLOURS, Shown, duration, status
+from conadv.documents import read_sweep
+from conadv.safe_io import JSON_BYTES, parse_json, read_text
+from conadv.watch.follow import ends
+from conadv.watch.state import State, number, text
+from conadv.watch.view import COLOURS, Shown, duration, status
 
 ORDER = ("running", "waiting", "silent", "failed", "stopped", "finished")
 DEPTH = 4
@@ -74,7 +74,9 @@ def _runs(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
     elif depth:
         try:
-            children = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())
+            children = sorted(
+                child for child in folder.iterdir() if child.is_dir() and not child.is_symlink()
+            )
         except OSError:
             return
         for child in children:
@@ -104,7 +106,9 @@ def _look_at(path: Path, name: str, changed: float) -> Seen:
     accuracy = number((summary or {}).get("test_accuracy"))
     if accuracy is None and "test" in state.evals:
         accuracy = state.evals["test"][1]
-    return Seen(text(name, 120), now, state, accuracy, number((summary or {}).get("seconds")), changed)
+    return Seen(
+        text(name, 120), now, state, accuracy, number((summary or {}).get("seconds")), changed
+    )
 
 
 def _object(path: Path) -> dict[str, Any] | None:
@@ -116,7 +120,9 @@ def _object(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def frame(name: str, runs: list[Seen], planned: int | None, width: int, height: int) -> RenderableType:
+def frame(
+    name: str, runs: list[Seen], planned: int | None, width: int, height: int
+) -> RenderableType:
     """Counts, and a line for each run as far as ``height`` goes."""
     counts = {kind: sum(run.status == kind for run in runs) for kind in ORDER}
     head = Text(no_wrap=True, overflow="ellipsis")
@@ -132,7 +138,9 @@ def frame(name: str, runs: list[Seen], planned: int | None, width: int, height: 
 
 
 def _table(runs: list[Seen], width: int) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold", expand=True)
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold", expand=True
+    )
     table.add_column("run", no_wrap=True, overflow="ellipsis", ratio=1)
     names = ["state", "step", "loss", "test", "left"]
     for column in names:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from ..errors import printable
+from conadv.errors import printable
 
 RECENT = 50
 """Steps that step time, phase shares and warnings are about."""
@@ -115,11 +115,15 @@ class State:
 
     def _add_bad_image(self, line: dict[str, Any]) -> None:
         self.bad_images += 1
-        self.events.append(f"left out: {text(line.get('path'), 120)} ({text(line.get('reason'), 120)})")
+        self.events.append(
+            f"left out: {text(line.get('path'), 120)} ({text(line.get('reason'), 120)})"
+        )
 
     def _add_resume(self, line: dict[str, Any]) -> None:
         self.ended = None
-        self.events.append(f"resumed from step {text(line.get('step'), 20)} at {text(line.get('time'), 40)}")
+        self.events.append(
+            f"resumed from step {text(line.get('step'), 20)} at {text(line.get('time'), 40)}"
+        )
         damaged = line.get("damaged")
         for message in damaged if isinstance(damaged, list) else ():
             self.events.append(f"damaged: {text(message)}")
@@ -131,7 +135,9 @@ class State:
 
     def _add_error(self, line: dict[str, Any]) -> None:
         self.ended = "failed"
-        self.events.append(f"failed after {text(line.get('step'), 20)} steps: {text(line.get('message'))}")
+        self.events.append(
+            f"failed after {text(line.get('step'), 20)} steps: {text(line.get('message'))}"
+        )
 
     # ---- what is derived
 
@@ -143,9 +149,17 @@ class State:
     def seconds_left(self) -> float | None:
         """Of the training steps, by the time that recent ones took from one to the next, evaluations included."""
         first, last = (self.recent[0], self.recent[-1]) if len(self.recent) > 1 else (None, None)
-        if first is None or last is None or first.time is None or last.time is None or last.step <= first.step:
+        if (
+            first is None
+            or last is None
+            or first.time is None
+            or last.time is None
+            or last.step <= first.step
+        ):
             return None
-        return max(0.0, (last.time - first.time) / (last.step - first.step) * (self.total - self.done))
+        return max(
+            0.0, (last.time - first.time) / (last.step - first.step) * (self.total - self.done)
+        )
 
     def phase_shares(self) -> dict[str, float]:
         """Phase -> its share of all phases of the recent steps, the largest first."""
@@ -190,4 +204,8 @@ def _step(line: dict[str, Any]) -> Step | None:
 
 def _mapping(value: Any) -> list[tuple[str, Any]]:
     """At most 12 entries with printable names."""
-    return [(text(name, 20), entry) for name, entry in value.items()][:12] if isinstance(value, dict) else []
+    return (
+        [(text(name, 20), entry) for name, entry in value.items()][:12]
+        if isinstance(value, dict)
+        else []
+    )

@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ..preflight.picture import bars
-from .state import State, text
+from conadv.preflight.picture import bars
+from conadv.watch.state import State, text
 
 COLOURS = {"running": "green", "waiting": "cyan", "silent": "yellow", "finished": "bold green"}
 SILENT_SECONDS = 30.0
@@ -38,7 +38,9 @@ def status(shown: Shown) -> str:
         return "finished"
     if state.ended is not None:
         return state.ended
-    if shown.age is not None and shown.age > max(SILENT_SECONDS, 10 * (state.step_seconds() or 0.0)):
+    if shown.age is not None and shown.age > max(
+        SILENT_SECONDS, 10 * (state.step_seconds() or 0.0)
+    ):
         return "silent"
     return "running" if state.last is not None else "waiting"
 
@@ -51,7 +53,11 @@ def frame(shown: Shown, width: int, height: int, *, ascii_only: bool = False) ->
     if state.last is not None:
         parts += [Text(), _numbers(state), Text(), *_curve(state, width, ascii_only)]
         parts.append(_phases(state, width, ascii_only))
-    used = 2 + (0 if state.last is None else 2 + len(_rows(state)) + CURVE_HEIGHT + len(state.phase_shares()))
+    used = 2 + (
+        0
+        if state.last is None
+        else 2 + len(_rows(state)) + CURVE_HEIGHT + len(state.phase_shares())
+    )
     parts += [_line(f"! {warning}", "yellow") for warning in warnings]
     room = max(1, height - used - len(warnings) - 1)
     parts += [_line(f"  {event}", "dim") for event in list(state.events)[-room:]]
@@ -66,7 +72,9 @@ def _head(shown: Shown) -> Text:
     config: Any = shown.state.header.get("config")
     config = config if isinstance(config, dict) else {}
     now = status(shown)
-    silent = f", nothing new for {shown.age:.0f} s" if now == "silent" and shown.age is not None else ""
+    silent = (
+        f", nothing new for {shown.age:.0f} s" if now == "silent" and shown.age is not None else ""
+    )
     what = " ".join(text(config[key], 30) for key in ("recipe", "method") if key in config)
     ranks = text(shown.state.header.get("ranks", 1), 8)
     seed = text(config.get("seed", "-"), 20)
@@ -82,7 +90,9 @@ def _progress(state: State, width: int) -> RenderableType:
     left = state.seconds_left() if done < total else None
     epoch = "" if state.last is None else f" epoch {state.last.epoch}"
     share = f" {100 * done / total:3.0f} %" if total else ""
-    words = f"step {done}/{total or '?'}{share}{epoch}" + ("" if left is None else f"  left {duration(left)}")
+    words = f"step {done}/{total or '?'}{share}{epoch}" + (
+        "" if left is None else f"  left {duration(left)}"
+    )
     table = Table.grid(padding=(0, 1))
     table.add_column(width=max(10, width - len(words) - 2))
     table.add_column(no_wrap=True)
@@ -104,7 +114,13 @@ def _rows(state: State) -> list[tuple[str, str]]:
     views = "  ".join(f"{name} {_number(value)}" for name, value in last.losses.items())
     stale = "" if last.staleness is None else f"  staleness {last.staleness:g}"
     seconds = state.step_seconds()
-    step = "-" if seconds is None else f"{1000 * seconds:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
+    step = (
+        "-"
+        if seconds is None
+        else f"{1000 * seconds:.4g} ms"
+        if seconds < 1
+        else f"{seconds:.4g} s"
+    )
     batch = state.header.get("config", {}) if isinstance(state.header.get("config"), dict) else {}
     images = batch.get("global_batch_size")
     rate = f"  {images / seconds:,.0f} images/s" if isinstance(images, int) and seconds else ""
@@ -120,7 +136,11 @@ def _accuracies(state: State) -> str:
     found = []
     for split, (step, accuracy, _) in list(state.evals.items())[:6]:
         best = state.best.get(split)
-        more = f", best {100 * best:.2f}" if accuracy is not None and best is not None and best > accuracy else ""
+        more = (
+            f", best {100 * best:.2f}"
+            if accuracy is not None and best is not None and best > accuracy
+            else ""
+        )
         shown = "-" if accuracy is None else f"{100 * accuracy:.2f} %"
         found.append(f"{split} {shown} (step {step}{more})")
     return "  ".join(found)

@@ -18,7 +18,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from conadv import bench, cli
+from conadv import bench
+from conadv.cli import program as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = {
@@ -28,7 +29,9 @@ TOP = {
     "LICENSE": "license.md",
 }
 """Files beside docs/, and their pages; README.md would take the place of index.md."""
-log = logging.getLogger("mkdocs.hooks.conadv")  # below "mkdocs", so that --strict counts its warnings
+log = logging.getLogger(
+    "mkdocs.hooks.conadv"
+)  # below "mkdocs", so that --strict counts its warnings
 
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)(?P<path>[^)\s#]+)(?=[#)])")
 _HELP = re.compile(r"^<!-- help: (?P<command>.*) -->$", re.M)
@@ -54,9 +57,17 @@ def _result_pages() -> list[Path]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add README and its like, and whatever pages link to outside of docs/."""
-    texts = {file.src_uri: Path(file.abs_src_path or "").read_text() for file in files.documentation_pages()}
-    sources = {f"docs/{uri}": text for uri, text in texts.items()} | {name: (ROOT / name).read_text() for name in TOP}
-    wanted = {*TOP, *(target for source, text in sources.items() for target in _outside(source, text))}
+    texts = {
+        file.src_uri: Path(file.abs_src_path or "").read_text()
+        for file in files.documentation_pages()
+    }
+    sources = {f"docs/{uri}": text for uri, text in texts.items()} | {
+        name: (ROOT / name).read_text() for name in TOP
+    }
+    wanted = {
+        *TOP,
+        *(target for source, text in sources.items() for target in _outside(source, text)),
+    }
     for target in sorted(wanted):
         files.append(File.generated(config, _on_site(target), content=_copy(target)))
     return files
@@ -65,7 +76,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def _outside(source: str, text: str) -> set[str]:
     """The repository's files outside of docs/ that the page ``source`` links to."""
     targets = {_target(source, match["path"]) for match in _LINK.finditer(_FENCED.sub("", text))}
-    return {target for target in targets if not target.startswith(("docs/", "..")) and (ROOT / target).exists()}
+    return {
+        target
+        for target in targets
+        if not target.startswith(("docs/", "..")) and (ROOT / target).exists()
+    }
 
 
 def _target(source: str, link: str) -> str:
@@ -84,11 +99,15 @@ def _copy(target: str) -> str:
     """The text of a page for a file outside of docs/: Markdown as it is, code in a fence, a folder as a list."""
     path = ROOT / target
     if path.is_dir():
-        names = "\n".join(sorted(entry.name for entry in path.iterdir() if entry.suffix in (".py", ".md")))
+        names = "\n".join(
+            sorted(entry.name for entry in path.iterdir() if entry.suffix in (".py", ".md"))
+        )
         return f"# {target}\n\n```text\n{names}\n```\n"
     if target.endswith(".md"):
         return path.read_text()
-    language = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".json": "json"}.get(path.suffix, "text")
+    language = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".json": "json"}.get(
+        path.suffix, "text"
+    )
     return f"# {target}\n\n````{language}\n{path.read_text()}````\n"
 
 
@@ -107,7 +126,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _turned(text: str, source: str, uri: str) -> str:
     def turn(match: re.Match[str]) -> str:
         target = _target(source, match["path"])
-        return posixpath.relpath(_on_site(target), posixpath.dirname(uri) or ".") if _known(target) else match["path"]
+        return (
+            posixpath.relpath(_on_site(target), posixpath.dirname(uri) or ".")
+            if _known(target)
+            else match["path"]
+        )
 
     return _LINK.sub(turn, text)
 
@@ -120,7 +143,11 @@ def help_text(words: list[str]) -> str:
     """What ``conadv WORDS --help`` prints, without colours, 100 characters wide."""
     said = io.StringIO()
     plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
-    with mock.patch.dict(os.environ, plain), contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    with (
+        mock.patch.dict(os.environ, plain),
+        contextlib.redirect_stdout(said),
+        contextlib.suppress(SystemExit),
+    ):
         cli.main([*words, "--help"])
     lines = (line.rstrip() for line in said.getvalue().splitlines())
     return "\n".join(lines).strip("\n")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from conadv import AttackPlan, Batch, Comm, Concurrent, TrainStep, windows
-from conadv.engine import Inline, Ranks, Teams
-from conadv.execution import Execution
-from conadv.trainer import train
+from conadv.distributed.teams import Teams
+from conadv.engine import Inline, Ranks
+from conadv.engine.execution import Execution
+from conadv.training.trainer import train
 
 from ..helpers import no_norm_net, state, tiny_resnet
 from ..test_methods import ATTACK, CASES, SEED, SPACE, as_batch, sgd
@@ -26,7 +27,9 @@ from ..test_trainer import config
 
 MODELS = {
     "batchnorm": lambda seed: tiny_resnet("adv", seed=seed),
-    "channels_last": lambda seed: tiny_resnet("adv", seed=seed).to(memory_format=torch.channels_last),
+    "channels_last": lambda seed: tiny_resnet("adv", seed=seed).to(
+        memory_format=torch.channels_last
+    ),
     "no norm": lambda seed: no_norm_net(seed=seed),
 }
 Answer = tuple[list[dict[str, Any]], dict[str, Tensor]] | list[int]
@@ -45,7 +48,9 @@ def engine_for(
     net: nn.Module = MODELS[model](teams.world.rank)
     executor = Ranks(teams, late) if teams.attackers else Inline()
     made = method(tau, lookahead)
-    return TrainStep(net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor, **options)
+    return TrainStep(
+        net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor, **options
+    )
 
 
 def stream(teams: Teams, model: str, micro: int, steps: range) -> Iterator[Batch]:
@@ -57,20 +62,30 @@ def stream(teams: Teams, model: str, micro: int, steps: range) -> Iterator[Batch
         yield replace(batch, micro=tuple(batch.micro[index] for index in mine))
 
 
-def learn(engine: TrainStep, teams: Teams, model: str, micro: int, steps: int, first: int = 0) -> list[dict[str, Any]]:
+def learn(
+    engine: TrainStep, teams: Teams, model: str, micro: int, steps: int, first: int = 0
+) -> list[dict[str, Any]]:
     batches = stream(teams, model, micro, range(first, steps))
     return [asdict(engine(batch, future)) for batch, future in windows(batches, engine.ahead)]
 
 
 def training(
-    world: Comm, attack_ranks: int, model: str, tau: int, lookahead: bool | str, micro: int, options: dict[str, Any]
+    world: Comm,
+    attack_ranks: int,
+    model: str,
+    tau: int,
+    lookahead: bool | str,
+    micro: int,
+    options: dict[str, Any],
 ) -> Answer:
     """Six steps; a learner returns records and state, an attack rank the steps that it served."""
     teams = world.split(attack_ranks)
     engine = engine_for(teams, model, tau, lookahead, **options)
     if teams.attacking:
         served: list[int] = []
-        engine.serve(stream(teams, model, micro, range(tau, 6)), lambda step, _: served.append(step))
+        engine.serve(
+            stream(teams, model, micro, range(tau, 6)), lambda step, _: served.append(step)
+        )
         engine.executor.close()
         return served
     records = learn(engine, teams, model, micro, 6)
@@ -85,10 +100,14 @@ def planned(world: Comm, attack_ranks: int, late: str) -> Answer:
     plan = AttackPlan(share=0.5, every=2, eps_factor=lambda step: 1 - step / 12)
     made = Concurrent(ATTACK, 1, attack_plan=plan)
     executor = Ranks(teams, late) if teams.attackers else Inline()
-    engine = TrainStep(net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor)
+    engine = TrainStep(
+        net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor
+    )
     if teams.attacking:
         served: list[int] = []
-        engine.serve(stream(teams, "batchnorm", micro, range(1, 8)), lambda step, _: served.append(step))
+        engine.serve(
+            stream(teams, "batchnorm", micro, range(1, 8)), lambda step, _: served.append(step)
+        )
         engine.executor.close()
         return served
     records = learn(engine, teams, "batchnorm", micro, 8)
@@ -157,7 +176,13 @@ def someone_dies(world: Comm, who: int) -> None:
 
 
 def losing(
-    world: Comm, attack_ranks: int, model: str, tau: int, lookahead: bool | str, options: dict[str, Any], how: str
+    world: Comm,
+    attack_ranks: int,
+    model: str,
+    tau: int,
+    lookahead: bool | str,
+    options: dict[str, Any],
+    how: str,
 ) -> Any:
     """Eight steps of two micro-batches; the last rank, an attack rank, is lost in its third attack.
 
@@ -183,7 +208,9 @@ def losing(
     records = [asdict(engine(*next(pairs))) for _ in range(5)]
     saved = deepcopy((engine.state_dict(), state(engine.model), engine.optimizer.state_dict()))
     for batch, future in pairs:
-        time.sleep(1.5 if how == "stopped" and options.get("late") == "skip" else 0.0)  # nobody waits otherwise
+        time.sleep(
+            1.5 if how == "stopped" and options.get("late") == "skip" else 0.0
+        )  # nobody waits otherwise
         records.append(asdict(engine(batch, future)))
     losses = engine.executor.losses()
     engine.executor.close()
@@ -197,7 +224,9 @@ def _be_lost(how: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def lose_of_a_run(world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool) -> Any:
+def lose_of_a_run(
+    world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool
+) -> Any:
     """A whole run whose last attack rank dies in its third attack, if ``lost``."""
     craft, calls = TrainStep.craft, [0]
 
@@ -247,7 +276,13 @@ def wrong(world: Comm, what: str) -> None:
     if what in ("running", "stop"):
         plan = AttackPlan(statistics="running") if what == "running" else AttackPlan(stop=3)
         net = no_norm_net()
-        TrainStep(net, sgd(net), Concurrent(ATTACK, 1, attack_plan=plan), comm=teams.comm, executor=Ranks(teams))
+        TrainStep(
+            net,
+            sgd(net),
+            Concurrent(ATTACK, 1, attack_plan=plan),
+            comm=teams.comm,
+            executor=Ranks(teams),
+        )
     if what == "comm":
         net = no_norm_net()
         TrainStep(net, sgd(net), method(1, False), space=SPACE, comm=Comm(), executor=Ranks(teams))
@@ -262,7 +297,10 @@ def wrong_share(world: Comm) -> None:
     """The learner gives the micro-batch of another rank."""
     engine = engine_for(world.split(1), "no norm", 1, False)
     if world.rank == 0:
-        engine(as_batch(0, dtype=torch.float64), replace(as_batch(1), micro=as_batch(1, count=2).micro[1:]))
+        engine(
+            as_batch(0, dtype=torch.float64),
+            replace(as_batch(1), micro=as_batch(1, count=2).micro[1:]),
+        )
 
 
 def offset(world: Comm, shift: float) -> float:
@@ -272,6 +310,8 @@ def offset(world: Comm, shift: float) -> float:
         return world.clock_offset()
 
 
-def run(world: Comm, out: Path, changes: dict[str, Any], attack_ranks: int, resume: bool = False) -> dict[str, Any]:
+def run(
+    world: Comm, out: Path, changes: dict[str, Any], attack_ranks: int, resume: bool = False
+) -> dict[str, Any]:
     execution = Execution(attack_ranks=attack_ranks, timeline_steps=4)
     return train(config(**changes), out, resume=resume, comm=world, execution=execution)

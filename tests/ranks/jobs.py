@@ -18,16 +18,26 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from conadv import FGSM, LARS, Batch, Comm, ConadvError, Sequential, TrainStep, split_batchnorm, windows
-from conadv.config import Config
-from conadv.engine.comm import Handle
+from conadv import (
+    FGSM,
+    LARS,
+    Batch,
+    Comm,
+    ConadvError,
+    Sequential,
+    TrainStep,
+    split_batchnorm,
+    windows,
+)
+from conadv.config.schema import Config
+from conadv.distributed.comm import Handle
+from conadv.engine.execution import Execution
 from conadv.engine.pending import gather
-from conadv.evaluation import evaluate
-from conadv.execution import Execution
-from conadv.norm import check_sync, frozen_stats, route
-from conadv.precise_bn import recalibrate
-from conadv.signals import Stopped
-from conadv.trainer import train
+from conadv.nn.precise_bn import recalibrate
+from conadv.nn.split_batchnorm import check_sync, frozen_stats, route
+from conadv.training.evaluate import evaluate
+from conadv.training.signals import Stopped
+from conadv.training.trainer import train
 
 from ..helpers import images, no_norm_net, parameters, state, tiny_resnet
 from ..test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
@@ -43,17 +53,31 @@ def share(batch: Batch, comm: Comm) -> Batch:
     return replace(batch, micro=batch.micro[comm.rank * count : (comm.rank + 1) * count])
 
 
-def make(comm: Comm, case: str, model: nn.Module, optimizer: str = "sgd", **options: Any) -> TrainStep:
-    return TrainStep(model, OPTIMIZERS[optimizer](model), CASES[case](), space=SPACE, seed=SEED, comm=comm, **options)
+def make(
+    comm: Comm, case: str, model: nn.Module, optimizer: str = "sgd", **options: Any
+) -> TrainStep:
+    return TrainStep(
+        model,
+        OPTIMIZERS[optimizer](model),
+        CASES[case](),
+        space=SPACE,
+        seed=SEED,
+        comm=comm,
+        **options,
+    )
 
 
-def steps(engine: TrainStep, count: int, num_steps: int, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+def steps(
+    engine: TrainStep, count: int, num_steps: int, dtype: torch.dtype = torch.float64
+) -> list[dict[str, Any]]:
     """Train on this rank's share of global batches of ``count`` micro-batches."""
     stream = [share(as_batch(t, count=count, dtype=dtype), engine.comm) for t in range(num_steps)]
     return [asdict(engine(batch, future)) for batch, future in windows(stream, engine.ahead)]
 
 
-def without_statistics(comm: Comm, case: str, count: int, options: dict[str, Any], optimizer: str = "sgd") -> Answer:
+def without_statistics(
+    comm: Comm, case: str, count: int, options: dict[str, Any], optimizer: str = "sgd"
+) -> Answer:
     """Five float64 steps of a network without batch statistics; rank 1's own weights must not matter."""
     engine = make(comm, case, no_norm_net(seed=comm.rank), optimizer, **options)
     return steps(engine, count, 5), state(engine.model)
@@ -72,7 +96,9 @@ def with_batchnorm(comm: Comm, case: str, options: dict[str, Any]) -> tuple[Answ
 def evaluation(comm: Comm, model: nn.Module, batch: int = 5, attack: Any = None) -> Any:
     x, y = images(23, 5, torch.float64)
     all_batches = list(zip(x.split(batch), y.split(batch), strict=True))
-    return evaluate(model, all_batches[comm.rank :: comm.ranks], SPACE, attack=attack, seed=SEED, comm=comm)
+    return evaluate(
+        model, all_batches[comm.rank :: comm.ranks], SPACE, attack=attack, seed=SEED, comm=comm
+    )
 
 
 def recalibration(comm: Comm, batch: int) -> dict[str, Tensor]:
@@ -80,7 +106,9 @@ def recalibration(comm: Comm, batch: int) -> dict[str, Tensor]:
     x, y = images(4 * batch, 5, torch.float64)
     all_batches = list(zip(x.split(batch), y.split(batch), strict=True))
     for name, attack in (("clean", None), ("adv", FGSM(EPS, space=SPACE))):
-        recalibrate(model, all_batches[comm.rank :: comm.ranks], SPACE, route=name, attack=attack, comm=comm)
+        recalibrate(
+            model, all_batches[comm.rank :: comm.ranks], SPACE, route=name, attack=attack, comm=comm
+        )
     return state(model)
 
 
@@ -162,7 +190,9 @@ def gone(comm: Comm, culprit: int, how: str) -> None:
             if how == "held up":
                 time.sleep(60)
             os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-        batch, future = (share(as_batch(s, count=comm.ranks, dtype=torch.float64), comm) for s in (t, t + 1))
+        batch, future = (
+            share(as_batch(s, count=comm.ranks, dtype=torch.float64), comm) for s in (t, t + 1)
+        )
         engine(batch, future)
 
 
@@ -207,13 +237,17 @@ class InPlaceDDP(DistributedDataParallel):
             buffer.copy_(buffer.clone())
 
 
-def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDataParallel) -> dict[str, Any]:
+def own_loop(
+    comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDataParallel
+) -> dict[str, Any]:
     """Three steps of a loop of one's own on DDP: attack the plain module, both views forward, one backward."""
     model = tiny_resnet("adv", dtype=torch.float64)
     optimizer, attack, calls = sgd(model), FGSM(EPS, space=SPACE), []
     start = [buffer.clone() for buffer in model.buffers()]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 has another name for it, which 2.9 does not know
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # torch 2.14 has another name for it, which 2.9 does not know
         wrapped = wrapper(model, broadcast_buffers=broadcast)
 
     def count(state, bucket):  # type: ignore[no-untyped-def]  # DDP takes no other annotations than its own
@@ -233,7 +267,9 @@ def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any = DistributedDa
         own_loss(wrapped, how, x, x_adv, y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = all(not torch.equal(after, before) for after, before in zip(model.buffers(), start, strict=True))
+    moved = all(
+        not torch.equal(after, before) for after, before in zip(model.buffers(), start, strict=True)
+    )
     return {
         "weights": parameters(model),
         "during attack": during_attack,
@@ -255,7 +291,9 @@ def own_loss(wrapped: nn.Module, how: str, x: Tensor, x_adv: Tensor, y: Tensor) 
 def same_by_train_step(comm: Comm) -> dict[str, Tensor]:
     """What :func:`own_loop` trains, by TrainStep's own path."""
     model = tiny_resnet("adv", dtype=torch.float64)
-    engine = TrainStep(model, sgd(model), Sequential(FGSM(EPS, space=SPACE)), space=SPACE, seed=SEED, comm=comm)
+    engine = TrainStep(
+        model, sgd(model), Sequential(FGSM(EPS, space=SPACE)), space=SPACE, seed=SEED, comm=comm
+    )
     steps(engine, comm.ranks, 3)
     return parameters(model)
 
@@ -265,7 +303,11 @@ def wrapped_model(comm: Comm) -> None:
 
 
 def sync_batchnorm(comm: Comm) -> None:
-    make(comm, "conadv", split_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "adv"))
+    make(
+        comm,
+        "conadv",
+        split_batchnorm(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "adv"),
+    )
 
 
 def sync_over(comm: Comm, ranks: int) -> None:
@@ -289,7 +331,9 @@ def disagree(comm: Comm) -> None:
             raise ConadvError("The folder /data is not here.")
 
 
-def train_run(comm: Comm, out: Path, changes: dict[str, Any], resume: bool = False) -> dict[str, Any]:
+def train_run(
+    comm: Comm, out: Path, changes: dict[str, Any], resume: bool = False
+) -> dict[str, Any]:
     return train(config(**changes), out, resume=resume, comm=comm)
 
 
@@ -306,7 +350,9 @@ def clipped(comm: Comm) -> tuple[float, float, float]:
         engine.gradient(share(as_batch(t, count=2, dtype=torch.float64), comm))
         engine.wait()
         if t == 1:
-            norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in engine.model.parameters()])))
+            norms.append(
+                float(torch.nn.utils.get_total_norm([p.grad for p in engine.model.parameters()]))
+            )
         else:
             torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
         norms.insert(0, engine.update().grad_norm)
@@ -343,7 +389,9 @@ def other_settings(comm: Comm, out: Path) -> None:
     train(config(seed=comm.rank), out, comm=comm)
 
 
-def stopped_run(comm: Comm, out: Path, settings: dict[str, Any], rank: int, step: int, number: int, attack: int) -> Any:
+def stopped_run(
+    comm: Comm, out: Path, settings: dict[str, Any], rank: int, step: int, number: int, attack: int
+) -> Any:
     """Train; ``rank`` alone gets a signal, a learner in ``step`` and an attack rank in its ``step``-th attack."""
     original = {"update": TrainStep.update, "craft": TrainStep.craft}
     counts = {"update": 0, "craft": 0}
@@ -369,7 +417,13 @@ def stopped_run(comm: Comm, out: Path, settings: dict[str, Any], rank: int, step
 
 def train_again(comm: Comm, out: Path, settings: dict[str, Any], attack: int) -> None:
     """Start the run, or go on with it."""
-    train(config(**settings), out, auto_resume=True, comm=comm, execution=Execution(attack_ranks=attack))
+    train(
+        config(**settings),
+        out,
+        auto_resume=True,
+        comm=comm,
+        execution=Execution(attack_ranks=attack),
+    )
 
 
 def skipped(comm: Comm, policy: str) -> Any:
@@ -401,6 +455,8 @@ def gathered_pending(comm: Comm) -> tuple[dict[str, Any], int]:
         return plain(value)
 
     mine = [torch.full((1000,), 10.0 * comm.rank + m) for m in range(2)]
-    waiting = {"5": {"images": mine, "labels": [image[:1].long() for image in mine], "weight_version": 4}}
+    waiting = {
+        "5": {"images": mine, "labels": [image[:1].long() for image in mine], "weight_version": 4}
+    }
     with mock.patch.object(comm, "gather", noted):
         return gather(waiting, comm), max(sent)

@@ -17,12 +17,18 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def started(command: Sequence[object], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    command: Sequence[object], log: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """A process group that is killed at the end; what it says goes to ``log``."""
     everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     with log.open("wb") as file:
         process = subprocess.Popen(
-            list(map(str, command)), stdout=file, stderr=file, env=everything, start_new_session=True
+            list(map(str, command)),
+            stdout=file,
+            stderr=file,
+            env=everything,
+            start_new_session=True,
         )
     try:
         yield process
@@ -58,7 +64,9 @@ def workers(pid: int) -> dict[int, int]:
     for child in descendants(pid):
         try:
             variables = dict(
-                part.split("=", 1) for part in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in part
+                part.split("=", 1)
+                for part in Path(f"/proc/{child}/environ").read_text().split("\0")
+                if "=" in part
             )
         except OSError:
             continue

@@ -49,7 +49,11 @@ class Ranks:
     """N processes; ``run`` has all of them run one function and returns their answers in rank order."""
 
     def __init__(self, ranks: int, timeout: float = 30.0) -> None:
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+        common = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(ranks),
+        }
         common |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         self.pipes: list[Connection] = []
         self.processes = []
@@ -89,7 +93,9 @@ class Ranks:
     def answer(self, rank: int, timeout: float) -> Any:
         if not self.pipes[rank].poll(timeout):
             self.close()
-            pytest.fail(f"rank {rank} hangs: no answer after {timeout:g} s ({datetime.now():%H:%M:%S})")
+            pytest.fail(
+                f"rank {rank} hangs: no answer after {timeout:g} s ({datetime.now():%H:%M:%S})"
+            )
         try:
             return self.pipes[rank].recv()
         except EOFError:

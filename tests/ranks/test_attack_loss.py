@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from conadv import Comm, ConadvError
-from conadv.checkpoint import steps
-from conadv.config import dump_yaml
-from conadv.engine.lost import Loss
-from conadv.execution import Execution
-from conadv.record import read_lines
-from conadv.trainer import train
+from conadv.config.schema import dump_yaml
+from conadv.engine.attack_ranks.failed import Loss
+from conadv.engine.execution import Execution
+from conadv.training.checkpoint import steps
+from conadv.training.record import read_lines
+from conadv.training.trainer import train
 
 from ..helpers import same, state
 from ..test_trainer import METHODS, config, without_times
@@ -43,7 +43,9 @@ def pool_of(ranks: int, timeout: float = 30.0) -> Iterator[Ranks]:
         pool.close()
 
 
-def lose(ranks: int, attack_ranks: int, *case: Any, how: str = "killed", timeout: float = 30.0) -> list[Any]:
+def lose(
+    ranks: int, attack_ranks: int, *case: Any, how: str = "killed", timeout: float = 30.0
+) -> list[Any]:
     """What ``losing`` returns on every rank that is left."""
     with pool_of(ranks, timeout) as pool:
         for pipe in pool.pipes:
@@ -65,7 +67,9 @@ def one_process(model: str, tau: int, lookahead: bool | str, options: dict[str, 
     ("tau", "lookahead", "options"),
     [(1, False, {}), (3, True, {"pending_dtype": "uint8"}), (2, "momentum-gradient", {})],
 )
-def test_the_bits_of_a_run_that_lost_nothing(tau: int, lookahead: bool | str, options: dict[str, Any]) -> None:
+def test_the_bits_of_a_run_that_lost_nothing(
+    tau: int, lookahead: bool | str, options: dict[str, Any]
+) -> None:
     # Red when: what was under way is attacked at the present weights; the version tag is that of the step; the kept
     # weights are not a copy; images made here are not stored as those that travel; settle() forgets them.
     case = ("batchnorm", tau, lookahead, options)
@@ -122,7 +126,9 @@ def test_a_silent_attack_rank_is_given_up_in_time(late: str) -> None:
         assert len(records) == STEPS
         (loss,) = losses
         assert isinstance(loss, Loss)
-        assert re.search("no word within 2 s|[Tt]imed out", loss.reason)  # gloo's limit, if a busy machine lets it pass
+        assert re.search(
+            "no word within 2 s|[Tt]imed out", loss.reason
+        )  # gloo's limit, if a busy machine lets it pass
         assert records[-1]["weight_version"] == STEPS - 2
         assert late == "skip" or not any(record["late"] for record in records)
 
@@ -170,7 +176,17 @@ def test_under_torchrun_attack_ranks_have_an_agent_of_their_own(tmp_path: Path) 
     out = tmp_path / "run"
     settings = {"method": "conadv", "staleness": 2, "epochs": 6, "eval__every_epochs": 2}
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**settings)))
-    program = ["-m", "conadv", "train", "--config", tmp_path / "config.yaml", "--out", out, "--device", "cpu"]
+    program = [
+        "-m",
+        "conadv",
+        "train",
+        "--config",
+        tmp_path / "config.yaml",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
     program += ["--attack-ranks", 1, "--on-attack-loss", "continue", "--comm-timeout", 30]
     port, logs = free_port(), [tmp_path / "learners", tmp_path / "attack"]
     with ExitStack() as stack:
@@ -178,7 +194,9 @@ def test_under_torchrun_attack_ranks_have_an_agent_of_their_own(tmp_path: Path) 
         for node, log in enumerate(logs):
             torchrun = [*TORCHRUN, "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1]
             torchrun += ["--master-addr", "127.0.0.1", "--master-port", port]
-            agents.append(stack.enter_context(started([*torchrun, *program], log, GLOO_SOCKET_IFNAME="lo")))
+            agents.append(
+                stack.enter_context(started([*torchrun, *program], log, GLOO_SOCKET_IFNAME="lo"))
+            )
         until(lambda: len(steps(out / "checkpoints")) >= 2, 120, "the second checkpoint")
         kill(workers(agents[1].pid)[1])
         assert agents[1].wait(30) == 1
@@ -194,9 +212,34 @@ def test_under_torchrun_attack_ranks_have_an_agent_of_their_own(tmp_path: Path) 
 
 def test_one_torchrun_for_all_is_refused(tmp_path: Path) -> None:
     # Red when: the check of the launchers is removed.
-    command = [*TORCHRUN, "--standalone", "--nproc-per-node", 2, "-m", "conadv", "train", "digits", "--steps", 4]
-    command += ["--method", "conadv", "--attack-ranks", 1, "--on-attack-loss", "continue", "--out", tmp_path / "run"]
+    command = [
+        *TORCHRUN,
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "-m",
+        "conadv",
+        "train",
+        "digits",
+        "--steps",
+        4,
+    ]
+    command += [
+        "--method",
+        "conadv",
+        "--attack-ranks",
+        1,
+        "--on-attack-loss",
+        "continue",
+        "--out",
+        tmp_path / "run",
+    ]
     log = tmp_path / "log"
     with started(command, log, GLOO_SOCKET_IFNAME="lo") as torchrun:
         assert torchrun.wait(120) == 1
-    assert log.read_text().count("conadv: --on-attack-loss continue has no effect where one torchrun starts") == 1
+    assert (
+        log.read_text().count(
+            "conadv: --on-attack-loss continue has no effect where one torchrun starts"
+        )
+        == 1
+    )

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conadv import Comm, ConadvError, Sequential, Vanilla
-from conadv.engine.parcel import ALIGNMENT, Parcel
-from conadv.engine.teams import Teams, roles, shares
-from conadv.execution import Choice, Execution, choose
-from conadv.record import read_lines
-from conadv.trainer import train
+from conadv.distributed.message import ALIGNMENT, Parcel
+from conadv.distributed.teams import Teams, roles, shares
+from conadv.engine.execution import Choice, Execution, choose
+from conadv.training.record import read_lines
+from conadv.training.trainer import train
 
 from ..helpers import same, state
 from ..test_methods import ATTACK, make
@@ -31,7 +31,10 @@ CPU = torch.device("cpu")
 
 def numbers(answer: Any) -> list[Any]:
     """What a record says, without times."""
-    return [{k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")} for record in answer[0]]
+    return [
+        {k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")}
+        for record in answer[0]
+    ]
 
 
 def inline(model: str, tau: int, lookahead: bool | str, micro: int, options: dict[str, Any]) -> Any:
@@ -58,13 +61,17 @@ def test_one_learner_and_one_attack_rank_are_inline_bitwise(
     # batches; images are decoded to float32 whatever they were; the look-ahead is asked for one step less.
     learner, served = two.run(jobs.training, 1, model, tau, lookahead, 2, options)
     skips = options.get("late") == "skip"
-    want = inline(model, tau, lookahead, 2, {name: value for name, value in options.items() if name != "late"})
+    want = inline(
+        model, tau, lookahead, 2, {name: value for name, value in options.items() if name != "late"}
+    )
     if skips and any(record["late"] for record in learner[0]):
         pytest.skip("an attack rank was late on a busy machine: nothing to compare")
     assert served == list(range(tau, 6))
     assert numbers(learner) == numbers(want)
     assert same(learner[1], want[1])
-    assert [record["weight_version"] for record in learner[0]] == [max(t - tau, 0) if t >= tau else t for t in range(6)]
+    assert [record["weight_version"] for record in learner[0]] == [
+        max(t - tau, 0) if t >= tau else t for t in range(6)
+    ]
 
 
 def test_steps_and_images_that_are_not_attacked(two: Ranks) -> None:
@@ -81,10 +88,14 @@ def test_steps_and_images_that_are_not_attacked(two: Ranks) -> None:
 
 @pytest.mark.parametrize(("attack_ranks", "micro"), [(1, 2), (1, 4), (2, 2), (2, 4)])
 @pytest.mark.parametrize(("tau", "lookahead"), [(1, False), (2, True)])
-def test_any_split_is_one_process(three: Ranks, attack_ranks: int, micro: int, tau: int, lookahead: bool) -> None:
+def test_any_split_is_one_process(
+    three: Ranks, attack_ranks: int, micro: int, tau: int, lookahead: bool
+) -> None:
     # Red when: attack ranks share out micro-batches by rank instead of by number; a learner takes images in the order
     # in which they come; the weights of one attack rank come from another version.
-    answers = three.run(jobs.training, attack_ranks, "no norm", tau, lookahead, micro, {"fuse_views": True})
+    answers = three.run(
+        jobs.training, attack_ranks, "no norm", tau, lookahead, micro, {"fuse_views": True}
+    )
     learners = answers[: 3 - attack_ranks]
     want = inline("no norm", tau, lookahead, micro, {"fuse_views": True})
     assert answers[3 - attack_ranks :] == [list(range(tau, 6))] * attack_ranks
@@ -93,12 +104,16 @@ def test_any_split_is_one_process(three: Ranks, attack_ranks: int, micro: int, t
     # four gradients of two learners are summed two and two, not one after the other
     exact = micro == len(learners) or len(learners) == 1
     for key, value in want[1].items():
-        assert torch.allclose(learners[0][1][key], value, rtol=0 if exact else 1e-10, atol=0 if exact else 1e-12)
+        assert torch.allclose(
+            learners[0][1][key], value, rtol=0 if exact else 1e-10, atol=0 if exact else 1e-12
+        )
     assert [r["weight_version"] for r in learners[0][0]] == [r["weight_version"] for r in want[0]]
 
 
 @pytest.mark.parametrize(("tau", "at"), [(1, 2), (3, 4)])
-def test_state_saved_while_images_are_under_way_resumes_inline_bitwise(two: Ranks, tau: int, at: int) -> None:
+def test_state_saved_while_images_are_under_way_resumes_inline_bitwise(
+    two: Ranks, tau: int, at: int
+) -> None:
     # Red when: state_dict() does not wait for what is under way (the resumed run then attacks those batches itself).
     (records, final, (saved, model, optimizer)), _ = two.run(jobs.interrupted, tau, at)
     teams = Comm().split(0)
@@ -121,7 +136,10 @@ def test_late_images_are_waited_for_or_skipped(three: Ranks, attack_ranks: int) 
         assert numbers(slow) == numbers(fast)
         assert not any(record["late"] for record in slow[0])
     skipping = three.run(jobs.slow_attacker, attack_ranks, "skip", 0.4)[: 3 - attack_ranks]
-    assert all(numbers(other) == numbers(skipping[0]) and same(other[1], skipping[0][1]) for other in skipping)
+    assert all(
+        numbers(other) == numbers(skipping[0]) and same(other[1], skipping[0][1])
+        for other in skipping
+    )
     for record in skipping[0][0]:
         assert record["late"] == ("adv" not in record["losses"])
         assert record["weight_version"] == (None if record["late"] else max(record["step"] - 1, 0))
@@ -151,7 +169,8 @@ def test_a_learner_that_fails_ends_its_attack_ranks(two: Ranks) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "message"), [("steps", "was asked for step 1"), ("micro-batches", "has micro-batches [0], its share is")]
+    ("what", "message"),
+    [("steps", "was asked for step 1"), ("micro-batches", "has micro-batches [0], its share is")],
 )
 def test_other_data_than_the_learners(what: str, message: str) -> None:
     pool = Ranks(2, timeout=5.0)
@@ -179,7 +198,11 @@ def test_other_data_than_the_learners(what: str, message: str) -> None:
 def test_mistakes(two: Ranks, what: str, message: str) -> None:
     answers = two.answers(jobs.wrong, what)
     assert [(kind, error[0]) for kind, error in answers] == [("error", "ConadvError")] * 2
-    wanted = [message] * 2 if message else ["serve() is for attack ranks", "An attack rank has no steps of its own"]
+    wanted = (
+        [message] * 2
+        if message
+        else ["serve() is for attack ranks", "An attack rank has no steps of its own"]
+    )
     assert all(text in error[1] for text, (_, error) in zip(wanted, answers, strict=True))
 
 
@@ -204,7 +227,11 @@ def test_whole_runs(two: Ranks, name: str, tmp_path: Path) -> None:
     assert (found["executor"], found["attack_ranks"], found["ranks"]) == ("ranks", 1, 1)
     assert found["test_loss"] == summary["test_loss"]
     header = lines[0]
-    assert (header["ranks"], header["execution"]["executor"], header["execution"]["learners"]) == (2, "ranks", 1)
+    assert (header["ranks"], header["execution"]["executor"], header["execution"]["learners"]) == (
+        2,
+        "ranks",
+        1,
+    )
     check_spans(lines, summary["staleness"])
 
     forget_after(tmp_path / "ranks", 3)
@@ -256,12 +283,16 @@ def test_clock_offset(two: Ranks) -> None:
         ((3, 0, 3), (0, 1, 2), ()),
     ],
 )
-def test_roles(arguments: tuple[int, int, int], learners: tuple[int, ...], attackers: tuple[int, ...]) -> None:
+def test_roles(
+    arguments: tuple[int, int, int], learners: tuple[int, ...], attackers: tuple[int, ...]
+) -> None:
     assert roles(*arguments) == (learners, attackers)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5))
-def test_shares_are_even_and_the_feeder_owns_the_first_micro_batch(learners: int, attackers: int, count: int) -> None:
+def test_shares_are_even_and_the_feeder_owns_the_first_micro_batch(
+    learners: int, attackers: int, count: int
+) -> None:
     # Red when: shares overlap or leave a gap; the feeder is taken in another way than the shares.
     if attackers > learners * count:
         with pytest.raises(ConadvError, match="nothing to do"):
@@ -272,8 +303,12 @@ def test_shares_are_even_and_the_feeder_owns_the_first_micro_batch(learners: int
     sizes = {len(part) for part in parts}
     assert max(sizes) - min(sizes) <= 1
     world = Comm(0, learners + attackers)
-    teams = Teams(world, world, tuple(range(learners)), tuple(range(learners, learners + attackers)))
-    assert [teams.feeder(number) for number in range(attackers)] == [part[0] // count for part in parts]
+    teams = Teams(
+        world, world, tuple(range(learners)), tuple(range(learners, learners + attackers))
+    )
+    assert [teams.feeder(number) for number in range(attackers)] == [
+        part[0] // count for part in parts
+    ]
 
 
 def test_a_parcel_keeps_shapes_types_and_layout() -> None:
@@ -301,8 +336,14 @@ def test_choice_of_an_executor() -> None:
         "inline", "the method attacks no future batch: there is nothing to move"
     )
     assert choose(Execution(attack_ranks=2), conadv, CPU).name == "ranks"
-    assert choose(Execution("stream"), conadv, torch.device("cuda")) == Choice("stream", "asked for")
-    for wrong in ({"executor": "ranks"}, {"executor": "inline", "attack_ranks": 1}, {"late": "skip"}):
+    assert choose(Execution("stream"), conadv, torch.device("cuda")) == Choice(
+        "stream", "asked for"
+    )
+    for wrong in (
+        {"executor": "ranks"},
+        {"executor": "inline", "attack_ranks": 1},
+        {"late": "skip"},
+    ):
         with pytest.raises(ConadvError):
             Execution(**wrong)
     for execution, method in (

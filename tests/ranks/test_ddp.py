@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conadv import ConadvError, TrainStep, split_batchnorm
-from conadv.norm import check_sync
+from conadv.nn.split_batchnorm import check_sync
 
 from ..helpers import same, state, tiny_resnet
 from ..test_methods import CASES, SEED, SPACE, as_batch, sgd
@@ -17,7 +17,9 @@ from . import jobs
 from .pool import Ranks
 
 
-def check_against_train_step(pool: Ranks, how: str, broadcast: bool, wrapper: type[nn.Module]) -> None:
+def check_against_train_step(
+    pool: Ranks, how: str, broadcast: bool, wrapper: type[nn.Module]
+) -> None:
     """Each weight after three steps to 1e-11 of its size.
 
     DDP sums the same gradients in another order (views, ranks, buckets): 2^-53 per addition, a few thousand additions
@@ -34,7 +36,9 @@ def check_against_train_step(pool: Ranks, how: str, broadcast: bool, wrapper: ty
 
 @pytest.mark.parametrize("broadcast", [True, False])
 @pytest.mark.parametrize("how", ["two", "fused"])
-def test_two_views_under_ddp_train_as_train_step_does(two: Ranks, how: str, broadcast: bool) -> None:
+def test_two_views_under_ddp_train_as_train_step_does(
+    two: Ranks, how: str, broadcast: bool
+) -> None:
     # Red when: the adversarial view goes through the clean route; the attack's gradient is taken by backward(), which
     # fills parameter gradients and starts DDP's sums.
     check_against_train_step(two, how, broadcast, jobs.DistributedDataParallel)
@@ -91,13 +95,18 @@ def trained(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
 
 def test_on_one_process_sync_batchnorm_is_batchnorm() -> None:
     # Red when: check_sync refuses where there is no process group.
-    assert same(trained(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "cpu"), trained(tiny_resnet(), "cpu"))
+    assert same(
+        trained(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "cpu"),
+        trained(tiny_resnet(), "cpu"),
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_sync_batchnorm_in_a_process_group_of_one_gpu(tmp_path: Path) -> None:
     torch.cuda.set_device(0)
-    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         torch.backends.cudnn.deterministic = True
         found = trained(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()), "cuda")
@@ -106,4 +115,6 @@ def test_sync_batchnorm_in_a_process_group_of_one_gpu(tmp_path: Path) -> None:
             check_sync(nn.SyncBatchNorm.convert_sync_batchnorm(tiny_resnet()).cuda(), 2)
     finally:
         torch.distributed.destroy_process_group()
-    assert all(torch.allclose(found[name], value, rtol=1e-4, atol=1e-5) for name, value in wanted.items())
+    assert all(
+        torch.allclose(found[name], value, rtol=1e-4, atol=1e-5) for name, value in wanted.items()
+    )

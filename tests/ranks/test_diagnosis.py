@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from conadv.engine.diagnosis import ANSWER_SECONDS, LIMIT_SECONDS, NOBODY_KNOWS, Answer, describe
+from conadv.distributed.diagnosis import (
+    ANSWER_SECONDS,
+    LIMIT_SECONDS,
+    NOBODY_KNOWS,
+    Answer,
+    describe,
+)
 
 from . import jobs
 from .pool import Ranks

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from benchmarks.torture_links import HOSTS, hosts, silence
-from conadv.checkpoint import load_newest, steps
-from conadv.config import dump_yaml
+from conadv.config.schema import dump_yaml
+from conadv.training.checkpoint import load_newest, steps
 
 from ..test_trainer import config
 from .launch import TORCHRUN, started, until
@@ -35,7 +35,9 @@ def two_hosts() -> Iterator[list[str]]:
         yield names
 
 
-def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(two_hosts: list[str], tmp_path: Path) -> None:
+def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(
+    two_hosts: list[str], tmp_path: Path
+) -> None:
     # Red when: the diagnosis waits for a store behind the silent link without a limit.
     settings = {"method": "conadv", "staleness": 1, "epochs": 500, "eval__every_epochs": None}
     out = tmp_path / "run"
@@ -49,16 +51,24 @@ def test_a_silent_link_ends_all_ranks_and_leaves_the_checkpoint(two_hosts: list[
             torchrun = [*TORCHRUN, "--nnodes", 2, "--node-rank", node, "--nproc-per-node", 1]
             torchrun += ["--master-addr", HOSTS[0], "--master-port", 29400]
             command = ["ip", "netns", "exec", name, *torchrun, *program]
-            launchers.append(stack.enter_context(started(command, logs[node], GLOO_SOCKET_IFNAME="wire")))
+            launchers.append(
+                stack.enter_context(started(command, logs[node], GLOO_SOCKET_IFNAME="wire"))
+            )
         until(lambda: len(steps(out / "checkpoints")) >= 3, 60, "the third checkpoint")
         silence(two_hosts)
         # the timeout, at most 5 s for the diagnosis, and the launchers' own end
-        until(lambda: all(launcher.poll() is not None for launcher in launchers), 45, "the end of both launchers")
+        until(
+            lambda: all(launcher.poll() is not None for launcher in launchers),
+            45,
+            "the end of both launchers",
+        )
     for rank, log in enumerate(logs):
         said = log.read_text(errors="replace")
         assert f"conadv: Rank {rank} of 2: communication failed in phase" in said, said
         assert "exitcode  : 2" in said
-    assert "No word within 3 s from rank 1" in logs[0].read_text(errors="replace")  # its launcher keeps the store
+    assert "No word within 3 s from rank 1" in logs[0].read_text(
+        errors="replace"
+    )  # its launcher keeps the store
     assert "so has the store at MASTER_ADDR" in logs[1].read_text(errors="replace")
     state = load_newest(out / "checkpoints", torch.device("cpu"))
     assert state["step"] == steps(out / "checkpoints")[-1] >= 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conadv import PGD, Comm, ConadvError
-from conadv.engine.comm import processes_here
+from conadv.distributed.comm import processes_here
 
 from ..helpers import same
 from ..test_methods import CASES, SPACE
@@ -23,13 +23,18 @@ TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_po
 
 def numbers(answer: jobs.Answer) -> list[Any]:
     """What a record says, without times."""
-    return [{k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")} for record in answer[0]]
+    return [
+        {k: v for k, v in record.items() if k not in ("phases", "seconds", "spans")}
+        for record in answer[0]
+    ]
 
 
 def agree(answers: list[jobs.Answer]) -> bool:
     """Every rank has the same weights and records, to the last bit."""
     first = answers[0]
-    return all(same(first[1], other[1]) and numbers(first) == numbers(other) for other in answers[1:])
+    return all(
+        same(first[1], other[1]) and numbers(first) == numbers(other) for other in answers[1:]
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,7 +55,9 @@ def test_bucket_size_and_overlap_change_no_bit(two: Ranks, name: str, bucket_mib
     # Red when: a bucket leaves after its first gradient instead of its last; hooks watch every pass, so that buckets
     # leave in the first one; launch() forgets what is left.
     # Two micro-batches of two views per rank: four passes, of which the last alone may launch.
-    answers = two.run(jobs.without_statistics, name, 4, {"fuse_views": False, "bucket_mib": bucket_mib})
+    answers = two.run(
+        jobs.without_statistics, name, 4, {"fuse_views": False, "bucket_mib": bucket_mib}
+    )
     want = two.run(jobs.without_statistics, name, 4, {"fuse_views": False, "bucket_mib": 1.0})
     assert agree(answers)
     assert same(answers[0][1], want[0][1])
@@ -77,7 +84,9 @@ def test_four_ranks_are_one_up_to_rounding() -> None:
             answers = four.run(jobs.without_statistics, name, 4, {})
             want = jobs.without_statistics(ALONE, name, 4, {})
             assert agree(answers)
-            losses, wanted = ([record["loss"] for record in answer[0]] for answer in (answers[0], want))
+            losses, wanted = (
+                [record["loss"] for record in answer[0]] for answer in (answers[0], want)
+            )
             assert losses == pytest.approx(wanted, rel=1e-12)
             for key, value in want[1].items():
                 assert torch.allclose(answers[0][1][key], value, rtol=1e-12, atol=1e-13)
@@ -93,7 +102,9 @@ def check_evaluation(pool: Ranks, batch: int) -> None:
         for result in pool.run(jobs.evaluate_only, batch, kind):
             assert result.images == want.images == 23
             assert result.accuracy == want.accuracy
-            assert result.loss == pytest.approx(want.loss, rel=1e-6)  # the sum of a rank's losses is float32
+            assert result.loss == pytest.approx(
+                want.loss, rel=1e-6
+            )  # the sum of a rank's losses is float32
 
 
 @pytest.mark.parametrize("batch", [5, 23])
@@ -109,19 +120,25 @@ def test_batchnorm_routes(two: Ranks, fuse: bool) -> None:
     (mine, result), (theirs, other) = two.run(jobs.with_batchnorm, "conadv", small)
     weights = [name for name in mine[1] if "running" not in name]
     assert all(torch.equal(mine[1][name], theirs[1][name]) for name in weights)
-    assert not torch.equal(mine[1]["bn1.running_mean"], theirs[1]["bn1.running_mean"])  # each tracks its own images
+    assert not torch.equal(
+        mine[1]["bn1.running_mean"], theirs[1]["bn1.running_mean"]
+    )  # each tracks its own images
     assert result == other
     large = two.run(jobs.with_batchnorm, "conadv", {"fuse_views": fuse})
     assert same(large[0][0][1], mine[1])
 
 
 @pytest.mark.parametrize("name", ["vanilla", "conadv", "disadv"])
-def test_buckets_leave_during_backward_and_the_attack_finds_them_under_way(two: Ranks, name: str) -> None:
+def test_buckets_leave_during_backward_and_the_attack_finds_them_under_way(
+    two: Ranks, name: str
+) -> None:
     # Red when: parameters that the last pass does not touch (the clean route's) share a bucket with those it does;
     # Inline waits before it prepares; wait() leaves a bucket out.
     for seen in two.run(jobs.launches, name, 4, {"bucket_mib": 1e-3}):
         assert seen["buckets"] > 5
-        assert seen["left during backward"] == seen["buckets"]  # the last gradient has launched the last bucket
+        assert (
+            seen["left during backward"] == seen["buckets"]
+        )  # the last gradient has launched the last bucket
         assert seen["on the way while attacking"] == seen["buckets"]
         assert seen["waits"] == seen["buckets"] + 1  # and the losses
 
@@ -199,7 +216,11 @@ def test_a_rank_that_fails_alone_ends_the_others() -> None:
         ({**TWO, "RANK": "5"}, 1.0, "RANK is '5', not a number from 0 to 1"),
         ({**TWO, "RANK": "-1"}, 1.0, "RANK is '-1'"),
         ({**TWO, "RANK": "x\x1b[1m"}, 1.0, r"RANK is 'x\\\\x1b"),
-        ({**TWO, "RANK": "0", "LOCAL_RANK": "2"}, 1.0, "LOCAL_RANK is '2', not a number from 0 to 1"),
+        (
+            {**TWO, "RANK": "0", "LOCAL_RANK": "2"},
+            1.0,
+            "LOCAL_RANK is '2', not a number from 0 to 1",
+        ),
         ({**TWO, "RANK": "0", "LOCAL_RANK": "-1"}, 1.0, "LOCAL_RANK is '-1'"),
         ({**TWO, "RANK": "0", "MASTER_ADDR": ""}, 1.0, "MASTER_ADDR is not set"),
         ({**TWO, "RANK": "0", "MASTER_PORT": ""}, 1.0, "MASTER_PORT is not set"),
@@ -247,14 +268,25 @@ def test_waiting_images_of_all_ranks_are_those_of_one_in_their_order(two: Ranks)
 def test_plain_values_do_not_travel_through_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # Red when: a process group on CUDA has NCCL alone (object collectives then put all bytes on the GPU).
     made: list[str] = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
-    monkeypatch.setattr(torch.distributed, "new_group", lambda members, limit, backend: made.append(backend))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **_: made.append(backend)
+    )
+    monkeypatch.setattr(
+        torch.distributed, "new_group", lambda members, limit, backend: made.append(backend)
+    )
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(None, 0, 2)]))
-    monkeypatch.setattr("conadv.engine.comm.meet", lambda store, rank, ranks, limit: store)
-    monkeypatch.setattr("conadv.engine.comm.RollCall", lambda store, rank, ranks: None)
-    monkeypatch.setattr("conadv.engine.comm.pick_device", lambda name, local_rank: torch.device("cuda", 0))
+    monkeypatch.setattr("conadv.distributed.comm.meet", lambda store, rank, ranks, limit: store)
+    monkeypatch.setattr("conadv.distributed.comm.RollCall", lambda store, rank, ranks: None)
+    monkeypatch.setattr(
+        "conadv.distributed.comm.pick_device", lambda name, local_rank: torch.device("cuda", 0)
+    )
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }.items():
         monkeypatch.setenv(name, value)
     Comm.from_environment("cuda").new_group([0])
     assert made == ["cpu:gloo,cuda:nccl"] * 2
@@ -264,7 +296,12 @@ def test_one_process_starts_no_process_group(monkeypatch: pytest.MonkeyPatch) ->
     # Red when: from_environment initialises torch.distributed for a world of one.
     monkeypatch.setenv("WORLD_SIZE", "1")
     comm = Comm.from_environment("cpu")
-    assert (comm.rank, comm.ranks, comm.backend, torch.distributed.is_initialized()) == (0, 1, None, False)
+    assert (comm.rank, comm.ranks, comm.backend, torch.distributed.is_initialized()) == (
+        0,
+        1,
+        None,
+        False,
+    )
 
 
 def test_the_recorded_norm_is_that_of_the_gradients_that_are_applied(two: Ranks) -> None:
@@ -275,7 +312,8 @@ def test_the_recorded_norm_is_that_of_the_gradients_that_are_applied(two: Ranks)
 
 
 @pytest.mark.parametrize(
-    ("job", "message"), [(jobs.reentrant, "twice in one pass"), (jobs.no_wait, "Call wait() before optimizer.step()")]
+    ("job", "message"),
+    [(jobs.reentrant, "twice in one pass"), (jobs.no_wait, "Call wait() before optimizer.step()")],
 )
 def test_gradients_that_are_under_way_are_left_alone(job: Any, message: str) -> None:
     # Red when: a second portion is added to a bucket that has left (ranks drift apart); advance() does not look.
@@ -303,7 +341,10 @@ def test_ranks_leave_a_step_out_together(two: Ranks) -> None:
         assert found == [None, None, "the loss of the clean view is nan", None]
         assert same(before, after)
         assert not same(after, later)
-    weights = [{name: value for name, value in answer[3].items() if "running" not in name} for answer in answers]
+    weights = [
+        {name: value for name, value in answer[3].items() if "running" not in name}
+        for answer in answers
+    ]
     assert same(*weights)
     kinds = {(kind, what[0], what[1]) for kind, what in two.answers(jobs.skipped, "stop")}
     assert len(kinds) == 1, [k[2] for k in kinds]

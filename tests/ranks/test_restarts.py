@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from conadv import ConadvError
-from conadv.checkpoint import steps
-from conadv.config import dump_yaml, resolve
-from conadv.engine.meeting import meet
-from conadv.record import read_lines
-from conadv.run import RunDir
-from conadv.trainer import train
+from conadv.config.schema import dump_yaml, resolve
+from conadv.distributed.rendezvous import meet
+from conadv.training.checkpoint import steps
+from conadv.training.record import read_lines
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import train
 
 from ..test_trainer import config, weights, without_times
 from . import jobs
@@ -26,7 +26,12 @@ from .launch import TORCHRUN, kill, started, until, workers
 from .pool import Ranks
 from .test_runs import same_weights
 
-SETTINGS: dict[str, Any] = {"method": "conadv", "staleness": 2, "epochs": 6, "eval__every_epochs": 2}
+SETTINGS: dict[str, Any] = {
+    "method": "conadv",
+    "staleness": 2,
+    "epochs": 6,
+    "eval__every_epochs": 2,
+}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker to kill in /proc")
@@ -36,7 +41,16 @@ def test_a_killed_rank_is_made_up_for_by_a_restart(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**SETTINGS)))
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "conadv", "train"]
-    command += ["--config", tmp_path / "config.yaml", "--out", out, "--comm-timeout", "30", "--device", "cpu"]
+    command += [
+        "--config",
+        tmp_path / "config.yaml",
+        "--out",
+        out,
+        "--comm-timeout",
+        "30",
+        "--device",
+        "cpu",
+    ]
     with started(command, log, GLOO_SOCKET_IFNAME="lo") as torchrun:
         until(lambda: len(steps(out / "checkpoints")) >= 2, 60, "the second checkpoint")
         kill(workers(torchrun.pid)[1])
@@ -67,7 +81,9 @@ def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
     (run.checkpoints / "step_00000004.pt").unlink()
     for options in ({}, {"overwrite": True}):
         train(settings, tmp_path, restarted=True, **options)
-        assert next(line["step"] for line in read_lines(run.record) if line["type"] == "resume") == 3
+        assert (
+            next(line["step"] for line in read_lines(run.record) if line["type"] == "resume") == 3
+        )
         assert all(torch.equal(kept[key], value) for key, value in weights(tmp_path).items())
     with pytest.raises(ConadvError, match="already holds a run"):
         train(config(steps=3, epochs=None), tmp_path, restarted=True)
@@ -85,7 +101,9 @@ def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
     with ThreadPoolExecutor(2) as pool:
         for start in range(3):
             late = pool.submit(meet, store, 1, 2, limit)
-            time.sleep(0.2 if start else 0.0)  # rank 1 comes first, and finds what the last start has left
+            time.sleep(
+                0.2 if start else 0.0
+            )  # rank 1 comes first, and finds what the last start has left
             stores = [pool.submit(meet, store, 0, 2, limit).result(20), late.result(20)]
             stores[0].set("start", str(start))
             assert stores[1].get("start") == str(start).encode()

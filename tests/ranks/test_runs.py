@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from conadv.checkpoint import load_newest, steps
-from conadv.config import dump_yaml
-from conadv.record import read_lines
-from conadv.trainer import load_run, measure, train
+from conadv.config.schema import dump_yaml
+from conadv.training.checkpoint import load_newest, steps
+from conadv.training.record import read_lines
+from conadv.training.trainer import load_run, measure, train
 
 from ..test_trainer import METHODS, config, weights, without_times
 from . import jobs
@@ -59,7 +59,12 @@ def test_every_method_trains_and_resumes_bitwise(two: Ranks, name: str, tmp_path
 def test_the_probe_on_two_ranks(two: Ranks, tmp_path: Path) -> None:
     # Red when: rank 0 probes only its share of the images; the gradient that a predictor repeats is not summed yet; a
     # rank takes part in measuring alone.
-    plain = {"method": "conadv", "staleness": 2, "lookahead": True, "predictor": "momentum-gradient"}
+    plain = {
+        "method": "conadv",
+        "staleness": 2,
+        "lookahead": True,
+        "predictor": "momentum-gradient",
+    }
     probe = {"probe__every_epochs": 1, "probe__staleness": (1, 2), "probe__images": 128}
     for name, changes in (("probed", {**plain, **probe}), ("plain", plain)):
         two.run(jobs.train_run, tmp_path / name, changes)
@@ -71,7 +76,14 @@ def test_the_probe_on_two_ranks(two: Ranks, tmp_path: Path) -> None:
     )
     assert len(ours) == len(alone) == 2 + 2 * 4
     for a, b in zip(ours, alone, strict=True):
-        assert a == {**b, **{k: pytest.approx(v, rel=1e-3, abs=1e-4) for k, v in b.items() if isinstance(v, float)}}
+        assert a == {
+            **b,
+            **{
+                k: pytest.approx(v, rel=1e-3, abs=1e-4)
+                for k, v in b.items()
+                if isinstance(v, float)
+            },
+        }
 
 
 @pytest.mark.parametrize("name", ["conadv-tau2", "recycle"])
@@ -103,7 +115,9 @@ def test_one_rank_gives_the_losses_of_two(two: Ranks, tmp_path: Path) -> None:
             assert other["losses"] == pytest.approx(one["losses"], rel=1e-3)
 
 
-def test_evaluating_a_run_of_two_ranks_on_one_repeats_its_summary(two: Ranks, tmp_path: Path) -> None:
+def test_evaluating_a_run_of_two_ranks_on_one_repeats_its_summary(
+    two: Ranks, tmp_path: Path
+) -> None:
     # Red when: the checkpoint's running statistics are not those that were evaluated.
     summary = two.run(jobs.train_run, tmp_path, METHODS["recycle"])[0]
     results = measure(load_run(tmp_path, torch.device("cpu")))
@@ -127,16 +141,39 @@ def test_ranks_that_the_batch_does_not_divide_into(two: Ranks, tmp_path: Path) -
 def torchrun(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """``conadv train`` on two processes; a run that hangs fails the test."""
     # a rendezvous on a port that the system chooses
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--nnodes", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--nnodes",
+        "1",
+    ]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [*launch, "-m", "conadv", "train", *map(str, args), "--comm-timeout", "30", "--device", "cpu"]
+    command = [
+        *launch,
+        "-m",
+        "conadv",
+        "train",
+        *map(str, args),
+        "--comm-timeout",
+        "30",
+        "--device",
+        "cpu",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 def test_torchrun(tmp_path: Path) -> None:
     # Red when: every rank writes the record or shows progress; a check of rank 0 ends rank 0 alone.
-    settings: dict[str, Any] = {"method": "conadv", "staleness": 2, "lookahead": True, "eval__robust_images": 32}
+    settings: dict[str, Any] = {
+        "method": "conadv",
+        "staleness": 2,
+        "lookahead": True,
+        "eval__robust_images": 32,
+    }
     file, out = tmp_path / "config.yaml", tmp_path / "run"
     file.write_text(dump_yaml(config(**settings)))
     done = torchrun("--config", file, "--out", out)
@@ -151,7 +188,10 @@ def test_torchrun(tmp_path: Path) -> None:
     kept = weights(out)
 
     forget_after(out, 3)
-    assert load_newest(out / "checkpoints", torch.device("cpu"))["engine"]["pending"].keys() == {"3", "4"}
+    assert load_newest(out / "checkpoints", torch.device("cpu"))["engine"]["pending"].keys() == {
+        "3",
+        "4",
+    }
     assert torchrun("--config", file, "--out", out, "--resume").returncode == 0
     assert without_times(read_lines(out / "record.jsonl")) == without_times(lines)
     after = weights(out)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conadv.checkpoint import steps
-from conadv.record import read_lines
+from conadv.training.checkpoint import steps
+from conadv.training.record import read_lines
 
 from ..test_trainer import without_times
 from . import jobs

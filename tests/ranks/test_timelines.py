@@ -11,7 +11,7 @@ import pytest
 from conadv.analysis import Timeline, hidden_attack, hidden_communication, timeline
 from conadv.analysis.intervals import length
 from conadv.analysis.shares import on_network
-from conadv.record import read_lines
+from conadv.training.record import read_lines
 
 from . import jobs
 from .pool import Ranks

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ... import documents
-from .. import table, words
-from ..settings import part, show
-from . import sharpness
-from .contrast import Contrast, differences, said
-from .cost import EQUAL, EqualCost, cost, equal_cost
-from .figures import axis_value
-from .sweep import Cell, Study
+from conadv import documents
+from conadv.report import table, words
+from conadv.report.settings import part, show
+from conadv.report.study import sharpness
+from conadv.report.study.contrast import Contrast, differences, said
+from conadv.report.study.cost import EQUAL, EqualCost, cost, equal_cost
+from conadv.report.study.figures import axis_value
+from conadv.report.study.sweep import Cell, Study
 
 ALPHA = 0.05
 
@@ -47,12 +47,14 @@ def baseline_cell(study: Study) -> Cell | None:
 def lead(study: Study) -> str:
     """What was compared and what the large batch loses, in one or two sentences."""
     finished = [len(cell.finished) for cell in study.cells]
-    seeds = f"{min(finished)}" if min(finished) == max(finished) else f"{min(finished)} to {max(finished)}"
+    seeds = (
+        f"{min(finished)}"
+        if min(finished) == max(finished)
+        else f"{min(finished)} to {max(finished)}"
+    )
     where = ", ".join(axis_value(study, x) for x in study.points)
     name = part(study.axis, where)
-    text = (
-        f"{len(study.lines)} arms, {name}; {seeds} finished seeds for each arm and batch, {sum(finished)} runs in all."
-    )
+    text = f"{len(study.lines)} arms, {name}; {seeds} finished seeds for each arm and batch, {sum(finished)} runs in all."
     base, best = baseline_cell(study), _best_small(study)
     if base is None or best is None:
         return text
@@ -70,7 +72,9 @@ def _best_small(study: Study) -> Cell | None:
     small = [
         (found.mean, cell)
         for cell in plain
-        if cell.x < study.largest and (cost(cell).total or 0.0) <= EQUAL * limit and (found := cell.stat())
+        if cell.x < study.largest
+        and (cost(cell).total or 0.0) <= EQUAL * limit
+        and (found := cell.stat())
     ]
     return max(small, key=lambda pair: pair[0])[1] if small else None
 
@@ -84,9 +88,20 @@ def tuned(study: Study) -> list[str]:
     if not any(cell.trials for cell in study.cells):
         return ["No: this sweep tuned nothing. Every arm has the settings that the spec gives."]
     verdict = "Yes." if all(cell.trials for cell in cells) else "Not everywhere."
-    others = [cell for cell in study.cells if all(cell is not own for own in cells)]  # == would compare arrays
-    own = [sentence for line in dict.fromkeys(cell.line for cell in cells) for sentence in _choices(study, line)]
-    return [f"{verdict} {_selection(study)}", *own, *_others(study, cells, others), *_seed_overlap(study)]
+    others = [
+        cell for cell in study.cells if all(cell is not own for own in cells)
+    ]  # == would compare arrays
+    own = [
+        sentence
+        for line in dict.fromkeys(cell.line for cell in cells)
+        for sentence in _choices(study, line)
+    ]
+    return [
+        f"{verdict} {_selection(study)}",
+        *own,
+        *_others(study, cells, others),
+        *_seed_overlap(study),
+    ]
 
 
 def _tune(study: Study) -> documents.Tune:
@@ -99,9 +114,20 @@ def _selection(study: Study) -> str:
     with_seeds = f"with seed{'s' if len(seeds) != 1 else ''} {show('', seeds)}" if seeds else ""
     if by != "validation_accuracy":
         return f"But settings were chosen by {by} {with_seeds}, so the results are biased towards more trials.".strip()
-    held = next((run.config.get("data", {}).get("validation_images") for c in study.cells for run in c.runs), None)
-    images = f"{held} training images held out of every run" if held else "images held out of training"
-    return f"Settings were chosen by accuracy on {images} {with_seeds}; the test set took no part.".replace(" ;", ";")
+    held = next(
+        (
+            run.config.get("data", {}).get("validation_images")
+            for c in study.cells
+            for run in c.runs
+        ),
+        None,
+    )
+    images = (
+        f"{held} training images held out of every run" if held else "images held out of training"
+    )
+    return f"Settings were chosen by accuracy on {images} {with_seeds}; the test set took no part.".replace(
+        " ;", ";"
+    )
 
 
 def _choices(study: Study, line: str) -> list[str]:
@@ -129,7 +155,11 @@ def short(names: Iterable[str]) -> str:
 
 def _two_values(cells: Iterable[Cell]) -> list[str]:
     names = short(name for cell in cells for name in cell.only_edges)
-    return [f"With two values only, which is always an edge and counted as none: {names}."] if names else []
+    return (
+        [f"With two values only, which is always an edge and counted as none: {names}."]
+        if names
+        else []
+    )
 
 
 def _choice(cell: Cell) -> str:
@@ -147,7 +177,10 @@ def _given(cell: Cell) -> str:
 def _tried(cell: Cell) -> dict[str, str]:
     names = dict.fromkeys(name for trial in cell.trials for name in trial.settings)
     return {
-        name: ", ".join(dict.fromkeys(show(name, trial.settings.get(name)) for trial in cell.trials)) for name in names
+        name: ", ".join(
+            dict.fromkeys(show(name, trial.settings.get(name)) for trial in cell.trials)
+        )
+        for name in names
     }
 
 
@@ -166,11 +199,15 @@ def _others(study: Study, own: list[Cell], others: list[Cell]) -> list[str]:
         scope = "Every other arm" if not untuned else "The other arms that were tuned"
         said.append(f"{scope} had as many trials ({counts[0]}) at every batch.")
     elif counts:
-        said.append(f"The other arms had {counts[0]} to {counts[-1]} trials, so the effort was not the same.")
+        said.append(
+            f"The other arms had {counts[0]} to {counts[-1]} trials, so the effort was not the same."
+        )
     if untuned:
         source = _tune(study).tune_on
         choice = f" and use the choice made for {source}" if source else ""
-        said.append(f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}.")
+        said.append(
+            f"Not tuned{choice}: {'; '.join(dict.fromkeys(cell.line for cell in untuned))}."
+        )
     return [*said, *_edges(study, others), *_two_values(others)] if counts else said
 
 
@@ -216,7 +253,10 @@ def rows(study: Study) -> list[tuple[str, list[Mark]]]:
         marks = [Mark(percent(cell))]
         marks += [_contrast_mark(contrasts, cell, arm) for arm in references]
         spent = cost(cell).per_image
-        marks += [Mark(table.NONE if spent is None else f"{spent:.3g}"), equal_mark(equal_cost(study, cell))]
+        marks += [
+            Mark(table.NONE if spent is None else f"{spent:.3g}"),
+            equal_mark(equal_cost(study, cell)),
+        ]
         found.append((cell.line, marks))
     return found
 
@@ -236,18 +276,32 @@ def equal_mark(found: EqualCost) -> Mark:
 
 def attack_or_images(study: Study) -> list[str]:
     """How many adversarial arms stand out from the baseline, from every control, and after Holm's correction."""
-    where, arms, called = place(study, study.largest), study.adversarial(study.largest), study.called(study.largest)
-    contrasts = [c for c in differences(study, study.largest) if any(c.cell is cell for cell in arms)]
+    where, arms, called = (
+        place(study, study.largest),
+        study.adversarial(study.largest),
+        study.called(study.largest),
+    )
+    contrasts = [
+        c for c in differences(study, study.largest) if any(c.cell is cell for cell in arms)
+    ]
     if not arms or not contrasts:
-        return [f"Nothing to compare at {where} yet: none of the {called} has a seed in common with a reference."]
+        return [
+            f"Nothing to compare at {where} yet: none of the {called} has a seed in common with a reference."
+        ]
     attacks = any(cell.attacks for cell in arms)
     said = [] if attacks else ["No arm attacks."]
     if study.baseline:
         own = [c for c in contrasts if c.reference.arm == study.baseline]
         unknown = _without_interval(arms, own)
-        said.append(f"{sum(map(_above, own))} of {len(arms)} {called} are above {study.baseline} at {where}{unknown}.")
+        said.append(
+            f"{sum(map(_above, own))} of {len(arms)} {called} are above {study.baseline} at {where}{unknown}."
+        )
     if not study.controls:
-        return said + (["No control was run, so the attack cannot be told from the extra images."] if attacks else [])
+        return said + (
+            ["No control was run, so the attack cannot be told from the extra images."]
+            if attacks
+            else []
+        )
     winners = [cell for cell in arms if _beats_all(study, contrasts, cell)]
     names = f": {'; '.join(cell.line for cell in winners)}" if winners else ""
     unknown = _without_interval(arms, [c for c in contrasts if c.reference.arm in study.controls])
@@ -258,7 +312,9 @@ def attack_or_images(study: Study) -> list[str]:
 
 def _without_interval(arms: Iterable[Cell], contrasts: Sequence[Contrast]) -> str:
     """How many arms have a comparison that no interval exists for, as the end of a sentence."""
-    unknown = sum(any(c.cell is cell and c.difference.low is None for c in contrasts) for cell in arms)
+    unknown = sum(
+        any(c.cell is cell and c.difference.low is None for c in contrasts) for cell in arms
+    )
     return f"; no interval for {unknown} (one seed in common, or a diverged run)" if unknown else ""
 
 
@@ -290,7 +346,9 @@ def at_equal_cost(study: Study) -> list[str]:
     known = [found for found in compared if found.difference is not None]
     if not known:
         called = study.called(study.largest)
-        return [f"Unknown: no other arm without an attack cost as little as the {called} compared at this batch."]
+        return [
+            f"Unknown: no other arm without an attack cost as little as the {called} compared at this batch."
+        ]
     verdicts = Counter(found.difference.verdict for found in known if found.difference)
     share = max(found.share or 0.0 for found in known)
     unknown = verdicts["no interval"]
@@ -301,7 +359,9 @@ def at_equal_cost(study: Study) -> list[str]:
         f"{f', {unknown} without an interval (one seed in common, or a diverged run)' if unknown else ''}."
     ]
     if share < 0.9:
-        said.append(f"But nobody spent as much: the dearest such arm spent {100 * share:.0f} % of it.")
+        said.append(
+            f"But nobody spent as much: the dearest such arm spent {100 * share:.0f} % of it."
+        )
     return [*said, COST]
 
 
@@ -318,6 +378,12 @@ def robustness(study: Study) -> str:
 
 def analysed_robustness(study: Study) -> str:
     """The same of the sharpness table, from the analyses; empty where they left it out."""
-    found = [analysis.get("robust") or {} for cell in study.cells for analysis in sharpness.measured(cell).values()]
-    ways = dict.fromkeys(words.pgd(*(one.get(name) for name in ("eps", "steps", "images"))) for one in found if one)
+    found = [
+        analysis.get("robust") or {}
+        for cell in study.cells
+        for analysis in sharpness.measured(cell).values()
+    ]
+    ways = dict.fromkeys(
+        words.pgd(*(one.get(name) for name in ("eps", "steps", "images"))) for one in found if one
+    )
     return f"Robust accuracy: {'; '.join(ways)}." if ways else ""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .. import table
-from ..stats import Difference, holm, paired_difference
-from .sweep import Cell, Study
+from conadv.report import table
+from conadv.report.stats import Difference, holm, paired_difference
+from conadv.report.study.sweep import Cell, Study
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def paired(cell: Cell, other: Cell, metric: str = "test_accuracy") -> Difference
     return found
 
 
-def differences(study: Study, at: float | None = None, metric: str = "test_accuracy") -> list[Contrast]:
+def differences(
+    study: Study, at: float | None = None, metric: str = "test_accuracy"
+) -> list[Contrast]:
     """Every arm against the baseline, and every arm that is no control against every control, at the same x.
 
     at: one value of the axis; None takes all. metric: a field of summary.json, so accuracies are in [0, 1]. An arm
@@ -68,7 +70,9 @@ def _point(study: Study, x: float, metric: str) -> list[Contrast]:
 
 def _against(study: Study, cell: Cell, reference_arm: str, metric: str) -> list[Contrast]:
     references = [
-        other for other in study.at(cell.x) if other.arm == reference_arm and _agree(cell.settings, other.settings)
+        other
+        for other in study.at(cell.x)
+        if other.arm == reference_arm and _agree(cell.settings, other.settings)
     ]
     pairs = ((other, paired(cell, other, metric)) for other in references)
     return [Contrast(cell, other, found) for other, found in pairs if found is not None]
@@ -79,7 +83,11 @@ def _agree(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _adjust(contrasts: Sequence[Contrast]) -> list[Contrast]:
-    tested = [index for index, contrast in enumerate(contrasts) if contrast.difference.p is not None]
+    tested = [
+        index for index, contrast in enumerate(contrasts) if contrast.difference.p is not None
+    ]
     adjusted = holm([contrasts[index].difference.p or 0.0 for index in tested])
     by_index = dict(zip(tested, adjusted, strict=True))
-    return [replace(contrast, adjusted=by_index.get(index)) for index, contrast in enumerate(contrasts)]
+    return [
+        replace(contrast, adjusted=by_index.get(index)) for index, contrast in enumerate(contrasts)
+    ]

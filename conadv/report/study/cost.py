@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..stats import Difference, stat
-from .contrast import paired
-from .sweep import Cell, Study
+from conadv.report.stats import Difference, stat
+from conadv.report.study.contrast import paired
+from conadv.report.study.sweep import Cell, Study
 
 EQUAL = 1.005  # costs this close count as equal: schedules round to whole steps
 
@@ -66,7 +66,9 @@ def equal_cost(study: Study, cell: Cell) -> EqualCost:
         (value.mean, other, total)
         for other in study.at(cell.x)
         if not other.attacks and other is not cell
-        if (value := other.stat()) and (total := cost(other).total) is not None and total <= EQUAL * own
+        if (value := other.stat())
+        and (total := cost(other).total) is not None
+        and total <= EQUAL * own
     ]
     if not rivals:
         return EqualCost(cell, None, None, None)
@@ -79,5 +81,6 @@ def unit(study: Study) -> tuple[float, str]:
     """(divisor, word) for numbers of gradient images that read well: thousands, millions or billions."""
     largest = max((cost(cell).total or 0.0 for cell in study.cells), default=0.0)
     return next(
-        ((size, word) for size, word in ((1e9, "billions"), (1e6, "millions")) if largest >= size), (1e3, "thousands")
+        ((size, word) for size, word in ((1e9, "billions"), (1e6, "millions")) if largest >= size),
+        (1e3, "thousands"),
     )

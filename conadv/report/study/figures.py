@@ -10,10 +10,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..figures import INK, STYLE, WIDTH, Look, look, to_png, wrap
-from ..settings import part
-from .cost import cost, unit
-from .sweep import Cell, Study
+from conadv.report.figures import INK, STYLE, WIDTH, Look, look, to_png, wrap
+from conadv.report.settings import part
+from conadv.report.study.cost import cost, unit
+from conadv.report.study.sweep import Cell, Study
 
 DPI = 160
 _DODGE = 0.62  # share of the distance between two batches that a group of arms fills
@@ -84,9 +84,13 @@ def _rows(study: Study) -> Figure:
     for row, line in enumerate(study.lines):
         (cell,) = (cell for cell in study.cells if cell.line == line)
         style, value = line_look(study, line), cell.stat()
-        names.append(wrap(line, 40) + (f" · {axis_value(study, cell.x)}" if len(study.points) > 1 else ""))
+        names.append(
+            wrap(line, 40) + (f" · {axis_value(study, cell.x)}" if len(study.points) > 1 else "")
+        )
         seeds = [100 * v for v in cell.values().values()]
-        axes.plot(seeds, [row] * len(seeds), style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
+        axes.plot(
+            seeds, [row] * len(seeds), style.marker, color=style.colour, alpha=0.35, ms=4, mew=0
+        )
         if value is None:
             names[-1] += f"\n{cell.divergence}" if cell.diverged else ""
             continue
@@ -109,7 +113,9 @@ def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> 
     for cell in cells:
         value, x = cell.stat(), study.points.index(cell.x) + shift
         seeds = [100 * v for v in cell.values().values()]
-        axes.plot([x] * len(seeds), seeds, style.marker, color=style.colour, alpha=0.35, ms=4, mew=0)
+        axes.plot(
+            [x] * len(seeds), seeds, style.marker, color=style.colour, alpha=0.35, ms=4, mew=0
+        )
         if value is None:
             continue
         _mean(axes, x, 100 * value.mean, 100 * (value.std or 0.0), style)
@@ -118,7 +124,15 @@ def _draw_line(axes: Any, study: Study, cells: Sequence[Cell], shift: float) -> 
         axes.plot(*zip(*means, strict=True), ls=style.line, color=style.colour, lw=1.0, alpha=0.7)
 
 
-def _mean(axes: Any, x: float, mean: float, spread: float, style: Look, across: bool = False, size: float = 8) -> None:
+def _mean(
+    axes: Any,
+    x: float,
+    mean: float,
+    spread: float,
+    style: Look,
+    across: bool = False,
+    size: float = 8,
+) -> None:
     """A mean with its spread, upwards or ``across``."""
     place, bar = ((mean, x), "xerr") if across else ((x, mean), "yerr")
     look_of_it = {
@@ -140,7 +154,9 @@ def _cost(study: Study) -> Figure | None:
         return None
     columns = min(len(points), 3)
     rows = -(-len(points) // columns)
-    figure = Figure(figsize=(WIDTH, 0.8 + 2.6 * rows + 0.1 * len(study.lines)), layout="constrained")
+    figure = Figure(
+        figsize=(WIDTH, 0.8 + 2.6 * rows + 0.1 * len(study.lines)), layout="constrained"
+    )
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in grid[len(points) :]:
         spare.set_axis_off()
@@ -155,20 +171,38 @@ def _cost(study: Study) -> Figure | None:
 def _placed(cell: Cell) -> tuple[Cell, float, float, float] | None:
     """(cell, total gradient images, accuracy and its spread in percent)."""
     value, total = cell.stat(), cost(cell).total
-    return None if value is None or total is None else (cell, total, 100 * value.mean, 100 * (value.std or 0.0))
+    return (
+        None
+        if value is None or total is None
+        else (cell, total, 100 * value.mean, 100 * (value.std or 0.0))
+    )
 
 
-def _cost_panel(axes: Any, study: Study, places: Sequence[tuple[Cell, float, float, float]]) -> None:
+def _cost_panel(
+    axes: Any, study: Study, places: Sequence[tuple[Cell, float, float, float]]
+) -> None:
     size, word = unit(study)
     places = [(cell, total / size, mean, spread) for cell, total, mean, spread in places]
     totals = sorted({total for _, total, _, _ in places})
     best = [max(mean for _, total, mean, _ in places if total <= limit) for limit in totals]
     right = totals[-1] * 1.16
-    for (cell, total, mean, spread), size in zip(places, _sizes([p[1] for p in places]), strict=True):
+    for (cell, total, mean, spread), size in zip(
+        places, _sizes([p[1] for p in places]), strict=True
+    ):
         _mean(axes, total, mean, spread, line_look(study, cell.line), size=size)
-    axes.step([*totals, right], [*best, best[-1]], where="post", color=INK, lw=0.8, ls=(0, (4, 3)), alpha=0.6)
+    axes.step(
+        [*totals, right],
+        [*best, best[-1]],
+        where="post",
+        color=INK,
+        lw=0.8,
+        ls=(0, (4, 3)),
+        alpha=0.6,
+    )
     axes.set_xlim(0, right)
-    axes.set_xlabel(f"gradient images of the\nwhole training, {word}")  # three panels stand side by side
+    axes.set_xlabel(
+        f"gradient images of the\nwhole training, {word}"
+    )  # three panels stand side by side
     axes.set_ylabel("test accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid()
@@ -179,7 +213,10 @@ def _sizes(totals: Sequence[float]) -> list[float]:
 
     All stand at their true costs, and would hide one another where their accuracies are close too.
     """
-    before = [sum(abs(other - here) <= 0.03 * here for other in totals[:at]) for at, here in enumerate(totals)]
+    before = [
+        sum(abs(other - here) <= 0.03 * here for other in totals[:at])
+        for at, here in enumerate(totals)
+    ]
     return [max(10.0 - 1.5 * number, 4.0) for number in before]
 
 
@@ -198,10 +235,17 @@ def legend(figure: Figure, study: Study, lines: Iterable[str]) -> None:
     names = list(lines)
     styles = [line_look(study, line) for line in names]
     handles = [
-        mpl.lines.Line2D([], [], color=style.colour, marker=style.marker, ls=style.line, ms=7, mec=INK, mew=0.6)
+        mpl.lines.Line2D(
+            [], [], color=style.colour, marker=style.marker, ls=style.line, ms=7, mec=INK, mew=0.6
+        )
         for style in styles
     ]
-    figure.legend(handles, [wrap(name, 44) for name in names], loc="outside lower center", ncols=min(2, len(names)))
+    figure.legend(
+        handles,
+        [wrap(name, 44) for name in names],
+        loc="outside lower center",
+        ncols=min(2, len(names)),
+    )
 
 
 def rows_axes(axes: Any, names: Sequence[str]) -> None:

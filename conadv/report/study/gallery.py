@@ -13,10 +13,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...errors import ConadvError
-from ..figures import STYLE, WIDTH
-from ..settings import show
-from .sweep import Cell, Study
+from conadv.errors import ConadvError
+from conadv.report.figures import STYLE, WIDTH
+from conadv.report.settings import show
+from conadv.report.study.sweep import Cell, Study
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,9 @@ def gallery(study: Study, count: int = IMAGES) -> Gallery:
     """
     run = _with_checkpoint(study)
     if run is None:
-        return Gallery(None, "No run of an adversarial arm has a checkpoint, so there are no images to show.")
+        return Gallery(
+            None, "No run of an adversarial arm has a checkpoint, so there are no images to show."
+        )
     cell, path = run
     try:
         clean, adversarial, truth, before, after, eps = _attack(path, count)
@@ -66,13 +68,15 @@ def _with_checkpoint(study: Study) -> tuple[Cell, Path] | None:
 Pictures = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def _attack(path: Path, count: int) -> tuple[Pictures, Pictures, list[int], list[int], list[int], float]:
+def _attack(
+    path: Path, count: int
+) -> tuple[Pictures, Pictures, list[int], list[int], list[int], float]:
     """Clean and adversarial pictures (N, H, W, C) in [0, 1], their classes, predictions before and after, eps."""
     import torch
 
-    from ... import rng
-    from ...methods.base import attack_from_config
-    from ...trainer import load_run
+    from conadv import rng
+    from conadv.methods.base import attack_from_config
+    from conadv.training.trainer import load_run
 
     device = torch.device("cpu")
     parts = load_run(path, device)
@@ -105,7 +109,9 @@ def magnify(clean: Pictures, adversarial: Pictures) -> Pictures:
 
 
 @mpl.rc_context(STYLE)
-def _draw(clean: Pictures, adversarial: Pictures, truth: list[int], before: list[int], after: list[int]) -> Figure:
+def _draw(
+    clean: Pictures, adversarial: Pictures, truth: list[int], before: list[int], after: list[int]
+) -> Figure:
     rows = (
         (clean, before, "clean"),
         (magnify(clean, adversarial), None, "perturbation"),
@@ -117,7 +123,9 @@ def _draw(clean: Pictures, adversarial: Pictures, truth: list[int], before: list
         row[0].set_ylabel(name)
         for index, axes in enumerate(row):
             picture = pictures[index]
-            axes.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            axes.imshow(
+                picture[..., 0] if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1
+            )
             axes.set_xticks([])
             axes.set_yticks([])
             if said is not None:

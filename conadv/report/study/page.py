@@ -14,21 +14,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ..._version import __version__
-from ...errors import ConadvError, printable
-from .. import figures as plain
-from .. import settings, words
-from ..compare import Comparison, compare
-from ..html import check_out, escape_markdown, write
-from ..load import SUMMARY
-from ..summary import finite, run_list
-from . import answers, probes, sharpness, tables
-from .contrast import differences
-from .cost import cost
-from .figures import accuracy_figure, cost_figure, line_look
-from .gallery import Gallery, gallery
-from .staleness_figures import staleness_course_figure, staleness_figure
-from .sweep import Cell, Study, load_sweep
+from conadv import __version__
+from conadv.errors import ConadvError, printable
+from conadv.report import figures as plain
+from conadv.report import settings, words
+from conadv.report.compare import Comparison, compare
+from conadv.report.html import check_out, escape_markdown, write
+from conadv.report.load import SUMMARY
+from conadv.report.study import answers, probes, sharpness, tables
+from conadv.report.study.contrast import differences
+from conadv.report.study.cost import cost
+from conadv.report.study.figures import accuracy_figure, cost_figure, line_look
+from conadv.report.study.gallery import Gallery, gallery
+from conadv.report.study.staleness_figures import staleness_course_figure, staleness_figure
+from conadv.report.study.sweep import Cell, Study, load_sweep
+from conadv.report.summary import finite, run_list
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Picture:
     def markup(self) -> Markup:
         if not self.raster:
             svg = Markup(plain.to_svg(self.figure, self.title))
-            self.figure.set_layout_engine("none")  # the PNG has the same layout, which is slow to find
+            self.figure.set_layout_engine(
+                "none"
+            )  # the PNG has the same layout, which is slow to find
             return svg
         data = base64.b64encode(self.png).decode()
         return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(self.title, data)
@@ -78,7 +80,9 @@ class StudySummary:
         runs = [(run, line) for line in lines for run in self.study.last(line).runs]
         base = answers.baseline_cell(self.study)
         names = {str(run.path): line for run, line in runs}
-        return compare([run for run, _ in runs], names, base.line if base and base.line in lines else lines[0])
+        return compare(
+            [run for run, _ in runs], names, base.line if base and base.line in lines else lines[0]
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -86,9 +90,13 @@ class StudySummary:
         found = []
         missing = sum(cell.planned - len(cell.finished) for cell in self.study.cells)
         if missing:
-            found.append(f"The sweep is not complete: {missing} of its runs are not finished and not counted.")
+            found.append(
+                f"The sweep is not complete: {missing} of its runs are not finished and not counted."
+            )
         if self.study.failed:
-            found.append(f"Runs that failed: {len(self.study.failed)}. They are listed below and count nowhere.")
+            found.append(
+                f"Runs that failed: {len(self.study.failed)}. They are listed below and count nowhere."
+            )
         broken = [
             f"{cell.line} at {answers.place(self.study, cell.x)}, {cell.divergence}"
             for cell in self.study.cells
@@ -98,7 +106,9 @@ class StudySummary:
             found.append(f"No mean and no interval where a run diverged: {'; '.join(broken)}.")
         if any(len(cell.finished) == 1 for cell in self.study.cells):
             found.append("Some arms have one seed only: no spread and no interval is known there.")
-        found.append("Seconds are fair only if the runs had the machine to themselves; gradient images always are.")
+        found.append(
+            "Seconds are fair only if the runs had the machine to themselves; gradient images always are."
+        )
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -145,7 +155,11 @@ def _answers(study: Study) -> tables.Table:
 
 def _cells(made: tables.Table) -> dict[str, Any]:
     """A table as the page shows it, for pages that are drawn from summary.json."""
-    return {"head": list(made.head), "texts": made.texts, "rows": [[mark.text for mark in row] for row in made.rows]}
+    return {
+        "head": list(made.head),
+        "texts": made.texts,
+        "rows": [[mark.text for mark in row] for row in made.rows],
+    }
 
 
 def _cell(cell: Cell) -> dict[str, Any]:
@@ -197,7 +211,11 @@ def write_sweep_report(
     summary = StudySummary(load_sweep(sweep, baseline), out.parent, command)
     shown = gallery(summary.study)
     pictures = draw(summary, shown)
-    content = {**_content(summary), "gallery": shown.text, "pictures": {picture.name: picture for picture in pictures}}
+    content = {
+        **_content(summary),
+        "gallery": shown.text,
+        "pictures": {picture.name: picture for picture in pictures},
+    }
     write(out, _html(summary, content))
     write(out.with_suffix(".md"), _markdown(content, out.name))
     write(out.with_name(SUMMARY), json.dumps(summary.to_json(), indent=2, allow_nan=False) + "\n")
@@ -215,13 +233,19 @@ def draw(summary: StudySummary, shown: Gallery) -> list[Picture]:
     for number, cell in enumerate(_probed(summary.study), 1):
         found += _staleness(summary.study, cell, number)
     if shown.figure is not None:
-        found.append(Picture("gallery", "What the attack does to an image", shown.text, shown.figure, raster=True))
+        found.append(
+            Picture(
+                "gallery", "What the attack does to an image", shown.text, shown.figure, raster=True
+            )
+        )
     return found
 
 
 def _probed(study: Study) -> list[Cell]:
     """The probed cell of each line with the largest x."""
-    cells = {cell.line: cell for cell in sorted(probes.probed(study.cells), key=lambda cell: cell.x)}
+    cells = {
+        cell.line: cell for cell in sorted(probes.probed(study.cells), key=lambda cell: cell.x)
+    }
     return [cells[line] for line in study.lines if line in cells]
 
 
@@ -229,10 +253,19 @@ def _staleness(study: Study, cell: Cell, number: int) -> list[Picture]:
     where = f"{cell.line}, {answers.place(study, cell.x)}"
     draws: list[tuple[str, str, str, Callable[..., Figure | None]]] = [
         (f"staleness-{number}", f"By tau: {where}", _BY_TAU, staleness_figure),
-        (f"staleness-course-{number}", f"Over the training: {where}", _COURSE, staleness_course_figure),
+        (
+            f"staleness-course-{number}",
+            f"Over the training: {where}",
+            _COURSE,
+            staleness_course_figure,
+        ),
     ]
     made = [(name, title, text, make(study, line=cell.line)) for name, title, text, make in draws]
-    return [Picture(name, title, text, figure) for name, title, text, figure in made if figure is not None]
+    return [
+        Picture(name, title, text, figure)
+        for name, title, text, figure in made
+        if figure is not None
+    ]
 
 
 _BY_TAU = (
@@ -307,7 +340,9 @@ def _content(summary: StudySummary) -> dict[str, Any]:
             for name in comparison.differing
         ],
         "labels": [arm.label for arm in comparison.arms],
-        "common": [(name, settings.show(name, value)) for name, value in sorted(comparison.common.items())],
+        "common": [
+            (name, settings.show(name, value)) for name, value in sorted(comparison.common.items())
+        ],
         "machines": words.machines(comparison),
         "versions": words.distinct(comparison, "versions"),
         "run_versions": words.distinct(comparison, "version"),
@@ -333,14 +368,19 @@ def _runs(summary: StudySummary) -> list[dict[str, Any]]:
     """The confirmation runs of every cell, with the value of the axis."""
     listed = []
     for cell in summary.study.cells:
-        for run in run_list(compare(cell.runs, {str(run.path): cell.line for run in cell.runs}), summary.folder):
+        for run in run_list(
+            compare(cell.runs, {str(run.path): cell.line for run in cell.runs}), summary.folder
+        ):
             listed.append({**run, "where": answers.place(summary.study, cell.x)})
     return listed
 
 
 def _html(summary: StudySummary, content: dict[str, Any]) -> str:
     environment = Environment(
-        loader=PackageLoader("conadv", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("conadv", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     style = Markup((Path(__file__).parent.parent / "style.css").read_text(encoding="utf-8"))
     colours = {line: line_look(summary.study, line).colour for line in summary.study.lines}
@@ -366,4 +406,6 @@ def _write_pictures(folder: Path, pictures: list[Picture]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(picture.png)
         except OSError as error:
-            raise ConadvError(f"Cannot write the report's figure {printable(target)}: {error}") from error
+            raise ConadvError(
+                f"Cannot write the report's figure {printable(target)}: {error}"
+            ) from error

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..load import Line
-from .sweep import Cell
+from conadv.report.load import Line
+from conadv.report.study.sweep import Cell
 
 PHASES = ("warm-up", "peak", "decay")
 CURRENT, NOISE = "current", "noise"
@@ -43,21 +43,34 @@ class Point:
 
 def predictors(cell: Cell) -> tuple[str, ...]:
     found = dict.fromkeys(str(line.get("predictor")) for run in cell.runs for line in run.probes)
-    return tuple(sorted(found, key=lambda name: KNOWN.index(name) if name in KNOWN else len(KNOWN) - 1.5))
+    return tuple(
+        sorted(found, key=lambda name: KNOWN.index(name) if name in KNOWN else len(KNOWN) - 1.5)
+    )
 
 
 def taus(cell: Cell, predictor: str) -> tuple[int, ...]:
     return tuple(
-        sorted({int(line["tau"]) for run in cell.runs for line in run.probes if line.get("predictor") == predictor})
+        sorted(
+            {
+                int(line["tau"])
+                for run in cell.runs
+                for line in run.probes
+                if line.get("predictor") == predictor
+            }
+        )
     )
 
 
 def phases(cell: Cell) -> tuple[str, ...]:
     found = dict.fromkeys(str(line.get("phase")) for run in cell.runs for line in run.probes)
-    return tuple(sorted(found, key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES)))
+    return tuple(
+        sorted(found, key=lambda name: PHASES.index(name) if name in PHASES else len(PHASES))
+    )
 
 
-def average(cell: Cell, measure: Measure, predictor: str, tau: int, phase: str | None = None) -> Point | None:
+def average(
+    cell: Cell, measure: Measure, predictor: str, tau: int, phase: str | None = None
+) -> Point | None:
     """Mean over the steps of a phase (all without), then over runs. None where nothing was measured.
 
     A relative measure is the ratio of the two means, not the mean of ratios: single steps may have an increase near 0.
@@ -67,9 +80,15 @@ def average(cell: Cell, measure: Measure, predictor: str, tau: int, phase: str |
     return Point(float(np.mean(known)), min(known), max(known)) if known else None
 
 
-def _run_mean(lines: Iterable[Line], measure: Measure, predictor: str, tau: int, phase: str | None) -> float | None:
+def _run_mean(
+    lines: Iterable[Line], measure: Measure, predictor: str, tau: int, phase: str | None
+) -> float | None:
     chosen = [line for line in lines if phase is None or line.get("phase") == phase]
-    own = _by_step(chosen, measure.field, lambda line: line.get("predictor") == predictor and line.get("tau") == tau)
+    own = _by_step(
+        chosen,
+        measure.field,
+        lambda line: line.get("predictor") == predictor and line.get("tau") == tau,
+    )
     if not measure.relative:
         return float(np.mean(list(own.values()))) if own else None
     current = _by_step(chosen, measure.field, lambda line: line.get("predictor") == CURRENT)
@@ -80,13 +99,20 @@ def _run_mean(lines: Iterable[Line], measure: Measure, predictor: str, tau: int,
 
 def _by_step(lines: Iterable[Line], field: str, wanted: Callable[[Line], bool]) -> dict[int, float]:
     values = {int(line["step"]): line.get(field) for line in lines if wanted(line)}
-    return {s: float(v) for s, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return {
+        s: float(v) for s, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)
+    }
 
 
-def course(cell: Cell, measure: Measure, predictor: str, tau: int) -> tuple[list[float], list[float]]:
+def course(
+    cell: Cell, measure: Measure, predictor: str, tau: int
+) -> tuple[list[float], list[float]]:
     """(share of the training done, mean over runs) at every probed step; a relative measure is a ratio of means."""
     total = _total_steps(cell)
-    own, current = _values(cell, measure.field, predictor, tau), _values(cell, measure.field, CURRENT, 0)
+    own, current = (
+        _values(cell, measure.field, predictor, tau),
+        _values(cell, measure.field, CURRENT, 0),
+    )
     pairs: list[tuple[float, float]] = []
     for step, values in sorted(own.items()):
         whole = float(np.mean(current.get(step, [0.0]))) if measure.relative else 1.0
@@ -99,7 +125,11 @@ def _values(cell: Cell, field: str, predictor: str, tau: int) -> dict[int, list[
     """step -> one value per run."""
     found: dict[int, list[float]] = {}
     for run in cell.runs:
-        one = _by_step(run.probes, field, lambda line: line.get("predictor") == predictor and line.get("tau") == tau)
+        one = _by_step(
+            run.probes,
+            field,
+            lambda line: line.get("predictor") == predictor and line.get("tau") == tau,
+        )
         for step, value in one.items():
             found.setdefault(step, []).append(value)
     return found
@@ -108,7 +138,10 @@ def _values(cell: Cell, field: str, predictor: str, tau: int) -> dict[int, list[
 def phase_spans(cell: Cell) -> list[tuple[str, float, float]]:
     """(phase, start, end) as shares of the training; a phase ends halfway to the next one's first probed step."""
     steps: dict[int, str] = {
-        int(line["step"]): str(line.get("phase")) for run in cell.runs for line in run.probes if line.get("phase")
+        int(line["step"]): str(line.get("phase"))
+        for run in cell.runs
+        for line in run.probes
+        if line.get("phase")
     }
     total = _total_steps(cell)
     spans: list[tuple[str, float, float]] = []
@@ -125,7 +158,9 @@ def phase_spans(cell: Cell) -> list[tuple[str, float, float]]:
 
 def _total_steps(cell: Cell) -> int:
     planned: Sequence[int] = [int(run.header.get("steps") or 0) for run in cell.runs]
-    return max(max(planned, default=0), *(int(line["step"]) for run in cell.runs for line in run.probes), 1)
+    return max(
+        max(planned, default=0), *(int(line["step"]) for run in cell.runs for line in run.probes), 1
+    )
 
 
 def probed(cells: Iterable[Cell]) -> list[Cell]:

@@ -12,13 +12,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from ...documents import Analysis, checked
-from ...untrusted import JSON_BYTES, parse_json, read_text
-from ..figures import INK, STYLE, WIDTH, wrap
-from ..load import Line, Run
-from ..stats import Stat, stat
-from .figures import legend, line_look, rows_axes, save_if
-from .sweep import Cell, Study
+from conadv.documents import Analysis, checked
+from conadv.report.figures import INK, STYLE, WIDTH, wrap
+from conadv.report.load import Line, Run
+from conadv.report.stats import Stat, stat
+from conadv.report.study.figures import legend, line_look, rows_axes, save_if
+from conadv.report.study.sweep import Cell, Study
+from conadv.safe_io import JSON_BYTES, parse_json, read_text
 
 ANALYSIS = "analysis.json"
 
@@ -110,7 +110,13 @@ def _dots(part: Any, study: Study, cells: list[Cell], shown: list[Measure]) -> N
             numbers, style = statistic(cell, measure), line_look(study, cell.line)
             if numbers is None:
                 continue
-            axes.plot(list(numbers.values.values()), [row] * numbers.n, style.marker, color=style.colour, alpha=0.7)
+            axes.plot(
+                list(numbers.values.values()),
+                [row] * numbers.n,
+                style.marker,
+                color=style.colour,
+                alpha=0.7,
+            )
             axes.plot([numbers.mean] * 2, [row - 0.3, row + 0.3], color=INK, lw=2)
         rows_axes(axes, [cell.line for cell in cells])
         _spread_out(axes)
@@ -142,9 +148,17 @@ def _landscapes(part: Any, study: Study, cells: list[Cell]) -> None:
 
 def _landscape(cell: Cell, field: str) -> tuple[Any, Any] | None:
     """(alphas, mean loss over the seeds that share the first one's alphas)."""
-    found = [part for document in measured(cell).values() if isinstance(part := document.get("landscape_1d"), dict)]
-    same = [part for part in found if part.get("alphas") == found[0].get("alphas") and part.get(field)]
+    found = [
+        part
+        for document in measured(cell).values()
+        if isinstance(part := document.get("landscape_1d"), dict)
+    ]
+    same = [
+        part for part in found if part.get("alphas") == found[0].get("alphas") and part.get(field)
+    ]
     if not same:
         return None
-    losses = np.array([part[field] for part in same], dtype=float)  # null, which is NaN then, leaves a gap
+    losses = np.array(
+        [part[field] for part in same], dtype=float
+    )  # null, which is NaN then, leaves a gap
     return np.array(same[0]["alphas"]), losses.mean(axis=0)

@@ -10,16 +10,18 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ..figures import INK, STYLE, WIDTH, Look, look
-from . import probes
-from .figures import save_if
-from .probes import CURRENT, MEASURES, NOISE, Measure
-from .sweep import Cell, Study
+from conadv.report.figures import INK, STYLE, WIDTH, Look, look
+from conadv.report.study import probes
+from conadv.report.study.figures import save_if
+from conadv.report.study.probes import CURRENT, MEASURES, NOISE, Measure
+from conadv.report.study.sweep import Cell, Study
 
 _SHADES = {"warm-up": 0.10, "peak": 0.03, "decay": 0.07}
 
 
-def staleness_figure(study: Study, path: str | Path | None = None, line: str | None = None) -> Figure | None:
+def staleness_figure(
+    study: Study, path: str | Path | None = None, line: str | None = None
+) -> Figure | None:
     """Cosine, loss increase and prediction error against tau, a column per phase; bands from lowest to highest run.
 
     line: whose probes (the first line's that has any). path: also written there as PNG. None without probes.
@@ -28,7 +30,9 @@ def staleness_figure(study: Study, path: str | Path | None = None, line: str | N
     return None if cell is None else save_if(_by_tau(cell), path)
 
 
-def staleness_course_figure(study: Study, path: str | Path | None = None, line: str | None = None) -> Figure | None:
+def staleness_course_figure(
+    study: Study, path: str | Path | None = None, line: str | None = None
+) -> Figure | None:
     """The same over the training, a column for the smallest and one for the largest tau, the phases shaded."""
     cell = _probed_cell(study, line)
     return None if cell is None else save_if(_course(cell), path)
@@ -65,10 +69,20 @@ def _by_tau(cell: Cell) -> Figure:
 def _tau_panel(axes: Any, cell: Cell, measure: Measure, phase: str) -> None:
     ticks = sorted({tau for name, _ in _lagging(cell) for tau in probes.taus(cell, name)})
     for name, style in _lagging(cell):
-        pairs = [(tau, probes.average(cell, measure, name, tau, phase)) for tau in probes.taus(cell, name)]
+        pairs = [
+            (tau, probes.average(cell, measure, name, tau, phase))
+            for tau in probes.taus(cell, name)
+        ]
         known = [(tau, point) for tau, point in pairs if point is not None]
         x = [ticks.index(tau) for tau, _ in known]
-        axes.plot(x, [point.mean for _, point in known], style.line, marker=style.marker, color=style.colour, ms=5)
+        axes.plot(
+            x,
+            [point.mean for _, point in known],
+            style.line,
+            marker=style.marker,
+            color=style.colour,
+            ms=5,
+        )
         low, high = [point.low for _, point in known], [point.high for _, point in known]
         axes.fill_between(x, low, high, color=style.colour, alpha=0.15, lw=0)
     _references(axes, measure, probes.average(cell, measure, NOISE, 0, phase))
@@ -108,7 +122,15 @@ def _course_panel(axes: Any, cell: Cell, measure: Measure, tau: int) -> None:
         axes.axvspan(start, end, color=INK, alpha=_SHADES.get(phase, 0.05), lw=0)
     for name, style in _lagging(cell):
         x, y = probes.course(cell, measure, name, tau)
-        axes.plot(x, y, style.line, color=style.colour, lw=1.4, marker=style.marker, ms=3 if len(x) < 40 else 0)
+        axes.plot(
+            x,
+            y,
+            style.line,
+            color=style.colour,
+            lw=1.4,
+            marker=style.marker,
+            ms=3 if len(x) < 40 else 0,
+        )
     x, y = probes.course(cell, measure, NOISE, 0)
     axes.plot(x, y, color=INK, lw=1.2, ls=":", alpha=0.8)
     _references(axes, measure, None)
@@ -120,14 +142,21 @@ def _name_phases(axes: Any, cell: Cell) -> None:
     for phase, start, end in probes.phase_spans(cell):
         place = ((start + end) / 2, 1.0)
         axes.annotate(
-            phase, place, (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", size=8
+            phase,
+            place,
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="center",
+            size=8,
         )
 
 
 def _legend(figure: Figure, cell: Cell) -> None:
     lines: Sequence[tuple[str, Look]] = _lagging(cell)
     handles = [
-        mpl.lines.Line2D([], [], color=style.colour, marker=style.marker, ls=style.line, ms=5) for _, style in lines
+        mpl.lines.Line2D([], [], color=style.colour, marker=style.marker, ls=style.line, ms=5)
+        for _, style in lines
     ]
     names = [name for name, _ in lines] + ["current weights (sequential)"]
     handles.append(mpl.lines.Line2D([], [], color=INK, lw=0.9, alpha=0.7))

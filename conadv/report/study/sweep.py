@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ... import documents
-from ...config import flatten
-from ...errors import ConadvError, printable, unknown
-from ...methods import METHODS
-from ...sweep.choose import at_edge, only_edges
-from ...untrusted import inside
-from ..load import RECORD, Run, load_run
-from ..settings import part
-from ..stats import Stat, stat
+from conadv import documents
+from conadv.config.schema import flatten
+from conadv.errors import ConadvError, printable, unknown
+from conadv.methods import METHODS
+from conadv.report.load import RECORD, Run, load_run
+from conadv.report.settings import part
+from conadv.report.stats import Stat, stat
+from conadv.safe_io import inside
+from conadv.sweep.choose import at_edge, only_edges
 
 SWEEP = "sweep.json"
 
@@ -128,7 +128,11 @@ class Study:
 
     def tested(self, x: float) -> list[Cell]:
         """What is neither baseline nor control at ``x``."""
-        return [cell for cell in self.at(x) if cell.arm != self.baseline and cell.arm not in self.controls]
+        return [
+            cell
+            for cell in self.at(x)
+            if cell.arm != self.baseline and cell.arm not in self.controls
+        ]
 
     def adversarial(self, x: float) -> list[Cell]:
         """The tested cells that attack; all tested ones where none does."""
@@ -161,7 +165,9 @@ def load_sweep(path: str | Path, baseline: str | None = None) -> Study:
     cells = [_cell(path, raw, document, names) for raw in document.cells]
     cells = [cell for cell in cells if cell.runs]
     if not cells:
-        raise ConadvError(f"{printable(path)} has no confirmation run yet. Let `conadv sweep` go on, then report it.")
+        raise ConadvError(
+            f"{printable(path)} has no confirmation run yet. Let `conadv sweep` go on, then report it."
+        )
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     if baseline is not None and baseline not in arms:
         raise unknown("baseline arm", baseline, arms)
@@ -184,7 +190,9 @@ def _extra_axes(cells: Sequence[documents.Cell], axis: str) -> list[str]:
     return list(dict.fromkeys(name for cell in cells for name in cell.settings if name != axis))
 
 
-def _cell(folder: Path, raw: documents.Cell, document: documents.Sweep, names: Sequence[str]) -> Cell:
+def _cell(
+    folder: Path, raw: documents.Cell, document: documents.Sweep, names: Sequence[str]
+) -> Cell:
     settings, wanted = raw.settings, raw.runs
     tried = [trial.settings for trial in _source(raw, document.cells).trials]
     diverged = {item.run for item in document.failed if item.diverged}
@@ -198,7 +206,9 @@ def _cell(folder: Path, raw: documents.Cell, document: documents.Sweep, names: S
         settings=settings,
         runs=tuple(sorted(runs, key=lambda run: run.seed)),
         missing=tuple(name for name in wanted if name not in there),
-        trials=tuple(Trial(trial.settings, tuple(trial.validation), trial.mean) for trial in raw.trials),
+        trials=tuple(
+            Trial(trial.settings, tuple(trial.validation), trial.mean) for trial in raw.trials
+        ),
         chosen=raw.chosen,
         at_edge=tuple(at_edge(tried, raw.chosen)),
         only_edges=tuple(only_edges(tried)),

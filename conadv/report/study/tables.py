@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import table
-from ..stats import Stat
-from . import answers, probes, sharpness
-from .answers import Mark
-from .contrast import differences
-from .cost import cost, equal_cost, unit
-from .figures import axis_value
-from .sweep import Cell, Study, Trial
+from conadv.report import table
+from conadv.report.stats import Stat
+from conadv.report.study import answers, probes, sharpness
+from conadv.report.study.answers import Mark
+from conadv.report.study.contrast import differences
+from conadv.report.study.cost import cost, equal_cost, unit
+from conadv.report.study.figures import axis_value
+from conadv.report.study.sweep import Cell, Study, Trial
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,15 @@ def _ordered(study: Study) -> list[Cell]:
 
 def accuracy(study: Study) -> Table:
     """Test accuracy, train accuracy and the gap of every cell."""
-    head = [_batch_head(study), "arm", "seeds", "test accuracy, %", "train accuracy, %", "gap, points", "test loss"]
+    head = [
+        _batch_head(study),
+        "arm",
+        "seeds",
+        "test accuracy, %",
+        "train accuracy, %",
+        "gap, points",
+        "test loss",
+    ]
     robust = any(cell.stat("robust_accuracy") for cell in study.cells)
     rows = []
     for cell in _ordered(study):
@@ -97,7 +105,11 @@ def costs(study: Study) -> Table:
             "gradient images per clean image",
             f"gradient images of the whole training, {unit(study)[1]}",
         ),
-        *("step time (×\u00a0baseline)", "training time", "best without attack at no more total cost"),
+        *(
+            "step time (×\u00a0baseline)",
+            "training time",
+            "best without attack at no more total cost",
+        ),
     ]
     return Table(head, [_cost_row(study, cell) for cell in _ordered(study)])
 
@@ -118,7 +130,10 @@ def _cost_row(study: Study, cell: Cell) -> list[Mark]:
 
 def _step_time(study: Study, cell: Cell) -> str:
     own = cost(cell).step_seconds
-    base = next((cost(other).step_seconds for other in study.at(cell.x) if other.arm == study.baseline), None)
+    base = next(
+        (cost(other).step_seconds for other in study.at(cell.x) if other.arm == study.baseline),
+        None,
+    )
     if own is None:
         return table.NONE
     return f"{table.duration(own)} ({own / base:.2f}×)" if base else table.duration(own)
@@ -126,7 +141,14 @@ def _step_time(study: Study, cell: Cell) -> str:
 
 def tuning(study: Study) -> Table:
     """A row per tuned cell: every trial with its mean validation accuracy, and the choice."""
-    head = [_batch_head(study), "arm", "validation accuracy of every trial, %", "chosen", "runs", "choice is"]
+    head = [
+        _batch_head(study),
+        "arm",
+        "validation accuracy of every trial, %",
+        "chosen",
+        "runs",
+        "choice is",
+    ]
     rows = [
         _row(
             axis_value(study, cell.x),
@@ -146,7 +168,11 @@ def _where(cell: Cell) -> str:
     """Which settings are at the edge of what was tried; "inside" speaks of those with three values and more."""
     if cell.at_edge:
         return f"{answers.short(cell.at_edge)} at the edge"
-    return f"inside (but two values of {answers.short(cell.only_edges)})" if cell.only_edges else "inside"
+    return (
+        f"inside (but two values of {answers.short(cell.only_edges)})"
+        if cell.only_edges
+        else "inside"
+    )
 
 
 def _trial(trial: Trial) -> str:
@@ -157,7 +183,13 @@ def _trial(trial: Trial) -> str:
 def sharp(study: Study) -> Table:
     """What `conadv analyze` found, at every cell that has an analysis."""
     cells = [cell for cell in _ordered(study) if sharpness.measured(cell)]
-    head = [_batch_head(study), "arm", "seeds", "test accuracy, %", *(measure.title for measure in sharpness.MEASURES)]
+    head = [
+        _batch_head(study),
+        "arm",
+        "seeds",
+        "test accuracy, %",
+        *(measure.title for measure in sharpness.MEASURES),
+    ]
     rows = [
         _row(
             axis_value(study, cell.x),
@@ -173,11 +205,15 @@ def sharp(study: Study) -> Table:
 
 def staleness(study: Study) -> Table:
     """What the probe found on every arm's way: a row per tau and predictor, over the phases; means over the runs."""
-    phases = list(dict.fromkeys(phase for cell in probes.probed(study.cells) for phase in probes.phases(cell)))
+    phases = list(
+        dict.fromkeys(phase for cell in probes.probed(study.cells) for phase in probes.phases(cell))
+    )
     _, increase, error = probes.MEASURES
     head = ["arm", "tau", "predictor"]
     for measure in (increase, error):
-        head += [f"{measure.title.partition(chr(10))[0].split(',')[0]}, {phase}" for phase in phases]
+        head += [
+            f"{measure.title.partition(chr(10))[0].split(',')[0]}, {phase}" for phase in phases
+        ]
     rows = [
         _row(
             cell.line,
@@ -194,7 +230,11 @@ def staleness(study: Study) -> Table:
         for tau in probes.taus(cell, predictor)
         if predictor != probes.CURRENT
     ]
-    return Table(head, sorted(rows, key=lambda row: (study.lines.index(row[0].text), int(row[1].text))), texts=3)
+    return Table(
+        head,
+        sorted(rows, key=lambda row: (study.lines.index(row[0].text), int(row[1].text))),
+        texts=3,
+    )
 
 
 def _share(found: probes.Point | None) -> str:

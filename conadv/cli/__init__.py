@@ -1,0 +1,1 @@
+"""The program: one module per command, and the only place that prints."""

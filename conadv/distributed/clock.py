@@ -1,0 +1,93 @@
+"""When the phases of a step ran: seconds per phase, and the spans behind them on one clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from conadv.training.record import BESIDE
+from conadv.types import Span
+
+Mark = float | torch.cuda.Event
+"""A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
+
+
+class PhaseClock:
+    """Notes the phases of this process until :meth:`collect`. Phases may repeat, not nest.
+
+    Times are seconds of ``time.monotonic()`` minus ``origin``, which the processes of one host share; a run sets
+    ``origin`` so that the ranks of all hosts count from the same moment (see ``Comm.clock_offset``).
+    On CUDA a phase lies between events on the current stream, so that it is the device's time and not the time to
+    queue the work; :meth:`collect` waits for the last event (a sync point).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, Mark, Mark, bool]] = []
+        self._anchor: tuple[torch.cuda.Event, float] | None = None
+        self.origin = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = self.mark()
+        yield
+        self.add(name, begin, self.mark())
+
+    def mark(self) -> Mark:
+        """This moment: on CUDA, when the current stream gets here."""
+        if not self._cuda:
+            return time.monotonic()
+        if self._anchor is None:
+            self._drop_anchor()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, name: str, begin: Mark, end: Mark, *, beside: bool = False) -> None:
+        """Note a span that was measured elsewhere. ``beside``: it ran beside this process's phases (the network)."""
+        self._marks.append((name, begin, end, beside))
+
+    def discard(self) -> None:
+        """Forget what was noted, without waiting for the device."""
+        self._marks.clear()
+
+    def collect(self) -> tuple[dict[str, float], list[Span]]:
+        """Seconds per phase since the last call, and all spans in the order in which they were noted."""
+        seconds: dict[str, float] = {}
+        spans = []
+        for name, begin, end, beside in self._marks:
+            first, last = self._seconds(begin), self._seconds(end)
+            if not beside:
+                seconds[name] = seconds.get(name, 0.0) + last - first
+            spans.append((name, round(first - self.origin, 6), round(last - self.origin, 6)))
+        self._marks.clear()
+        if self._anchor is not None:
+            self._drop_anchor()  # elapsed_time is float32 milliseconds: a near anchor keeps microseconds
+        return seconds, spans
+
+    def _seconds(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            return mark
+        assert self._anchor is not None
+        mark.synchronize()
+        event, at = self._anchor
+        return at + float(event.elapsed_time(mark)) / 1000
+
+    def _drop_anchor(self) -> None:
+        """Tie the device's clock to the host's. Sync point."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        self._anchor = event, time.monotonic()
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """Seconds in which this process was in some phase; phases on two streams may lie beside each other."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted((begin, end) for name, begin, end in spans if name not in BESIDE):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return round(total, 6)

@@ -1,0 +1,100 @@
+"""Executors: when the phases of a step run. They may reorder phases, never change what comes out of them.
+
+The contract: `gradient`, then `wait`, `update` last, and `prepare` anywhere before `update`, since both it and the
+gradient read the weights theta_t. All executors therefore give the same bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from conadv.errors import ConadvError
+from conadv.types import Batch, Span, StepRecord
+
+if TYPE_CHECKING:
+    from conadv.engine.attack_ranks.failed import Loss
+    from conadv.engine.step import TrainStep
+
+
+Served = Callable[[int, list[Span]], None]
+"""Hears of a batch that an attack rank has attacked: its step, and the spans of doing so."""
+
+
+class Executor(ABC):
+    """Runs one step and returns its record."""
+
+    @property
+    def attack_only(self) -> bool:
+        """Whether this process only attacks, for others that learn."""
+        return False
+
+    def attach(self, engine: TrainStep) -> None:  # noqa: B027 (most executors have nothing to set up)
+        """Called once, at the end of the engine's construction. Raises ConadvError where the two do not fit."""
+
+    @abstractmethod
+    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord: ...
+
+    def settle(self) -> None:  # noqa: B027
+        """Bring what is under way elsewhere into the engine, as before a checkpoint."""
+
+    def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
+        """On an attack rank: attack batches for the learners."""
+        raise ConadvError("serve() is for attack ranks: give TrainStep the Ranks executor.")
+
+    def losses(self) -> list[Loss]:
+        """The attack ranks that this learner has lost since the last call and goes on without."""
+        return []
+
+    def close(self, *, failed: bool = False) -> bool:
+        """End the exchange with other processes. Returns whether training went well on all of them."""
+        return not failed
+
+
+class Inline(Executor):
+    """Everything on this process and device: gradient, the attack on the future batch, wait, update.
+
+    With several ranks ``gradient`` leaves its sums over ranks under way, and the attack runs while the network is
+    busy. On a single process nothing runs beside the attack, so it costs what its arithmetic costs.
+    """
+
+    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+        engine.gradient(batch)
+        engine.prepare(future)
+        engine.wait()
+        return engine.update()
+
+
+class Stream(Executor):
+    """CUDA: the attack runs on a stream of its own beside the gradient.
+
+    Both read theta_t: the side stream begins when the last update is done, and the update waits for it. Pays where a
+    small local batch leaves the device partly idle; on a full device the arithmetic costs what it costs.
+    Raises ConadvError without CUDA. In flight: the images of both streams at once, so more memory than :class:`Inline`.
+    """
+
+    def __init__(self) -> None:
+        self._side: torch.cuda.Stream | None = None
+
+    def attach(self, engine: TrainStep) -> None:
+        if engine.device.type != "cuda":
+            raise ConadvError(
+                "The stream executor needs a CUDA device. Use executor inline on the CPU."
+            )
+        self._side = torch.cuda.Stream(engine.device)
+
+    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+        assert self._side is not None
+        main = torch.cuda.current_stream(engine.device)
+        self._side.wait_stream(
+            main
+        )  # theta_t is complete, and step t - 1 has read the images that it was given
+        with torch.cuda.stream(self._side):
+            engine.prepare(future, early=True)
+        engine.gradient(batch)
+        main.wait_stream(self._side)
+        engine.wait()
+        return engine.update()

@@ -1,0 +1,71 @@
+"""An exponential moving average of the weights, with batch norm's routes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from conadv.engine.validate import check_count, check_weights
+
+
+class EMA(AveragedModel):
+    """theta^ <- d theta^ + (1 - d) theta, d = min(``decay``, (1 + n) / (10 + n)) in update n + 1.
+
+        average = EMA(model, 0.999)
+        for batch, future in windows(loader, step.ahead):
+            step(batch, future)
+            average.update_parameters(model)
+        evaluate(average.module, ...)
+
+    ``average.module`` is a copy of the model with the same routes. The running statistics of every route are averaged
+    like its weights, so that a route's statistics never come from another route's images; counters are copied. Averaged
+    statistics are those of many weights, not of the averaged weights: :func:`conadv.recalibrate` computes the latter.
+
+    The smaller d at the start lets the average forget the first weights in short runs; the first update copies.
+    Raises ValueError for a decay outside of (0, 1). Sync point on CUDA: none, the counter stays on the CPU.
+    Ranks: nothing is reduced. Weights are the same on all, statistics are each rank's own.
+    In flight: one copy of weights and buffers.
+
+    Source: Polyak and Juditsky (1992); the warm-up is that of TensorFlow's ExponentialMovingAverage (num_updates).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay = {decay} must be in (0, 1).")
+        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def _average(self, averaged: Any, current: Any, _: Any) -> None:
+        count = int(self.n_averaged)  # type: ignore[call-overload, arg-type]
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
+        decay = min(self.decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As every module's. Raises ConadvError for what is no average of such a model."""
+        check_weights(self, state_dict, "its average")
+        found = super().load_state_dict(state_dict, strict, assign)
+        check_count(int(self.n_averaged), "its average's number of updates")  # type: ignore[call-overload, arg-type]
+        return found
+
+
+def evaluated_state(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict of the model that a checkpoint evaluates: the average where there is one."""
+    if state.get("ema") is None:
+        model: dict[str, Tensor] = state["model"]
+        return model
+    prefix = "module."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in state["ema"].items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,168 @@
+"""Exporting a run: the clean route for other programs, as plain weights or as a traced program."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from conadv import __version__
+from conadv.config.schema import Config, resolve
+from conadv.engine.validate import load_weights
+from conadv.errors import ConadvError, install, unknown
+from conadv.nn.ema import evaluated_state
+from conadv.nn.split_batchnorm import strip
+from conadv.training.card import model_card
+from conadv.training.checkpoint import giving
+from conadv.training.record import sync_folder, write_atomic
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import load_state, make_model
+
+TOLERANCE = 1e-3  # of the largest logit: another order of sums, not another network
+
+
+def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
+    """The trained network of a run on the CPU in eval mode, without routes. Needs no data.
+
+    The average of the weights where the run has one (ema.decay). ``best``: of its best checkpoint
+    (checkpoint.keep_best), not of its newest.
+    """
+    return _load(path, best)[0]
+
+
+def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
+    run = RunDir(path)
+    config = resolve(run.open())
+    state = load_state(run, torch.device("cpu"), best=best)
+    with giving(state):
+        model = make_model(config, state["channels"], len(state["class_names"]))
+        load_weights(model, evaluated_state(state))
+        if config.data.image_size not in (None, state.get("image_size", config.data.image_size)):
+            raise ValueError(
+                f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}"
+            )
+    return strip(model).eval(), config, state
+
+
+def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path:
+    """Write the clean route into the run and return the file.
+
+    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model; beside it
+    goes ``model_card.md``, see :mod:`conadv.training.card`), "torch-export"
+    (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take normalised images
+    (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and compared with the network before they
+    are written; mean, std and class names are in their metadata.
+    Raises ConadvError where the network cannot be traced, where the traced one computes something else, and for
+    "onnx" without the packages of the extra ``onnx``.
+    """
+    if kind not in _WRITERS:
+        raise unknown("format", kind, _WRITERS)
+    run = RunDir(path)
+    model, config, state = _load(path, best)
+    about = {"conadv": __version__, "model": config.model.name, "method": config.method}
+    if kind != "safetensors":
+        about |= {
+            "mean": json.dumps(config.data.mean),
+            "std": json.dumps(config.data.std),
+            "class_names": json.dumps(state["class_names"]),
+        }
+    target = {"safetensors": run.weights, "torch-export": run.program, "onnx": run.onnx}[kind]
+    card = (
+        model_card(run, state) if kind == "safetensors" else ""
+    )  # reads the record, before anything is written
+    content = _WRITERS[kind](
+        model, about, _image_shape(config, state) if kind != "safetensors" else ()
+    )
+    temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link and no pipe
+    temporary.write_bytes(content)
+    temporary.replace(target)
+    if kind == "safetensors":
+        write_atomic(run.card, card)
+    sync_folder(path)
+    return target
+
+
+def _image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
+    size = state.get("image_size", config.data.image_size)
+    if size is None:
+        raise ConadvError(
+            "The checkpoint is of an older version and does not say how large its images are."
+        )
+    return (int(state["channels"]), int(size), int(size))
+
+
+def _safetensors(model: nn.Module, about: dict[str, str], _: tuple[int, ...]) -> bytes:
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    content: bytes = save(tensors, metadata={"format": "pt", **about})
+    return content
+
+
+def _torch_export(model: nn.Module, about: dict[str, str], shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(_traced(model, shape), file, extra_files={"conadv.json": json.dumps(about)})
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    _compare(model, lambda x: loaded(x), shape)
+    return file.getvalue()
+
+
+def _onnx(model: nn.Module, about: dict[str, str], shape: tuple[int, ...]) -> bytes:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise ConadvError(f"ONNX needs more packages ({error}): {install('onnx')}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own notes on its version of opsets
+        program = torch.onnx.export(
+            _traced(model, shape),
+            input_names=["x_NCHW"],
+            output_names=["logits_NK"],
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props.update(about)
+    content = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    _compare(model, lambda x: torch.from_numpy(session.run(None, {"x_NCHW": x.numpy()})[0]), shape)
+    return bytes(content)
+
+
+def _traced(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The network as a program for any number of images."""
+    try:
+        return torch.export.export(
+            model, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim("N")},)
+        )
+    except Exception as error:  # tracing runs the network's own code, which raises anything
+        raise ConadvError(
+            f"The {type(model).__name__} cannot be traced for any number of images: {str(error)[:500]}. "
+            "Export its weights (safetensors) and trace them where they are used."
+        ) from error
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, traced: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+    """ConadvError unless both give the same logits for another number of images than the trace had."""
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    want, found = model(x), traced(x)
+    off = float((found - want).abs().max() / want.abs().max().clamp_min(1e-12))
+    if not off <= TOLERANCE:
+        raise ConadvError(
+            f"The exported network computes something else: logits differ by {off:.2g} of the largest."
+        )
+
+
+_WRITERS: dict[str, Callable[[nn.Module, dict[str, str], tuple[int, ...]], bytes]] = {
+    "safetensors": _safetensors,
+    "torch-export": _torch_export,
+    "onnx": _onnx,
+}

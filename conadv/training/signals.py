@@ -1,0 +1,186 @@
+"""Signals that ask a run to stop: at the next step boundary, with a checkpoint.
+
+SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
+SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own sum (see
+``TrainStep.stop_request``). After it SIGINT has the system's own action again, so that a second Ctrl-C leaves at once,
+whatever the process waits for.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any
+
+from conadv.errors import ConadvError, printable
+
+INTERRUPT, TERMINATE = 1, 2
+"""Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
+
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+_NAMES = {INTERRUPT: "SIGINT", TERMINATE: "SIGTERM"}
+_REQUESTS = {signal.SIGINT: INTERRUPT, signal.SIGTERM: TERMINATE}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _REQUESTS[signal.SIGHUP] = TERMINATE
+
+
+class Stopped(KeyboardInterrupt):
+    """A run has stopped because a signal asked it to, and its checkpoint is written. ``code``: the exit code."""
+
+    def __init__(self, request: int, steps: int) -> None:
+        super().__init__(
+            f" by {_NAMES[request]} after {steps} steps; --resume goes on from step {steps}"
+        )
+        self.signal = _NAMES[request]
+        self.code = EXIT_TERMINATED if request == TERMINATE else EXIT_INTERRUPTED
+
+
+class Signals:
+    """Inside the block SIGTERM, SIGHUP and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
+
+    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a script's ``&``.
+    ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The handlers of before
+    come back at the end. Off the main thread, where Python takes no handlers, nothing changes.
+    """
+
+    def __init__(self, tell: Callable[[str], None] | None = None) -> None:
+        self.request = 0
+        self._tell = tell
+        self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            heard = [
+                number for number in _REQUESTS if signal.getsignal(number) is not signal.SIG_IGN
+            ]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a worker process that was forked inside the block
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        first, self.request = not self.request, max(self.request, _REQUESTS[signal.Signals(number)])
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if first and self._tell is not None:
+            text = f"{_NAMES[self.request]}: stopping after this step with a checkpoint; Ctrl-C leaves at once"
+            threading.Thread(target=self._tell, args=(text,), daemon=True).start()
+
+
+GRACE_SECONDS = 600
+"""How long a loader's worker goes on after a signal: as long as a step, an evaluation and a checkpoint may take."""
+
+
+def granted_seconds() -> float | None:
+    """How long after SIGTERM this process is killed, None where nobody has said so.
+
+    CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30 seconds, newer ones
+    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is no number of seconds.
+    """
+    names = ["CONADV_GRACE_SECONDS"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names.append("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    for name in names:
+        if text := os.environ.get(name):
+            with suppress(ValueError):
+                if 0 <= (seconds := float(text)) < math.inf:
+                    return seconds
+            raise ConadvError(
+                f"The environment variable {name} is {printable(text)[:80]!r}, not a number of seconds."
+            )
+    return 30.0 if len(names) > 1 else None
+
+
+class Patience:
+    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved itself.
+
+    ``granted``: seconds from the request to the kill, None if they are not known. A request may come just after a step
+    has begun: what counts is the longest time between two moments at which it is looked for (:meth:`turn`), the first
+    step with its compilation left out, then what saving last took (:meth:`saved`, and ``writing`` in the background).
+    """
+
+    def __init__(self, granted: float | None, tell: Callable[[str], None]) -> None:
+        self._granted, self._tell = granted, tell
+        self._since: float | None = None
+        self._longest = 0.0
+        self._saving: float | None = None
+
+    def turn(self) -> None:
+        """The run looks for a request now."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._longest = max(self._longest, now - self._since)
+        self._since = now
+
+    def saved(self) -> None:
+        """The run goes on after it has saved itself at the last turn."""
+        assert self._since is not None
+        now = time.monotonic()
+        self._saving, self._since = now - self._since, now
+
+    def judge(self, writing: float | None) -> None:
+        """``writing``: seconds that a write in the background took, 0 without; None while that is not known."""
+        if self._granted is None or self._saving is None or writing is None:
+            return
+        needed = self._longest + self._saving + writing
+        if needed > self._granted:
+            self._tell(
+                f"to stop takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but this process is "
+                f"killed {self._granted:g} s after SIGTERM: what is new since the last checkpoint would be lost. Have "
+                "it signalled earlier (Slurm: --signal=TERM@SECONDS and CONADV_GRACE_SECONDS) or killed later "
+                "(torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
+            )
+            self._granted = None
+
+
+def outlive_stop(_: int = 0) -> None:
+    """For a worker process that loads data: go on while the process that it works for saves its checkpoint.
+
+    Launchers and terminals signal whole process groups. The main process ends its workers when it is done with them;
+    a worker that was signalled and is still there after ``GRACE_SECONDS`` ends by itself, and so does one whose main
+    process was killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    if not hasattr(signal, "SIGALRM"):  # Windows, where nobody signals groups
+        return
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))
+
+
+def end_with_parent() -> None:
+    """End this worker process when the one that made it is gone, however that ended.
+
+    A worker of a fork server has the server as its system's parent, which lives as long as its workers do: torch's
+    DataLoader, which looks at that parent, would wait for ever there (Python 3.14 makes fork servers the default).
+    """
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,93 @@
+"""summary.json: what a finished run comes to, from its record and its last evaluation."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from conadv import __version__
+from conadv.config.schema import accumulation, micro_batch, scaled_lr
+from conadv.training.evaluate import Result
+from conadv.training.record import finite
+
+if TYPE_CHECKING:
+    from conadv.training.trainer import Parts
+
+
+def summarize(
+    parts: Parts, results: dict[str, Result | None], lines: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The fields that docs/record.md lists."""
+    steps = [line for line in lines if line["type"] == "step"]
+    train, test, robust, validation = (
+        results[name] for name in ("train", "test", "robust", "validation")
+    )
+    assert train is not None
+    assert test is not None
+    return {
+        **_settings(parts),
+        "train_loss": finite(train.loss),
+        "train_accuracy": train.accuracy,
+        "validation_loss": None if validation is None else finite(validation.loss),
+        "validation_accuracy": None if validation is None else validation.accuracy,
+        "test_loss": finite(test.loss),
+        "test_accuracy": test.accuracy,
+        "robust_accuracy": None if robust is None else robust.accuracy,
+        "robust_eps": None if robust is None else parts.config.eval.robust_eps,
+        **_costs(steps, parts),
+        "attack_ranks_lost": len(
+            {line.get("attack_rank") for line in lines if line["type"] == "attack_loss"}
+        ),
+        "bad_images": sum(line["type"] == "bad_image" for line in lines),
+        "version": __version__,
+    }
+
+
+def _settings(parts: Parts) -> dict[str, Any]:
+    config = parts.config
+    return {
+        "recipe": config.recipe,
+        "method": config.method,
+        "staleness": config.staleness,
+        "lookahead": config.lookahead,
+        "predictor": config.predictor if config.lookahead else None,
+        "optimizer": config.optim.name,
+        "lr": scaled_lr(config.optim, config.global_batch_size),
+        "eps": config.attack.eps,
+        "augment": config.data.augment,
+        "aug_view": config.data.aug_view,
+        "global_batch_size": config.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "batchnorm_batch_size": config.micro_batch_size,
+        "accumulation": accumulation(config, parts.comm.ranks),
+        "ranks": parts.comm.ranks,
+        "attack_ranks": len(parts.teams.attackers),
+        "executor": parts.choice.name,
+        "seed": config.seed,
+        "steps": parts.num_steps,
+        "epochs": parts.num_steps / parts.data.order.steps_per_epoch,
+        "model": config.model.name,
+        "parameters": sum(
+            p.numel() for name, p in parts.model.named_parameters() if ".routes." not in name
+        ),
+    }
+
+
+def _costs(steps: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
+    """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
+    totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
+    seconds = sum(totals)
+    attack = sum(line["phases"].get("attack", 0.0) for line in steps)
+    batch, micro = parts.config.global_batch_size, micro_batch(parts.config)
+    gradients = sum(
+        parts.method.gradient_images(line["step"], line["losses"], micro) for line in steps
+    )
+    return {
+        "seconds": seconds,
+        "step_seconds_median": median(totals[1:] or totals),
+        "clean_images_per_second": batch * len(steps) / seconds,
+        "gradient_images_per_second": batch * gradients / seconds,
+        "gradient_images_per_clean_image": gradients / len(steps),
+        "attack_seconds_share": attack / seconds,
+        "late_batches": sum(line.get("late", False) for line in steps),
+    }
