@@ -98,10 +98,10 @@ def worker(profile_path: Path, out: Path, chosen: list[Case]) -> None:
     keep_freed_memory()
     workload = load(profile_path).workload
     world = Comm.from_environment("cpu", 120.0)
-    found = world.share(read(out) if world.first else None)
+    found = world.broadcast_object(read(out) if world.is_main else None)
     for case in (case for case in chosen if case.name not in found):
         seconds = measure(case, workload, world)
-        if world.first:
+        if world.is_main:
             found[case.name] = {"case": asdict(case), "step_seconds": seconds}
             write_atomic(out, json.dumps(found, indent=1) + "\n")
             print(f"  {case.name}: {1e3 * statistics.median(seconds):.1f} ms", flush=True)
@@ -116,10 +116,11 @@ def read(path: Path) -> dict[str, Any]:
 
 def measure(case: Case, workload: Any, world: Any) -> list[float]:
     """Mean step time of each burst, on rank 0, which is a learner."""
+    from conadv.distributed.teams import make_teams
     from conadv.plan.workload import batches, build_step
     from conadv.types import Batch
 
-    teams = world.split(case.attack_ranks) if case.attack_ranks else None
+    teams = make_teams(world, case.attack_ranks) if case.attack_ranks else None
     comm, executor = world, None
     numbers = range(world.rank * case.accumulation, (world.rank + 1) * case.accumulation)
     if teams is not None:
@@ -153,7 +154,7 @@ def bursts(step: Callable[[], None], comm: Any) -> list[float]:
         begin = time.perf_counter()
         step()
     once = time.perf_counter() - begin
-    steps = comm.share(max(2, min(LONGEST_BURST, round(SECONDS_PER_BURST / once))))
+    steps = comm.broadcast_object(max(2, min(LONGEST_BURST, round(SECONDS_PER_BURST / once))))
     seconds = []
     for _ in range(BURSTS):
         begin = time.perf_counter()

@@ -22,6 +22,7 @@ _WHERE = {
     "StepRecord": "types",
     "ConadvError": "errors",
     "Comm": "distributed.comm",
+    "make_teams": "distributed.teams",
     "Inline": "engine.executors",
     "Ranks": "engine.attack_ranks.executor",
     "Stream": "engine.executors",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from conadv.data import WindowedLoader as WindowedLoader
     from conadv.data import windows as windows
     from conadv.distributed.comm import Comm as Comm
+    from conadv.distributed.teams import make_teams as make_teams
     from conadv.engine import Inline as Inline
     from conadv.engine import NonFiniteError as NonFiniteError
     from conadv.engine import Ranks as Ranks

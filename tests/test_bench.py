@@ -19,6 +19,7 @@ from conadv.bench.harness import Case, Measured, Sample, combine, measure, order
 from conadv.bench.options import AttackCostArgs
 from conadv.bench.stats import median_interval
 from conadv.cli.program import main
+from conadv.distributed.teams import make_teams
 
 from .ranks.pool import Ranks
 
@@ -146,7 +147,7 @@ def test_a_burst_leaves_out_its_first_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_bursts_of_one_engine_go_on_where_the_last_one_ended() -> None:
     # Red when: a burst starts at step 0 again, or its last step gets no future batch (which warns in the next).
-    teams = Comm().split(0)
+    teams = make_teams(Comm(), 0)
     micro = attack_cost.micro_batches(options(), 4, [0], torch.device("cpu"))
     trained = attack_cost._engine(options(), teams, "conadv-lookahead", "inline")
     burst = attack_cost.LearnerBurst(options(), trained, micro)
@@ -207,7 +208,10 @@ def bench(comm: Comm, attack_ranks: int, changes: dict[str, Any]) -> list[dict[s
     chosen = options(attack_ranks=attack_ranks, **changes)
     chosen.check()
     rows = measure(
-        attack_cost.build(chosen, comm.split(attack_ranks)), chosen.rounds, warmup=1, world=comm
+        attack_cost.build(chosen, make_teams(comm, attack_ranks)),
+        chosen.rounds,
+        warmup=1,
+        world=comm,
     )
     return [
         {"name": r.name, "to": r.yardstick, "phases": r.phases_ms, "servers": r.server_phases_ms}
@@ -266,7 +270,7 @@ def test_attack_cost_with_an_attack_rank(two: Ranks) -> None:
 def launched(comm: Comm, overlap: bool) -> tuple[int, list[float]]:
     """How many buckets had left when backward was over, and the weights after three steps."""
     micro = attack_cost.micro_batches(options(), 4, [comm.rank], comm.device)
-    trained = attack_cost._engine(options(), comm.split(0), "noise", "inline")
+    trained = attack_cost._engine(options(), make_teams(comm, 0), "noise", "inline")
     reducer, seen = trained._reducer, [0]
     assert reducer is not None
     launch = reducer.launch

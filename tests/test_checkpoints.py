@@ -374,7 +374,7 @@ def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(
         "engine": {"version": 1, "pending": {"1": waiting}},
     }
     comm, shared = Comm(device=torch.device("meta")), []
-    monkeypatch.setattr(comm, "share", lambda value: shared.append(value) or value)
+    monkeypatch.setattr(comm, "broadcast_object", lambda value: shared.append(value) or value)
     dealt = _deal(state, comm)
     assert [value["engine"]["pending"] for value in shared] == [{}]
     assert dealt["model"]["w"].device.type == "meta"

@@ -464,10 +464,8 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
         b.optimizer.step()
         b.optimizer.zero_grad()
         b.advance()
-        assert b.clock.collect() == (
-            {},
-            [],
-        )  # Red when: advance() leaves the phases: CUDA events pile up
+        # Red when: advance() leaves the phases: CUDA events pile up
+        assert b.clock.collect().spans == []
     for batch, future in windows(stream, c.ahead):
         c(batch, future)
     assert same(state(a.model), state(b.model))

@@ -24,7 +24,7 @@ from conadv.bench.harness import Case, Row, Sample, measure, nothing, synchroniz
 from conadv.bench.options import CONCURRENT, AttackCostArgs
 from conadv.bench.workload import METHODS, SPACE, micro_batches, network, optimizer
 from conadv.distributed.comm import Comm
-from conadv.distributed.teams import Teams, roles
+from conadv.distributed.teams import Teams, make_teams, roles
 from conadv.engine import Executor, Inline, Ranks, Stream, TrainStep
 from conadv.errors import ConadvError
 from conadv.types import Batch, MicroBatch, Span
@@ -41,7 +41,7 @@ def command(options: AttackCostArgs) -> None:
         with world.agreed():
             _check_ranks(options, world)
             output.prepare(options)
-        teams = world.split(options.attack_ranks)
+        teams = make_teams(world, options.attack_ranks)
         cases = build(options, teams)
         torch.backends.cudnn.benchmark = (
             True  # shapes are fixed: let it find the fastest kernels, for all cases alike
@@ -50,7 +50,7 @@ def command(options: AttackCostArgs) -> None:
         rows = measure(
             cases, options.rounds, seconds=options.seconds, seed=options.seed, warmup=1, world=world
         )
-        if world.first:
+        if world.is_main:
             ranks = {
                 "learners": len(teams.learners),
                 "attack_ranks": len(teams.attackers),
@@ -254,20 +254,20 @@ class BusyBurst:
     teams: Teams
 
     def __post_init__(self) -> None:
-        self._line = self.teams.world.new_line()
+        self._channel = self.teams.world.new_channel()
 
     def __call__(self, overlap: bool) -> Sample:
         world, attackers = self.teams.world, self.teams.attackers
         end = torch.zeros(1, device=world.device)
         if self.teams.attacking:
-            ended = world.receive(end, self.teams.learners[0], self._line)
+            ended = world.receive(end, self.teams.learners[0], self._channel)
             while not ended.done:
                 METHODS["disadv"](0).extra(self.engine, Batch(0, self.micro))
             ended.wait()
             return Sample(None)
         sample = LearnerBurst(self.options, self.engine, self.micro)(overlap)
         if world.rank == self.teams.learners[0]:
-            for sent in [world.send(end, attacker, self._line) for attacker in attackers]:
+            for sent in [world.send(end, attacker, self._channel) for attacker in attackers]:
                 sent.wait()
         return sample
 

@@ -127,7 +127,7 @@ def measure(
         for name in order(cases, seed, number):
             _meet(world)
             sample = cases[name].run()
-            samples = [sample] if world is None else world.gather(sample)
+            samples = [sample] if world is None else world.gather_objects(sample)
             if samples and number >= warmup:
                 results[name].append(combine(samples))
         number += 1
@@ -135,7 +135,7 @@ def measure(
             begin = time.monotonic()
     for case in cases.values():
         case.end()
-    if world is not None and not world.first:
+    if world is not None and not world.is_main:
         return []
     return [row(name, case, results) for name, case in cases.items()]
 
@@ -145,7 +145,7 @@ def _meet(world: Comm | None) -> None:
     if world is not None and world.ranks > 1:
         import torch
 
-        world.sum(torch.zeros(1, device=world.device))
+        world.all_reduce(torch.zeros(1, device=world.device))
 
 
 def _more(begin: float, seconds: float, world: Comm | None) -> bool:
@@ -153,7 +153,7 @@ def _more(begin: float, seconds: float, world: Comm | None) -> bool:
     if not seconds:
         return False
     go_on = time.monotonic() - begin < seconds
-    return go_on if world is None else world.share(go_on)
+    return go_on if world is None else world.broadcast_object(go_on)
 
 
 def combine(samples: Sequence[Sample]) -> Measured:

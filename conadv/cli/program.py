@@ -311,7 +311,7 @@ def _train(args: Sequence[str]) -> None:
         )
     finally:
         comm.close()
-    if comm.first and not options.quiet:
+    if comm.is_main and not options.quiet:
         _say(_result_line(summary))
         _say(f"run directory: {printable(out)}")
 
@@ -355,12 +355,12 @@ def _dry_run(config: Config, out: Path, options: RunOptions, execution: Executio
             latency_us=options.latency_us,
         )
         with comm.agreed():
-            if comm.first and options.figure is not None:
+            if comm.is_main and options.figure is not None:
                 draw(found, options.figure)
     finally:
         observer.finish()
         comm.close()
-    if comm.first and not options.quiet:
+    if comm.is_main and not options.quiet:
         show(found)
 
 

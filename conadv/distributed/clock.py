@@ -5,14 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from conadv.training.record import BESIDE
 from conadv.types import Span
 
 Mark = float | torch.cuda.Event
 """A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
+
+
+class Phases(NamedTuple):
+    """What a process did: seconds by phase, all spans in the order they were noted, and the seconds in any phase."""
+
+    by_name: dict[str, float]
+    spans: list[Span]
+    seconds: float
 
 
 class PhaseClock:
@@ -54,19 +62,20 @@ class PhaseClock:
         """Forget what was noted, without waiting for the device."""
         self._marks.clear()
 
-    def collect(self) -> tuple[dict[str, float], list[Span]]:
-        """Seconds per phase since the last call, and all spans in the order in which they were noted."""
+    def collect(self) -> Phases:
+        """What was noted since the last call."""
         seconds: dict[str, float] = {}
-        spans = []
+        spans, own = [], []
         for name, begin, end, beside in self._marks:
             first, last = self._seconds(begin), self._seconds(end)
             if not beside:
                 seconds[name] = seconds.get(name, 0.0) + last - first
+                own.append((first, last))
             spans.append((name, round(first - self.origin, 6), round(last - self.origin, 6)))
         self._marks.clear()
         if self._anchor is not None:
             self._drop_anchor()  # elapsed_time is float32 milliseconds: a near anchor keeps microseconds
-        return seconds, spans
+        return Phases(seconds, spans, covered(own))
 
     def _seconds(self, mark: Mark) -> float:
         if isinstance(mark, float):
@@ -84,10 +93,10 @@ class PhaseClock:
         self._anchor = event, time.monotonic()
 
 
-def covered(spans: Iterable[Span]) -> float:
-    """Seconds in which this process was in some phase; phases on two streams may lie beside each other."""
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of (begin, end) ``intervals``: phases on two streams may overlap."""
     total, reached = 0.0, float("-inf")
-    for begin, end in sorted((begin, end) for name, begin, end in spans if name not in BESIDE):
+    for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return round(total, 6)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,9 @@ from torch import Tensor
 
 from conadv.distributed.clock import Mark
 from conadv.distributed.diagnosis import RollCall
-from conadv.distributed.rendezvous import meet
+from conadv.distributed.rendezvous import rendezvous
 from conadv.distributed.transfer import Transfer
 from conadv.errors import ConadvError, printable
-
-if TYPE_CHECKING:
-    from conadv.distributed.teams import Teams
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 600.0
@@ -85,7 +82,7 @@ class Handle:
 
 
 class Comm:
-    """This process among the ranks of a run, or of a team of them (:meth:`split`).
+    """This process among the ranks of a run, or of a team of them (see conadv.distributed.teams).
 
     ``rank`` of ``ranks``, computing on ``device``. ``members``: the numbers of the ranks in the whole world, which are
     those that messages use; ``group``: their process group, None for the world's. The methods are collective: every
@@ -108,9 +105,9 @@ class Comm:
         self.ranks = ranks
         self.device = device or torch.device("cpu")
         self.backend = backend
-        self._lines: list[dist.ProcessGroup | None] = [
+        self._channels: list[dist.ProcessGroup | None] = [
             group
-        ]  # line 0: messages outside of any exchange
+        ]  # channel 0: messages outside of any exchange
         self.members = tuple(range(ranks) if members is None else members)
         self.group = group
         self.timeout = TIMEOUT_SECONDS
@@ -150,7 +147,7 @@ class Comm:
         limit = timedelta(seconds=timeout)
         with comm.guard():
             found, rank, ranks = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
-            store = meet(found, rank, ranks, limit)
+            store = rendezvous(found, rank, ranks, limit)
             assert comm.backend is not None
             dist.init_process_group(
                 BACKENDS[comm.backend], store=store, rank=rank, world_size=ranks, timeout=limit
@@ -182,7 +179,7 @@ class Comm:
         )
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank, the world's rank 0, writes files and shows progress."""
         return self.members[self.rank] == 0
 
@@ -203,15 +200,6 @@ class Comm:
         )
         comm.timeout, comm._world_ranks, comm._roll = self.timeout, self.ranks, self._roll
         return comm
-
-    def split(self, attack_ranks: int, *, may_lose: bool = False) -> Teams:
-        """Learners and ``attack_ranks`` ranks that only attack, see conadv.distributed.teams. Collective.
-
-        ``may_lose``: learners will go on without attack ranks that are lost.
-        """
-        from conadv.distributed.teams import make_teams
-
-        return make_teams(self, attack_ranks, may_lose)
 
     def at(self, phase: str, step: int) -> None:
         """Say where the run is, for the message of a collective that fails."""
@@ -242,22 +230,22 @@ class Comm:
                 "The newest checkpoint is intact: start all ranks again with --resume."
             ) from error
 
-    def sum_async(self, tensor: Tensor) -> Handle:
+    def all_reduce_async(self, tensor: Tensor) -> Handle:
         """Start to replace ``tensor`` (dense, contiguous) by its sum over ranks. Needs more than one rank."""
         assert self.ranks > 1
         with self.guard():
             return Handle(self, tensor, dist.all_reduce(tensor, group=self.group, async_op=True))
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """``tensor`` summed over ranks, in place."""
-        return tensor if self.ranks == 1 else self.sum_async(tensor).wait()
+        return tensor if self.ranks == 1 else self.all_reduce_async(tensor).wait()
 
     def any(self, flags: Tensor) -> Tensor:
         """Where ``flags`` (bool) is true on any rank."""
         if self.ranks == 1:
             return flags
         counts = flags.to(self.device, torch.int32)
-        return (self.sum(counts) > 0).to(flags.device)
+        return (self.all_reduce(counts) > 0).to(flags.device)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite ``tensors`` by those of rank 0; one message per dtype."""
@@ -270,29 +258,29 @@ class Comm:
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
             with self.guard():
                 dist.broadcast(flat, self.members[0], self.group)
-            if not self.first:
+            if not self.is_main:
                 for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
-    def share(self, value: T | None) -> T:
+    def broadcast_object(self, value: T | None) -> T:
         """Rank 0's ``value`` on every rank: tensors on the CPU and plain values. The others' values do not matter."""
-        box = [value if self.first else None]
+        box = [value if self.is_main else None]
         if self.ranks > 1:
             with self.guard():
                 dist.broadcast_object_list(box, self.members[0], self.group)
         assert box[0] is not None
         return box[0]
 
-    def gather(self, value: T) -> list[T]:
+    def gather_objects(self, value: T) -> list[T]:
         """Every rank's ``value`` (tensors on the CPU and plain values) on rank 0, in rank order; empty elsewhere."""
         if self.ranks == 1:
             return [value]
-        found: list[Any] | None = [None] * self.ranks if self.first else None
+        found: list[Any] | None = [None] * self.ranks if self.is_main else None
         with self.guard():
             dist.gather_object(value, found, self.members[0], self.group)
         return found or []
 
-    def scatter(self, values: Sequence[T] | None) -> T:
+    def scatter_objects(self, values: Sequence[T] | None) -> T:
         """This rank's one of rank 0's ``values``, one per rank: tensors on the CPU and plain values."""
         found: list[Any] = [values[0] if values else None]
         if self.ranks > 1:
@@ -309,28 +297,37 @@ class Comm:
             backend = None if self.backend is None else BACKENDS[self.backend]
             return dist.new_group(list(members), timedelta(seconds=self.timeout), backend)
 
-    def new_line(self) -> int:
+    def new_channel(self) -> int:
         """A number for :meth:`send` and :meth:`receive` that nobody else uses. Collective.
 
-        gloo tells lines apart by tags; NCCL knows none and runs what two ranks exchange in one order, so there every
-        line has its own group.
+        gloo tells channels apart by tags; NCCL knows none and runs what two ranks exchange in one order, so there every
+        channel has its own group.
         """
-        self._lines.append(
+        self._channels.append(
             self.new_group(range(self.ranks)) if self.backend == "nccl" else self.group
         )
-        return len(self._lines) - 1
+        return len(self._channels) - 1
 
-    def send(self, tensor: Tensor, peer: int, line: int) -> Transfer:
-        """Start to send ``tensor`` to rank ``peer``, which must call :meth:`receive` with the same size and line.
+    def send(self, tensor: Tensor, peer: int, channel: int) -> Transfer:
+        """Start to send ``tensor`` to rank ``peer``, which must call :meth:`receive` with the same size and channel.
 
-        Messages on one line between two ranks arrive in their order. The tensor belongs to the network until
+        Messages on one channel between two ranks arrive in their order. The tensor belongs to the network until
         :meth:`Transfer.wait` has returned.
         """
-        return Transfer(self, lambda: dist.isend(tensor, peer, self._lines[line], line), peer)
+        return Transfer(
+            lambda: dist.isend(tensor, peer, self._channels[channel], channel), *self._ends(peer)
+        )
 
-    def receive(self, tensor: Tensor, peer: int, line: int) -> Transfer:
+    def receive(self, tensor: Tensor, peer: int, channel: int) -> Transfer:
         """Start to overwrite ``tensor`` by what rank ``peer`` sends."""
-        return Transfer(self, lambda: dist.irecv(tensor, peer, self._lines[line], line), peer)
+        return Transfer(
+            lambda: dist.irecv(tensor, peer, self._channels[channel], channel), *self._ends(peer)
+        )
+
+    def _ends(
+        self, peer: int
+    ) -> tuple[Callable[[], AbstractContextManager[None]], torch.cuda.Stream | None]:
+        return partial(self.guard, peer), self.watcher if self.device.type == "cuda" else None
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ With images it is WORK plus REQUESTED times a request to stop that has reached t
 REQUESTED = 8
 
 
-class Parcel:
+class Message:
     """A buffer of bytes that travels as one message: ``TAGS`` integers, then tensors like ``examples``.
 
     ``bytes`` is what is sent; ``parts`` are views into it, with the examples' shapes, types and memory order (examples

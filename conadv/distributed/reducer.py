@@ -174,7 +174,7 @@ class GradientReducer:
         for view, grad in pairs:
             if grad is None:
                 view.zero_()
-        self._handles.append(self._comm.sum_async(bucket.flat))
+        self._handles.append(self._comm.all_reduce_async(bucket.flat))
 
     def _learn(self) -> None:
         """Agree between ranks on who takes part and who is touched by the last pass."""

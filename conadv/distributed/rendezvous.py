@@ -15,7 +15,7 @@ from uuid import uuid4
 import torch.distributed as dist
 
 
-def meet(store: Any, rank: int, ranks: int, limit: timedelta) -> Any:
+def rendezvous(store: Any, rank: int, ranks: int, limit: timedelta) -> Any:
     """``store`` under a prefix that all ranks of this start share, and no earlier start has used.
 
     Rank 0 announces a prefix; the others say there who they are, and go on when rank 0 has seen just that: what an

@@ -11,8 +11,8 @@ from conadv.errors import ConadvError
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The lines (``Comm.new_line``) on which one engine's learners and attack ranks talk."""
+class Channels:
+    """The channels (``Comm.new_channel``) on which one engine's learners and attack ranks talk."""
 
     weights: int
     images: int
@@ -95,7 +95,7 @@ def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
     torchrun agent that loses one process ends all of its own.
     """
     # one answer for all, also where hosts have different numbers of ranks
-    per_host = world.share(processes_here(world.ranks))
+    per_host = world.broadcast_object(processes_here(world.ranks))
     with world.agreed():
         if may_lose and world.device.type == "cuda":
             raise ConadvError(
@@ -119,7 +119,7 @@ def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
 def _check_launchers(world: Comm, learners: tuple[int, ...]) -> None:
     """Raise ConadvError if a torchrun agent has both learners and attack ranks. Collective."""
     agent = os.environ.get("GROUP_RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
-    found = world.gather((world.rank in learners, agent))
+    found = world.gather_objects((world.rank in learners, agent))
     with world.agreed():
         mixed = {agent for learns, agent in found if learns} & {
             agent for learns, agent in found if not learns

@@ -5,35 +5,39 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from conadv.distributed.clock import Mark
 
-if TYPE_CHECKING:
-    from conadv.distributed.comm import Comm
-
 
 class Transfer:
-    """A message to or from rank ``peer``. ``begin`` and ``end`` say when it was under way (``end`` after :meth:`wait`).
+    """A message to or from another rank. ``begin`` and ``end`` say when it was under way (``end`` after :meth:`wait`).
 
     ``start`` puts it on its way and returns torch's handle; what goes wrong there comes out of :meth:`wait` too.
+    ``guard``: turns torch's errors into ConadvError. ``watcher``: on CUDA, a stream on which only events lie.
     gloo cannot say whether a message has arrived without waiting for it, so there a thread waits. NCCL can.
     """
 
-    def __init__(self, comm: Comm, start: Callable[[], Any], peer: int) -> None:
-        self._comm, self._peer = comm, peer
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        guard: Callable[[], AbstractContextManager[None]],
+        watcher: torch.cuda.Stream | None,
+    ) -> None:
+        self._guard, self._watcher = guard, watcher
         self._start = start  # holds the tensor for as long as the thread below may need it
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._cuda = comm.device.type == "cuda"
+        self._cuda = watcher is not None
         self.begin: Mark = time.monotonic()
         self.end: Mark = self.begin
         if self._cuda:
             self.begin = self.end = torch.cuda.Event(enable_timing=True)
             self.begin.record()
-            with comm.guard(peer):
+            with guard():
                 self._work = start()
             return
         try:
@@ -56,11 +60,9 @@ class Transfer:
 
         Raises ConadvError, naming the peer, if it ended or did not answer within the timeout.
         """
-        with self._comm.guard(self._peer):
+        with self._guard():
             if self._cuda:
-                with torch.cuda.stream(
-                    self._comm.watcher
-                ):  # the moment of arrival, whatever else runs
+                with torch.cuda.stream(self._watcher):  # the moment of arrival, whatever else runs
                     self._work.wait()
                     self.end = torch.cuda.Event(enable_timing=True)
                     self.end.record()

@@ -16,7 +16,7 @@ from conadv.errors import ConadvError
 from conadv.types import Batch, Span, StepRecord
 
 if TYPE_CHECKING:
-    from conadv.engine.attack_ranks.failed import Loss
+    from conadv.engine.attack_ranks.failed import FailedRank
     from conadv.engine.step import TrainStep
 
 
@@ -45,7 +45,7 @@ class Executor(ABC):
         """On an attack rank: attack batches for the learners."""
         raise ConadvError("serve() is for attack ranks: give TrainStep the Ranks executor.")
 
-    def losses(self) -> list[Loss]:
+    def failed_ranks(self) -> list[FailedRank]:
         """The attack ranks that this learner has lost since the last call and goes on without."""
         return []
 

@@ -182,10 +182,10 @@ def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:
     little more than the result, which may be tens of GB.
     """
     merged = {}
-    for step in comm.share(list(pending)):
+    for step in comm.broadcast_object(list(pending)):
         entry = dict(pending[step])
         for part in ("images", "labels"):
-            rows = [comm.gather(tensor.cpu()) for tensor in entry[part]]
+            rows = [comm.gather_objects(tensor.cpu()) for tensor in entry[part]]
             entry[part] = [tensor for column in zip(*rows, strict=True) for tensor in column]
         merged[step] = entry
     return merged

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from conadv import rng
 from conadv.attacks import PixelSpace
-from conadv.distributed.clock import PhaseClock, covered
+from conadv.distributed.clock import PhaseClock
 from conadv.distributed.comm import Comm, Handle
 from conadv.distributed.reducer import GradientReducer
 from conadv.engine.executors import Executor, Inline, Served
@@ -268,9 +268,9 @@ class TrainStep:
                 self.optimizer.step()
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
-        phases, spans = self.clock.collect()
+        phases, spans, seconds = self.clock.collect()
         record = StepRecord(
-            step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, covered(spans), spans
+            step, self._epoch, lr, loss, losses, grad_norm, made_at, phases, seconds, spans
         )
         record.skipped = skipped
         return record
@@ -481,7 +481,7 @@ class TrainStep:
                 ):  # before the large messages, not behind them
                     means = torch.stack(list(totals.values())) / len(batch.micro)
                     request = means.new_full((1,), self._encoded_request())
-                    self._loss_sum = self.comm.sum_async(torch.cat([means, request]))
+                    self._loss_sum = self.comm.all_reduce_async(torch.cat([means, request]))
                 # the factors go in as gradients of the losses: no arithmetic of their own, in forward or backward
                 factors = [
                     torch.full_like(loss, share * self._weights[name])

@@ -100,7 +100,7 @@ def _observe(total: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _write(layers: list[_BatchNorm], sums: list[Tensor], comm: Comm) -> None:
-    flat = comm.sum(torch.cat([total.flatten() for total in sums]))
+    flat = comm.all_reduce(torch.cat([total.flatten() for total in sums]))
     if not flat.any():
         raise ConadvError("recalibrate: there is no batch to take statistics over.")
     for layer, total in zip(layers, flat.split([t.numel() for t in sums]), strict=True):

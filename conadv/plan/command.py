@@ -200,7 +200,7 @@ def _measure(args: PlanArgs) -> None:
     comm = Comm.from_environment(args.workload.device)
     try:
         with comm.agreed():
-            profile = load(args.profile) if args.measure == "link" and comm.first else None
+            profile = load(args.profile) if args.measure == "link" and comm.is_main else None
         if args.measure != "link":
             batches = _numbers("--workload.batches", args.workload.batches)
             profile = measure_phases(_workload(args.workload), batches, args.workload.rounds, comm)
@@ -209,7 +209,7 @@ def _measure(args: PlanArgs) -> None:
             if args.measure == "link" or (args.measure == "all" and comm.ranks > 1)
             else None
         )
-        if profile is not None and comm.first:
+        if profile is not None and comm.is_main:
             save(profile.model_copy(update={"link": link}), args.profile)
     finally:
         comm.close()

@@ -36,7 +36,8 @@ def measure_link(comm: Comm) -> Link:
         )
     boxes = [torch.zeros(size // 4, device=comm.device) for size in SIZES]
     sums = [
-        LinkSample(bytes=box.nbytes, seconds=_median(partial(comm.sum, box), comm)) for box in boxes
+        LinkSample(bytes=box.nbytes, seconds=_median(partial(comm.all_reduce, box), comm))
+        for box in boxes
     ]
     trips = [_median(partial(_ping, comm, box), comm) for box in boxes]
     messages = [
@@ -59,7 +60,7 @@ def measure_link(comm: Comm) -> Link:
         all_reduce=tuple(sums),
         point_to_point=tuple(messages),
     )
-    return comm.share(found)
+    return comm.broadcast_object(found)
 
 
 def fit(sent: Sequence[float], seconds: Sequence[float], steps: int) -> tuple[float, float]:
@@ -81,7 +82,7 @@ def _median(run: Callable[[], object], comm: Comm) -> float:
         run()
         _synchronize(comm)
         seconds.append(time.perf_counter() - begin)
-    return comm.share(statistics.median(seconds[1:]))
+    return comm.broadcast_object(statistics.median(seconds[1:]))
 
 
 def _ping(comm: Comm, box: Tensor) -> None:
@@ -104,7 +105,7 @@ def _busy(comm: Comm, alone: float) -> float:
     _work(comm, 3)
     begin = time.perf_counter()
     _work(comm, 10)
-    units = comm.share(max(10, round(20 * alone / (time.perf_counter() - begin))))
+    units = comm.broadcast_object(max(10, round(20 * alone / (time.perf_counter() - begin))))
     buffer = torch.ones(BUSY_BYTES // 4, device=comm.device)
     lost = []
     for _ in range(REPEATS):
@@ -113,13 +114,15 @@ def _busy(comm: Comm, alone: float) -> float:
         _work(comm, units)
         middle = time.perf_counter()
         _barrier(comm)
-        handle = comm.sum_async(buffer)
+        handle = comm.all_reduce_async(buffer)
         start = time.perf_counter()
         _work(comm, units)
         lost.append(time.perf_counter() - start - (middle - begin))
         handle.wait()
     mean = (
-        comm.sum(torch.tensor([statistics.median(lost)], dtype=torch.float64, device=comm.device))
+        comm.all_reduce(
+            torch.tensor([statistics.median(lost)], dtype=torch.float64, device=comm.device)
+        )
         / comm.ranks
     )
     return max(0.0, float(mean)) / BUSY_BYTES
@@ -137,7 +140,7 @@ def _work(comm: Comm, units: int) -> None:
 
 
 def _barrier(comm: Comm) -> None:
-    comm.sum(torch.zeros(1, device=comm.device))
+    comm.all_reduce(torch.zeros(1, device=comm.device))
     _synchronize(comm)
 
 

@@ -105,7 +105,7 @@ def _bursts(
         order = list(engines)
         random.Random(number).shuffle(order)
         for method in order:
-            comm.sum(torch.zeros(1, device=comm.device))  # a barrier
+            comm.all_reduce(torch.zeros(1, device=comm.device))  # a barrier
             steps = _burst(
                 engines[method], workload, micro_batch, WARMUP_STEPS if number == 0 else BURST_STEPS
             )
@@ -131,7 +131,7 @@ def _burst(
 
 
 def _mean(comm: Comm, values: Sequence[float]) -> list[float]:
-    total: list[float] = comm.sum(
+    total: list[float] = comm.all_reduce(
         torch.tensor(values, dtype=torch.float64, device=comm.device)
     ).tolist()
     return [value / comm.ranks for value in total]
@@ -272,7 +272,7 @@ def _copy(engine: TrainStep, comm: Comm) -> float:
         for view, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
     ]
     seconds = []
-    comm.sum(torch.zeros(1, device=comm.device))  # a barrier
+    comm.all_reduce(torch.zeros(1, device=comm.device))  # a barrier
     for _ in range(12):
         _synchronize(engine.device)
         begin = time.perf_counter()

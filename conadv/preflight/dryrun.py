@@ -86,7 +86,7 @@ def preview(
     files in the sample cannot be read, memory or disk would not do.
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
     """
-    observer = observer if observer and comm.first else Silent()
+    observer = observer if observer and comm.is_main else Silent()
     run = RunDir(out)
     measured: Profile | None = None
     with comm.agreed():
@@ -95,11 +95,11 @@ def preview(
     config, resume = admit(config, run, comm, observer, execution, **options)
     parts = build(config, comm.device, observer, comm, execution)
     with comm.agreed():
-        data = _data(parts) if comm.first else None
+        data = _data(parts) if comm.is_main else None
     needs, free = _memory(parts, comm)
     with comm.agreed():
         disk = estimate.disk(parts, needs.sizes, out)
-        if comm.first and disk.needed > disk.free:
+        if comm.is_main and disk.needed > disk.free:
             raise ConadvError(
                 f"The checkpoints take {gib(disk.needed)} ({disk.files} of {gib(disk.checkpoint)}), and "
                 f"{printable(out)} has {gib(disk.free)} left. Free some space, choose another --out, or a smaller "
@@ -109,8 +109,8 @@ def preview(
             time = predicted_time(parts, measured, link_gbit, latency_us)
         else:
             time = estimate.rehearsed_time(parts, needs.rehearsal)
-    slowest = max(comm.gather(time.step), default=0.0)
-    saved = checkpoint.steps(run.checkpoints) if resume and comm.first else []
+    slowest = max(comm.gather_objects(time.step), default=0.0)
+    saved = checkpoint.steps(run.checkpoints) if resume and comm.is_main else []
     return Preview(
         title=f"{config.recipe} {parts.config.method}",
         first_step=saved[-1] if saved else 0,
@@ -191,12 +191,12 @@ def _memory(parts: Parts, comm: Comm) -> tuple[_Needs, int | None]:
     rehearsal = Rehearsal(
         parts.config, Shape(data.channels, data.image_size, data.num_classes), comm.device
     )
-    comm.sum(
+    comm.all_reduce(
         torch.zeros(1, device=comm.device)
     )  # a barrier: nobody rehearses while others look what is free
     with comm.agreed():
         free = memory.available(comm.device)
-    comm.sum(torch.zeros(1, device=comm.device))
+    comm.all_reduce(torch.zeros(1, device=comm.device))
     with comm.agreed():
         sizes = estimate.sizes(parts, rehearsal, free or 0)
         needed = estimate.memory_needed(parts, sizes)
@@ -206,7 +206,7 @@ def _memory(parts: Parts, comm: Comm) -> tuple[_Needs, int | None]:
                 f"A step needs at least {gib(needed)} and {comm.device} has {gib(free)} left. Use --micro-batch-size "
                 "auto or a smaller one, bf16, a smaller image_size or model, or more ranks."
             )
-    known = [value for value in comm.gather(free) if value is not None]
+    known = [value for value in comm.gather_objects(free) if value is not None]
     return _Needs(rehearsal, sizes, needed), min(known, default=None)
 
 

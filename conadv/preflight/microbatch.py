@@ -46,7 +46,7 @@ def settle(config: Config, teams: Teams, source: Source, tell: Callable[[str], N
     with world.agreed():
         sizes = candidates(config, len(teams.learners), len(teams.attackers))
     shape = Shape(source.channels, source.image_size, len(source.class_names))
-    world.sum(
+    world.all_reduce(
         torch.zeros(1, device=world.device)
     )  # a barrier: none measures what is free while another one tries
     with world.agreed():
@@ -60,12 +60,12 @@ def settle(config: Config, teams: Teams, source: Source, tell: Callable[[str], N
             for size in sizes
             if size > 1 or sizes == [1] or not has_batchnorm(rehearsal.model())
         ]
-    world.sum(torch.zeros(1, device=world.device))
+    world.all_reduce(torch.zeros(1, device=world.device))
     with world.agreed():
         found = _largest_that_fits(sizes, trials, free)
         memory.release(world.device)
-    answers = world.gather(found)
-    chosen = world.share(min(answers) if answers else None)
+    answers = world.gather_objects(found)
+    chosen = world.broadcast_object(min(answers) if answers else None)
     limit = sizes[sizes.index(chosen) + 1] if chosen != sizes[-1] else None
     beyond = f"; {limit} does not fit" if limit else ", the whole share of a rank"
     tell(

@@ -137,7 +137,7 @@ def evaluate(
             loss += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()
             images += len(y)
-    sums = comm.sum(
+    sums = comm.all_reduce(
         torch.stack([loss.double(), correct.double(), torch.tensor(images, device=device).double()])
     )
     total_loss, total_correct, total = sums.tolist()

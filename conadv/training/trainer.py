@@ -31,7 +31,7 @@ from conadv.config.schema import (
 from conadv.data import Data, build_data, build_source, windows
 from conadv.data.loader import naming_lost_workers
 from conadv.distributed.comm import Comm, pick_device
-from conadv.distributed.teams import Teams
+from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Executor, TrainStep
 from conadv.engine.execution import Choice, Execution, choose
 from conadv.engine.pending import Expected, gather, shard
@@ -126,7 +126,7 @@ def train(
     before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
-    observer = Guarded(observer if observer and comm.first else Silent())
+    observer = Guarded(observer if observer and comm.is_main else Silent())
     run = RunDir(out)
     restarted = bool(
         comm.any(torch.tensor([restarted]))
@@ -134,7 +134,7 @@ def train(
     with run.alone() as lock:
         with comm.agreed():
             granted_seconds()  # what is wrong with the environment is said before any training
-            if comm.first and run.path.is_dir():
+            if comm.is_main and run.path.is_dir():
                 lock.take()
         config, resume = admit(
             config,
@@ -179,14 +179,16 @@ def admit(
         config = resolve(config)
     _check_same_settings(comm, config, execution or Execution())
     with comm.agreed():
-        if comm.first:
+        if comm.is_main:
             if config.micro_batch_size == "auto" and (resume or auto_resume or restarted):
                 config = _as_it_was_settled(config, run)
             again = auto_resume or (restarted and run.is_of_this_launcher())
             if again and not resume and run.holds(config):
                 resume, overwrite = _after_restart(run, observer)
             run.check(config, resume=resume, overwrite=overwrite)
-    return replace(config, micro_batch_size=comm.share(config.micro_batch_size)), comm.share(resume)
+    return replace(
+        config, micro_batch_size=comm.broadcast_object(config.micro_batch_size)
+    ), comm.broadcast_object(resume)
 
 
 def _as_it_was_settled(config: Config, run: RunDir) -> Config:
@@ -205,7 +207,7 @@ def _with_probe(parts: Parts) -> Parts:
     with parts.teams.world.agreed():
         if (
             parts.config.probe.every_epochs is not None
-            and parts.comm.first
+            and parts.comm.is_main
             and not parts.teams.attacking
         ):
             probe = Probe(parts.config, parts.engine, parts.data, parts.num_steps, parts.schedule)
@@ -251,7 +253,7 @@ def _learn(
 def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> None:
     """Every host has a command line of its own: all must ask for the same, but for where the data lies."""
     mine = replace(config, data__dir=None)
-    theirs, how = comm.share((mine.model_dump(mode="json"), execution))
+    theirs, how = comm.broadcast_object((mine.model_dump(mode="json"), execution))
     with comm.agreed():
         changed = differences(parse(theirs, "rank 0"), mine)
         changed += [f"{how} -> {execution}"] if how != execution else []
@@ -277,7 +279,7 @@ def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
 def _same_clock(comm: Comm, engine: TrainStep) -> float:
     """Have all ranks count time from one moment, now; returns it on this rank's ``time.monotonic()``."""
     ahead = comm.clock_offset()
-    engine.clock.origin = comm.share(time.monotonic()) + ahead
+    engine.clock.origin = comm.broadcast_object(time.monotonic()) + ahead
     return engine.clock.origin
 
 
@@ -327,8 +329,10 @@ def _closing(parts: Parts, spans: Timelines, log: record.Record | None = None) -
         if parts.teams.attacking:
             return
         world = parts.comm
-    parts.engine.stop = world.share(parts.engine.stop)  # attack ranks hear of it here
-    everyones = world.gather((world.rank, "attack" if parts.teams.attacking else "learner", spans))
+    parts.engine.stop = world.broadcast_object(parts.engine.stop)  # attack ranks hear of it here
+    everyones = world.gather_objects(
+        (world.rank, "attack" if parts.teams.attacking else "learner", spans)
+    )
     for rank, role, theirs in everyones[1:]:
         for step, seen in theirs:
             assert log is not None
@@ -361,7 +365,7 @@ def build(
     with world.agreed():
         method = build_method(config)
         choice = choose(execution, method, device)
-    teams = world.split(execution.attack_ranks, may_lose=execution.may_lose)
+    teams = make_teams(world, execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
     with world.agreed():
         source = build_source(config.data, observer.loading, config.seed)
@@ -526,7 +530,7 @@ def _deal(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
     """
     shares: list[dict[str, Any]] | None = None
     with comm.agreed():
-        if comm.first:
+        if comm.is_main:
             assert state is not None
             with checkpoint.giving(state):
                 shares = [
@@ -534,8 +538,8 @@ def _deal(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
                     for rank in range(comm.ranks)
                 ]
                 state = {**state, "engine": {**state["engine"], "pending": {}}}
-    everyones = checkpoint.to_device(comm.share(state), comm.device)
-    return {**everyones, "engine": {**everyones["engine"], "pending": comm.scatter(shares)}}
+    everyones = checkpoint.to_device(comm.broadcast_object(state), comm.device)
+    return {**everyones, "engine": {**everyones["engine"], "pending": comm.scatter_objects(shares)}}
 
 
 def _images_that_wait(parts: Parts) -> Expected:
@@ -561,23 +565,23 @@ def _start(
     comm, world, state = parts.comm, parts.teams.world, None
     damaged: list[str] = []
     with world.agreed():
-        if world.first and resume:
+        if world.is_main and resume:
             state, damaged = checkpoint.find_newest(run.checkpoints, torch.device("cpu"))
             checkpoint.set_aside(run.checkpoints, state["step"])
             for message in damaged:
                 observer.message(message)
             run.mark()
-        elif world.first:
+        elif world.is_main:
             run.claim(parts.config, lock)
             run.start(parts.config)
     if resume and not parts.teams.attacking:
         restore(parts, _deal(state, comm))
     with world.agreed():
         if (
-            world.first and resume
+            world.is_main and resume
         ):  # a kill may have come between a checkpoint and the end of older ones
             checkpoint.prune(run.checkpoints, parts.config.checkpoint.keep, parts.best.get("step"))
-    return world.share(parts.engine.version), damaged
+    return world.broadcast_object(parts.engine.version), damaged
 
 
 def load_run(
@@ -705,10 +709,10 @@ def finish(
     _log_evaluations(parts, results, log, begin, observer)
     summary: dict[str, Any] | None = None
     with parts.comm.agreed():
-        if parts.comm.first:
+        if parts.comm.is_main:
             summary = summarize(parts, results, record.read_lines(run.record))
             run.write_summary(summary)
-    return parts.comm.share(summary)
+    return parts.comm.broadcast_object(summary)
 
 
 def _loss(label_smoothing: float) -> Any:
@@ -756,7 +760,7 @@ def group_lines(parts: Parts) -> Iterator[str]:
 
 def _open_record(run: RunDir, parts: Parts, first: int, damaged: list[str]) -> record.Record:
     """A new record with its header, or the old one without what will be written again."""
-    if not parts.comm.first:
+    if not parts.comm.is_main:
         return record.Record(None)
     if first:
         record.check_steps(run.record, first)
@@ -942,11 +946,11 @@ def _log_bad_images(
     Ranks: rank 0 writes its own at once; with ``everyones`` those of the others too (collective).
     """
     data, comm = parts.data, parts.comm
-    if not data.skip_bad or not (comm.first or everyones):
+    if not data.skip_bad or not (comm.is_main or everyones):
         return
     found = [data.bad.take(parts.engine.version - 1)]
     if everyones:
-        found = comm.gather(found[0])
+        found = comm.gather_objects(found[0])
     for line in sorted(chain(*found), key=lambda line: int(line["step"])):
         if line["path"] not in data.bad.logged:
             data.bad.logged.add(line["path"])
@@ -962,12 +966,12 @@ def _log_attack_losses(
     Ranks: rank 0 writes its own at once; with ``everyones`` those of the other learners too (collective).
     """
     comm = parts.comm
-    if not parts.teams.may_lose or not (comm.first or everyones):
+    if not parts.teams.may_lose or not (comm.is_main or everyones):
         return
-    found = [parts.engine.executor.losses()]
+    found = [parts.engine.executor.failed_ranks()]
     if everyones:
         parts.engine.executor.settle()  # finds the last ones, before the checkpoint instead of in it
-        found = comm.gather([*found[0], *parts.engine.executor.losses()])
+        found = comm.gather_objects([*found[0], *parts.engine.executor.failed_ranks()])
     for loss in chain(*found):
         log.write("attack_loss", **asdict(loss))
         observer.message(
@@ -1033,7 +1037,7 @@ def save(parts: Parts, writer: Writer) -> None:
     comm.at("checkpoint", parts.engine.version)
     waiting = gather(engine["pending"], comm)
     with comm.agreed():
-        if comm.first:
+        if comm.is_main:
             state = {
                 "model": parts.model.state_dict(),
                 "optimizer": parts.optimizer.state_dict(),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conadv import AttackPlan, Batch, Comm, Concurrent, TrainStep, windows
-from conadv.distributed.teams import Teams
+from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Inline, Ranks
 from conadv.engine.execution import Execution
 from conadv.training.trainer import train
@@ -79,7 +79,7 @@ def training(
     options: dict[str, Any],
 ) -> Answer:
     """Six steps; a learner returns records and state, an attack rank the steps that it served."""
-    teams = world.split(attack_ranks)
+    teams = make_teams(world, attack_ranks)
     engine = engine_for(teams, model, tau, lookahead, **options)
     if teams.attacking:
         served: list[int] = []
@@ -95,7 +95,7 @@ def training(
 
 def planned(world: Comm, attack_ranks: int, late: str) -> Answer:
     """As ``training`` with staleness 1, where every second step attacks half of each micro-batch."""
-    teams, micro = world.split(attack_ranks), 2
+    teams, micro = make_teams(world, attack_ranks), 2
     net = MODELS["batchnorm"](teams.world.rank)
     plan = AttackPlan(share=0.5, every=2, eps_factor=lambda step: 1 - step / 12)
     made = Concurrent(ATTACK, 1, attack_plan=plan)
@@ -117,7 +117,7 @@ def planned(world: Comm, attack_ranks: int, late: str) -> Answer:
 
 def interrupted(world: Comm, tau: int, at: int) -> Any:
     """Save after ``at`` steps, while images are under way, and go on; then resume from the saved state, inline."""
-    teams = world.split(1)
+    teams = make_teams(world, 1)
     engine = engine_for(teams, "batchnorm", tau, True)
     if teams.attacking:
         engine.serve(stream(teams, "batchnorm", 1, range(tau, 6)))
@@ -134,7 +134,7 @@ def interrupted(world: Comm, tau: int, at: int) -> Any:
 
 def slow_attacker(world: Comm, attack_ranks: int, late: str, seconds: float) -> Answer:
     """As ``training``, but the attack of step 3 takes ``seconds``, and every learner's step a little."""
-    teams, micro = world.split(attack_ranks), 2
+    teams, micro = make_teams(world, attack_ranks), 2
     engine = engine_for(teams, "no norm", 1, False, late)
     if teams.attacking:
         craft = engine.craft
@@ -157,7 +157,7 @@ def slow_attacker(world: Comm, attack_ranks: int, late: str, seconds: float) -> 
 
 def someone_dies(world: Comm, who: int) -> None:
     """Rank ``who`` ends in the middle of training."""
-    teams = world.split(1)
+    teams = make_teams(world, 1)
     engine = engine_for(teams, "no norm", 1, False)
     micro = len(teams.learners)
 
@@ -189,7 +189,7 @@ def losing(
     ``how``: "killed", "stopped" (hangs for good) or "kept" (it is not lost). A learner returns records, final state,
     what it has lost, and what a checkpoint after five steps would hold; an attack rank the steps that it served.
     """
-    teams = world.split(attack_ranks, may_lose=True)
+    teams = make_teams(world, attack_ranks, may_lose=True)
     engine = engine_for(teams, model, tau, lookahead, **options)
     if teams.attacking:
         served: list[int] = []
@@ -212,7 +212,7 @@ def losing(
             1.5 if how == "stopped" and options.get("late") == "skip" else 0.0
         )  # nobody waits otherwise
         records.append(asdict(engine(batch, future)))
-    losses = engine.executor.losses()
+    losses = engine.executor.failed_ranks()
     engine.executor.close()
     return records, state(engine.model), losses, saved
 
@@ -243,7 +243,7 @@ def lose_of_a_run(
 
 def learner_fails(world: Comm) -> bool:
     """The learner ends with an error of its own and says so; returns what the attack rank makes of it."""
-    teams = world.split(1)
+    teams = make_teams(world, 1)
     engine = engine_for(teams, "no norm", 1, False)
     if teams.attacking:
         engine.serve(stream(teams, "no norm", 1, range(1, 100)))
@@ -254,7 +254,7 @@ def learner_fails(world: Comm) -> bool:
 
 def other_data(world: Comm, what: str) -> None:
     """The attack rank reads other steps, or other micro-batches, than the learner asks for."""
-    teams = world.split(1)
+    teams = make_teams(world, 1)
     engine = engine_for(teams, "no norm", 1, False)
     if not teams.attacking:
         learn(engine, teams, "no norm", 2, 4)
@@ -268,8 +268,8 @@ def other_data(world: Comm, what: str) -> None:
 def wrong(world: Comm, what: str) -> None:
     """Mistakes that are found before anything is sent."""
     if what == "no learner":
-        world.split(2)
-    teams = world.split(1)
+        make_teams(world, 2)
+    teams = make_teams(world, 1)
     if what == "no attack":
         model = no_norm_net()
         TrainStep(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
@@ -295,7 +295,7 @@ def wrong(world: Comm, what: str) -> None:
 
 def wrong_share(world: Comm) -> None:
     """The learner gives the micro-batch of another rank."""
-    engine = engine_for(world.split(1), "no norm", 1, False)
+    engine = engine_for(make_teams(world, 1), "no norm", 1, False)
     if world.rank == 0:
         engine(
             as_batch(0, dtype=torch.float64),

@@ -115,7 +115,7 @@ def recalibration(comm: Comm, batch: int) -> dict[str, Tensor]:
 def adopted(comm: Comm) -> tuple[int, int, float]:
     """A Comm of the process group that is there."""
     mine = Comm.from_process_group("cpu")
-    return mine.rank, mine.ranks, float(mine.sum(torch.tensor([comm.rank + 1.0])))
+    return mine.rank, mine.ranks, float(mine.all_reduce(torch.tensor([comm.rank + 1.0])))
 
 
 def evaluate_only(comm: Comm, batch: int, attack: Any) -> Any:
@@ -442,13 +442,15 @@ def skipped(comm: Comm, policy: str) -> Any:
 
 
 def scattered(comm: Comm) -> str:
-    return comm.scatter([f"for {rank}" for rank in range(comm.ranks)] if comm.first else None)
+    return comm.scatter_objects(
+        [f"for {rank}" for rank in range(comm.ranks)] if comm.is_main else None
+    )
 
 
 def gathered_pending(comm: Comm) -> tuple[dict[str, Any], int]:
     """Two micro-batches per rank, gathered; and the largest tensor that one message of this rank had."""
     sent: list[int] = []
-    plain = comm.gather
+    plain = comm.gather_objects
 
     def noted(value: Tensor) -> list[Tensor]:
         sent.append(value.numel())
@@ -458,5 +460,5 @@ def gathered_pending(comm: Comm) -> tuple[dict[str, Any], int]:
     waiting = {
         "5": {"images": mine, "labels": [image[:1].long() for image in mine], "weight_version": 4}
     }
-    with mock.patch.object(comm, "gather", noted):
+    with mock.patch.object(comm, "gather_objects", noted):
         return gather(waiting, comm), max(sent)

@@ -16,7 +16,8 @@ import pytest
 
 from conadv import Comm, ConadvError
 from conadv.config.schema import dump_yaml
-from conadv.engine.attack_ranks.failed import Loss
+from conadv.distributed.teams import make_teams
+from conadv.engine.attack_ranks.failed import FailedRank
 from conadv.engine.execution import Execution
 from conadv.training.checkpoint import steps
 from conadv.training.record import read_lines
@@ -58,7 +59,7 @@ def lose(
 
 
 def one_process(model: str, tau: int, lookahead: bool | str, options: dict[str, Any]) -> Any:
-    teams = Comm().split(0)
+    teams = make_teams(Comm(), 0)
     engine = jobs.engine_for(teams, model, tau, lookahead, **options)
     return jobs.learn(engine, teams, model, 2, STEPS), state(engine.model)
 
@@ -83,7 +84,7 @@ def test_the_bits_of_a_run_that_lost_nothing(
     assert "[/" not in loss.reason
     assert loss.reason
 
-    teams = Comm().split(0)
+    teams = make_teams(Comm(), 0)
     engine = jobs.engine_for(teams, *case[:3], **options)
     for part, values in zip((engine, engine.model, engine.optimizer), saved, strict=True):
         part.load_state_dict(values)
@@ -125,7 +126,7 @@ def test_a_silent_attack_rank_is_given_up_in_time(late: str) -> None:
     for records, _, losses, _ in answers:
         assert len(records) == STEPS
         (loss,) = losses
-        assert isinstance(loss, Loss)
+        assert isinstance(loss, FailedRank)
         assert re.search(
             "no word within 2 s|[Tt]imed out", loss.reason
         )  # gloo's limit, if a busy machine lets it pass

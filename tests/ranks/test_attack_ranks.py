@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conadv import Comm, ConadvError, Sequential, Vanilla
-from conadv.distributed.message import ALIGNMENT, Parcel
-from conadv.distributed.teams import Teams, roles, shares
+from conadv.distributed.message import ALIGNMENT, Message
+from conadv.distributed.teams import Teams, make_teams, roles, shares
 from conadv.engine.execution import Choice, Execution, choose
 from conadv.training.record import read_lines
 from conadv.training.trainer import train
@@ -116,7 +116,7 @@ def test_state_saved_while_images_are_under_way_resumes_inline_bitwise(
 ) -> None:
     # Red when: state_dict() does not wait for what is under way (the resumed run then attacks those batches itself).
     (records, final, (saved, model, optimizer)), _ = two.run(jobs.interrupted, tau, at)
-    teams = Comm().split(0)
+    teams = make_teams(Comm(), 0)
     engine = jobs.engine_for(teams, "batchnorm", tau, True)
     engine.model.load_state_dict(model)
     engine.optimizer.load_state_dict(optimizer)
@@ -319,10 +319,10 @@ def test_a_parcel_keeps_shapes_types_and_layout() -> None:
         torch.randint(0, 255, (3, 1), dtype=torch.uint8),
         torch.randn(()),
     ]
-    parcel = Parcel([tensor.to("meta") for tensor in tensors], CPU)
-    parcel.fill((1, 2, -3, 2**40), tensors)
-    assert parcel.tags == [1, 2, -3, 2**40]
-    for part, tensor in zip(parcel.parts, tensors, strict=True):
+    message = Message([tensor.to("meta") for tensor in tensors], CPU)
+    message.fill((1, 2, -3, 2**40), tensors)
+    assert message.tags == [1, 2, -3, 2**40]
+    for part, tensor in zip(message.parts, tensors, strict=True):
         assert torch.equal(part, tensor)
         assert (part.dtype, part.stride()) == (tensor.dtype, tensor.stride())
         assert part.data_ptr() % ALIGNMENT == 0

@@ -251,7 +251,7 @@ def test_processes_of_a_host_are_a_number(value: str, monkeypatch: pytest.Monkey
 def test_each_rank_gets_its_own_of_rank_0s_values(two: Ranks) -> None:
     # Red when: every rank gets the first value, or all values travel to all.
     assert two.run(jobs.scattered) == ["for 0", "for 1"]
-    assert ALONE.scatter(["for 0"]) == "for 0"
+    assert ALONE.scatter_objects(["for 0"]) == "for 0"
 
 
 def test_waiting_images_of_all_ranks_are_those_of_one_in_their_order(two: Ranks) -> None:
@@ -275,7 +275,9 @@ def test_plain_values_do_not_travel_through_the_gpu(monkeypatch: pytest.MonkeyPa
         torch.distributed, "new_group", lambda members, limit, backend: made.append(backend)
     )
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda url, timeout: iter([(None, 0, 2)]))
-    monkeypatch.setattr("conadv.distributed.comm.meet", lambda store, rank, ranks, limit: store)
+    monkeypatch.setattr(
+        "conadv.distributed.comm.rendezvous", lambda store, rank, ranks, limit: store
+    )
     monkeypatch.setattr("conadv.distributed.comm.RollCall", lambda store, rank, ranks: None)
     monkeypatch.setattr(
         "conadv.distributed.comm.pick_device", lambda name, local_rank: torch.device("cuda", 0)

@@ -14,7 +14,7 @@ import torch
 
 from conadv import ConadvError
 from conadv.config.schema import dump_yaml, resolve
-from conadv.distributed.rendezvous import meet
+from conadv.distributed.rendezvous import rendezvous
 from conadv.training.checkpoint import steps
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
@@ -100,11 +100,11 @@ def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
     store, limit = torch.distributed.HashStore(), timedelta(seconds=20)
     with ThreadPoolExecutor(2) as pool:
         for start in range(3):
-            late = pool.submit(meet, store, 1, 2, limit)
+            late = pool.submit(rendezvous, store, 1, 2, limit)
             time.sleep(
                 0.2 if start else 0.0
             )  # rank 1 comes first, and finds what the last start has left
-            stores = [pool.submit(meet, store, 0, 2, limit).result(20), late.result(20)]
+            stores = [pool.submit(rendezvous, store, 0, 2, limit).result(20), late.result(20)]
             stores[0].set("start", str(start))
             assert stores[1].get("start") == str(start).encode()
 
@@ -115,4 +115,4 @@ def test_a_rank_that_does_not_come() -> None:
     store.set("conadv/prefix", "old")
     for rank in (0, 1):
         with pytest.raises(torch.distributed.DistStoreError):
-            meet(store, rank, 2, timedelta(seconds=1))
+            rendezvous(store, rank, 2, timedelta(seconds=1))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from conadv.distributed.message import REQUESTED, STOP, WORK, Parcel
-from conadv.distributed.teams import Lines, Teams
+from conadv.distributed.message import REQUESTED, STOP, WORK, Message
+from conadv.distributed.teams import Channels, Teams
 from conadv.distributed.transfer import Transfer
 from conadv.engine.executors import Served
 from conadv.errors import ConadvError
@@ -23,12 +23,14 @@ class Attacker:
     weights are asked for only when the attack is done: who is late should go on with the newest ones.
     """
 
-    def __init__(self, teams: Teams, engine: TrainStep, lines: Lines, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: TrainStep, channels: Channels, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
-        self._lines = lines
+        self._channels = channels
         self._feeder = teams.feeder(teams.attackers.index(teams.world.rank))
         self._names = list(engine.trainable())
-        self._buffers = [Parcel(list(engine.trainable().values()), engine.device) for _ in range(2)]
+        self._buffers = [
+            Message(list(engine.trainable().values()), engine.device) for _ in range(2)
+        ]
         self._next: Transfer | None = None
         self._sent: list[Transfer] = []
         self._ended: int | None = None
@@ -43,20 +45,20 @@ class Attacker:
             if not self._skip:
                 self._next = self._ask()
             self._attack(self._up_to(batch, stream, weights.tags[2]), weights)
-            _, spans = self._engine.clock.collect()
+            spans = self._engine.clock.collect().spans
             if served is not None:
                 served(weights.tags[2], spans)
 
     def _ask(self) -> Transfer:
         """Start to receive into the buffer that is not in use."""
         self._buffers.reverse()
-        return self._world.receive(self._buffers[0].bytes, self._feeder, self._lines.weights)
+        return self._world.receive(self._buffers[0].bytes, self._feeder, self._channels.weights)
 
     def _read(self, stream: Iterator[Batch]) -> Batch | None:
         with self._engine.clock.phase("data"):
             return next(stream, None)
 
-    def _await_weights(self) -> Parcel | None:
+    def _await_weights(self) -> Message | None:
         """The next weights; None if training has ended."""
         self._world.at("receive", self._engine.version)
         if self._ended is not None:
@@ -64,7 +66,7 @@ class Attacker:
         with self._engine.clock.phase("receive"):
             transfer = (
                 self._next or self._ask()
-            )  # NCCL: the first message on a line blocks until both sides are there
+            )  # NCCL: the first message on a channel blocks until both sides are there
             transfer.wait()
         self._next = None
         weights = self._buffers[0]
@@ -89,7 +91,7 @@ class Attacker:
             )
         return batch
 
-    def _attack(self, batch: Batch, weights: Parcel) -> None:
+    def _attack(self, batch: Batch, weights: Message) -> None:
         engine, accumulation = self._engine, weights.tags[3]
         expected = list(self._teams.micro_batches(accumulation))
         found = [micro.index for micro in batch.micro]
@@ -119,12 +121,12 @@ class Attacker:
             )
         for learner, places in by_learner.items():
             images = [self._engine.pending.encode(extra.images[place]) for place in places]
-            parcel = Parcel(images, self._engine.device)
+            message = Message(images, self._engine.device)
             kind = WORK + REQUESTED * (
                 self._engine.stop_request() if self._engine.stop_request else 0
             )
-            parcel.fill((kind, self._engine.version, batch.step, accumulation), images)
-            self._sent.append(self._world.send(parcel.bytes, learner, self._lines.images))
+            message.fill((kind, self._engine.version, batch.step, accumulation), images)
+            self._sent.append(self._world.send(message.bytes, learner, self._channels.images))
 
     def close(self, failed: bool) -> bool:
         """Wait for the learners' end, unless this side has failed or has seen it."""

@@ -22,14 +22,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from conadv.distributed.teams import Lines, Teams
+from conadv.distributed.teams import Channels, Teams
 from conadv.engine.executors import Executor, Served
 from conadv.errors import ConadvError
 from conadv.types import Batch, StepRecord
 
 if TYPE_CHECKING:
     from conadv.engine.attack_ranks.attacker import Attacker
-    from conadv.engine.attack_ranks.failed import Loss
+    from conadv.engine.attack_ranks.failed import FailedRank
     from conadv.engine.attack_ranks.learner import Learner
     from conadv.engine.step import TrainStep
 
@@ -51,7 +51,7 @@ class Ranks(Executor):
             raise ConadvError(f"late {late!r} is not 'wait' or 'skip'.")
         if not teams.attackers:
             raise ConadvError(
-                "The ranks executor needs attack ranks: comm.split(attack_ranks) with 1 or more."
+                "The ranks executor needs attack ranks: make_teams(comm, attack_ranks) with 1 or more."
             )
         self.teams = teams
         self._skip = late == "skip"
@@ -83,11 +83,11 @@ class Ranks(Executor):
 
         world = self.teams.world
         world.broadcast([*engine.model.parameters(), *engine.model.buffers()])
-        lines = Lines(weights=world.new_line(), images=world.new_line())
+        channels = Channels(weights=world.new_channel(), images=world.new_channel())
         if self.teams.attacking:
-            self._attacker = Attacker(self.teams, engine, lines, self._skip)
+            self._attacker = Attacker(self.teams, engine, channels, self._skip)
         else:
-            self._learner = Learner(self.teams, engine, lines, self._skip)
+            self._learner = Learner(self.teams, engine, channels, self._skip)
 
     def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
         if self._learner is None:
@@ -104,8 +104,8 @@ class Ranks(Executor):
         if self._learner is not None:
             self._learner.settle()
 
-    def losses(self) -> list[Loss]:
-        return [] if self._learner is None else self._learner.lost.take()
+    def failed_ranks(self) -> list[FailedRank]:
+        return [] if self._learner is None else self._learner.failed.take()
 
     def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
         if self._attacker is None:

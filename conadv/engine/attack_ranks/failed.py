@@ -11,7 +11,7 @@ from conadv.distributed.transfer import Transfer
 
 
 @dataclass(frozen=True)
-class Loss:
+class FailedRank:
     """``rank``, a learner, has lost ``attack_rank`` before the update of ``step`` (numbers of the world)."""
 
     step: int
@@ -20,7 +20,7 @@ class Loss:
     reason: str
 
 
-class Lost:
+class FailedRanks:
     """The attack ranks that this learner has lost. An attack rank that is lost stays so.
 
     It is lost when a message to or from it fails, or is not through after half of the process group's timeout: the
@@ -30,7 +30,7 @@ class Lost:
     def __init__(self, world: Comm) -> None:
         self.ranks: set[int] = set()
         self._world, self._limit = world, world.timeout / 2
-        self._news: list[Loss] = []
+        self._news: list[FailedRank] = []
 
     def check(self, transfer: Transfer, attacker: int, step: int, *, now: bool = False) -> bool:
         """Whether a message is through; otherwise its attack rank is lost.
@@ -40,7 +40,7 @@ class Lost:
         error = transfer.failure(0.0 if now or attacker in self.ranks else self._limit)
         if error is not None and attacker not in self.ranks:
             self.ranks.add(attacker)
-            self._news.append(Loss(step, self._world.rank, attacker, self._words(error)))
+            self._news.append(FailedRank(step, self._world.rank, attacker, self._words(error)))
         return error is None
 
     def _words(self, error: BaseException) -> str:
@@ -54,7 +54,7 @@ class Lost:
         assert isinstance(transfer.begin, float)  # CPU
         return not transfer.done and time.monotonic() - transfer.begin > self._limit
 
-    def take(self) -> list[Loss]:
+    def take(self) -> list[FailedRank]:
         """What nobody has been told of yet."""
         news, self._news = self._news, []
         return news

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conadv.distributed.message import FAILED, REQUESTED, STOP, WORK, Parcel
-from conadv.distributed.teams import Lines, Teams, shares
+from conadv.distributed.message import FAILED, REQUESTED, STOP, WORK, Message
+from conadv.distributed.teams import Channels, Teams, shares
 from conadv.distributed.transfer import Transfer
-from conadv.engine.attack_ranks.failed import Lost
+from conadv.engine.attack_ranks.failed import FailedRanks
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch
 
@@ -26,7 +26,7 @@ class Arrival:
 
     attacker: int
     indices: tuple[int, ...]
-    parcel: Parcel
+    message: Message
     transfer: Transfer
 
 
@@ -53,17 +53,17 @@ class Incoming:
 class Learner:
     """Sends weights and takes images, see conadv.engine.attack_ranks.executor."""
 
-    def __init__(self, teams: Teams, engine: TrainStep, lines: Lines, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: TrainStep, channels: Channels, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
-        self._lines = lines
+        self._channels = channels
         self._fed = [
             a for n, a in enumerate(teams.attackers) if teams.feeder(n) == teams.world.rank
         ]
-        self._weights = self._weights_parcel() if self._fed else None
+        self._weights = self._weights_message() if self._fed else None
         self._sent: dict[int, Transfer] = {}
         self._incoming: dict[int, Incoming] = {}
         self._too_late: list[Incoming] = []
-        self.lost = Lost(teams.world)
+        self.failed = FailedRanks(teams.world)
 
     def begin(self, batch: Batch, future: Batch | None) -> bool:
         """Send weights, take images. Returns whether the step goes without images because they are late."""
@@ -113,7 +113,7 @@ class Learner:
             (a.attacker, a.transfer) for incoming in self._too_late for a in incoming.arrivals
         ]
         for attacker, transfer in (*self._sent.items(), *arrivals):
-            if self.lost.overdue(transfer):
+            if self.failed.overdue(transfer):
                 self._is_through(transfer, attacker, now=True)
         self._sent = {
             attacker: transfer
@@ -158,8 +158,10 @@ class Learner:
 
     def _send_to_all(self) -> dict[int, Transfer]:
         assert self._weights is not None
-        line, content = self._lines.weights, self._weights.bytes
-        return {attacker: self._world.send(content, attacker, line) for attacker in self._living()}
+        channel, content = self._channels.weights, self._weights.bytes
+        return {
+            attacker: self._world.send(content, attacker, channel) for attacker in self._living()
+        }
 
     def _expect_images(
         self, future: Batch, accumulation: int, weights: Mapping[str, Tensor]
@@ -178,12 +180,12 @@ class Learner:
             attackers, shares(len(self._teams.learners) * accumulation, len(attackers)), strict=True
         ):
             common = tuple(index for index in images if index in part)
-            if common and attacker not in self.lost.ranks:
-                parcel = Parcel(
+            if common and attacker not in self.failed.ranks:
+                message = Message(
                     [engine.pending.encoded_like(images[index]) for index in common], engine.device
                 )
-                transfer = self._world.receive(parcel.bytes, attacker, self._lines.images)
-                arrivals.append(Arrival(attacker, common, parcel, transfer))
+                transfer = self._world.receive(message.bytes, attacker, self._channels.images)
+                arrivals.append(Arrival(attacker, common, message, transfer))
         labels = {
             micro.index: engine.labels(micro)[: count(len(micro.y_N))] for micro in future.micro
         }
@@ -202,10 +204,10 @@ class Learner:
         if not self._teams.may_lose:
             transfer.wait()
             return True
-        before = len(self.lost.ranks)
-        through = self.lost.check(transfer, attacker, self._engine.version, now=now)
-        if len(self.lost.ranks) > before and self._weights is not None:
-            self._weights = self._weights_parcel()  # the network may hold the old one
+        before = len(self.failed.ranks)
+        through = self.failed.check(transfer, attacker, self._engine.version, now=now)
+        if len(self.failed.ranks) > before and self._weights is not None:
+            self._weights = self._weights_message()  # the network may hold the old one
         return through
 
     def _await(self, incoming: Incoming) -> list[Arrival]:
@@ -220,13 +222,13 @@ class Learner:
         """Move the images of ``step`` to what waits in the engine, and make those that have not come."""
         incoming = self._incoming.pop(step)
         for arrival in arrived:
-            kind, *tags, _ = arrival.parcel.tags
+            kind, *tags, _ = arrival.message.tags
             assert tags == [incoming.version, step], (tags, incoming.version, step)
             self._engine.hear(kind // REQUESTED)
         self._complete(incoming, arrived)
         images = dict(incoming.own)
         for arrival in arrived:
-            images |= zip(arrival.indices, arrival.parcel.parts, strict=True)
+            images |= zip(arrival.indices, arrival.message.parts, strict=True)
         indices = [micro.index for micro in incoming.batch.micro]
         parts, labels = (
             tuple(by_index[index] for index in indices) for by_index in (images, incoming.labels)
@@ -254,10 +256,10 @@ class Learner:
 
     def _living(self) -> list[int]:
         """The attack ranks that get weights from here."""
-        return [attacker for attacker in self._fed if attacker not in self.lost.ranks]
+        return [attacker for attacker in self._fed if attacker not in self.failed.ranks]
 
-    def _weights_parcel(self) -> Parcel:
-        return Parcel(list(self._engine.trainable().values()), self._engine.device)
+    def _weights_message(self) -> Message:
+        return Message(list(self._engine.trainable().values()), self._engine.device)
 
     def settle(self) -> None:
         """Take everything that is under way, so that the engine's state is complete."""
@@ -274,7 +276,7 @@ class Learner:
             self._weights.fill((FAILED if failed else STOP, self._engine.stop, 0, 0), [])
             self._sent = self._send_to_all()
             self._free_weights()
-        if self.lost.ranks:
+        if self.failed.ranks:
             self._world.broken = (
                 True  # leave it without waiting: messages of the lost may still be under way
             )
