@@ -1,6 +1,6 @@
-"""Reading what somebody else may have written: runs, checkpoints, configs, profiles.
+"""Read files that a stranger may have written: runs, checkpoints, configs, profiles.
 
-Nothing here runs code of a file, follows a link out of a run, or takes memory out of proportion to the file.
+No file's code runs, no link leads out of a run, and memory stays in proportion to the file's size.
 """
 
 from __future__ import annotations
@@ -11,128 +11,102 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conadv.errors import ConadvError, printable
 
 YAML_BYTES = 2**18
 YAML_DEPTH = 20
-YAML_NODES = 25_000  # a sweep of 10,000 runs with a line each, in under 2 s
+YAML_NODES = 25_000  # a sweep of 10,000 runs with one line each, in under 2 s
 JSON_BYTES = 2**26
-JSON_DEPTH = 32
-JSON_DIGITS = 20  # those of 2^64
-NUMBER_CHARACTERS = 100
+JSON_DEPTH = 32  # readers recurse into values
 LINE_BYTES = 2**24
+DIGITS = 20  # those of 2^64
+NUMBER_CHARACTERS = 100
 
-_ENTRY = re.compile(
-    r"[^/\\]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|data/\d+|\.data/\w+)"
-)
-_GLOBAL = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage|torch Size"
-)
-_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID"}
+# YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: no anchors (a few lines can stand for a billion), no duplicate keys, no deep nesting.
+    """Plain values only: no anchors (a few lines can expand to a billion values), no duplicate keys, bounded nesting.
 
-    Keys are text, or as the reader has it. Whole numbers have at most 20 digits, and none is of base 60 (in YAML 1.1
-    1:30 is 90).
+    Keys are text. Integers have at most 20 digits, and none is in base 60 (YAML 1.1 reads 1:30 as 90).
     """
 
-    depth = 0
-    nodes = 0
     keys: tuple[type, ...] = (str,)
+    depth = nodes = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"line {self.peek_event().start_mark.line + 1}: anchors and aliases are not supported"
-            )
-        if self.depth >= YAML_DEPTH:
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: nested too deeply")
-        self.nodes += 1
+            raise _error(mark, "anchors and aliases are not supported")
+        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        if self.depth > YAML_DEPTH:
+            raise _error(mark, "nested too deeply")
         if self.nodes > YAML_NODES:
-            raise yaml.YAMLError(f"it has more than {YAML_NODES:,} values")
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
+            raise _error(mark, f"more than {YAML_NODES:,} values")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        if isinstance(node, yaml.MappingNode):
-            self._check_keys(node)
-        return super().construct_mapping(node, deep=True)
-
-    def _check_keys(self, node: yaml.MappingNode) -> None:
         seen = set()
-        for name, _ in node.value:
-            where = f"line {name.start_mark.line + 1}"
+        for name, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if name.tag == "tag:yaml.org,2002:merge":
-                raise yaml.YAMLError(f"{where}: keys are merged")
+                raise _error(name.start_mark, "merge keys are not supported")
             key = self.construct_object(name, deep=True)
             if isinstance(key, bool) or not isinstance(key, self.keys):
-                raise yaml.YAMLError(f"{where}: the key {repr(key)[:60]} is not text")
+                raise _error(name.start_mark, f"the key {repr(key)[:60]} is not text")
             if key in seen:
-                raise yaml.YAMLError(f"{where}: the key {repr(key)[:60]} stands twice")
+                raise _error(name.start_mark, f"the key {repr(key)[:60]} appears twice")
             seen.add(key)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        self._check_number(node)
-        value: int = super().construct_yaml_int(node)
-        if abs(value) >= 10**JSON_DIGITS:
-            raise yaml.YAMLError(f"{_quoted(node)} has more than {JSON_DIGITS} digits")
-        return value
-
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        self._check_number(node)
-        value: float = super().construct_yaml_float(node)
-        return value
-
-    def _check_number(self, node: yaml.ScalarNode) -> None:
-        text = self.construct_scalar(node)
-        if not isinstance(text, str) or not text.strip("+-_ "):
-            raise yaml.YAMLError(f"{_quoted(node)} is no number")
-        if ":" in text:
-            raise yaml.YAMLError(
-                f"{_quoted(node)} is a number of base 60: write it out, or in quotes"
-            )
-        if len(text) > NUMBER_CHARACTERS:
-            raise yaml.YAMLError(f"{_quoted(node)} has more than {NUMBER_CHARACTERS} characters")
-
-
-def _quoted(node: yaml.ScalarNode) -> str:
-    return f"line {node.start_mark.line + 1}: {str(node.value)[:40]!r}"
-
-
-for _kind in ("int", "float"):  # yaml keeps the functions, not their names
-    _Loader.add_constructor(
-        f"tag:yaml.org,2002:{_kind}", getattr(_Loader, f"construct_yaml_{_kind}")
-    )
+        return super().construct_mapping(node, deep=True)
 
 
 class _NumbersLoader(_Loader):
-    """Numbers are keys as well: a spec has choices by batch size."""
+    """Keys may be numbers too: a sweep's spec has choices by batch size."""
 
     keys = (str, int, float)
 
 
+def _error(mark: yaml.Mark, problem: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {mark.line + 1}: {problem}")
+
+
+def _number(
+    construct: Callable[[yaml.SafeLoader, yaml.ScalarNode], float],
+    loader: yaml.SafeLoader,
+    node: yaml.ScalarNode,
+) -> float:
+    text = str(loader.construct_scalar(node))
+    if ":" in text:
+        raise _error(node.start_mark, f"{text[:40]!r} is in base 60: write it out, or quote it")
+    if len(text) > NUMBER_CHARACTERS:
+        raise _error(node.start_mark, f"{text[:40]!r}... is longer than any number")
+    value = construct(loader, node)
+    if isinstance(value, int) and abs(value) >= 10**DIGITS:
+        raise _error(node.start_mark, f"{text[:40]!r} has more than {DIGITS} digits")
+    return value
+
+
+for _kind in ("int", "float"):
+    _construct = getattr(yaml.SafeLoader, f"construct_yaml_{_kind}")
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", partial(_number, _construct))
+
+
 def parse_yaml(text: str, *, number_keys: bool = False) -> Any:
-    """Plain values of a YAML text. Raises yaml.YAMLError for all that is wrong with it."""
+    """Plain values of a YAML text. Raises yaml.YAMLError for anything wrong with it."""
     try:
         return yaml.load(text, _NumbersLoader if number_keys else _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, MemoryError):
         raise
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever tags make of texts: impossible dates, a !!bool that is none
+    except Exception as error:  # tags raise anything: impossible dates, !!bool of other text
         raise yaml.YAMLError(f"a value cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -141,16 +115,16 @@ def read_yaml(path: Path, what: str = "config", *, number_keys: bool = False) ->
     try:
         return parse_yaml(read_text(path, YAML_BYTES), number_keys=number_keys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problem = " ".join(line.strip() for line in str(error).splitlines())
-        raise ConadvError(
-            f"Cannot read the {what} {printable(path)}: {printable(problem)[:500]}"
-        ) from error
+        problem = printable(" ".join(str(error).split()))[:500]
+        raise ConadvError(f"Cannot read the {what} {printable(path)}: {problem}") from error
+
+
+# Text and JSON
 
 
 def read_text(path: Path, limit: int) -> str:
     """A text file of at most ``limit`` bytes. Raises OSError and UnicodeDecodeError."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a regular file")
+    check_regular(path)
     with path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -158,66 +132,104 @@ def read_text(path: Path, limit: int) -> str:
     return content.decode("utf-8")
 
 
-def parse_json(text: str) -> Any:
-    """Values of a JSON text, as deep as JSON_DEPTH: readers walk through them by recursion, and take floats of them.
-
-    ValueError for NaN, infinities, numbers beyond a float, whole numbers beyond 64 bits, and for what is no JSON.
-    """
-    try:
-        found = json.loads(text, parse_constant=_not_json, parse_float=_finite, parse_int=_whole)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if text.count("[") + text.count("{") > JSON_DEPTH and _depth(found) > JSON_DEPTH:
-        raise ValueError("nested too deeply")
-    return found
-
-
-def _depth(value: Any) -> int:
-    """How many lists and objects are within one another."""
-    level, depth = [value], 0
-    while level := [part for part in level if isinstance(part, (dict, list))]:
-        level = [
-            inner for part in level for inner in (part.values() if isinstance(part, dict) else part)
-        ]
-        depth += 1
-    return depth
-
-
-def _not_json(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:20]} is no finite number")
-    return value
-
-
-def _whole(text: str) -> int:
-    if len(text.lstrip("-")) > JSON_DIGITS:
-        raise ValueError(f"{text[:20]}... has more than {JSON_DIGITS} digits")
-    return int(text)
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of a file of lines. Raises OSError, for a line of more than LINE_BYTES too."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a regular file")
+    """(number, line) of a text file. Raises OSError, also for a line of more than LINE_BYTES."""
+    check_regular(path)
     with path.open("rb") as file:
-        number = 0
-        while line := file.readline(LINE_BYTES + 1):
-            number += 1
+        for number, line in enumerate(iter(partial(file.readline, LINE_BYTES + 1), b""), start=1):
             if len(line) > LINE_BYTES:
                 raise OSError(f"line {number} is longer than {LINE_BYTES:,} bytes")
             yield number, line
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise ConadvError for a link among the files of a run or of a sweep, or in its folders, and for a pipe or device.
+def check_regular(path: Path) -> None:
+    """Raise OSError for a folder, pipe, socket or device. Opening a pipe would block forever."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
 
-    One from somebody else could have its record written into, or read from, anywhere; whoever opens a pipe waits for
-    ever. ``folder`` itself may be a link: its user has chosen that.
+
+def parse_json(text: str) -> Any:
+    """Values of a JSON text, nested at most JSON_DEPTH deep.
+
+    Raises ValueError for anything else: NaN, infinities, floats that overflow, integers beyond 64 bits.
+    """
+    try:
+        found = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if text.count("[") + text.count("{") <= JSON_DEPTH:
+        return found
+    level = [found]
+    for _ in range(JSON_DEPTH + 1):
+        lists = [value for value in level if isinstance(value, list)]
+        lists += [list(value.values()) for value in level if isinstance(value, dict)]
+        level = [value for inner in lists for value in inner]
+        if not lists:
+            return found
+    raise ValueError("nested too deeply")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text.lstrip("-")) > DIGITS:
+        raise ValueError(f"{text[:20]}... has more than {DIGITS} digits")
+    return int(text)
+
+
+class Document(BaseModel):
+    """Base of JSON files as their readers need them; fields that nobody reads pass unchecked.
+
+    Strict: text does not become a number, nor true a 1.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # its square is finite
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+D = TypeVar("D", bound=Document)
+
+
+def read_document(kind: type[D], path: Path, remedy: str) -> D:
+    """The JSON file ``path`` as a ``kind``. Raises ConadvError that ends in ``remedy``."""
+    try:
+        values = parse_json(read_text(path, JSON_BYTES))
+    except (OSError, ValueError) as error:
+        problem = printable(error)[:300]
+        raise ConadvError(f"Cannot read {printable(path)}: {problem}. {remedy}") from error
+    return checked(kind, values, path, remedy)
+
+
+def checked(kind: type[D], values: Any, path: Path, remedy: str) -> D:
+    """``values`` from the JSON file ``path`` as a ``kind``.
+
+    Raises ConadvError that names the file and the first wrong field with its value, and ends in ``remedy``.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = printable(".".join(map(str, first["loc"])) or "the whole")[:200]
+        problem = f"{field} is {printable(repr(first.get('input'))[:80])}: {first['msg']}"
+        raise ConadvError(
+            f"{printable(path)} is not what conadv writes: {problem}. {remedy}"
+        ) from error
+
+
+# Folders
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ConadvError for a link, pipe, socket or device in a run or sweep and in its direct subfolders.
+
+    A stranger's link could have its record read from, or written to, anywhere; opening a pipe blocks forever.
+    ``folder`` itself may be a link, since its user chose it.
     """
     try:
         entries = list(os.scandir(folder)) if folder.is_dir() else []
@@ -231,17 +243,17 @@ def refuse_links(folder: Path) -> None:
     for entry in entries:
         if entry.is_symlink():
             raise ConadvError(
-                f"{printable(entry.path)} is a link: what belongs to {printable(folder)} must lie in it. "
-                "Put the file or folder itself in its place (the folder as a whole may be a link)."
+                f"{printable(entry.path)} is a link, but everything in {printable(folder)} must lie "
+                "in it. Replace the link by the file or folder itself (the folder as a whole may be a link)."
             )
         if not (entry.is_file() or entry.is_dir()):
             raise ConadvError(
-                f"{printable(entry.path)} is a pipe, a socket or a device, which is no part of a run. Remove it."
+                f"{printable(entry.path)} is a pipe, a socket or a device. Remove it from the run."
             )
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, a ``name`` from a file. ConadvError unless that is below ``folder``, links followed."""
+    """``folder / name`` for a ``name`` read from a file; ConadvError unless that lies below ``folder``."""
     path = folder / name
     try:
         below = folder.resolve() in path.resolve().parents
@@ -249,22 +261,34 @@ def inside(folder: Path, name: str) -> Path:
         below = False
     if not below:
         raise ConadvError(
-            f"{printable(name)[:200]} leads out of {printable(folder)}: what a sweep names must lie in it. Take it out."
+            f"{printable(name)[:200]} leads out of {printable(folder)}: a sweep names only what "
+            "lies in it. Remove that entry."
         )
     return path
+
+
+# Checkpoints
+
+_ENTRY = re.compile(
+    r"[^/\\]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|data/\d+|\.data/\w+)"
+)
+_GLOBAL = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage|torch Size"
+)
+_OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID"}
 
 
 def check_archive(path: Path) -> None:
     """Raise ConadvError unless a file is an archive of tensors and plain values as ``torch.save`` writes it.
 
-    The first of two gates, the second is ``torch.load(weights_only=True)``: older formats of torch, scripts,
-    compressed entries (a small file could fill the memory) and every global but those of tensors are refused
-    before anything is unpickled.
+    The first of two gates; the second is ``torch.load(weights_only=True)``, which would still inflate compressed
+    entries and make byte arrays of any size. Old torch formats, scripts, compressed entries and every global but those
+    of tensors are refused before anything is unpickled.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            problem = _problem(archive, path.stat().st_size)
-    except Exception as error:  # whatever a damaged or hostile archive makes of its reader
+            problem = _archive_problem(archive, path.stat().st_size)
+    except Exception as error:  # zipfile raises anything on a damaged or hostile archive
         problem = str(error) or type(error).__name__
     if problem:
         raise ConadvError(
@@ -272,31 +296,26 @@ def check_archive(path: Path) -> None:
         )
 
 
-def _problem(archive: zipfile.ZipFile, size: int) -> str | None:
+def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
     for entry in entries:
         if not _ENTRY.fullmatch(entry.filename):
-            return f"it holds {entry.filename!r}, which is no part of a checkpoint"
-        if (
-            entry.compress_type != zipfile.ZIP_STORED
-            or entry.file_size != entry.compress_size
-            or entry.flag_bits & 1
-        ):
+            return f"it holds {entry.filename!r}, which does not belong in a checkpoint"
+        if entry.compress_type or entry.file_size != entry.compress_size or entry.flag_bits & 1:
             return f"its entry {entry.filename!r} is compressed or encrypted"
     if len(set(names)) != len(names) or len({name.partition("/")[0] for name in names}) != 1:
         return "its entries do not form one archive"
     if sum(entry.file_size for entry in entries) > size:
         return "its entries overlap"
-    pickles = [name for name in names if name.endswith("/data.pkl")]
-    return _pickle_problem(archive.read(pickles[0])) if pickles else "it holds no data.pkl"
-
-
-def _pickle_problem(content: bytes) -> str | None:
-    """What is wrong with a pickle, told from its instructions without following one."""
-    for opcode, argument, _ in pickletools.genops(content):
+    # read from its instructions, none of which is carried out
+    for opcode, argument, _ in pickletools.genops(
+        archive.read(f"{names[0].split('/')[0]}/data.pkl")
+    ):
         if opcode.name in _OPCODES:
-            return f"it holds the instruction {opcode.name}, which tensors and plain values do not need"
+            return (
+                f"it holds the instruction {opcode.name}, which tensors and plain values never need"
+            )
         if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
             return f"it asks for {argument!r}; only tensors and plain values are read"
     return None

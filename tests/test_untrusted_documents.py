@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from conadv import documents
-from conadv import safe_io as untrusted
+from conadv import safe_io
 from conadv.cli.analyze import read as read_analysis
 from conadv.cli.program import main
 from conadv.errors import ConadvError
@@ -20,6 +19,7 @@ from conadv.report.study import load_sweep
 from conadv.report.study.sharpness import analysis
 from conadv.sweep.cells import Run
 from conadv.sweep.folder import Folder
+from conadv.training import documents
 from conadv.watch.many import Runs
 
 from .sweep_folder import analysis as analysis_document
@@ -59,14 +59,14 @@ def changed(path: Path, *keys: Any, value: Any) -> None:
 def test_numbers_and_nesting_that_readers_could_not_take_are_no_json(text: str) -> None:
     # Red when: parse_json calls json.loads without _whole, or does not look at _depth.
     with pytest.raises(ValueError, match=r"more than 20 digits|too deeply"):
-        untrusted.parse_json(text)
+        safe_io.parse_json(text)
 
 
 def test_every_number_and_depth_that_conadv_writes_is_json() -> None:
     # Red when: a limit is below what a seed may be, or below the depth of a list of lists.
     values = [2**64 - 1, -(2**63), 0.1, [[[1], [2]]] * 50]
-    assert untrusted.parse_json(json.dumps(values)) == values
-    assert untrusted.parse_json("[" * 32 + "]" * 32) == json.loads("[" * 32 + "]" * 32)
+    assert safe_io.parse_json(json.dumps(values)) == values
+    assert safe_io.parse_json("[" * 32 + "]" * 32) == json.loads("[" * 32 + "]" * 32)
 
 
 @pytest.mark.parametrize("field", ["loss", "step", "lr"])
@@ -150,11 +150,9 @@ def test_a_sweep_that_cannot_be_is_an_error(name: str, sweep: Path, tmp_path: Pa
     shutil.copytree(sweep, tmp_path / "sweep")
     keys, value = SWEEPS[name]
     changed(tmp_path / "sweep" / "sweep.json", *keys, value=value)
-    with pytest.raises(
-        ConadvError, match=r"sweep\.json is (not what conadv writes|not a readable sweep)"
-    ):
+    with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not what conadv writes)"):
         load_sweep(tmp_path / "sweep")
-    with pytest.raises(ConadvError, match=r"sweep\.json is"):
+    with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not)"):
         Runs(tmp_path / "sweep").planned()
     assert main(["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "report.html")]) == 2
 

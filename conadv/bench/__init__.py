@@ -18,8 +18,8 @@ from conadv.bench.options import (
     NormArgs,
     OptimArgs,
 )
+from conadv.cli.limits import check_numbers
 from conadv.errors import unknown
-from conadv.limits import check_numbers
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import tyro
 from conadv import __version__
 from conadv.analysis.options import Options
 from conadv.analysis.watch import Watch
-from conadv.documents import Analysis, checked
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import JSON_BYTES, parse_json, read_text
+from conadv.safe_io import JSON_BYTES, checked, parse_json, read_text
+from conadv.training.documents import Analysis
 from conadv.training.record import write_atomic
 from conadv.training.run_dir import RunDir
 

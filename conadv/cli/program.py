@@ -18,6 +18,7 @@ import tyro
 from pydantic import ValidationError
 
 from conadv import __version__
+from conadv.cli.limits import check_numbers
 from conadv.config.schema import (
     Config,
     explain,
@@ -29,7 +30,6 @@ from conadv.config.schema import (
     resolve,
 )
 from conadv.errors import ConadvError, printable, printable_lines, unknown
-from conadv.limits import check_numbers
 from conadv.training.allocator import keep_freed_memory
 from conadv.training.signals import EXIT_INTERRUPTED, Stopped
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import tyro
 
-from conadv.documents import probes
 from conadv.errors import ConadvError, printable
+from conadv.training.documents import probes
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
 

@@ -1,92 +1,47 @@
-"""One program at a time: a lock on a file, which the system lifts when its holder ends, however that happens."""
+"""One program at a time in a folder."""
 
 from __future__ import annotations
 
-import errno
-import os
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from conadv.errors import ConadvError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nobody watches over two programs in one folder
-    fcntl = None  # type: ignore[assignment]
-
-_held: set[int] = set()
-"""Descriptors of this process. A child that it forks would hold its locks too, and outlive it."""
 
 
 class Lock:
-    """A lock on ``path``, an empty file that is there while the lock is held, and longer if its holder was killed.
+    """A lock on the file ``path``. The system lifts it when its holder ends, even by a kill.
 
-    Nobody is kept out where the system or the file system has no locks, or where the file cannot be made (what
-    keeps it from being made keeps everything else from being written). ``refusal``: what :meth:`take` says when another
-    program, or another Lock of this one, holds the lock. As a context manager it is released at the end.
+    It keeps nobody out where the file system has no locks, or where the file cannot be made (then nothing else
+    can be written either). ``refusal``: the message while another program, or another Lock of this one, holds it.
     """
 
     def __init__(self, path: Path, refusal: str) -> None:
         self._path, self._refusal = path, refusal
-        self._file: int | None = None
+        self._lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
 
     def take(self) -> bool:
-        """Take the lock; returns whether this call has done so. Raises ConadvError where somebody else holds it."""
-        if fcntl is None or self._file is not None:
+        """Take the lock; returns whether this call did. Raises ConadvError where somebody else holds it."""
+        if self._lock.is_locked:
             return False
-        while (file := self._open()) is not None:
-            if not self._locked(file):
-                os.close(file)
-                return False
-            if self._is_there(file):
-                self._file = file
-                _held.add(file)
-                return True
-            os.close(file)  # its last holder has removed it meanwhile
-        return False
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ConadvError(self._refusal) from error
+        except (OSError, NotImplementedError):
+            return False
+        return True
 
     def release(self) -> None:
-        """Give the lock back, and remove its file."""
-        if self._file is not None:
+        """Give the lock back and remove its file."""
+        if self._lock.is_locked:
             with suppress(OSError):
-                self._path.unlink()
-            _held.discard(self._file)
-            os.close(self._file)
-            self._file = None
+                self._path.unlink()  # before the release, or it could be somebody else's by now
+            self._lock.release()
 
     def __enter__(self) -> Lock:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-    def _open(self) -> int | None:
-        with suppress(OSError):
-            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        return None
-
-    def _locked(self, file: int) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(file)
-                raise ConadvError(self._refusal) from error
-            return False  # a file system without locks
-        return True
-
-    def _is_there(self, file: int) -> bool:
-        """Whether the file still has its name: a lock on one that was removed keeps nobody out."""
-        with suppress(OSError):
-            return os.path.samestat(os.fstat(file), self._path.lstat())
-        return False
-
-
-def _forget() -> None:
-    """In a forked child."""
-    while _held:
-        os.close(_held.pop())
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_forget)

@@ -14,8 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from conadv import __version__
-from conadv import safe_io as untrusted
+from conadv import __version__, safe_io
 from conadv.errors import ConadvError, printable
 
 BESIDE = ("network", "transfer")
@@ -74,9 +73,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     lines = []
     try:
-        for number, raw in untrusted.read_lines(path):
+        for number, raw in safe_io.read_lines(path):
             try:
-                lines.append(_checked(untrusted.parse_json(raw.decode("utf-8"))))
+                lines.append(_checked(safe_io.parse_json(raw.decode("utf-8"))))
             except ValueError as error:  # UnicodeDecodeError is one
                 if raw.endswith(b"\n"):
                     problem = printable(error)[:300]

@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from conadv.documents import read_sweep
 from conadv.safe_io import JSON_BYTES, parse_json, read_text
+from conadv.training.documents import read_sweep
 from conadv.watch.follow import ends
 from conadv.watch.state import State, number, text
 from conadv.watch.view import COLOURS, Shown, duration, status
