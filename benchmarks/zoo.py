@@ -34,7 +34,7 @@ from conadv.nn.split_batchnorm import (
     split_batchnorm,
     strip,
 )
-from conadv.optim import MODEL_RULES, parameter_groups
+from conadv.optim.groups import MODEL_RULES, parameter_groups
 
 CLASSES, IMAGES = 5, 3
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"

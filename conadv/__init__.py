@@ -35,9 +35,9 @@ _WHERE = {
     "SAM": "methods.sam",
     "Sequential": "methods.sequential",
     "Vanilla": "methods.vanilla",
-    "LAMB": "optim",
-    "LARS": "optim",
-    "parameter_groups": "optim",
+    "LAMB": "optim.lamb",
+    "LARS": "optim.lars",
+    "parameter_groups": "optim.groups",
     "WarmupDecay": "optim.schedules",
     "EMA": "nn.ema",
     "evaluate": "training.evaluate",
@@ -81,9 +81,9 @@ if TYPE_CHECKING:
     from conadv.nn.split_batchnorm import route as route
     from conadv.nn.split_batchnorm import split_batchnorm as split_batchnorm
     from conadv.nn.split_batchnorm import strip as strip
-    from conadv.optim import LAMB as LAMB
-    from conadv.optim import LARS as LARS
-    from conadv.optim import parameter_groups as parameter_groups
+    from conadv.optim.groups import parameter_groups as parameter_groups
+    from conadv.optim.lamb import LAMB as LAMB
+    from conadv.optim.lars import LARS as LARS
     from conadv.optim.schedules import WarmupDecay as WarmupDecay
     from conadv.training.evaluate import evaluate as evaluate
     from conadv.types import Batch as Batch

@@ -265,14 +265,6 @@ def test_optimizer_defaults_are_the_documented_ones() -> None:
     assert (adamw.betas, adamw.weight_decay, adamw.eps) == ((0.9, 0.999), 0.01, 1e-8)
 
 
-def test_lars_variants_have_one_eps_each() -> None:
-    # Red when: the table of the config and that of the optimizer differ.
-    from conadv.optim.lars import VARIANTS
-
-    for name, variant in VARIANTS.items():
-        assert resolve(replace(BASE, optim__variant=name)).optim.eps == variant.eps
-
-
 def test_default_config_needs_a_duration_only() -> None:
     assert resolve(Config(steps=1)).steps == 1
 

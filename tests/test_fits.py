@@ -15,7 +15,9 @@ from conadv.config.schema import Config, replace, resolve
 from conadv.engine.precision import LossScale
 from conadv.engine.validate import check_tensor
 from conadv.errors import ConadvError
-from conadv.optim import LAMB, LARS, flat_alike
+from conadv.optim.lamb import LAMB
+from conadv.optim.lars import LARS
+from conadv.optim.trust_ratio import flat_alike
 from conadv.training import checkpoint
 from conadv.training.run_dir import RunDir
 from conadv.training.trainer import load_run, train

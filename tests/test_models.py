@@ -21,7 +21,7 @@ from conadv.models import build_model, check_model, own, trust
 from conadv.models.trial import NO_BATCH_NORM
 from conadv.models.zoo import arguments
 from conadv.nn.split_batchnorm import routes_of
-from conadv.optim import MODEL_RULES, parameter_groups
+from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.training.trainer import build, overview, train
 
 from .helpers import same, state, tiny_resnet

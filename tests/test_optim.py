@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from conadv.errors import ConadvError
-from conadv.optim import LAMB, LARS
-from conadv.optim.lars import VARIANTS
+from conadv.optim.lamb import LAMB
+from conadv.optim.lars import LARS, VARIANTS
 from conadv.optim.trust_ratio import norm, norms
 from conadv.reference.lamb import LambState, lamb_step
 from conadv.reference.lars import lars_step

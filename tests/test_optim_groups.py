@@ -10,19 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from conadv.config.schema import OPTIMIZER_DEFAULTS, Config, OptimConfig, resolve
+from conadv.config.schema import Config, OptimConfig, optimizer_settings, resolve
 from conadv.errors import ConadvError
 from conadv.nn.split_batchnorm import split_batchnorm
-from conadv.optim import (
-    DEFAULT_RULES,
-    LAMB,
-    LARS,
-    Rule,
-    build_optimizer,
-    describe,
-    parameter_groups,
-)
-from conadv.optim.lars import VARIANTS
+from conadv.optim import OPTIMIZERS
+from conadv.optim.groups import DEFAULT_RULES, Rule, describe, parameter_groups
+from conadv.optim.lamb import LAMB
+from conadv.optim.lars import LARS, VARIANTS
+from conadv.optim.make import build_optimizer
 
 
 def names_by_group(model: nn.Module, **options: Any) -> dict[str, set[str]]:
@@ -126,14 +121,16 @@ def resolved(**optim: Any) -> OptimConfig:
     return resolve(Config(steps=1, optim=OptimConfig(**optim))).optim
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_build_optimizer_sets_what_the_config_says(name: str) -> None:
     optim = resolved(name=name, weight_decay=0.03)
     model = resnet18()
-    optimizer = build_optimizer(optim, parameter_groups(model, weight_decay=0.03), lr=0.7)
+    optimizer = build_optimizer(
+        name, parameter_groups(model, weight_decay=0.03), lr=0.7, **optimizer_settings(optim)
+    )
     assert [g["lr"] for g in optimizer.param_groups] == [0.7] * 3
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.0, 0.03]
-    for key in OPTIMIZER_DEFAULTS[name]:
+    for key in OPTIMIZERS[name].defaults:
         if key != "weight_decay":
             assert {g[key] for g in optimizer.param_groups} == {getattr(optim, key)}
     kinds = {"lars": LARS, "lamb": LAMB, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -142,13 +139,15 @@ def test_build_optimizer_sets_what_the_config_says(name: str) -> None:
 
 def test_lars_and_the_config_agree_on_every_default() -> None:
     """The config resolves eps without importing torch; the optimizer has the same values."""
-    for variant, formula in VARIANTS.items():
-        assert resolved(name="lars", variant=variant).eps == formula.eps
     p = nn.Parameter(torch.ones(2))
+    for variant in VARIANTS:
+        own = LARS([p], 0.1, variant=variant).param_groups[0]["eps"]
+        assert resolved(name="lars", variant=variant).eps == own
+        assert own == (1e-8 if variant in ("timm", "larc") else 0.0)
     for name, optimizer in (("lars", LARS([p], 0.1)), ("lamb", LAMB([p], 0.1))):
-        assert {
-            k: optimizer.param_groups[0][k] for k in OPTIMIZER_DEFAULTS[name]
-        } == OPTIMIZER_DEFAULTS[name]
+        assert {k: optimizer.param_groups[0][k] for k in OPTIMIZERS[name].defaults} == OPTIMIZERS[
+            name
+        ].defaults
 
 
 def small_model(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
@@ -168,7 +167,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
     """Contiguous gradients and state for channels-last weights; one batch-norm tensor has no gradient in step 0. Red
     when: _prepare_fused does not touch gradients, or state, or leaves SGD's buffer to torch."""
@@ -176,7 +175,7 @@ def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = small_model()
         groups = parameter_groups(model, weight_decay=0.1)
-        optimizer = build_optimizer(resolved(name=name), groups, lr=0.1)
+        optimizer = build_optimizer(name, groups, lr=0.1)
         for step in range(4):
             if step == 2:
                 model.to(memory_format=memory_format)
@@ -186,13 +185,12 @@ def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFAULTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_built_optimizer_resumes_bit_for_bit(name: str) -> None:
     """Red when: SGD's state is not what a plain torch.optim.SGD saves and loads."""
     model, twin = small_model(), small_model()
     optimizer, resumed = (
-        build_optimizer(resolved(name=name), parameter_groups(m, weight_decay=0.1), lr=0.1)
-        for m in (model, twin)
+        build_optimizer(name, parameter_groups(m, weight_decay=0.1), lr=0.1) for m in (model, twin)
     )
     for step in range(3):
         set_grads(model, step)
@@ -217,9 +215,9 @@ def test_sgd_and_adamw_are_torchs_own(name: str, plain: type) -> None:
     """Against torch's loop form with the same groups."""
     models = [small_model(), small_model()]
     optim = resolved(name=name)
-    settings = {k: getattr(optim, k) for k in OPTIMIZER_DEFAULTS[name]}
+    settings = {k: getattr(optim, k) for k in OPTIMIZERS[name].defaults}
     optimizers = [
-        build_optimizer(optim, parameter_groups(models[0], weight_decay=0.1), lr=0.01),
+        build_optimizer(name, parameter_groups(models[0], weight_decay=0.1), lr=0.01),
         plain(parameter_groups(models[1], weight_decay=0.1), 0.01, foreach=False, **settings),
     ]
     for step in range(4):

@@ -10,7 +10,14 @@ from torch.optim import Optimizer
 
 from conadv.attacks import FGSM, PixelSpace, RandomSigns
 from conadv.bench.options import AttackCostArgs
-from conadv.config.schema import Config, ModelConfig, OptimConfig, replace, resolve
+from conadv.config.schema import (
+    Config,
+    ModelConfig,
+    OptimConfig,
+    optimizer_settings,
+    replace,
+    resolve,
+)
 from conadv.methods.base import Method
 from conadv.methods.concurrent import Concurrent
 from conadv.methods.controls import MultiView, Noise
@@ -19,7 +26,8 @@ from conadv.methods.sequential import Sequential
 from conadv.methods.vanilla import Vanilla
 from conadv.models import build_model, check_model
 from conadv.nn.split_batchnorm import split_batchnorm
-from conadv.optim import build_optimizer, parameter_groups
+from conadv.optim.groups import parameter_groups
+from conadv.optim.make import build_optimizer
 from conadv.types import MicroBatch
 
 SPACE = PixelSpace((0.5,), (0.25,))
@@ -64,7 +72,10 @@ def optimizer(options: AttackCostArgs, model: nn.Module) -> Optimizer:
     lr = LR[options.optimizer]
     config = resolve(replace(Config(steps=1), optim=OptimConfig(name=options.optimizer, lr=lr)))
     return build_optimizer(
-        config.optim, parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0), lr
+        config.optim.name,
+        parameter_groups(model, weight_decay=config.optim.weight_decay or 0.0),
+        lr,
+        **optimizer_settings(config.optim),
     )
 
 

@@ -20,6 +20,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from conadv.errors import ConadvError, printable, unknown
 from conadv.methods import METHODS
+from conadv.optim import OPTIMIZERS
 from conadv.safe_io import read_yaml
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class ModelConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer. None takes the default of the optimizer named, see OPTIMIZER_DEFAULTS."""
+    """The optimizer. None takes the default of the optimizer named, see conadv.optim.OPTIMIZERS."""
 
     name: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimizer"])] = "lars"
     lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = Field(1.0, gt=0, le=LARGEST_LR)
@@ -174,7 +175,7 @@ class OptimConfig(Section):
     nesterov: bool | None = None
     weight_decay: float | None = Field(None, ge=0, le=LARGEST)
     variant: Literal["tf", "timm", "nus", "larc", "no-wd-ratio"] | None = None
-    """Which LARS formula, see conadv.optim.LARS."""
+    """Which LARS formula, see conadv.optim.lars.LARS."""
     trust_coefficient: float | None = Field(None, gt=0, le=LARGEST)
     """eta of LARS."""
     betas: tuple[float, float] | None = None
@@ -335,21 +336,7 @@ class Config(Section):
     probe: ProbeConfig = ProbeConfig()
 
 
-OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
-    # LARS: the ConAdv authors' weight decay, MLPerf's eta and eps (docs/numerics.md)
-    "lars": {
-        "momentum": 0.9,
-        "weight_decay": 5e-5,
-        "variant": "tf",
-        "trust_coefficient": 0.001,
-        "eps": 0.0,
-    },
-    "lamb": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-6},
-    "sgd": {"momentum": 0.9, "nesterov": False, "weight_decay": 5e-4},
-    "adamw": {"betas": (0.9, 0.999), "weight_decay": 0.01, "eps": 1e-8},
-}
 _LR_INSIDE = (None, "tf", "no-wd-ratio")  # None: the default, tf
-_LARS_EPS = {"tf": 0.0, "no-wd-ratio": 0.0, "timm": 1e-8, "larc": 1e-8, "nus": 0.0}
 
 
 def replace(section: Any, **changes: Any) -> Any:
@@ -551,7 +538,7 @@ _OPTIM_FIELDS = (
 
 def _check_optimizer(optim: OptimConfig, global_batch_size: int) -> None:
     for name in _OPTIM_FIELDS:
-        if getattr(optim, name) is not None and name not in OPTIMIZER_DEFAULTS[optim.name]:
+        if getattr(optim, name) is not None and name not in OPTIMIZERS[optim.name].defaults:
             raise _without_effect(f"optim.{name}", "optimizer", optim.name)
     if (optim.lr_scaling == "none") != (optim.lr_reference_batch is None):
         raise ConadvError(
@@ -616,12 +603,14 @@ def _method_defaults(config: Config) -> dict[str, Any]:
 
 
 def _optimizer_defaults(optim: OptimConfig) -> OptimConfig:
-    defaults = OPTIMIZER_DEFAULTS[optim.name]
-    values = {k: v if getattr(optim, k) is None else getattr(optim, k) for k, v in defaults.items()}
-    if optim.name == "lars" and optim.eps is None:
-        values["eps"] = _LARS_EPS[values["variant"]]
+    values = OPTIMIZERS[optim.name].complete(optim.model_dump())
     resolved: OptimConfig = replace(optim, **values)
     return resolved
+
+
+def optimizer_settings(optim: OptimConfig) -> dict[str, Any]:
+    """The settings of a resolved config that conadv.optim.make.build_optimizer takes."""
+    return {name: getattr(optim, name) for name in OPTIMIZERS[optim.name].defaults}
 
 
 def _attack_defaults(config: Config) -> Config:

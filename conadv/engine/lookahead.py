@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from conadv.config.schema import PredictorName
 from conadv.engine.validate import check_keys, check_like, check_mapping
 from conadv.errors import unknown
-from conadv.optim import LAMB, LARS
-from conadv.optim.lars import VARIANTS
+from conadv.optim.lamb import LAMB
+from conadv.optim.lars import LARS, VARIANTS
 
 Group = dict[str, Any]
 Lrs = Sequence[float]

@@ -47,7 +47,7 @@ class LAMB(TrustRatioOptimizer):
     phi of the paper is the identity; no global gradient clip is hidden inside (clip before the step if wanted).
 
     Args:
-        params: tensors, or groups as torch takes them (:func:`conadv.optim.parameter_groups` makes them).
+        params: tensors, or groups as torch takes them (:func:`conadv.parameter_groups` makes them).
         lr: learning rate, >= 0. Schedulers write ``group["lr"]``.
         betas: each in [0, 1).
         eps: >= 0, added to the root.

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from conadv.errors import unknown
+from conadv.optim import OPTIMIZERS
 from conadv.optim.trust_ratio import (
     Group,
     Rate,
@@ -35,11 +36,10 @@ from conadv.optim.trust_ratio import (
 class Variant:
     """One LARS formula: where lr and the trust ratio stand, and what is limited.
 
-    eps: the default of the denominator's eps. ``*_inside``: the factor multiplies the gradient on its way into the
+    ``*_inside``: the factor multiplies the gradient on its way into the
     momentum buffer; otherwise it multiplies the buffer on its way to the weights.
     """
 
-    eps: float
     lr_inside: bool
     ratio_inside: bool
     decay_in_ratio: bool = True
@@ -68,11 +68,11 @@ class Variant:
 
 
 VARIANTS = {
-    "tf": Variant(eps=0.0, lr_inside=True, ratio_inside=True),
-    "timm": Variant(eps=1e-8, lr_inside=False, ratio_inside=True),
-    "nus": Variant(eps=0.0, lr_inside=False, ratio_inside=False, max_ratio=50.0, max_gradient=10.0),
-    "larc": Variant(eps=1e-8, lr_inside=False, ratio_inside=True, clip_to_lr=True),
-    "no-wd-ratio": Variant(eps=0.0, lr_inside=True, ratio_inside=True, decay_in_ratio=False),
+    "tf": Variant(lr_inside=True, ratio_inside=True),
+    "timm": Variant(lr_inside=False, ratio_inside=True),
+    "nus": Variant(lr_inside=False, ratio_inside=False, max_ratio=50.0, max_gradient=10.0),
+    "larc": Variant(lr_inside=False, ratio_inside=True, clip_to_lr=True),
+    "no-wd-ratio": Variant(lr_inside=True, ratio_inside=True, decay_in_ratio=False),
 }
 
 # The fused kernel takes 1 - rate in double, off by up to 1.1e-16: for rates from here on that is 1e-8 of the rate,
@@ -94,7 +94,7 @@ class LARS(TrustRatioOptimizer):
     weight decay in the ratio). "timm" has no clip of its own here: that is "larc".
 
     Args:
-        params: tensors, or groups as torch takes them (:func:`conadv.optim.parameter_groups` makes them).
+        params: tensors, or groups as torch takes them (:func:`conadv.parameter_groups` makes them).
         lr: learning rate, >= 0. Schedulers write ``group["lr"]``.
         momentum: mu, in [0, 1).
         weight_decay: >= 0, added to the gradient.
@@ -138,7 +138,7 @@ class LARS(TrustRatioOptimizer):
         if group["variant"] not in VARIANTS:
             raise unknown("LARS variant", str(group["variant"]), VARIANTS)
         if group["eps"] is None:
-            group["eps"] = VARIANTS[group["variant"]].eps
+            group["eps"] = OPTIMIZERS["lars"].complete({"variant": group["variant"]})["eps"]
         check_number("momentum", group["momentum"], 0, 1)
         check_number("trust_coefficient", group["trust_coefficient"], 0)
         check_number("eps", group["eps"], 0)

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from conadv.config.schema import Config, DataConfig, ModelConfig, OptimConfig, resolve
+from conadv.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    optimizer_settings,
+    resolve,
+)
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
 from conadv.methods import build_method
 from conadv.methods.base import space_from_config
 from conadv.models import check_model
-from conadv.optim import MODEL_RULES, build_optimizer, parameter_groups
+from conadv.optim.groups import MODEL_RULES, parameter_groups
+from conadv.optim.make import build_optimizer
 from conadv.plan.model import kind_of
 from conadv.plan.profile import Workload
 from conadv.training.trainer import make_model
@@ -63,7 +71,9 @@ def build_step(
     )
     return TrainStep(
         model,
-        build_optimizer(config.optim, groups, LEARNING_RATE),
+        build_optimizer(
+            config.optim.name, groups, LEARNING_RATE, **optimizer_settings(config.optim)
+        ),
         build_method(config),
         space=space_from_config(config),
         precision=config.precision,

@@ -10,12 +10,13 @@ from torch import nn
 
 from conadv import rng
 from conadv.attacks import AttackPlan
-from conadv.config.schema import Config, replace
+from conadv.config.schema import Config, optimizer_settings, replace
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
 from conadv.methods import build_method
 from conadv.models import check_model
-from conadv.optim import MODEL_RULES, build_optimizer, parameter_groups
+from conadv.optim.groups import MODEL_RULES, parameter_groups
+from conadv.optim.make import build_optimizer
 from conadv.training.trainer import make_engine, make_model
 from conadv.types import Batch, MicroBatch
 
@@ -61,7 +62,9 @@ class Rehearsal:
         groups = parameter_groups(
             model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
         )
-        optimizer = build_optimizer(config.optim, groups, LEARNING_RATE)
+        optimizer = build_optimizer(
+            config.optim.name, groups, LEARNING_RATE, **optimizer_settings(config.optim)
+        )
         calm = replace(config, on_nonfinite="skip", nonfinite_limit=100)
         return make_engine(calm, model, optimizer, method, None, Comm(device=self.device))
 

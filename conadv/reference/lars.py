@@ -1,4 +1,4 @@
-"""LARS written down line by line: slow, obvious, and what the tests hold :class:`conadv.optim.LARS` against.
+"""LARS written down line by line: slow, obvious, and what the tests hold :class:`conadv.LARS` against.
 
 Symbols: w weights, g gradient, v momentum buffer, gamma learning rate, m momentum, beta weight decay, eta trust
 coefficient, r trust ratio (arXiv 1708.03888, Algorithm 1; there r is called lambda and stands inside v, as in "tf").

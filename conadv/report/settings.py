@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from conadv.config.schema import OPTIMIZER_DEFAULTS, ProbeConfig, flatten
+from conadv.config.schema import ProbeConfig, flatten
 from conadv.methods import METHODS
+from conadv.optim import OPTIMIZERS
 
 Settings = dict[str, Any]
 
@@ -135,7 +136,8 @@ def _is_choice(name: str, arms: Sequence[Settings]) -> bool:
 def _label(settings: Settings, names: Sequence[str], arms: Sequence[Settings]) -> str:
     parts = [part(name, settings[name]) for name in names if settings.get(name) is not None]
     if "optim.name" in names:
-        defaults = OPTIMIZER_DEFAULTS.get(str(settings.get("optim.name")), {})
+        row = OPTIMIZERS.get(str(settings.get("optim.name")))
+        defaults = row.defaults if row else {}
         implied = {part(f"optim.{name}", value) for name, value in defaults.items()}
         parts = [text for text in parts if text not in implied]
     return ", ".join([method_name(settings), *parts])

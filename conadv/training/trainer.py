@@ -23,6 +23,7 @@ from conadv.config.schema import (
     accumulation,
     differences,
     micro_batch,
+    optimizer_settings,
     parse,
     replace,
     resolve,
@@ -44,7 +45,8 @@ from conadv.models.trial import NO_BATCH_NORM, looks
 from conadv.nn.ema import EMA, evaluated_state
 from conadv.nn.precise_bn import recalibrate
 from conadv.nn.split_batchnorm import CLEAN, has_batchnorm, routes_of, split_batchnorm
-from conadv.optim import MODEL_RULES, build_optimizer, describe, parameter_groups
+from conadv.optim.groups import MODEL_RULES, describe, parameter_groups
+from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training import checkpoint, record
 from conadv.training.evaluate import Result, evaluate, stop_if_diverged
@@ -390,7 +392,9 @@ def build(
         groups = parameter_groups(
             model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
         )
-        optimizer = build_optimizer(config.optim, groups, schedule(0))
+        optimizer = build_optimizer(
+            config.optim.name, groups, schedule(0), **optimizer_settings(config.optim)
+        )
         _check_precise_bn(config, model)
         ema = None if config.ema.decay is None or teams.attacking else EMA(model, config.ema.decay)
     engine = make_engine(
