@@ -13,7 +13,6 @@ __version__ = "0.2.0.dev0"
 
 _WHERE = {
     "FGSM": "attacks",
-    "AttackPlan": "attacks",
     "PGD": "attacks",
     "PixelSpace": "attacks",
     "RandomSigns": "attacks",
@@ -55,7 +54,6 @@ __all__ = ["__version__", *_WHERE]
 if TYPE_CHECKING:
     from conadv.attacks import FGSM as FGSM
     from conadv.attacks import PGD as PGD
-    from conadv.attacks import AttackPlan as AttackPlan
     from conadv.attacks import PixelSpace as PixelSpace
     from conadv.attacks import RandomSigns as RandomSigns
     from conadv.data import WindowedLoader as WindowedLoader

@@ -65,14 +65,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "attack.route has no effect with method 'noise'",
     ),
     "plan of recycle": (
-        {"method": "recycle", "attack__every": 2},
-        "attack.every has no effect with method 'recycle'",
+        {"method": "recycle", "attack__share": 0.5},
+        "attack.share has no effect with method 'recycle'",
     ),
     "clean twice": (
         {"method": "disadv", "attack__route": "clean", "adv_route": "clean"},
         "goes there anyway",
     ),
-    "no image": ({"method": "disadv", "attack__share": 1e-4}, "is no image"),
+    "no image": ({"method": "disadv", "attack__share": 1e-4}, "zero images"),
     "adv weight": ({"adv_weight": 2.0}, "adv_weight has no effect"),
     "aug weight": ({"aug_weight": 2.0}, "data.aug_view"),
     "recycle pgd": ({"method": "recycle", "attack__num_steps": 3}, "one gradient"),

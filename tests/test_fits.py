@@ -258,7 +258,7 @@ def test_a_look_ahead_an_average_and_a_probe_are_those_of_this_run(
 ) -> None:
     # Red when: LookAhead, EMA or Probe load what they are given without a comparison (-10: a division by zero).
     probe = {"probe__every_epochs": 0.1, "probe__staleness": (1,), "probe__images": 4}
-    run = runs("sgd", lookahead=True, predictor="last-update", ema__decay=0.9, **probe)
+    run = runs("sgd", lookahead=True, optim__momentum=0.0, ema__decay=0.9, **probe)
     with pytest.raises(ConadvError, match=r"does not fit the run's config"):
         resumed(run, tmp_path, EXTRAS[name])
 

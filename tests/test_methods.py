@@ -50,7 +50,6 @@ SEED = 3
 CASES: dict[str, Callable[[], Method]] = {
     "vanilla": Vanilla,
     "sam": lambda: SAM(0.1),
-    "sam-every-2": lambda: SAM(0.1, every=2),
     "multiview": MultiView,
     "noise": lambda: Noise(RandomSigns(EPS, SPACE)),
     "disadv": lambda: Sequential(ATTACK),
@@ -59,7 +58,7 @@ CASES: dict[str, Callable[[], Method]] = {
     "conadv-lookahead": lambda: Concurrent(ATTACK, 2, lookahead=True),
     "recycle": lambda: Recycle(FGSM(EPS, space=SPACE)),
 }
-CLEAN_ONLY = ("vanilla", "sam", "sam-every-2")
+CLEAN_ONLY = ("vanilla", "sam")
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -555,9 +555,9 @@ def test_a_preview_fits_a_small_screen(tmp_path: Path) -> None:
     from rich.console import Console
 
     with (tmp_path / "screen").open("w", encoding="utf-8") as file:
-        show(look(config(attack__until=0.5), tmp_path / "run"), Console(file=file, width=80))
+        show(look(config(), tmp_path / "run"), Console(file=file, width=80))
     lines = (tmp_path / "screen").read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 80
-    assert any("eps of the attack" in line for line in lines)
+    assert any("learning rate" in line for line in lines)
     assert "of it images that wait" in " ".join(" ".join(lines).split())
     assert json.dumps(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,164 +10,30 @@ import torch
 import yaml
 
 from conadv import (
-    FGSM,
-    LAMB,
-    LARS,
     Batch,
     ConadvError,
-    Concurrent,
-    Vanilla,
     frozen_stats,
     route,
-    windows,
 )
 from conadv.analysis.staleness import draw, table, text, to_png
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.schema import Config, override, replace, resolve
+from conadv.config.schema import Config, replace, resolve
 from conadv.data import build_data
-from conadv.engine.lookahead import CONSTANT, LookAhead
-from conadv.reference.conadv import coast
-from conadv.reference.lars import lars_step
-from conadv.report.settings import effective, labels
+from conadv.engine.lookahead import LookAhead
 from conadv.training.checkpoint import load, load_newest
 from conadv.training.probe import Probe, mean_cosine
 from conadv.training.record import read_lines
 from conadv.training.trainer import build, train
 
-from .helpers import no_norm_net, parameters, same, state
-from .test_methods import EPS, FALLBACKS, OPTIMIZERS, SPACE, as_batch, make, run
+from .helpers import no_norm_net, parameters
 from .test_trainer import config, weights
 
 CPU = torch.device("cpu")
-PREDICTORS = (
-    "momentum",
-    "momentum-constant-lr",
-    "last-update",
-    "momentum-gradient",
-    "momentum-gradient-constant-lr",
-)
-DECAYED = {
-    **OPTIMIZERS,
-    **FALLBACKS,
-    "lars-decay": lambda m: LARS(m.parameters(), 5.0, weight_decay=0.01),
-    "lamb-decay": lambda m: LAMB(m.parameters(), 0.01, weight_decay=0.1),
-}
-
-
-def method(tau: int, predictor: str) -> Concurrent:
-    return Concurrent(FGSM(EPS, space=SPACE), tau, lookahead=True, predictor=predictor)
+PREDICTORS = ("momentum", "last-update")
 
 
 # ---- predictors
-
-
-@pytest.mark.parametrize("name", DECAYED)
-def test_momentum_gradient_is_what_the_optimizer_does_with_the_last_gradient(name: str) -> None:
-    # Red when: the gradient is that of the step before; it is not given anew (Nesterov); weight decay is left out.
-    model = no_norm_net()
-    engine = make(method(3, "momentum-gradient"), model, DECAYED[name])
-    seen: dict[str, torch.Tensor] = {}
-    engine.optimizer.register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    )
-    run(engine, 4, dtype=torch.float64)
-    before = parameters(model)
-    want = dict(coast(model, engine.optimizer, 3, seen).named_parameters())
-    got = engine.predicted_weights(3)
-    for key, value in got.items():
-        assert torch.allclose(value, want[key], rtol=1e-12, atol=1e-14), key
-        assert not torch.equal(value, before[key])
-    assert same(parameters(model), before)
-
-
-@pytest.mark.parametrize("variant", ["tf", "timm"])
-def test_momentum_gradient_by_the_reference_of_lars(variant: str) -> None:
-    # Red when: the ratio is taken once, at theta_t; the schedule's learning rates are shifted by one.
-    model = no_norm_net()
-    rate = {"tf": 1.0, "timm": 2.0}[variant]
-    lars = {
-        "momentum": 0.9,
-        "weight_decay": 0.01,
-        "trust_coefficient": 0.1,
-        "eps": 0.0,
-        "variant": variant,
-    }
-    engine = make(
-        method(2, "momentum-gradient"),
-        model,
-        lambda m: LARS(m.parameters(), 1.0, **lars),
-        lr_at=lambda t: rate * (t + 1),
-    )
-    gradients: list[torch.Tensor] = []
-    engine.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append(model[0].weight.grad.clone())
-    )
-    run(engine, 3, dtype=torch.float64)
-    p = model[0].weight
-    w, v = [p.detach()], [engine.optimizer.state[p]["momentum_buffer"]]
-    for t in (3, 4):
-        w, v = lars_step(w, [gradients[-1]], v, lr=rate * (t + 1), **lars)
-    assert torch.allclose(engine.predicted_weights(2)["0.weight"], w[0], rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["sgd", "lamb"])
-def test_constant_lr_takes_the_present_learning_rate_for_all_steps(name: str) -> None:
-    # Red when: the suffix has no effect; the learning rate is that of the step before.
-    engine = make(
-        Vanilla(), no_norm_net(), OPTIMIZERS[name], lr_at=(schedule := lambda t: 0.01 * (t + 1))
-    )
-    model, optimizer = engine.model, engine.optimizer
-    seen: dict[str, torch.Tensor] = {}
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    )
-    kinds = ("momentum", "momentum-gradient")
-    aware, constant = (
-        {k: LookAhead(model, optimizer, schedule, k + end) for k in kinds} for end in ("", CONSTANT)
-    )
-    run(engine, 4, dtype=torch.float64)
-    for group in optimizer.param_groups:
-        group["lr"] = schedule(4)
-    for kind in kinds:
-        want = dict(
-            coast(model, optimizer, 2, seen if "gradient" in kind else None).named_parameters()
-        )
-        for key, got in constant[kind].predict(4, 2).items():
-            assert torch.allclose(got, want[key], rtol=1e-9, atol=1e-12)
-        assert not same(aware[kind].predict(4, 2), constant[kind].predict(4, 2))
-        assert same(aware[kind].predict(4, 1), constant[kind].predict(4, 1))
-
-
-def test_last_update_by_name_repeats_it_for_optimizers_with_momentum() -> None:
-    # Red when: the closed form is taken for last-update.
-    model = no_norm_net()
-    engine = make(method(2, "last-update"), model, OPTIMIZERS["lars"])
-    pairs = windows([as_batch(t, dtype=torch.float64) for t in range(6)], 2)
-    for _ in range(3):
-        engine(*next(pairs))
-    before = parameters(model)
-    engine(*next(pairs))
-    now = parameters(model)
-    for key, got in engine.predicted_weights(2).items():
-        assert torch.allclose(got, now[key] + 2 * (now[key] - before[key]), atol=1e-12), key
-
-
-@pytest.mark.parametrize("predictor", PREDICTORS)
-def test_predictors_resume_bitwise(predictor: str) -> None:
-    # Red when: state_dict leaves out the last gradient, or the remembered weights.
-    whole, half, rest = (make(method(2, predictor)) for _ in range(3))
-    pairs = list(windows([as_batch(t) for t in range(6)], 2))
-    for batch, future in pairs:
-        whole(batch, future)
-    for batch, future in pairs[:3]:
-        half(batch, future)
-    saved = copy.deepcopy((half.model.state_dict(), half.optimizer.state_dict(), half.state_dict()))
-    for part, values in zip((rest.model, rest.optimizer, rest), saved, strict=True):
-        part.load_state_dict(values)
-    for batch, future in pairs[3:]:
-        rest(batch, future)
-    assert same(state(rest.model), state(whole.model))
 
 
 def test_predictions_that_are_kept_apart_can_be_repeated() -> None:
@@ -184,22 +49,9 @@ def test_predictions_that_are_kept_apart_can_be_repeated() -> None:
         assert torch.allclose(got, before["0.weight"] + 1 + tau)
 
 
-def test_before_the_first_update_nothing_is_predicted() -> None:
-    # Red when: a missing gradient or state is an error at step 0.
-    for predictor in PREDICTORS:
-        engine = make(method(1, predictor))
-        assert same(dict(engine.predicted_weights(1)), parameters(engine.model))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "conadv", "predictor": "last-update"}, "no effect without look-ahead"),
-        ({"method": "disadv", "predictor": "last-update"}, "predictor has no effect"),
-        (
-            {"method": "conadv", "lookahead": True, "predictor": "momentum-constant-lr"},
-            "learning rate inside",
-        ),
         ({"probe__images": 64}, "no effect without probe.every_epochs"),
         ({"probe__every_epochs": 1, "probe__staleness": (1, 1)}, "names one twice"),
     ],
@@ -207,31 +59,6 @@ def test_before_the_first_update_nothing_is_predicted() -> None:
 def test_settings_without_effect_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConadvError, match=message):
         resolve(config(**changes))
-
-
-def test_the_predictor_reaches_the_method() -> None:
-    # Red when: from_config leaves it out.
-    settings = resolve(config(method="conadv", lookahead=True, predictor="momentum-gradient"))
-    assert build(settings, CPU).method.predictor == "momentum-gradient"
-    with pytest.raises(ConadvError, match="Did you mean 'momentum'"):
-        make(Concurrent(FGSM(EPS, space=SPACE), 1, True, "momentun"))
-
-
-def test_a_predictor_goes_with_its_lookahead() -> None:
-    # Red when: a saved config's predictor stays when look-ahead is switched off, or an arm is not named after its own.
-    base = resolve(config(method="conadv", lookahead=True, predictor="last-update"))
-    off = override(base, replace(base, lookahead=False), {"lookahead"})
-    assert resolve(off).predictor == "momentum"
-    arms = [
-        effective(x.model_dump())
-        for x in (off, base, replace(base, predictor="momentum"), config())
-    ]
-    assert labels(arms) == [
-        "conadv tau=1",
-        "conadv tau=1 + look-ahead (last-update)",
-        "conadv tau=1 + look-ahead",
-        "vanilla",
-    ]
 
 
 # ---- the probe
@@ -259,7 +86,7 @@ def kept(out: Path, *kinds: str) -> list[dict[str, Any]]:
     [
         {},
         {"method": "disadv", "optim__name": "sgd", "optim__lr": 0.05},
-        {"method": "conadv", "staleness": 2, "lookahead": True, "predictor": "momentum-gradient"},
+        {"method": "conadv", "staleness": 2, "lookahead": True},
         {"method": "recycle", "optim__name": "lamb", "optim__lr": 0.01},
     ],
     ids=lambda changes: changes.get("method", "vanilla"),
@@ -321,10 +148,6 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
         guess = made_at + tau * (made_at - before)
         want = (guess - flat[3]).norm() / (flat[3] - made_at).norm()
         assert by[4, tau, "last-update"]["relative_error"] == pytest.approx(want.item(), rel=1e-4)
-    assert by[4, 1, "momentum"] == {
-        **by[4, 1, "momentum-constant-lr"],
-        "predictor": "momentum",
-    }  # LARS tf
 
 
 def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,7 +284,7 @@ def test_the_command_prints_the_table_and_draws_it(
     train(probed(method="disadv"), tmp_path / "a")
     assert main(["staleness", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
-    assert "momentum-gradient" in shown
+    assert "last-update" in shown
     assert (tmp_path / "a" / "staleness.png").read_bytes()[:4] == b"\x89PNG"
     figure = draw(table(read_lines(tmp_path / "a" / "record.jsonl")), "title")
     names = {found.get_label() for found in figure.axes[0].get_lines()}
@@ -487,8 +310,8 @@ def test_every_arm_of_the_study_is_a_run() -> None:
         settings = resolve(
             replace(base, **{key.replace(".", "__"): value for key, value in given.items()})
         )
-        arms[name] = (settings.method, settings.staleness, settings.lookahead, settings.predictor)
+        arms[name] = (settings.method, settings.staleness, settings.lookahead)
         assert (settings.data.validation_images, settings.probe.every_epochs) == (150, 4)
-    assert len(set(arms.values())) == len(arms) == 19
+    assert len(set(arms.values())) == len(arms) == 11
     assert {spec["baseline"], spec["tune"]["tune_on"], *spec["controls"]} <= arms.keys()
     assert build_data(settings).train_size == batch

@@ -71,7 +71,7 @@ def config(**changes: Any) -> Config:
 
 METHODS = {
     "vanilla": {},
-    "sam-aug": {"method": "sam", "sam_every": 2, "data__aug_view": "basic"},
+    "sam-aug": {"method": "sam", "data__aug_view": "basic"},
     "multiview": {"method": "multiview", "data__augment": "basic"},
     "noise": {"method": "noise"},
     "disadv": {"method": "disadv"},
@@ -79,9 +79,6 @@ METHODS = {
     "conadv-plan": {
         "method": "conadv",
         "attack__share": 0.25,
-        "attack__every": 2,
-        "attack__eps_schedule": "lr",
-        "attack__until": 0.9,
         "attack__random_start": 0.5,
         "attack__targeted": True,
         "attack__statistics": "running",

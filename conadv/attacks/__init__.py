@@ -3,7 +3,6 @@
 from conadv.attacks.fgsm import FGSM
 from conadv.attacks.noise import RandomSigns
 from conadv.attacks.pgd import PGD
-from conadv.attacks.plan import AttackPlan
 from conadv.attacks.space import PixelSpace
 
-__all__ = ["FGSM", "PGD", "AttackPlan", "PixelSpace", "RandomSigns"]
+__all__ = ["FGSM", "PGD", "PixelSpace", "RandomSigns"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conadv.attacks.coarse import check_resolution
 from conadv.attacks.pgd import PGD
 from conadv.attacks.space import Norm, PixelSpace, check_eps
 from conadv.types import Forward
@@ -26,19 +25,15 @@ class FGSM:
     norm: Norm = "linf"
     targeted: bool = False
     space: PixelSpace = field(default=PixelSpace())
-    resolution: float = 1.0
 
     def __post_init__(self) -> None:
         check_eps("eps", self.eps, self.norm)
-        check_resolution(self.resolution)
 
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Adversarial images like ``x_NCHW``."""
-        attack = PGD(
-            self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space, self.resolution
-        )
+        attack = PGD(self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space)
         return attack(forward, x_NCHW, y_N, generator)
 
     def from_gradient(self, x_NCHW: Tensor, gradient: Tensor) -> Tensor:

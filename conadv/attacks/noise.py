@@ -7,25 +7,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conadv.attacks.coarse import check_resolution, grow, shrink
 from conadv.attacks.space import PixelSpace, check_eps
 from conadv.types import Forward
 
 
 @dataclass(frozen=True)
 class RandomSigns:
-    """x + eps * s with s = -1 or +1 at random for every value, clipped to valid pixels. ``forward`` is not called.
-
-    ``resolution``: one sign per block of pixels, as an attack at that resolution has.
-    """
+    """x + eps * s with s = -1 or +1 at random for every value, clipped to valid pixels. ``forward`` is not called."""
 
     eps: float
     space: PixelSpace = field(default=PixelSpace())
-    resolution: float = 1.0
 
     def __post_init__(self) -> None:
         check_eps("eps", self.eps, "linf")
-        check_resolution(self.resolution)
 
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
@@ -34,9 +28,7 @@ class RandomSigns:
         x = x_NCHW.detach()
         if x.device.type == "cpu":
             self.space.check(x)
-        shape = shrink(x.to("meta"), self.resolution).shape
-        coins = torch.randint(0, 2, shape, generator=generator, device=x.device, dtype=torch.int8)
+        coins = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
         signs = coins.to(x.dtype).mul_(2).sub_(1)
-        return self.space.project(
-            self.space.ascend(x, grow(signs, x), self.eps, "linf"), x, self.eps, "linf"
-        )
+        moved = self.space.ascend(x, signs, self.eps, "linf")
+        return self.space.project(moved, x, self.eps, "linf")

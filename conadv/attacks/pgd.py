@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conadv.attacks.coarse import check_resolution, grow, shrink
 from conadv.attacks.space import Norm, PixelSpace, check_eps
 from conadv.attacks.targets import ascent_loss, random_other_class
 from conadv.errors import ConadvError
@@ -21,9 +20,7 @@ class PGD:
     ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps / num_steps for more).
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``: probability, for
     each image, of starting from a random point of the ball instead of the image itself. ``space``: the model's
-    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values. ``resolution``: gradients
-    are those at images of so many times the height and width (mean over areas), each value repeated over its block of
-    pixels; the network must take such images, and batch norm has statistics of its own in that pass.
+    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values.
 
     Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of range.
     Reduces to: FGSM for num_steps = 1 and random_start = 0; the identity for eps = 0.
@@ -38,7 +35,6 @@ class PGD:
     targeted: bool = False
     random_start: float = 0.0
     space: PixelSpace = field(default=PixelSpace())
-    resolution: float = 1.0
 
     def __post_init__(self) -> None:
         check_eps("eps", self.eps, self.norm)
@@ -48,7 +44,6 @@ class PGD:
         check_eps("step_size", self.step_size, self.norm)  # type: ignore[arg-type]
         if self.num_steps < 1:
             raise ConadvError(f"num_steps = {self.num_steps} must be 1 or more.")
-        check_resolution(self.resolution)
         if not 0 <= self.random_start <= 1:
             raise ConadvError(f"random_start = {self.random_start} is a probability in [0, 1].")
 
@@ -65,9 +60,9 @@ class PGD:
         target_N = None
         x = self._start(origin, generator)
         for _ in range(self.num_steps):
-            seen = shrink(x, self.resolution).requires_grad_()
+            x.requires_grad_()
             with torch.enable_grad():
-                logits_NK = forward(seen)
+                logits_NK = forward(x)
                 if self.targeted and target_N is None:
                     target_N = random_other_class(y_N, logits_NK.shape[1], generator)
                 loss = (
@@ -75,9 +70,9 @@ class PGD:
                     if target_N is None
                     else ascent_loss(logits_NK, target_N, -1)
                 )
-                (gradient,) = torch.autograd.grad(loss, seen)
+                (gradient,) = torch.autograd.grad(loss, x)
             with torch.no_grad():
-                x = self.space.ascend(x.detach(), grow(gradient, x), self.step_size, self.norm)
+                x = self.space.ascend(x.detach(), gradient, self.step_size, self.norm)
                 x = self.space.project(x, origin, self.eps, self.norm)
         return x
 

@@ -446,7 +446,6 @@ def _slug(config: Config) -> str:
     method = config.method
     if method == "conadv":
         method += f"-tau{config.staleness}" + ("-lookahead" if config.lookahead else "")
-        method += "" if config.predictor == "momentum" else f"-{config.predictor}"
     return f"{method}-{config.optim.name}-batch{config.global_batch_size}"
 
 

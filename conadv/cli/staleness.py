@@ -68,7 +68,7 @@ def _title(run: RunDir, lines: list[dict[str, Any]]) -> str:
     """What was probed, e.g. "conadv tau=1, lars lr 3, batch 898, eps 0.2, 256 images"."""
     config = run.open()
     name = config.method + (f" tau={config.staleness}" if config.staleness else "")
-    name += f" + look-ahead ({config.predictor})" if config.lookahead else ""
+    name += " + look-ahead" if config.lookahead else ""
     probe = lines[0]
     return (
         f"{name}, {config.optim.name} lr {config.optim.lr:g}, batch {config.global_batch_size:,}, "

@@ -29,13 +29,7 @@ else:
     MethodName = Literal[tuple(METHODS)]
 OptimizerName = Literal["lars", "lamb", "sgd", "adamw"]
 AugmentName = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
-PredictorName = Literal[
-    "momentum",
-    "momentum-constant-lr",
-    "last-update",
-    "momentum-gradient",
-    "momentum-gradient-constant-lr",
-]
+PredictorName = Literal["momentum", "last-update"]
 """How look-ahead predicts weights, see conadv.engine.lookahead."""
 SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder", "huggingface"]
 
@@ -213,14 +207,6 @@ class AttackConfig(Section):
     """Probability that an image starts from a random point of the eps ball."""
     share: float = Field(1.0, gt=0, le=1)
     """Share of every micro-batch that gets an adversarial copy; its view weighs as much less."""
-    every: Count = Field(1, ge=1)
-    """Adversarial images in every k-th step only."""
-    resolution: float = Field(1.0, gt=0, le=1)
-    """Take the gradient at images of so many times the height and width, and repeat it over blocks of pixels."""
-    eps_schedule: Literal["constant", "lr", "ramp"] = "constant"
-    """eps over training: constant, in proportion to the learning rate, or rising from 0 in a line."""
-    until: float = Field(1.0, gt=0, le=1)
-    """Share of the training after which there are no adversarial images."""
     route: Literal["adv", "clean"] = "adv"
     """Batch-norm route of the attack's gradient."""
     statistics: Literal["batch", "running"] = "batch"
@@ -276,7 +262,7 @@ class ProbeConfig(Section):
     """The values of tau that are measured."""
     images: Count = Field(256, ge=1)
     """How many training images are used, always the same ones."""
-    predictors: tuple[PredictorName, ...] = ("momentum", "last-update", "momentum-gradient")
+    predictors: tuple[PredictorName, ...] = ("momentum", "last-update")
     """The look-ahead predictors that are measured beside stale weights."""
 
 
@@ -290,8 +276,6 @@ class Config(Section):
     """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only; default 1)."""
     lookahead: bool = False
     """Attack at predicted weights instead of stale ones (conadv only)."""
-    predictor: PredictorName = "momentum"
-    """How look-ahead predicts them (needs lookahead)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     adv_weight: float | None = Field(None, gt=0, le=LARGEST)
@@ -300,8 +284,6 @@ class Config(Section):
     """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route."""
     sam_rho: float | None = Field(None, gt=0, le=LARGEST)
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
-    sam_every: Count | None = Field(None, ge=1)
-    """SAM's two gradients in every k-th step, one in the others (sam only; default 1)."""
     aug_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the aug view's loss (default 1)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -334,9 +316,6 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     probe: ProbeConfig = ProbeConfig()
-
-
-_LR_INSIDE = (None, "tf", "no-wd-ratio")  # None: the default, tf
 
 
 def replace(section: Any, **changes: Any) -> Any:
@@ -425,8 +404,8 @@ def _without_effect(name: str, owner: str, value: object) -> ConadvError:
 
 
 _METHOD_FIELDS = (  # unset: the default
-    *("staleness", "lookahead", "predictor", "pending_dtype", "adv_weight", "adv_route"),
-    *("sam_rho", "sam_every"),
+    *("staleness", "lookahead", "pending_dtype", "adv_weight", "adv_route"),
+    "sam_rho",
 )
 
 
@@ -445,7 +424,6 @@ def _check_method(config: Config) -> None:
         raise ConadvError(
             "lookahead has no effect with staleness 0: the weights are current. Use staleness 1 or more."
         )
-    _check_predictor(config)
     attack = config.attack
     _check_attack_plan(config)
     plain = attack.num_steps == 1 and not attack.targeted and not attack.random_start
@@ -453,25 +431,6 @@ def _check_method(config: Config) -> None:
         raise ConadvError(
             "recycle reuses one gradient that is computed anyway: attack.num_steps must be 1, attack.step_size eps, "
             "attack.targeted false and attack.random_start 0. Use method disadv or conadv for other attacks."
-        )
-
-
-def _check_predictor(config: Config) -> None:
-    if config.predictor == "momentum":
-        return
-    if not config.lookahead:
-        raise ConadvError(
-            f"predictor {config.predictor} has no effect without look-ahead. Give lookahead as well."
-        )
-    optim = config.optim
-    if (
-        config.predictor == "momentum-constant-lr"
-        and optim.name == "lars"
-        and optim.variant in _LR_INSIDE
-    ):
-        raise ConadvError(
-            "predictor momentum-constant-lr is predictor momentum with this LARS, which has the learning rate inside "
-            "its momentum buffer. Use momentum, or optim.variant timm or larc."
         )
 
 
@@ -491,7 +450,7 @@ def _check_probe(probe: ProbeConfig) -> None:
             raise ConadvError(f"probe.{name} {list(values)} names one twice.")
 
 
-_PLAN_FIELDS = ("share", "every", "resolution", "eps_schedule", "until", "route", "statistics")
+_PLAN_FIELDS = ("share", "route", "statistics")
 
 
 def _check_attack_plan(config: Config) -> None:
@@ -508,7 +467,7 @@ def _check_attack_plan(config: Config) -> None:
     micro = config.global_batch_size if config.micro_batch_size == "auto" else micro_batch(config)
     if not round(attack.share * micro):
         raise ConadvError(
-            f"attack.share {attack.share:g} of a micro-batch of {micro} is no image: choose a larger one."
+            f"attack.share {attack.share:g} of a micro-batch of {micro} rounds to zero images; increase either."
         )
 
 
@@ -591,7 +550,6 @@ def _method_defaults(config: Config) -> dict[str, Any]:
         "pending_dtype": "float32",
         "adv_weight": 1.0,
         "sam_rho": 0.05,
-        "sam_every": 1,
     }
     used = METHODS[config.method].settings & defaults.keys()
     changes: dict[str, Any] = {
@@ -638,8 +596,6 @@ def override(base: Config, edited: Config, given: Collection[str]) -> Config:
     if edited.method != base.method:
         edited = _back_to_default(edited, _METHOD_FIELDS, given)
         edited = _back_to_default(edited, [f"attack.{name}" for name in _PLAN_FIELDS], given)
-    if not edited.lookahead:
-        edited = _back_to_default(edited, ["predictor"], given)
     if edited.optim.name != base.optim.name:
         if "optim.lr" not in given:
             raise ConadvError(
@@ -688,8 +644,38 @@ def load_yaml(path: Path) -> Config:
     return parse(values, str(path))
 
 
+_REMOVED = {
+    "predictor": "momentum",
+    "sam_every": (None, 1),
+    "attack.every": 1,
+    "attack.resolution": 1.0,
+    "attack.eps_schedule": "constant",
+    "attack.until": 1.0,
+}
+"""Settings of version 0.1 that are gone, with the values at which they had no effect."""
+
+
+def _without_removed(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a run of version 0.1 without those that are gone. ConadvError where one had an effect."""
+    values = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    for name, harmless in _REMOVED.items():
+        head, _, rest = name.rpartition(".")
+        section = values.get(head) if head else values
+        if isinstance(section, dict) and rest in section:
+            value = section.pop(rest)
+            if value not in (harmless if isinstance(harmless, tuple) else (harmless,)):
+                raise ConadvError(
+                    f"{where}: {name} = {printable(value)[:80]} is no longer there. Version 0.1 has it."
+                )
+    probe = values.get("probe")
+    if isinstance(probe, dict) and probe.get("every_epochs", 0) is None:
+        probe.pop("predictors", None)  # without effect, and 0.1's default names one that is gone
+    return values
+
+
 def parse(values: dict[str, Any], where: str) -> Config:
     """A Config from plain values, with errors that a user can act on."""
+    values = _without_removed(values, where)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

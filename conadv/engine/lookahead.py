@@ -1,47 +1,37 @@
 """Look-ahead: the weights that the next updates will reach, predicted from what is known before step t's gradient is.
 
-An attack at a prediction waits for nothing. The predictors, by name:
-
-**momentum**: the coming gradients are taken to be zero, so what is left is the part of the next tau updates that
-momentum has already decided. With the learning rate inside the momentum buffer (LARS "tf"):
+An attack at a prediction waits for nothing. The coming gradients are taken to be zero, so what is left is the part of
+the next tau updates that momentum has already decided. With the learning rate inside the momentum buffer (LARS "tf"):
 
     v_{t+1} = mu v_t + u_t,   theta_{t+1} = theta_t - v_{t+1}
     theta_{t+tau} ~ theta_t - (mu + ... + mu^tau) v_t
 
 The same definition, "what the optimizer does with zero gradients and no weight decay", gives the closed forms below
 for SGD, LARS with the learning rate outside, Adam(W) and LAMB. Any other optimizer, SGD or LARS without momentum, and
-LARS "nus" (its ratio is outside the buffer) get **last-update**: the last update once more for every step,
-theta_t + tau (theta_t - theta_{t-1}).
+LARS "nus" (its ratio is outside the buffer) get the last update once more for every step,
+theta_t + tau (theta_t - theta_{t-1}); the staleness probe measures that for all of them ("last-update").
 
-**momentum-gradient**: the coming gradients are taken to be the last one seen, g_{t-1}. A copy of the optimizer makes
-tau real updates with it, weight decay and trust ratio at the predicted weights included. No closed form: each
-update's ratio depends on the weights of the one before.
-
-Learning rates of the coming steps are the schedule's; with "-constant-lr" behind momentum or momentum-gradient that of
-step t serves them all. That matters from tau = 2 on; for momentum with LARS "tf" and "no-wd-ratio" it never does, since
-the learning rate is in the buffer already.
+Learning rates of the coming steps are the schedule's.
 
 Our own addition to ConAdv; predicting stale weights by momentum goes back to SpecTrain (Chen et al., arXiv 1809.02839).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conadv.config.schema import PredictorName
-from conadv.engine.validate import check_keys, check_like, check_mapping
+from conadv.engine.validate import check_keys, check_like
 from conadv.errors import unknown
 from conadv.optim.lamb import LAMB
 from conadv.optim.lars import LARS, VARIANTS
 
 Group = dict[str, Any]
 Lrs = Sequence[float]
-CONSTANT = "-constant-lr"
+PREDICTORS = ("momentum", "last-update")
 _WHAT = "its look-ahead"
 Advance = Callable[[Tensor, Tensor, dict[str, Any], Group, Lrs], None]
 """(out, parameter, optimizer state of the parameter, its group, lr of each coming step): write the prediction."""
@@ -119,75 +109,16 @@ def _advance_for(optimizer: torch.optim.Optimizer) -> Advance | None:
     return next((form for kind, form in forms if plain and isinstance(optimizer, kind)), None)
 
 
-class _Rehearsal:
-    """A copy of the optimizer over copies of its parameters, which makes updates that the real one may make.
-
-    Owns, besides the parameters, a copy of the optimizer's state and the last gradient.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._real = optimizer
-        self._twin = copy.deepcopy(optimizer)  # without its hooks
-        self.gradients: dict[Tensor, Tensor] = {}  # by the real parameter
-        self._pairs = [
-            (p, q)
-            for group, twin in zip(optimizer.param_groups, self._twin.param_groups, strict=True)
-            for p, q in zip(group["params"], twin["params"], strict=True)
-        ]
-        optimizer.register_step_pre_hook(self._see)
-
-    def outs(self) -> dict[Tensor, Tensor]:
-        """Where the prediction of each real parameter will stand."""
-        return {p: q.detach() for p, q in self._pairs}
-
-    def _see(self, *_: Any) -> None:
-        """Copy the gradients that the optimizer is about to use: summed over ranks, clipped, whatever its loop does."""
-        for p, _ in self._pairs:
-            if p.grad is None:
-                self.gradients.pop(p, None)
-            elif p in self.gradients:
-                self.gradients[p].copy_(p.grad)
-            else:
-                self.gradients[p] = p.grad.detach().clone()
-
-    def run(self, lrs: Lrs | None, num_steps: int) -> None:
-        """``num_steps`` updates from the present weights; lrs None: by each group's own learning rate."""
-        for group, twin in zip(self._real.param_groups, self._twin.param_groups, strict=True):
-            twin.update({name: value for name, value in group.items() if name != "params"})
-        for p, q in self._pairs:
-            q.copy_(p)
-            self._copy_state(p, q)
-        for k in range(num_steps):
-            for p, q in self._pairs:  # anew each time: some optimizers write into their gradients
-                q.grad = self.gradients[p].clone() if p in self.gradients else None
-            if lrs is not None:
-                for group in self._twin.param_groups:
-                    group["lr"] = lrs[k]
-            self._twin.step()
-        for _, q in self._pairs:
-            q.grad = None
-
-    def _copy_state(self, p: Tensor, q: Tensor) -> None:
-        if p not in self._real.state:
-            self._twin.state.pop(q, None)
-            return
-        kept = self._twin.state[q]
-        for name, value in self._real.state[p].items():
-            if isinstance(value, Tensor) and isinstance(kept.get(name), Tensor):
-                kept[name].copy_(value)
-            else:
-                kept[name] = copy.deepcopy(value)
-
-
 class LookAhead:
     """Predicts the parameters of a model some updates ahead into a buffer of its own.
 
     ``lr_at``: the schedule, asked for the coming steps; None takes each group's present learning rate for all.
-    ``predictor``: see the module. ``keep``: a prediction leaves what the predictor remembers as it is, so that one may
-    follow another between two updates; "last-update" then needs a second copy of the parameters.
+    ``predictor``: "momentum", or "last-update" also where momentum has a closed form. ``keep``: a prediction leaves
+    the remembered weights as they are, so that one may follow another between two updates; repeating the last update
+    then needs a second copy of the parameters.
 
-    Raises ConadvError for an unknown predictor. Ranks: nothing is reduced; weights, optimizer state and summed
-    gradients are the same on all learners, so predictions are.
+    Raises ConadvError for an unknown predictor. Ranks: nothing is reduced; weights and optimizer state are the same on
+    all learners, so predictions are.
     """
 
     def __init__(
@@ -199,25 +130,17 @@ class LookAhead:
         *,
         keep: bool = False,
     ) -> None:
-        if predictor not in get_args(PredictorName):
-            raise unknown("predictor", predictor, get_args(PredictorName))
-        kind = predictor.removesuffix(CONSTANT)
+        if predictor not in PREDICTORS:
+            raise unknown("predictor", predictor, PREDICTORS)
         self._names: dict[Tensor, str] = {
             p: name for name, p in model.named_parameters() if p.requires_grad
         }
         self._optimizer = optimizer
         self._lr_at = lr_at
-        self._constant = predictor != kind
-        self._advance = _advance_for(optimizer) if kind == "momentum" else None
-        self._rehearsal = _Rehearsal(optimizer) if kind == "momentum-gradient" else None
-        outs = (
-            self._rehearsal.outs()
-            if self._rehearsal
-            else {p: p.detach().clone() for p in self._names}
-        )
-        self._weights = {name: outs[p] for p, name in self._names.items() if p in outs}
+        self._advance = _advance_for(optimizer) if predictor == "momentum" else None
+        self._weights = {name: p.detach().clone() for p, name in self._names.items()}
         self._previous: dict[str, Tensor] | None = None
-        if self._advance is None and self._rehearsal is None:
+        if self._advance is None:
             self._previous = (
                 {n: w.clone() for n, w in self._weights.items()} if keep else self._weights
             )
@@ -228,30 +151,24 @@ class LookAhead:
 
         The tensors are the buffer itself: valid until the next call or :meth:`remember`.
         """
-        lrs = self._coming(version, num_steps)
-        if self._rehearsal is not None:
-            self._rehearsal.run(lrs, num_steps)
-        elif self._previous is not None:
+        if self._previous is not None:
             for p, name in self._names.items():  # p + num_steps (p - previous p)
                 torch.lerp(self._previous[name], p, 1.0 + num_steps, out=self._weights[name])
         else:
-            self._by_momentum(lrs, num_steps)
+            self._by_momentum(version, num_steps)
         return self._weights
 
-    def _coming(self, version: int, num_steps: int) -> Lrs | None:
-        """The schedule's learning rate of each coming step; None without a schedule."""
-        if self._lr_at is None:
-            return None
-        return [self._lr_at(version if self._constant else version + k) for k in range(num_steps)]
-
-    def _by_momentum(self, lrs: Lrs | None, num_steps: int) -> None:
+    def _by_momentum(self, version: int, num_steps: int) -> None:
         assert self._advance is not None
         for group in self._optimizer.param_groups:
+            lrs = [
+                group["lr"] if self._lr_at is None else self._lr_at(version + k)
+                for k in range(num_steps)
+            ]
             for p in group["params"]:
                 if p in self._names:
                     state = self._optimizer.state.get(p, {})
-                    coming = [group["lr"]] * num_steps if lrs is None else lrs
-                    self._advance(self._weights[self._names[p]], p, state, group, coming)
+                    self._advance(self._weights[self._names[p]], p, state, group, lrs)
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -261,29 +178,11 @@ class LookAhead:
                 self._previous[name].copy_(p)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered, by parameter: the weights before the last update, or the last gradient.
-
-        Empty for the closed forms, which follow from the optimizer's state.
-        """
-        if self._rehearsal is not None:
-            return {
-                self._names[p]: g for p, g in self._rehearsal.gradients.items() if p in self._names
-            }
+        """The weights before the last update, by parameter; empty where the optimizer's state says all."""
         return dict(self._previous or {})
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        named = {name: p for p, name in self._names.items()}
-        if self._rehearsal is None or not set(check_mapping(state, _WHAT)) <= set(
-            named
-        ):  # some have no gradient yet
-            check_keys(state, self._previous or {}, _WHAT)
-        for name, value in state.items():
-            check_like(value, named[name], f"{name} of {_WHAT}")
-        if self._rehearsal is not None:
-            self._rehearsal.gradients = {
-                named[name]: value.clone() for name, value in state.items()
-            }
-        elif self._previous is not None:
-            for name, value in state.items():
-                self._previous[name].copy_(value)
+        previous = self._previous or {}
+        for name, value in check_keys(state, previous, _WHAT).items():
+            previous[name].copy_(check_like(value, previous[name], f"{name} of {_WHAT}"))

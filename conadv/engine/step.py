@@ -137,9 +137,7 @@ class TrainStep:
         self.executor = executor or Inline()
         self._lookahead: LookAhead | None = None
         if getattr(self.method, "lookahead", False) and not self.executor.attack_only:
-            self._lookahead = LookAhead(
-                model, optimizer, lr_at, getattr(self.method, "predictor", "momentum")
-            )
+            self._lookahead = LookAhead(model, optimizer, lr_at)
         self.comm = comm or _alone(self.device)
         self._reducer: GradientReducer | None = None
         self._loss_sum: Handle | None = None
@@ -194,7 +192,7 @@ class TrainStep:
         self._epoch = batch.epoch
         with self.clock.phase("gradient"):
             inputs, self._losses = self._gradient(batch, extra)
-        if radius := self.method.ascent_radius(self.version):
+        if radius := self.method.ascent_radius:
             self._gradient_uphill(batch, extra, radius)
         if self.method.needs_input_gradient:
             with self.clock.phase("attack"):
@@ -321,14 +319,15 @@ class TrainStep:
     def craft(
         self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
     ) -> ExtraBatch:
-        """Run ``attack`` on the clean view of every micro-batch at the present or given weights, by the method's plan.
+        """Run ``attack`` on the clean view of every micro-batch at the present or given weights.
 
         Running statistics are left alone; modes, ``requires_grad`` and ``.grad`` of the model are untouched, and so
-        are the global random generators. The plan says how many images, at which eps, on which route.
+        are the global random generators. The method says how many images, on which route.
         """
-        images, plan = [], self.method.plan
-        attack = plan.at(attack, batch.step)
-        labels = [self.labels(micro)[: plan.count(len(micro.y_N))] for micro in batch.micro]
+        images, method = [], self.method
+        labels = [
+            self.labels(micro)[: method.num_attacked(len(micro.y_N))] for micro in batch.micro
+        ]
         if not self._images_checked:
             self.space.check(self.images(batch.micro[0], "clean"))
             self._images_checked = True
@@ -338,8 +337,8 @@ class TrainStep:
                 batch.step,
                 micro.index,
                 weights=weights,
-                route=plan.route,
-                running=plan.statistics == "running",
+                route=method.attack_route,
+                running=method.attack_statistics == "running",
             ) as (forward, draws):
                 images.append(attack(forward, self.images(micro, "clean")[: len(y_N)], y_N, draws))
         return ExtraBatch(tuple(images), tuple(labels), self.version)
@@ -492,7 +491,7 @@ class TrainStep:
 
     def _check_cleared(self) -> None:
         why = "on several ranks" if self._reducer is not None else ""
-        why = "of sharpness-aware minimisation" if self.method.ascent_radius(self.version) else why
+        why = "of sharpness-aware minimisation" if self.method.ascent_radius else why
         if why and any(p.grad is not None for p in self.model.parameters()):
             raise ConadvError(
                 f"gradient() {why} starts from cleared gradients: what is there already would be counted twice. "

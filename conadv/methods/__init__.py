@@ -30,24 +30,14 @@ def _row(target: str, summary: str, *settings: str) -> Row:
 
 METHODS: dict[str, Row] = {
     "vanilla": _row("vanilla:Vanilla", "clean images only"),
-    "sam": _row(
-        "sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho", "sam_every"
-    ),
+    "sam": _row("sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho"),
     "multiview": _row(
         "controls:MultiView", "control: a second draw of the clean view", "adv_weight", "adv_route"
     ),
     "noise": _row(
         "controls:Noise",
         "control: random signs of size eps",
-        *(
-            "adv_weight",
-            "adv_route",
-            "attack.eps",
-            "attack.share",
-            "attack.every",
-            "attack.resolution",
-        ),
-        *("attack.eps_schedule", "attack.until"),
+        *("adv_weight", "adv_route", "attack.eps", "attack.share"),
     ),
     "disadv": _row(
         "sequential:Sequential",
@@ -63,7 +53,6 @@ METHODS: dict[str, Row] = {
             "attack",
             "staleness",
             "lookahead",
-            "predictor",
             "pending_dtype",
         ),
     ),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from conadv.attacks import FGSM, PGD, AttackPlan, PixelSpace
-from conadv.attacks.plan import EVERYTHING
+from conadv.attacks import FGSM, PGD, PixelSpace
+from conadv.errors import ConadvError
 from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
@@ -54,14 +54,19 @@ class Method:
         """
         return None
 
-    @property
-    def plan(self) -> AttackPlan:
-        """When and how strongly the method attacks; by default every image in every step."""
-        return EVERYTHING
+    # No annotations: these are the fields of AttackMethod, and constants of every other method.
+    share = 1.0
+    attack_route = "adv"
+    attack_statistics = "batch"
 
-    def for_run(self, plan: AttackPlan) -> Method:
-        """The method with the plan of a run, for methods that have one; itself otherwise."""
-        return self
+    def num_attacked(self, num_images: int) -> int:
+        """How many of ``num_images`` images get an extra copy: the first ones. ConadvError where that is none."""
+        count = round(self.share * num_images)
+        if not count:
+            raise ConadvError(
+                f"attack.share {self.share:g} of {num_images} images rounds to zero images; increase either."
+            )
+        return count
 
     def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:
         """The weights for that attack, seen from the present step; None for the present ones."""
@@ -71,19 +76,20 @@ class Method:
         """Input gradients per attacked image (for counting cost)."""
         return 0
 
-    def gradient_images(self, step: int, views: Collection[str], num_images: int) -> float:
-        """What ``step``, which trained on ``views``, cost in gradient images per clean image.
+    def gradient_images(self, views: Collection[str], num_images: int) -> float:
+        """What a step that trained on ``views`` cost in gradient images per clean image.
 
         A forward-backward of an image of any view counts 1, once more for SAM's second gradient; an input gradient
-        of resolution r counts r^2, by its pixels. ``num_images``: clean images of a micro-batch.
+        counts 1. ``num_images``: clean images of a micro-batch.
         """
-        passes = 2 if self.ascent_radius(step) else 1
-        share = self.plan.count(num_images) / num_images
-        attack = share * self.attack_gradients() if self.plan.active(step) else 0
+        passes = 2 if self.ascent_radius else 1
+        share = self.num_attacked(num_images) / num_images
+        attack = share * self.attack_gradients()
         return passes * sum(share if view == "adv" else 1 for view in views) + attack
 
-    def ascent_radius(self, step: int) -> float:
-        """rho of sharpness-aware minimisation in ``step``: how far uphill its gradient is taken; 0 for the weights."""
+    @property
+    def ascent_radius(self) -> float:
+        """rho of sharpness-aware minimisation: how far uphill the gradient is taken; 0 for the weights themselves."""
         return 0.0
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
@@ -103,17 +109,52 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Planned(Method):
-    """A method whose attack, or noise, follows a plan."""
+class SharedMethod(Method):
+    """A method whose extra images may be those of a part of every micro-batch.
 
-    attack_plan: AttackPlan = field(default=EVERYTHING, kw_only=True)
+    share: only the first images of every micro-batch, this share of them rounded, get an extra copy. An image's loss
+    counts the same in every view, so the weight of the extra view falls with its share.
+    Source: sharing out the mini-batch, Mei et al., "Fast AdvProp", arXiv 2204.09838.
+    """
+
+    _: KW_ONLY
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConadvError(f"attack.share = {self.share} must be above 0 and at most 1.")
+
+
+@dataclass(frozen=True)
+class AttackMethod(SharedMethod):
+    """A method that attacks the clean view.
+
+    attack_route: the batch-norm route of the attack's gradient. attack_statistics: whether that normalises by the
+    batch or by the running statistics; neither moves the running ones.
+    """
+
+    attack: Attack
+    _: KW_ONLY
+    attack_route: str = "adv"
+    attack_statistics: str = "batch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attack_route not in ("adv", "clean") or self.attack_statistics not in (
+            "batch",
+            "running",
+        ):
+            raise ConadvError(
+                f"attack_route {self.attack_route!r}, attack_statistics {self.attack_statistics!r}: the route is adv "
+                "or clean, the statistics are batch or running."
+            )
 
     @property
-    def plan(self) -> AttackPlan:
-        return self.attack_plan
+    def space(self) -> PixelSpace | None:
+        return getattr(self.attack, "space", None)
 
-    def for_run(self, plan: AttackPlan) -> Method:
-        return replace(self, attack_plan=plan)
+    def attack_gradients(self) -> float:
+        return float(getattr(self.attack, "num_steps", 1))
 
 
 def space_from_config(config: Config) -> PixelSpace:
@@ -125,17 +166,11 @@ def attack_from_config(config: Config) -> Attack:
     a, space = config.attack, space_from_config(config)
     step_size = a.eps if a.step_size is None else a.step_size
     if a.num_steps == 1 and not a.random_start and step_size == a.eps:
-        return FGSM(a.eps, a.norm, a.targeted, space, a.resolution)
-    return PGD(
-        a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space, a.resolution
-    )
+        return FGSM(a.eps, a.norm, a.targeted, space)
+    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space)
 
 
-def gradients_of(attack: Attack) -> float:
-    """Input gradients of an attack per image, by pixels."""
-    steps: float = getattr(attack, "num_steps", 1) * getattr(attack, "resolution", 1.0) ** 2
-    return steps
-
-
-def space_of(attack: Attack) -> PixelSpace | None:
-    return getattr(attack, "space", None)
+def attack_fields(config: Config) -> dict[str, Any]:
+    """The keyword arguments of an AttackMethod."""
+    a = config.attack
+    return {"share": a.share, "attack_route": a.route, "attack_statistics": a.statistics}

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conadv.attacks import PixelSpace
 from conadv.errors import ConadvError
-from conadv.methods.base import Planned, attack_from_config, gradients_of, space_of
+from conadv.methods.base import AttackMethod, attack_fields, attack_from_config
 from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
@@ -21,27 +20,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Concurrent(Planned):
+class Concurrent(AttackMethod):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_{t - tau}))], tau = ``staleness``.
 
     At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
-    attack uses a prediction of theta_{t + tau} instead, by ``predictor`` (see conadv.engine.lookahead). A batch that
+    attack uses a prediction of theta_{t + tau} instead (see conadv.engine.lookahead). A batch that
     nobody attacked in time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag
     says so.
 
     Reduces to: ``Sequential`` for staleness 0. Raises ConadvError for look-ahead with staleness 0.
-    In flight: up to tau batches of images, and with look-ahead one copy of the weights ("momentum-gradient": and
-    of the optimizer's state and the gradient).
+    In flight: up to tau batches of images, and with look-ahead one copy of the weights.
 
     Source: Liu et al., arXiv 2106.00221, algorithm 1. Look-ahead is our own addition.
     """
 
-    attack: Attack
     staleness: int = 1
     lookahead: bool = False
-    predictor: str = "momentum"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.staleness < 0:
             raise ConadvError(f"staleness = {self.staleness} must be 0 or more.")
         if self.lookahead and not self.staleness:
@@ -52,13 +49,6 @@ class Concurrent(Planned):
         return self.staleness
 
     @property
-    def space(self) -> PixelSpace | None:
-        return space_of(self.attack)
-
-    def attack_gradients(self) -> float:
-        return gradients_of(self.attack)
-
-    @property
     def future_attack(self) -> Attack | None:
         return self.attack if self.staleness else None
 
@@ -66,8 +56,6 @@ class Concurrent(Planned):
         return engine.predicted_weights(self.staleness) if self.lookahead else None
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
-        if not self.plan.active(batch.step):
-            return None
         waiting = engine.pending.pop(batch.step)
         if engine.pending.skips(batch.step):
             return None
@@ -79,7 +67,7 @@ class Concurrent(Planned):
         return waiting
 
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
-        if future is None or not self.staleness or not self.plan.active(future.step):
+        if future is None or not self.staleness:
             return
         engine.pending.put(
             future.step, engine.craft(self.attack, future, self.attack_weights(engine))
@@ -89,14 +77,17 @@ class Concurrent(Planned):
     def from_config(cls, config: Config) -> Concurrent:
         assert config.staleness is not None
         return cls(
-            attack_from_config(config), config.staleness, bool(config.lookahead), config.predictor
+            attack_from_config(config),
+            config.staleness,
+            bool(config.lookahead),
+            **attack_fields(config),
         )
 
 
 def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:
     """The images that wait must be those of the batch: a loop that changed its data in between is told."""
     labels = [
-        engine.labels(micro)[: engine.method.plan.count(len(micro.y_N))] for micro in batch.micro
+        engine.labels(micro)[: engine.method.num_attacked(len(micro.y_N))] for micro in batch.micro
     ]
     same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
     if not same:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from conadv.attacks import PixelSpace, RandomSigns
-from conadv.methods.base import Method, Planned, space_from_config
+from conadv.methods.base import Method, SharedMethod, space_from_config
 from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class MultiView(Method):
 
 
 @dataclass(frozen=True)
-class Noise(Planned):
+class Noise(SharedMethod):
     """The extra images are x + eps * random signs, clipped to valid pixels: an attack's size without its gradient."""
 
     noise: RandomSigns
@@ -39,13 +39,11 @@ class Noise(Planned):
         return self.noise.space
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
-        if not self.plan.active(batch.step):
-            return None
         extra = engine.craft(self.noise, batch)
         return ExtraBatch(extra.images, extra.labels, None)
 
     @classmethod
     def from_config(cls, config: Config) -> Noise:
         return cls(
-            RandomSigns(config.attack.eps, space_from_config(config), config.attack.resolution)
+            RandomSigns(config.attack.eps, space_from_config(config)), share=config.attack.share
         )

@@ -16,21 +16,19 @@ if TYPE_CHECKING:
 class SAM(Method):
     """The update of step t takes the gradient at theta_t + rho g / |g|, where g is the gradient at theta_t.
 
-    ``rho``: the length of the excursion, over all parameters together. ``every``: only in steps 0, k, 2k, ...; plain
-    gradients in between. Recorded losses are those at theta_t, the recorded norm is that of the gradient applied.
+    ``rho``: the length of the excursion, over all parameters together. Recorded losses are those at theta_t, the recorded norm is that of the gradient applied.
     Batch norm normalises both passes by the batch; running statistics move in the first pass only, since evaluation
     uses theta and not the weights uphill.
 
     Ranks: g is the gradient of the whole global batch, so N ranks compute what one does. The original takes each
     device's own (m-sharpness with m images per device), which depends on the number of devices.
-    In flight: one copy of the weights during the second pass. Costs two gradients in each such step.
+    In flight: one copy of the weights during the second pass. Costs two gradients in each step.
     Reduces to: ``Vanilla`` for rho = 0 (which is refused). Raises ConadvError for values out of range.
 
     Source: Foret et al., "Sharpness-Aware Minimization", arXiv 2010.01412, equation 2 and algorithm 1.
     """
 
     rho: float = 0.05
-    every: int = 1
     route: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
@@ -38,14 +36,12 @@ class SAM(Method):
             raise ConadvError(
                 f"sam_rho = {self.rho} must be above 0. Use the method vanilla for plain gradients."
             )
-        if self.every < 1:
-            raise ConadvError(f"sam_every = {self.every} must be 1 or more.")
 
-    def ascent_radius(self, step: int) -> float:
-        return 0.0 if step % self.every else self.rho
+    @property
+    def ascent_radius(self) -> float:
+        return self.rho
 
     @classmethod
     def from_config(cls, config: Config) -> SAM:
         assert config.sam_rho is not None
-        assert config.sam_every is not None
-        return cls(config.sam_rho, config.sam_every)
+        return cls(config.sam_rho)

@@ -10,7 +10,6 @@ from torch import nn
 
 from conadv.config.schema import Config, micro_batch
 from conadv.errors import ConadvError, printable
-from conadv.methods import METHODS
 from conadv.nn.split_batchnorm import frozen_stats
 
 NO_BATCH_NORM = (
@@ -27,8 +26,6 @@ def looks(config: Config, image_size: int) -> Iterator[tuple[int, int]]:
     attacked = max(1, round(config.attack.share * micro_batch(config)))
     probed = config.probe.images if config.probe.every_epochs is not None else 2
     yield min(2, attacked, probed), image_size
-    if config.attack.resolution < 1 and "attack" in METHODS[config.method].settings:
-        yield min(2, attacked), max(1, round(image_size * config.attack.resolution))
 
 
 def check_model(
@@ -63,7 +60,7 @@ def _forward(model: nn.Module, x_NCHW: torch.Tensor) -> Any:
         larger = "a larger micro_batch_size or attack.share, " if images == 1 else ""
         raise ConadvError(
             f"The {type(model).__name__} cannot take {channels} x {size} x {size} images{alone}: {why}. "
-            f"Choose {larger}data.image_size (or attack.resolution, where that made them so small), or build the model "
+            f"Choose {larger}data.image_size, or build the model "
             "for this size (--model.args img_size=64 in timm, image_size=64 in torchvision)."
         ) from error
 

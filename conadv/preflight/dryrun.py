@@ -214,18 +214,7 @@ def _memory(parts: Parts, comm: Comm) -> tuple[_Needs, int | None]:
 
 
 def _curves(parts: Parts) -> tuple[tuple[str, Callable[[int], float]], ...]:
-    """The learning rate, and eps where it is not the same in every step."""
-    plan, eps = parts.method.plan, parts.config.attack.eps
-    curves: list[tuple[str, Callable[[int], float]]] = [("learning rate", parts.schedule)]
-    if plan.eps_factor is not None or plan.stop is not None or plan.every > 1:
-
-        def eps_at(step: int) -> float:
-            if not plan.active(step):
-                return 0.0
-            return eps * (1.0 if plan.eps_factor is None else plan.eps_factor(step))
-
-        curves.append(("eps of the attack", eps_at))
-    return tuple(curves)
+    return (("learning rate", parts.schedule),)
 
 
 def draw(shown: Preview, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -82,14 +81,9 @@ class Cost:
 
 
 def cost(parts: Parts) -> Cost:
-    """What the whole run computes, by the plan of its attack; of a very long one by a sample of its steps."""
-    config, method, steps = parts.config, parts.method, parts.num_steps
-    micro = micro_batch(config)
-    looked_at = (
-        range(steps) if steps <= LOOKED_AT else random.Random(0).sample(range(steps), LOOKED_AT)
-    )
-    images = sum(method.gradient_images(step, _views(parts, step), micro) for step in looked_at)
-    per_image = images / len(looked_at)
+    """What the whole run computes."""
+    config, steps = parts.config, parts.num_steps
+    per_image = parts.method.gradient_images(_views(parts), micro_batch(config))
     return Cost(
         steps,
         steps / parts.data.order.steps_per_epoch,
@@ -98,10 +92,10 @@ def cost(parts: Parts) -> Cost:
     )
 
 
-def _views(parts: Parts, step: int) -> tuple[str, ...]:
-    """The views that step trains on, as its record will name them."""
+def _views(parts: Parts) -> tuple[str, ...]:
+    """The views that a step trains on, as its record will name them."""
     aug = ("aug",) if parts.config.data.aug_view is not None else ()
-    extra = ("adv",) if parts.method.route is not None and parts.method.plan.active(step) else ()
+    extra = ("adv",) if parts.method.route is not None else ()
     return ("clean", *aug, *extra)
 
 

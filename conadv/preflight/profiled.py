@@ -100,6 +100,6 @@ def _outside(planner: Planner, prediction: Prediction, link_given: bool) -> Iter
 def _not_counted(parts: Parts) -> Iterator[str]:
     config = parts.config
     yield "without loading images"
-    plain = config.attack.num_steps == 1 and config.attack.share == 1 and config.attack.every == 1
+    plain = config.attack.num_steps == 1 and config.attack.share == 1
     if not plain or config.data.aug_view is not None:
         yield "a profile knows FGSM on every image and no third view: this run's step takes another time"

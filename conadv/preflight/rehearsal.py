@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from conadv import rng
-from conadv.attacks import AttackPlan
 from conadv.config.schema import Config, optimizer_settings, replace
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
@@ -51,14 +50,12 @@ class Rehearsal:
         return model
 
     def engine(self) -> TrainStep:
-        """A new engine that attacks in every step, as much as the run's plan does in its dearest ones."""
+        """A new engine like the run's own."""
         config = self.config
         model = self.model().to(self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        attack = config.attack
-        plan = AttackPlan(attack.share, 1, None, None, attack.route, attack.statistics)
-        method = build_method(config).for_run(plan)
+        method = build_method(config)
         groups = parameter_groups(
             model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
         )

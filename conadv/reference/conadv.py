@@ -70,30 +70,23 @@ def attacked(
         return attack(attacker, x, y, draws)
 
 
-def coast(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tau: int,
-    gradients: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
+def coast(model: nn.Module, optimizer: torch.optim.Optimizer, tau: int) -> nn.Module:
     """Look-ahead by definition: a copy of the model after tau steps of a copied optimizer with zero gradients.
 
-    Weight decay is left out, as the prediction is of what momentum alone has decided. With ``gradients``, by name, the
-    steps are those that the optimizer would make if each brought these gradients, weight decay included.
+    Weight decay is left out, as the prediction is of what momentum alone has decided.
     """
     twin = copy.deepcopy(model)
     places: dict[Tensor, int] = {p: i for i, p in enumerate(model.parameters())}
     twins = list(twin.parameters())
-    decay = {"weight_decay": 0.0} if gradients is None else {}
     groups = [
-        {**group, "params": [twins[places[p]] for p in group["params"]], **decay}
+        {**group, "params": [twins[places[p]] for p in group["params"]], "weight_decay": 0.0}
         for group in optimizer.param_groups
     ]
     coasting = type(optimizer)(groups, lr=groups[0]["lr"])  # type: ignore[call-arg]
     for p, state in optimizer.state.items():
         coasting.state[twins[places[p]]] = copy.deepcopy(state)
-    for _ in range(tau if optimizer.state or gradients else 0):
-        for name, p in twin.named_parameters():
-            p.grad = torch.zeros_like(p) if gradients is None else gradients[name].clone()
+    for _ in range(tau if optimizer.state else 0):
+        for p in twins:
+            p.grad = torch.zeros_like(p)
         coasting.step()
     return twin

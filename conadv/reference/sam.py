@@ -19,15 +19,13 @@ def sam(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[tuple[Tensor, Tensor]],
     rho: float,
-    every: int = 1,
 ) -> list[float]:
-    """Train ``model`` on ``batches``, with an excursion in every ``every``-th; returns L_B(w) of every step."""
+    """Train ``model`` on ``batches``; returns L_B(w) of every step."""
     losses = []
-    for t, (x, y) in enumerate(batches):
+    for x, y in batches:
         loss = F.cross_entropy(model(x), y)
         gradient = torch.autograd.grad(loss, list(model.parameters()))
-        if t % every == 0:
-            gradient = gradient_uphill(model, gradient, x, y, rho)
+        gradient = gradient_uphill(model, gradient, x, y, rho)
         for w, g in zip(model.parameters(), gradient, strict=True):
             w.grad = g
         optimizer.step()

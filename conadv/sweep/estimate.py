@@ -16,18 +16,14 @@ def relative_cost(config: Config) -> float:
     """
     settings = METHODS[config.method].settings
     attack = config.attack
-    attacked = (
-        attack.share * attack.until / attack.every
-        if "attack.eps" in settings or "attack" in settings
-        else 1.0
-    )
+    attacked = attack.share if "attack.eps" in settings or "attack" in settings else 1.0
     passes = (
         1.0 + (config.data.aug_view is not None) + (attacked if "adv_weight" in settings else 0.0)
     )
     if "attack" in settings and config.method != "recycle":
-        passes += 0.67 * attack.num_steps * attacked * attack.resolution**2
+        passes += 0.67 * attack.num_steps * attacked
     if config.method == "sam":
-        passes += 1 / (config.sam_every or 1)
+        passes += 1
     work = (config.epochs or 0.0) * (config.data.train_images or 1000) or (
         config.steps or 0
     ) * config.global_batch_size

@@ -223,7 +223,7 @@ def _length(config: Config) -> str:
 
 def _method(config: Config) -> str:
     facts = [f"staleness {config.staleness}" if config.method == "conadv" else ""]
-    facts.append(f"look-ahead by {config.predictor}" if config.lookahead else "")
+    facts.append("look-ahead" if config.lookahead else "")
     attacks = {"attack", "attack.eps"} & METHODS[config.method].settings
     own = METHODS[config.method].settings & {"adv_route"}
     facts.append(

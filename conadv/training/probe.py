@@ -96,7 +96,7 @@ class Probe:
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """What waits for coming probes, and what the predictors remember."""
+        """What waits for coming probes, and what they remember."""
         return {
             "waiting": self._waiting,
             "ahead": {name: ahead.state_dict() for name, ahead in self._ahead.items()},

@@ -50,7 +50,6 @@ def _settings(parts: Parts) -> dict[str, Any]:
         "method": config.method,
         "staleness": config.staleness,
         "lookahead": config.lookahead,
-        "predictor": config.predictor if config.lookahead else None,
         "optimizer": config.optim.name,
         "lr": scaled_lr(config.optim, config.global_batch_size),
         "eps": config.attack.eps,
@@ -79,9 +78,7 @@ def _costs(steps: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)
     batch, micro = parts.config.global_batch_size, micro_batch(parts.config)
-    gradients = sum(
-        parts.method.gradient_images(line["step"], line["losses"], micro) for line in steps
-    )
+    gradients = sum(parts.method.gradient_images(line["losses"], micro) for line in steps)
     return {
         "seconds": seconds,
         "step_seconds_median": median(totals[1:] or totals),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conadv import __version__, rng
-from conadv.attacks import PGD, AttackPlan, PixelSpace
+from conadv.attacks import PGD, PixelSpace
 from conadv.config.schema import (
     Config,
     accumulation,
@@ -388,7 +388,6 @@ def build(
             model = model.to(memory_format=torch.channels_last)
         num_steps = _num_steps(config, data)
         schedule = _schedule(config, num_steps, data.order.steps_per_epoch)
-        method = method.for_run(_plan(config, num_steps, schedule))
         groups = parameter_groups(
             model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
         )
@@ -456,19 +455,6 @@ def _check_precise_bn(config: Config, model: nn.Module) -> None:
         raise ConadvError(
             "eval.precise_bn_images has no effect: this model has no batch norm. Leave it out."
         )
-
-
-def _plan(config: Config, num_steps: int, schedule: WarmupDecay) -> AttackPlan:
-    """The attack's plan; eps belongs to the step that uses the images, whenever they are made."""
-    attack = config.attack
-    factors: dict[str, Schedule | None] = {
-        "constant": None,
-        "lr": lambda step: schedule(step) / schedule.peak,
-        "ramp": lambda step: step / max(num_steps - 1, 1),
-    }
-    stop = None if attack.until == 1 else round(attack.until * num_steps)
-    factor = factors[attack.eps_schedule]
-    return AttackPlan(attack.share, attack.every, stop, factor, attack.route, attack.statistics)
 
 
 def _schedule(config: Config, num_steps: int, steps_per_epoch: int) -> WarmupDecay:
@@ -549,7 +535,7 @@ def _deal(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
 def _images_that_wait(parts: Parts) -> Expected:
     """What this rank's share of the images of one step looks like."""
     config, method = parts.config, parts.engine.method
-    count = method.plan.count(micro_batch(config))
+    count = method.num_attacked(micro_batch(config))
     return Expected(
         micro_batches=accumulation(config, len(parts.teams.learners)),
         images=(count, parts.data.channels, parts.data.image_size, parts.data.image_size),
@@ -730,7 +716,6 @@ def _title(config: Config) -> str:
     method = config.method
     if method == "conadv":
         method += f" tau={config.staleness}" + (" + look-ahead" if config.lookahead else "")
-        method += "" if config.predictor == "momentum" else f" ({config.predictor})"
     return f"{config.recipe} {method}"
 
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from conadv import AttackPlan, Batch, Comm, Concurrent, TrainStep, windows
+from conadv import Batch, Comm, Concurrent, TrainStep, windows
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Inline, Ranks
 from conadv.engine.execution import Execution
@@ -36,9 +36,12 @@ Answer = tuple[list[dict[str, Any]], dict[str, Tensor]] | list[int]
 
 
 def method(tau: int, lookahead: bool | str) -> Concurrent:
-    """``lookahead``: whether to look ahead, or a predictor's name."""
-    predictor = lookahead if isinstance(lookahead, str) else "momentum"
-    return Concurrent(ATTACK, tau, bool(lookahead), predictor)
+    return Concurrent(ATTACK, tau, bool(lookahead))
+
+
+def optimizer(net: nn.Module, lookahead: bool | str) -> torch.optim.Optimizer:
+    """SGD; for the look-ahead "last-update" without momentum, which it has no closed form for."""
+    return torch.optim.SGD(net.parameters(), 0.05) if lookahead == "last-update" else sgd(net)
 
 
 def engine_for(
@@ -49,7 +52,14 @@ def engine_for(
     executor = Ranks(teams, late) if teams.attackers else Inline()
     made = method(tau, lookahead)
     return TrainStep(
-        net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor, **options
+        net,
+        optimizer(net, lookahead),
+        made,
+        space=SPACE,
+        seed=SEED,
+        comm=teams.comm,
+        executor=executor,
+        **options,
     )
 
 
@@ -93,12 +103,11 @@ def training(
     return records, state(engine.model)
 
 
-def planned(world: Comm, attack_ranks: int, late: str) -> Answer:
-    """As ``training`` with staleness 1, where every second step attacks half of each micro-batch."""
+def shared(world: Comm, attack_ranks: int, late: str) -> Answer:
+    """As ``training`` with staleness 1, where half of each micro-batch is attacked."""
     teams, micro = make_teams(world, attack_ranks), 2
     net = MODELS["batchnorm"](teams.world.rank)
-    plan = AttackPlan(share=0.5, every=2, eps_factor=lambda step: 1 - step / 12)
-    made = Concurrent(ATTACK, 1, attack_plan=plan)
+    made = Concurrent(ATTACK, 1, share=0.5)
     executor = Ranks(teams, late) if teams.attackers else Inline()
     engine = TrainStep(
         net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor
@@ -273,13 +282,12 @@ def wrong(world: Comm, what: str) -> None:
     if what == "no attack":
         model = no_norm_net()
         TrainStep(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
-    if what in ("running", "stop"):
-        plan = AttackPlan(statistics="running") if what == "running" else AttackPlan(stop=3)
+    if what == "running":
         net = no_norm_net()
         TrainStep(
             net,
             sgd(net),
-            Concurrent(ATTACK, 1, attack_plan=plan),
+            Concurrent(ATTACK, 1, attack_statistics="running"),
             comm=teams.comm,
             executor=Ranks(teams),
         )

@@ -66,7 +66,7 @@ def one_process(model: str, tau: int, lookahead: bool | str, options: dict[str, 
 
 @pytest.mark.parametrize(
     ("tau", "lookahead", "options"),
-    [(1, False, {}), (3, True, {"pending_dtype": "uint8"}), (2, "momentum-gradient", {})],
+    [(1, False, {}), (3, True, {"pending_dtype": "uint8"}), (2, "last-update", {})],
 )
 def test_the_bits_of_a_run_that_lost_nothing(
     tau: int, lookahead: bool | str, options: dict[str, Any]

@@ -68,11 +68,9 @@ class Ranks(Executor):
                 f"Attack ranks have nothing to do with {type(engine.method).__name__}: it attacks no future batch. "
                 "Use conadv with staleness 1 or more, or no attack ranks."
             )
-        plan = engine.method.plan
-        if plan.statistics == "running" or plan.stop is not None:
+        if engine.method.attack_statistics == "running":
             raise ConadvError(
-                "Attack ranks have no running statistics, and nothing to do once an attack has stopped: use "
-                "attack.statistics batch and attack.until 1, or no attack ranks."
+                "Attack ranks have no running statistics: use attack.statistics batch, or no attack ranks."
             )
         if engine.comm is not self.teams.comm:
             raise ConadvError(

@@ -72,7 +72,7 @@ class Learner:
         self._teams.comm.at("send", step)
         with engine.clock.phase("send"):
             busy, late = self._agree(step) if self._skip else (False, False)
-            if future is not None and not busy and engine.method.plan.active(future.step):
+            if future is not None and not busy:
                 self._send(future, len(batch.micro))
             engine.remember()
         self._world.at("receive", step)
@@ -103,7 +103,7 @@ class Learner:
         here = step in self._engine.pending or (
             step in self._incoming and self._incoming[step].done
         )
-        due = step >= self._engine.ahead and self._engine.method.plan.active(step)
+        due = step >= self._engine.ahead
         flags = self._teams.comm.any(torch.tensor([busy, due and not here]))
         return bool(flags[0]), bool(flags[1])
 
@@ -170,7 +170,7 @@ class Learner:
         engine, attackers, count = (
             self._engine,
             self._teams.attackers,
-            self._engine.method.plan.count,
+            self._engine.method.num_attacked,
         )
         images = {
             micro.index: engine.example(micro)[: count(len(micro.y_N))] for micro in future.micro
