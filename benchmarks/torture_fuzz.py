@@ -381,7 +381,7 @@ def fuzz_profile(data: bytes) -> None:
 
 def fuzz_image(data: bytes) -> None:
     """An image file."""
-    from conadv.data.files import read_rgb
+    from conadv.data.images import read_rgb
 
     file = _scratch() / "image.png"
     file.write_bytes(data)

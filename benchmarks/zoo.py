@@ -24,8 +24,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conadv.config.schema import ModelConfig
-from conadv.models import build_model, check_model
+from conadv.models.make import build_model
+from conadv.models.trial import check_model
 from conadv.nn.split_batchnorm import (
     CLEAN,
     SplitBatchNorm,
@@ -183,7 +183,7 @@ def _size(name: str) -> tuple[int, tuple[str, ...]]:
 def build(case: Case) -> nn.Module:
     """The plain network for 3-channel images and CLASSES classes; the same weights each time."""
     torch.manual_seed(0)
-    return build_model(ModelConfig(name=case.name, args=case.args), 3, CLASSES)
+    return build_model(case.name, 3, CLASSES, args=case.args)
 
 
 def check(case: Case, forward: bool = True) -> Row:

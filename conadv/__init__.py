@@ -45,8 +45,8 @@ _WHERE = {
     "route": "nn.split_batchnorm",
     "split_batchnorm": "nn.split_batchnorm",
     "strip": "nn.split_batchnorm",
-    "WindowedLoader": "data",
-    "windows": "data",
+    "WindowedLoader": "data.windows",
+    "windows": "data.windows",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from conadv.attacks import PGD as PGD
     from conadv.attacks import PixelSpace as PixelSpace
     from conadv.attacks import RandomSigns as RandomSigns
-    from conadv.data import WindowedLoader as WindowedLoader
-    from conadv.data import windows as windows
+    from conadv.data.windows import WindowedLoader as WindowedLoader
+    from conadv.data.windows import windows as windows
     from conadv.distributed.comm import Comm as Comm
     from conadv.distributed.teams import make_teams as make_teams
     from conadv.engine import Inline as Inline

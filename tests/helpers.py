@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import split_batchnorm
 
 

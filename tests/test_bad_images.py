@@ -19,10 +19,11 @@ from PIL import Image
 
 from conadv.cli.program import main
 from conadv.config.schema import Config, replace, resolve
-from conadv.data import build_data
 from conadv.data.check import check_folder
-from conadv.data.files import BadImage, read_rgb, scan_split, stand_ins
+from conadv.data.folder import scan_split
+from conadv.data.images import BadImage, read_rgb, stand_ins
 from conadv.errors import ConadvError
+from conadv.training.data import load_data
 from conadv.training.record import read_lines, truncate
 from conadv.training.trainer import train
 
@@ -148,7 +149,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     truncated: "truncated",
     truncated_jpeg: "truncated",
     zero_bytes: "it is empty",
-    text: "no image in a known format",
+    text: "not an image in a known format",
     sixteen_bit: "more than 8 bits",
     vanished: "No such file",
     broken_link: "No such file",
@@ -157,7 +158,7 @@ DAMAGE: dict[Callable[[Path], None], str] = {
     device: "not a regular file",
     bomb: "decompression bomb",
     small_bomb: "decompression bomb",
-    postscript: "no image in a known format",
+    postscript: "not an image in a known format",
 }
 
 
@@ -251,7 +252,7 @@ def test_any_file_name_is_read_and_printed_on_one_line(root: Path) -> None:
     assert all(finding.path.isprintable() for finding in report.findings)
     assert sum(finding.kind == "odd name" for finding in report.findings) == 4
     with pytest.raises(ConadvError) as caught:
-        build_data(config(root, "cifar10", data__on_bad_image="error"))
+        load_data(config(root, "cifar10", data__on_bad_image="error"))
     assert str(caught.value).isprintable()
 
 
@@ -410,7 +411,7 @@ def test_validation_images_do_not_stand_in_for_training_images(root: Path) -> No
     for source in ("folder", "cifar10"):
         for path in (root / "train" / "cat").iterdir():
             picture(1).save(path)
-        data = build_data(config(root, source, data__validation_images=6))
+        data = load_data(config(root, source, data__validation_images=6))
         assert data.source.validation is not None
         mine = data.source.train.labels
         for index in range(len(mine)):
@@ -419,7 +420,7 @@ def test_validation_images_do_not_stand_in_for_training_images(root: Path) -> No
 
 def test_the_setting_has_no_effect_without_files() -> None:
     with pytest.raises(ConadvError, match="on_bad_image has no effect"):
-        build_data(resolve(Config(steps=1, data={"on_bad_image": "skip"})))
+        load_data(resolve(Config(steps=1, data={"on_bad_image": "skip"})))
 
 
 # conadv check

@@ -31,8 +31,8 @@ from conadv.config.schema import (
     scaled_lr,
 )
 from conadv.data.mix import Mix
-from conadv.data.sources import build_source
 from conadv.errors import ConadvError
+from conadv.training.data import load_source
 
 BASE = recipes.get("digits")
 
@@ -323,7 +323,7 @@ def test_the_home_of_nobody_is_an_error(folder: str) -> None:
     with pytest.raises(ConadvError, match=r"~nobodyhere.*Write the folder out"):
         home(Path(folder))
     with pytest.raises(ConadvError, match="~nobodyhere"):
-        build_source(DataConfig(source="folder", dir=folder))
+        load_source(Config(data=DataConfig(source="folder", dir=folder)))
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])

@@ -20,7 +20,7 @@ from conadv import (
     split_batchnorm,
     windows,
 )
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.training.trainer import train
 
 from .helpers import same, state, tiny_resnet

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from conadv import windows
 from conadv.config.schema import Config
-from conadv.data import Data, build_data, loader, windows
-from conadv.data.loader import _stream
+from conadv.data import loader
+from conadv.data.loader import Data, _stream
 from conadv.errors import ConadvError
+from conadv.training.data import load_data
 from conadv.types import Batch
 
 VIEWS = ("clean", "second", "aug")
@@ -76,7 +78,7 @@ def all_same(a: Iterator[Batch] | list[Batch], b: Iterator[Batch] | list[Batch])
 
 
 def test_data_says_what_it_holds() -> None:
-    data = build_data(config(100))
+    data = load_data(config(100))
     assert (data.num_classes, data.channels, data.image_size) == (10, 1, 8)
     assert (data.train_size, data.test_size, data.class_names) == (898, 899, tuple("0123456789"))
     assert data.order.steps_per_epoch == 8
@@ -84,12 +86,12 @@ def test_data_says_what_it_holds() -> None:
 
 def test_a_batch_larger_than_the_data_set_is_an_error() -> None:
     with pytest.raises(ConadvError, match=r"1000 .*898 images"):
-        build_data(config(1000))
+        load_data(config(1000))
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_an_error() -> None:
     with pytest.raises(ConadvError, match=r"3 rank"):
-        build_data(config(100, 50), ranks=3)
+        load_data(config(100, 50), ranks=3)
 
 
 # train_batches
@@ -97,13 +99,13 @@ def test_a_batch_that_the_ranks_do_not_divide_is_an_error() -> None:
 
 def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
     # Red when: labels are taken from other indices than images; a view is not a draw of its own augmentation.
-    data = build_data(config(64, 16, augment="none"))
+    data = load_data(config(64, 16, augment="none"))
     for batch in data.train_batches(0, 30, ("clean", "second")):
         assert batch.epoch == data.order.epoch_of(batch.step)
         assert [micro.index for micro in batch.micro] == [0, 1, 2, 3]
         indices = data.order.indices(batch.step)
         clean = torch.cat([micro.views["clean"] for micro in batch.micro])
-        assert torch.equal(clean, data.source.train.plain(indices))
+        assert torch.equal(clean, data.source.train.readable(indices)[0])
         assert torch.equal(
             torch.cat([micro.y_N for micro in batch.micro]), data.source.train.labels[indices]
         )
@@ -114,7 +116,7 @@ def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
 
 def test_views_are_independent_and_the_clean_view_does_not_depend_on_the_others() -> None:
     # Red when: the view's name is left out of the key.
-    data = build_data(config(128, aug_view="basic"))
+    data = load_data(config(128, aug_view="basic"))
     (alone,), (batch,) = data.train_batches(0, 1, ("clean",)), data.train_batches(0, 1, VIEWS)
     views = batch.micro[0].views
     assert torch.equal(alone.micro[0].views["clean"], views["clean"])
@@ -125,7 +127,7 @@ def test_views_are_independent_and_the_clean_view_does_not_depend_on_the_others(
 
 def test_epochs_and_seeds_give_other_batches() -> None:
     # Red when: epoch or seed is left out of the sample's key (a full-batch step then repeats its augmentation).
-    data, other = build_data(config(898)), build_data(config(898, seed=1))
+    data, other = load_data(config(898)), load_data(config(898, seed=1))
 
     def total(data: Data, step: int) -> int:
         (batch,) = data.train_batches(step, step + 1)
@@ -144,14 +146,14 @@ def test_resuming_at_any_step_continues_the_same_batches(start: int, count: int)
 
 
 def _resume_data() -> Data:
-    return build_data(config(90, 30))
+    return load_data(config(90, 30))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_n_ranks_are_one_rank_with_n_fold_accumulation(ranks: int) -> None:
     # Red when: MicroBatch.index is m instead of rank * accumulation + m.
-    one = build_data(config(96, 12))
-    many = [build_data(config(96, 12), rank=rank, ranks=ranks) for rank in range(ranks)]
+    one = load_data(config(96, 12))
+    many = [load_data(config(96, 12), rank=rank, ranks=ranks) for rank in range(ranks)]
     shares = zip(*(data.train_batches(0, 12, VIEWS) for data in many), strict=True)
     joined = [
         Batch(s[0].step, tuple(m for batch in s for m in batch.micro), s[0].epoch) for s in shares
@@ -161,9 +163,9 @@ def test_n_ranks_are_one_rank_with_n_fold_accumulation(ranks: int) -> None:
 
 def test_worker_processes_change_nothing(photos: Path) -> None:
     # Red when: an augmentation draws from the worker's own generator.
-    in_place, workers = (build_data(folder_config(photos, num_workers=count)) for count in (0, 2))
+    in_place, workers = (load_data(folder_config(photos, num_workers=count)) for count in (0, 2))
     assert all_same(in_place.train_batches(1, 8, VIEWS), workers.train_batches(1, 8, VIEWS))
-    in_place, workers = (build_data(config(50, 25, num_workers=count)) for count in (0, 2))
+    in_place, workers = (load_data(config(50, 25, num_workers=count)) for count in (0, 2))
     assert all_same(in_place.train_batches(0, 3, VIEWS), workers.train_batches(0, 3, VIEWS))
 
 
@@ -202,7 +204,7 @@ def test_the_next_step_is_read_as_a_whole(
         loader, "_stream", lambda load, keys, count, ahead: iter(seen.append(ahead) or ())
     )
     for ranks in (1, 2):
-        data = build_data(
+        data = load_data(
             config(80 * ranks, micro, num_workers=workers), rank=ranks - 1, ranks=ranks
         )
         list(data.train_batches(0, 0))
@@ -229,7 +231,7 @@ def test_an_unreadable_image_is_named_even_from_a_worker(
         copy.write_bytes(path.read_bytes())
     bad = root / "train" / "dog" / "2.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
-    data = build_data(folder_config(root, num_workers=num_workers))
+    data = load_data(folder_config(root, num_workers=num_workers))
     with pytest.raises(ConadvError, match=rf"^Cannot read the image {bad}: [^\n]*$"):
         list(data.train_batches(0, 3))
 
@@ -239,14 +241,14 @@ def test_the_callers_random_stream_is_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    data = build_data(config(100))
+    data = load_data(config(100))
     list(data.train_batches(0, 2, VIEWS))
     list(data.eval_batches("test", 10, 5))
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_an_unknown_view_is_an_error_before_the_first_batch() -> None:
-    data = build_data(config(100, aug_view=None))
+    data = load_data(config(100, aug_view=None))
     with pytest.raises(ConadvError, match=r"'aug'.*data.aug_view"):
         data.train_batches(0, 1, ("clean", "aug"))
     with pytest.raises(ConadvError, match="Did you mean 'second'"):
@@ -261,30 +263,30 @@ def test_evaluation_sees_every_image_once_without_augmentation(
     photos: Path, num_workers: int
 ) -> None:
     # Red when: the last, smaller batch is dropped.
-    data = build_data(folder_config(photos, num_workers=num_workers))
+    data = load_data(folder_config(photos, num_workers=num_workers))
     images, labels = zip(*data.eval_batches("train", None, 5), strict=True)
     assert [len(x) for x in images] == [5, 5, 2]
-    assert torch.equal(torch.cat(images), data.source.train.plain(torch.arange(12)))
+    assert torch.equal(torch.cat(images), data.source.train.readable(torch.arange(12))[0])
     assert torch.equal(torch.cat(labels), data.source.train.labels)
     assert sum(len(y) for _, y in data.eval_batches("test", None, 3)) == data.test_size == 4
 
 
 def test_a_limit_takes_the_start_of_one_mixed_order_whatever_the_seed() -> None:
     # Red when: the first images are taken in file order (one class); the permutation uses the run's seed.
-    data, other = build_data(config(100)), build_data(config(100, seed=5))
+    data, other = load_data(config(100)), load_data(config(100, seed=5))
     (images, labels), *_ = data.eval_batches("test", 50, 50)
     (again, _), *_ = other.eval_batches("test", 50, 50)
     (fewer, _), *_ = data.eval_batches("test", 20, 50)
     assert torch.equal(images, again)
     assert torch.equal(images[:20], fewer)
     assert len(labels.unique()) > 5
-    assert not torch.equal(images, data.source.test.plain(torch.arange(50)))
+    assert not torch.equal(images, data.source.test.readable(torch.arange(50))[0])
     assert sum(len(y) for _, y in data.eval_batches("test", 10_000, 500)) == 899
 
 
 def test_an_unknown_split_is_an_error() -> None:
     with pytest.raises(ConadvError, match="Did you mean 'test'"):
-        build_data(config(100)).eval_batches("tests", None, 5)
+        load_data(config(100)).eval_batches("tests", None, 5)
 
 
 # windows

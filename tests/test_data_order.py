@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conadv.data import Order
+from conadv.data.order import Order
 from conadv.errors import ConadvError
 
 
@@ -36,24 +36,6 @@ def test_an_epoch_covers_everything_when_the_batch_divides_it() -> None:
     order = Order(12, 4, seed=0)
     seen = torch.cat([order.indices(step) for step in range(3)])
     assert sorted(seen.tolist()) == list(range(12))
-
-
-@given(orders(), st.integers(1, 4), st.integers(1, 4), st.integers(0, 500), st.integers(1, 8))
-@settings(max_examples=60, deadline=None)
-def test_ranks_and_micro_batches_tile_the_global_batch(
-    order: Order, ranks: int, accumulation: int, step: int, size: int
-) -> None:
-    # Red when: a rank's slices start at rank instead of rank * accumulation.
-    order = Order(
-        order.num_images + size * ranks * accumulation, size * ranks * accumulation, order.seed
-    )
-    parts = [order.micro(step, rank, ranks, size) for rank in range(ranks)]
-    assert all(
-        len(part) == accumulation and all(len(micro) == size for micro in part) for part in parts
-    )
-    assert torch.equal(torch.cat([micro for part in parts for micro in part]), order.indices(step))
-    one_rank = order.micro(step, 0, 1, size)
-    assert all(torch.equal(a, b) for a, b in zip(one_rank, sum(parts, ()), strict=True))
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -86,8 +68,3 @@ def test_a_batch_larger_than_the_data_set_is_an_error_with_both_numbers() -> Non
         Order(100, 512, seed=0)
     with pytest.raises(ConadvError, match="at least 1"):
         Order(100, 0, seed=0)
-
-
-def test_a_micro_batch_that_does_not_divide_is_an_error() -> None:
-    with pytest.raises(ConadvError, match=r"100.*30.*2 rank"):
-        Order(100, 100, seed=0).micro(0, 0, 2, 30)

@@ -12,12 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conadv.config.schema import DataConfig
-from conadv.data import build_source
+from conadv.config.schema import Config, DataConfig
 from conadv.data.splits import Draw
 from conadv.errors import ConadvError
+from conadv.training.data import load_source
 
 datasets = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
+
+
+def build_source(data: Any, progress: Any = None) -> Any:
+    return load_source(Config(epochs=1, data=data), progress)
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +81,8 @@ def test_rows_are_the_images_that_were_written(tmp_path: Path) -> None:
     wanted = np.asarray(Image.open(io.BytesIO(photo(3))))
     np.testing.assert_array_equal(np.asarray(split.listing.read(3)), wanted)
     part = split.subset(torch.tensor([4]))
-    assert torch.equal(part.plain(torch.tensor([0])), split.plain(torch.tensor([4])))
-    assert split.plain(torch.arange(5)).shape == (5, 3, 16, 16)
+    assert torch.equal(part.readable(torch.tensor([0]))[0], split.readable(torch.tensor([4]))[0])
+    assert split.readable(torch.arange(5))[0].shape == (5, 3, 16, 16)
 
 
 def test_views_are_those_of_the_same_images_in_a_folder(tmp_path: Path) -> None:
@@ -96,7 +100,7 @@ def test_views_are_those_of_the_same_images_in_a_folder(tmp_path: Path) -> None:
     numbers = torch.arange(4)
     assert torch.equal(table.views(numbers, draws)["clean"], files.views(numbers, draws)["clean"])
     again = pickle.loads(pickle.dumps(table))  # as it goes to a worker process
-    assert torch.equal(again.plain(numbers), table.plain(numbers))
+    assert torch.equal(again.readable(numbers)[0], table.readable(numbers)[0])
 
 
 def test_validation_stands_in_for_a_test_set_without_labels(tmp_path: Path) -> None:
@@ -112,8 +116,8 @@ def test_a_damaged_row_is_named_or_left_out(tmp_path: Path) -> None:
     write(tmp_path, "train.parquet", content)
     write(tmp_path, "test.parquet", rows([0, 1]))
     train = build_source(config(tmp_path)).train
-    with pytest.raises(ConadvError, match=r"train/row 1: it is no image"):
-        train.plain(torch.arange(3))
+    with pytest.raises(ConadvError, match=r"train/row 1: it is not an image"):
+        train.readable(torch.arange(3))[0]
     bad: list[Any] = []
     draws = {"clean": Draw("none", torch.zeros(3, dtype=torch.int64))}
     views = train.views(torch.arange(3), draws, bad)["clean"]
@@ -130,7 +134,7 @@ def test_a_path_in_a_table_is_not_followed(tmp_path: Path) -> None:
     write(tmp_path / "d", "train.parquet", content)
     write(tmp_path / "d", "test.parquet", rows([0, 1]))
     with pytest.raises(ConadvError, match=r"no bytes"):
-        build_source(config(tmp_path / "d")).train.plain(torch.tensor([0]))
+        build_source(config(tmp_path / "d")).train.readable(torch.tensor([0]))[0]
 
 
 def test_errors_say_what_is_wrong(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conadv.config.schema import Config
-from conadv.data import build_data
+from conadv.training.data import load_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -42,7 +42,7 @@ def test_cifar10_trains_from_memory(real: Path) -> None:
         "augment": "basic",
     }
     values = {"epochs": 1, "global_batch_size": 500, "data": data_config}
-    data = build_data(Config.model_validate(values))
+    data = load_data(Config.model_validate(values))
     assert (data.train_size, data.test_size, data.num_classes) == (2000, 10_000, 10)
     assert (data.channels, data.image_size) == (3, 32)
     assert torch.bincount(data.source.train.labels).tolist() == [200] * 10
@@ -72,7 +72,7 @@ def test_photographs_train_from_files_with_workers(real: Path, tmp_path: Path) -
         "num_workers": 2,
     }
     values = {"epochs": 1, "global_batch_size": 32, "micro_batch_size": 16, "data": data_config}
-    data = build_data(Config.model_validate(values))
+    data = load_data(Config.model_validate(values))
     assert (data.train_size, data.num_classes, data.image_size) == (92, 92, 224)
     (batch,) = data.train_batches(2, 3, ("clean", "aug"))
     assert [tuple(view.shape) for micro in batch.micro for view in micro.views.values()] == [

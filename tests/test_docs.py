@@ -36,7 +36,7 @@ from conadv.config.schema import Config, dump_yaml, override, resolve
 from conadv.doctor.command import DoctorArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.plan.command import PlanArgs
 from conadv.sweep.cells import expand
 from conadv.sweep.command import SweepArgs
@@ -69,7 +69,7 @@ PARSED = {
 RUN = ("python", "sh", "console")
 TWO_RANKS = "<!-- tests: two ranks -->"
 READERS = """import torch
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = SmallResNet(8, 4, 1, 10)

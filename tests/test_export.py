@@ -14,7 +14,7 @@ from conadv import ConadvError
 from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.schema import dump_yaml, replace, resolve
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.training import checkpoint
 from conadv.training import export as exporting
 from conadv.training.export import export, load_plain_model

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conadv import FGSM, Batch, ConadvError, MicroBatch, rng, windows
 from conadv.attacks.targets import random_other_class
 from conadv.config.schema import Config, replace, resolve
-from conadv.data import build_data
 from conadv.data.mix import Mix
 from conadv.nn.split_batchnorm import frozen_stats, route
+from conadv.training.data import load_data
 
 from .helpers import images, tiny_resnet
 from .test_methods import CASES, EPS, SPACE, as_batch, make
@@ -71,14 +71,14 @@ def labels(data: Any, steps: range, views: tuple[str, ...] = ("clean",)) -> list
 def test_a_step_is_the_same_wherever_one_starts() -> None:
     # Red when: draws come from a stream, or depend on the views that are asked for or on the rank.
     settings = resolve(config(data__mixup=0.2, data__cutmix=1.0, data__augment="basic"))
-    data = build_data(settings)
+    data = load_data(settings)
     all_of_it = labels(data, range(3))
     count = len(all_of_it) // 3
     assert labels(data, range(2, 3), ("clean", "second")) == all_of_it[2 * count :]
-    assert all_of_it == labels(build_data(settings), range(3))
-    second_rank = labels(build_data(settings, rank=1, ranks=2), range(1))
+    assert all_of_it == labels(load_data(settings), range(3))
+    second_rank = labels(load_data(settings, rank=1, ranks=2), range(1))
     assert second_rank == all_of_it[count // 2 : count]
-    other = labels(build_data(replace(settings, seed=1)), range(3))
+    other = labels(load_data(replace(settings, seed=1)), range(3))
     assert other != all_of_it
     assert not any(isinstance(y, list) for _, y in data.eval_batches("test", 4, 4))
     assert next(iter(data.eval_batches("train", 4, 4)))[1].dtype == torch.int64

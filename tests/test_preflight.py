@@ -23,7 +23,6 @@ from conadv import ConadvError
 from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.schema import Config, dump_yaml, load_yaml, replace, resolve
-from conadv.data import build_data
 from conadv.distributed.comm import Comm
 from conadv.plan import Layout, Planner
 from conadv.plan.command import link_of
@@ -36,6 +35,7 @@ from conadv.preflight.show import show
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
 from conadv.training.checkpoint import load_newest, steps
+from conadv.training.data import load_data
 from conadv.training.record import read_lines
 from conadv.training.trainer import Parts, build, train
 
@@ -218,7 +218,7 @@ def test_auto_where_it_cannot_be_found_out(tmp_path: Path, monkeypatch: pytest.M
     settings = config(micro_batch_size="auto")
     assert load_yaml_text(tmp_path, dump_yaml(settings)).micro_batch_size == "auto"
     with pytest.raises(ConadvError, match="Give a number"):
-        build_data(resolve(settings))
+        load_data(resolve(settings))
     spec = tmp_path / "spec.yaml"
     spec.write_text(
         "name: x\nrecipe: digits\nbase: {micro_batch_size: auto}\narms: {a: {}}\nconfirm: {seeds: [0]}\n"

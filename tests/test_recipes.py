@@ -32,11 +32,11 @@ from conadv.config.schema import (
     scaled_lr,
 )
 from conadv.data.order import Order
+from conadv.data.workers import GRACE_SECONDS
 from conadv.methods import METHODS
 from conadv.optim.schedules import WarmupDecay
 from conadv.training.checkpoint import steps
 from conadv.training.record import read_lines
-from conadv.training.signals import GRACE_SECONDS
 from conadv.training.trainer import _schedule, train
 
 from .ranks.launch import started, until, workers

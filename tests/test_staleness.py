@@ -19,9 +19,9 @@ from conadv.analysis.staleness import draw, table, text, to_png
 from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.schema import Config, replace, resolve
-from conadv.data import build_data
 from conadv.engine.lookahead import LookAhead
 from conadv.training.checkpoint import load, load_newest
+from conadv.training.data import load_data
 from conadv.training.probe import Probe, mean_cosine
 from conadv.training.record import read_lines
 from conadv.training.trainer import build, train
@@ -314,4 +314,4 @@ def test_every_arm_of_the_study_is_a_run() -> None:
         assert (settings.data.validation_images, settings.probe.every_epochs) == (150, 4)
     assert len(set(arms.values())) == len(arms) == 11
     assert {spec["baseline"], spec["tune"]["tune_on"], *spec["controls"]} <= arms.keys()
-    assert build_data(settings).train_size == batch
+    assert load_data(settings).train_size == batch

@@ -18,7 +18,7 @@ from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
 from conadv.analysis.watch import Watch
 from conadv.attacks import PGD
-from conadv.data import Data
+from conadv.data.loader import Data
 from conadv.training.evaluate import evaluate
 from conadv.training.trainer import Parts
 

@@ -30,9 +30,10 @@ from conadv.bench.harness import Case, Row, Sample, measure
 from conadv.bench.memory import Peak, private_memory
 from conadv.bench.options import DataArgs
 from conadv.config.schema import AugmentName, Config, DataConfig
-from conadv.data import MemorySplit, build_data, build_source
 from conadv.data import augment as augments
+from conadv.data.splits import MemorySplit
 from conadv.distributed.comm import pick_device
+from conadv.training.data import load_data, load_source
 
 OURS, PLAIN = "conadv", "torchvision, DataLoader"
 CLASSES, PER_CLASS = 4, 64
@@ -90,13 +91,7 @@ Batches = Callable[[int], Iterator[Any]]
 
 
 def ours(options: DataArgs) -> Batches:
-    config = Config(
-        data=_data_config(options),
-        global_batch_size=options.step,
-        micro_batch_size=options.batch,
-        steps=1,
-    )
-    data = build_data(config)
+    data = load_data(_config(options))
     return lambda count: data.train_batches(0, count)
 
 
@@ -139,7 +134,7 @@ def _plain_images(options: DataArgs) -> Dataset[Any]:
             str(options.data / "train"), photo_transform(options.augment, options.image_size or 224)
         )
         return images
-    split = build_source(_data_config(options)).train
+    split = load_source(_config(options)).train
     assert isinstance(split, MemorySplit)
     return InMemory(split, memory_transform(options.augment, split.images.shape[-1], split.flip))
 
@@ -165,14 +160,16 @@ def memory_transform(name: AugmentName, size: int, flip: bool) -> v2.Compose:
     return v2.Compose([step for step in steps if step is not None])
 
 
-def _data_config(options: DataArgs) -> DataConfig:
-    return DataConfig(
+def _config(options: DataArgs) -> Config:
+    data = DataConfig(
         source=options.source,
         dir=options.data,
         image_size=options.image_size,
         augment=options.augment,
         num_workers=options.num_workers,
     )
+    sizes = {"global_batch_size": options.step, "micro_batch_size": options.batch}
+    return Config(data=data, steps=1, **sizes)
 
 
 # ---- what is measured

@@ -15,7 +15,7 @@ from conadv.bench.options import EngineArgs
 from conadv.bench.workload import ATTACK, METHODS, SPACE, random_images
 from conadv.distributed.comm import pick_device
 from conadv.engine import TrainStep
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import frozen_stats, route, split_batchnorm
 from conadv.types import Batch, MicroBatch
 

@@ -14,7 +14,7 @@ from conadv.bench.harness import Case, measure, timed
 from conadv.bench.options import NormArgs
 from conadv.bench.workload import random_images
 from conadv.distributed.comm import pick_device
-from conadv.models import SmallResNet
+from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import route, split_batchnorm
 
 COUNT = 64

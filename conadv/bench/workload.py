@@ -12,7 +12,6 @@ from conadv.attacks import FGSM, PixelSpace, RandomSigns
 from conadv.bench.options import AttackCostArgs
 from conadv.config.schema import (
     Config,
-    ModelConfig,
     OptimConfig,
     optimizer_settings,
     replace,
@@ -24,7 +23,8 @@ from conadv.methods.controls import MultiView, Noise
 from conadv.methods.recycle import Recycle
 from conadv.methods.sequential import Sequential
 from conadv.methods.vanilla import Vanilla
-from conadv.models import build_model, check_model
+from conadv.models.make import build_model
+from conadv.models.trial import check_model
 from conadv.nn.split_batchnorm import split_batchnorm
 from conadv.optim.groups import parameter_groups
 from conadv.optim.make import build_optimizer
@@ -56,7 +56,7 @@ def network(options: AttackCostArgs, route: str | None, device: torch.device) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(
-            ModelConfig(name=options.model, width=options.width), options.channels, options.classes
+            options.model, options.channels, options.classes, width=options.width
         )
         check_model(model, options.channels, options.image_size, options.classes)
     model = split_batchnorm(model.train(), *([route] if route else [])).to(device)

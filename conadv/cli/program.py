@@ -427,7 +427,7 @@ def _base_config(args: list[str], get: Callable[[str], Config]) -> tuple[Config,
 def _trust(model: str | None) -> None:
     """A model module:function that was typed in this command may run its code; one in a config alone may not."""
     if model is not None:
-        from conadv.models import trust
+        from conadv.models.own import trust
 
         trust(model)
 
@@ -633,7 +633,7 @@ def _bench(args: Sequence[str]) -> None:
 
 
 def _check(args: Sequence[str]) -> int:
-    from conadv.data.check import CheckArgs, command
+    from conadv.cli.check import CheckArgs, command
 
     return 0 if command(_parsed(CheckArgs, args, "conadv check")) else EXIT_FOUND
 

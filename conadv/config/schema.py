@@ -18,6 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
+from conadv.data import AUGMENTATIONS, SOURCES
 from conadv.errors import ConadvError, printable, unknown
 from conadv.methods import METHODS
 from conadv.optim import OPTIMIZERS
@@ -25,13 +26,15 @@ from conadv.safe_io import read_yaml
 
 if TYPE_CHECKING:
     MethodName = str
+    SourceName = str
+    AugmentName = str
 else:
     MethodName = Literal[tuple(METHODS)]
+    SourceName = Literal[tuple(SOURCES)]
+    AugmentName = Literal[AUGMENTATIONS]
 OptimizerName = Literal["lars", "lamb", "sgd", "adamw"]
-AugmentName = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
 PredictorName = Literal["momentum", "last-update"]
 """How look-ahead predicts weights, see conadv.engine.lookahead."""
-SourceName = Literal["digits", "cifar10", "fashion-mnist", "folder", "huggingface"]
 
 
 def home(path: Path) -> Path:

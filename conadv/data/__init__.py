@@ -1,25 +1,17 @@
-"""Data: the order, the augmentation, the sources, and the batches that the engine trains on."""
+"""Data: the order, the augmentation, the sources, and the batches that the engine trains on.
 
-from conadv.data.augment import build_augment, build_photo_augment, sample_keys
-from conadv.data.loader import Data, build_data, windows
-from conadv.data.order import Order
-from conadv.data.sources import SOURCES, Source, build_source
-from conadv.data.splits import MemorySplit, PhotoSplit, Split
-from conadv.data.windowed import WindowedLoader
+A new data set is a function ``(SourceSettings) -> Source`` in a file of its own, and a row here. Nothing here imports
+torch.
+"""
 
-__all__ = [
-    "SOURCES",
-    "Data",
-    "MemorySplit",
-    "Order",
-    "PhotoSplit",
-    "Source",
-    "Split",
-    "WindowedLoader",
-    "build_augment",
-    "build_data",
-    "build_photo_augment",
-    "build_source",
-    "sample_keys",
-    "windows",
-]
+SOURCES: dict[str, str] = {
+    "digits": "conadv.data.digits:digits",
+    "cifar10": "conadv.data.folder:cifar10",
+    "fashion-mnist": "conadv.data.downloads:fashion_mnist",
+    "folder": "conadv.data.folder:folder",
+    "huggingface": "conadv.data.huggingface:huggingface",
+}
+"""Name -> "module:function", imported when it is used."""
+
+AUGMENTATIONS = ("none", "basic", "autoaugment", "randaugment", "trivialaugment")
+"""What :mod:`conadv.data.augment` builds by name."""

@@ -1,8 +1,8 @@
 """Augmentation as a pure function of (seed, epoch, view, sample index).
 
-Every sample has a 64-bit key; whatever is drawn for it comes from that key alone. So an image looks the same
-whatever batch, order, worker or process it is made in, a resumed run needs no generator state, and a second view
-is another name in the key.
+Every sample has a 64-bit key, and all that is drawn for it comes from that key alone. So an image looks the same in
+any batch, order, worker or process, a resumed run needs no generator state, and a second view is another name in the
+key.
 
 Two kinds: a :data:`BatchAugment` takes uint8 images of one size, already in memory; a :data:`PhotoAugment` takes one
 decoded photograph of any size.
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from conadv import rng
-from conadv.config.schema import AugmentName
+from conadv.data import AUGMENTATIONS
 from conadv.errors import unknown
 
 BatchAugment = Callable[[Tensor, Tensor], Tensor]
@@ -128,7 +128,7 @@ def _seed(key: int) -> None:
 
 
 @cache
-def build_augment(name: AugmentName, image_size: int, *, flip: bool = True) -> BatchAugment:
+def build_augment(name: str, image_size: int, *, flip: bool = True) -> BatchAugment:
     """The augmentation ``name`` for uint8 images in memory.
 
     basic: crop with padding image_size / 8 (4 pixels at 32), plus mirroring where ``flip`` (it must keep the class).
@@ -142,7 +142,7 @@ def build_augment(name: AugmentName, image_size: int, *, flip: bool = True) -> B
 
 
 @cache
-def build_photo_augment(name: AugmentName, image_size: int) -> PhotoAugment:
+def build_photo_augment(name: str, image_size: int) -> PhotoAugment:
     """The augmentation ``name`` for photographs of any size; the result is image_size x image_size.
 
     none: short side to image_size * 256/224, then the centre; this is also how evaluation sees an image.
@@ -158,7 +158,7 @@ def build_photo_augment(name: AugmentName, image_size: int) -> PhotoAugment:
     return Photo(v2.Compose([*basic, policy] if policy else basic))
 
 
-def _policy(name: AugmentName, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
+def _policy(name: str, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
     match name:
         case "basic":
             return None
@@ -168,4 +168,4 @@ def _policy(name: AugmentName, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
             return v2.RandAugment()
         case "trivialaugment":
             return v2.TrivialAugmentWide()
-    raise unknown("augmentation", name, get_args(AugmentName))
+    raise unknown("augmentation", name, AUGMENTATIONS)

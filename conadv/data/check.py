@@ -1,58 +1,40 @@
-"""``conadv check DIR``: everything about an image folder that a training run would stumble over, found beforehand."""
+"""Everything about an image folder that a training run would stumble over, found beforehand (``conadv check``)."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
-import tyro
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from conadv.data.files import (
-    FORMATS,
-    BadImage,
-    Progress,
+from conadv.data.folder import (
+    broken,
     class_folders,
     cores,
     evaluation_folder,
-    flat,
-    is_folder,
-    read_rgb,
-    unreadable_folder,
-    why,
+    is_broken,
+    layout_of,
+    unsorted_images,
+    walk,
 )
+from conadv.data.images import FORMATS, BadImage, read_rgb, why
+from conadv.data.source import Progress
 from conadv.errors import ConadvError, printable
-from conadv.training.record import write_atomic
 
-ORIENTATION = 0x0112
+_ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
-
-
-@dataclass
-class CheckArgs:
-    """Read every image of DIR/{train,test or val}/<class>/, in parallel, and list what is wrong with it.
-
-    Exit code 0: nothing is wrong; 1: something is listed; 2: DIR cannot be checked. Notes (images that are read, but
-    perhaps not as expected) do not count.
-    """
-
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
-    """Image folder."""
-    workers: int | None = None
-    """Threads that decode (default: one per processor)."""
-    show: int = 20
-    """So many findings are shown; --json has them all."""
-    json: Path | None = None
-    """Write all findings into this file."""
-    quiet: bool = False
-    """No progress."""
+_KINDS = {  # words of a reason -> a few words to count by
+    "it is empty": "empty file",
+    "regular file": "not a file",
+    "not an image": "not an image",
+    "bits per channel": "too many bits",
+    "bomb": "too many pixels",
+    "truncated": "truncated",
+}
 
 
 @dataclass(frozen=True)
@@ -77,253 +59,106 @@ class Report:
     def bad(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.bad]
 
-    def to_json(self) -> dict[str, Any]:
-        kinds = Counter(finding.kind for finding in self.findings)
-        return {
-            "folder": self.folder,
-            "images": self.images,
-            "bad": len(self.bad),
-            "kinds": dict(sorted(kinds.items())),
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+
+class _Notes(list[Finding]):
+    """Findings about paths below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def add(self, kind: str, path: str | Path, reason: str) -> None:
+        below = printable(os.path.relpath(path, self.folder))
+        self.append(Finding(below, kind, reason, kind != "ignored file"))
 
 
 def check_folder(
     folder: Path, workers: int | None = None, progress: Progress | None = None
 ) -> Report:
     """Read every image below ``folder`` in ``workers`` threads. Raises ConadvError if there is nothing to check."""
-    splits = _splits(folder)
+    held = evaluation_folder(folder)
+    splits = [split for split in (folder / "train", held) if split and split.is_dir()]
     if not splits:
-        raise ConadvError(
-            f"{printable(folder)} is no image folder. Expected {printable(folder)}/train/<class>/<image files>, and "
-            "the same below test or val."
-        )
-    findings, files = _structure(folder, splits)
+        raise ConadvError(f"{printable(folder)} is not an image folder. {layout_of(folder)}")
+    notes = _Notes(folder)
+    if len(splits) < 2:
+        notes.add("missing split", folder, "it needs a folder train, and test or val")
+    classes = {split: names for split in splits if (names := _classes(split, notes)) is not None}
+    files = [file for split, names in classes.items() for file in _class_files(split, names, notes)]
+    for split, names in classes.items():
+        for other, theirs in classes.items():
+            for name in sorted(set(names) - set(theirs)):
+                reason = f"{other.name} has no folder of this name"
+                notes.add("class in one split", split / name, reason)
     with ThreadPoolExecutor(workers or cores()) as pool:
         for done, found in enumerate(pool.map(lambda path: list(examine(path)), files), 1):
-            findings += found
+            for kind, reason, bad in found:
+                path = printable(os.path.relpath(files[done - 1], folder))
+                notes.append(Finding(path, kind, reason, bad))
             if progress and (done % 100 == 0 or done == len(files)):
                 progress("check", done, len(files))
-    below = [Finding(_below(folder, f.path), f.kind, f.reason, f.bad) for f in findings]
-    return Report(
-        printable(folder),
-        len(files),
-        tuple(sorted(below, key=lambda f: (not f.bad, f.path, f.kind))),
-    )
+    ordered = sorted(notes, key=lambda f: (not f.bad, f.path, f.kind))
+    return Report(printable(folder), len(files), tuple(ordered))
 
 
-def _splits(folder: Path) -> list[Path]:
-    """The folders that training would read, and those only."""
-    train = [folder / "train"] if (folder / "train").is_dir() else []
-    held = evaluation_folder(folder)
-    return train if held is None else [*train, held]
-
-
-def _below(folder: Path, path: str) -> str:
-    return printable(os.path.relpath(path, folder))
-
-
-def _structure(folder: Path, splits: Sequence[Path]) -> tuple[list[Finding], list[Path]]:
-    """What is wrong with folders and links, and all image files."""
-    findings: list[Finding] = []
-    files: list[Path] = []
-    classes = {}
-    if splits[0].name != "train" or len(splits) == 1:
-        findings.append(
-            Finding(str(folder), "missing split", "it needs a folder train, and test or val")
-        )
-    for split in splits:
-        try:
-            classes[split.name] = set(class_folders(split))
-        except ConadvError as error:
-            findings.append(Finding(str(split), "unreadable folder", str(error)))
-            continue
-        if not classes[split.name] and (unsorted := flat(split)):
-            findings.append(Finding(str(split), "not sorted by class", unsorted))
-            del classes[
-                split.name
-            ]  # or every class of the other one would be listed as missing here
-            continue
-        if len(classes[split.name]) < 2:
-            findings.append(
-                Finding(str(split), "too few classes", "training needs two or more class folders")
-            )
-        findings += [
-            Finding(e.path, "broken link", _broken(e.path))
-            for e in os.scandir(split)
-            if _is_broken(e)
-        ]
-        for name in sorted(classes[split.name]):
-            found = list(_files(split / name, findings))
-            files += found
-            if not found:
-                findings.append(
-                    Finding(
-                        str(split / name), "empty class", f"no image ({', '.join(IMG_EXTENSIONS)})"
-                    )
-                )
-    findings += _unequal(folder, classes)
-    return findings, files
-
-
-def _unequal(folder: Path, classes: dict[str, set[str]]) -> Iterator[Finding]:
-    for one, theirs in classes.items():
-        for other, ours in classes.items():
-            for name in sorted(theirs - ours):
-                yield Finding(
-                    str(folder / one / name),
-                    "class in one split",
-                    f"{other} has no folder of this name",
-                )
-
-
-def _files(
-    folder: Path, findings: list[Finding], above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[Path]:
-    """The image files below ``folder``; unlike training, goes on after what is wrong with a folder."""
+def _classes(split: Path, notes: _Notes) -> list[str] | None:
+    """The class folders of a split; None where there is nothing to compare with another split's."""
     try:
-        about = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        findings.append(Finding(str(folder), "unreadable folder", str(unreadable_folder(error))))
-        return
-    here = (about.st_dev, about.st_ino)
-    if here in above:
-        findings.append(Finding(str(folder), "looping link", "a link to a folder that it lies in"))
-        return
-    for entry in entries:
-        if is_folder(entry):
-            yield from _files(Path(entry.path), findings, (*above, here))
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            yield Path(entry.path)
-        elif _is_broken(entry):
-            findings.append(Finding(entry.path, "broken link", _broken(entry.path)))
-        else:
-            findings.append(
-                Finding(entry.path, "ignored file", "it is not called like an image", bad=False)
-            )
+        names = class_folders(split)
+        unsorted = None if names else unsorted_images(split)
+    except (ConadvError, OSError) as error:
+        notes.add("unreadable folder", split, str(error))
+        return None
+    if unsorted:
+        notes.add("not sorted by class", split, unsorted)
+        return None
+    if len(names) < 2:
+        notes.add("too few classes", split, "training needs two or more class folders")
+    for entry in os.scandir(split):
+        if is_broken(entry.path):
+            notes.add("broken link", entry.path, broken(entry.path))
+    return names
 
 
-def _is_broken(entry: os.DirEntry[str]) -> bool:
-    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110  (Path.exists raises for a loop)
+def _class_files(split: Path, names: list[str], notes: _Notes) -> Iterator[Path]:
+    for name in names:
+        found = [
+            Path(where, file)
+            for where, files in walk(str(split / name), notes.add)
+            for file in files
+        ]
+        if not found:
+            notes.add("empty class", split / name, f"no image ({', '.join(IMG_EXTENSIONS)})")
+        yield from found
 
 
-def _broken(path: str) -> str:
-    return f"a link to {printable(Path(path).readlink())}, which cannot be reached"
-
-
-def examine(path: Path) -> Iterator[Finding]:
-    """What is to be said about one image file."""
-    name = str(path)
-    if name != printable(name):
-        yield Finding(
-            name, "odd name", "its name holds control characters or is not UTF-8", bad=False
-        )
+def examine(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """(kind, reason, whether it is bad) of everything to be said about one image file."""
+    if str(path) != printable(path):
+        yield "odd name", "its name holds control characters or is not UTF-8", False
     try:
         read_rgb(path)
     except BadImage as error:
-        yield Finding(name, _kind(path, error), error.reason)
+        yield _kind(path, error), error.reason, True
         return
-    yield from _notes(path)
+    try:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
+            frames = getattr(image, "n_frames", 1)
+            rotated = image.getexif().get(_ORIENTATION, 1)
+            if image.mode != "RGB":
+                yield f"mode {image.mode}", "it is converted to RGB", False
+    except Exception as error:  # read a moment ago: only what comes behind the pixels is damaged
+        yield "damaged extras", why(error), False
+        return
+    if frames > 1:
+        yield "several frames", f"of {frames} frames the first is taken", False
+    if rotated not in (0, 1):
+        yield "EXIF orientation", f"orientation {rotated} is not applied", False
 
 
 def _kind(path: Path, error: BadImage) -> str:
-    """A few words for the reason."""
-    if path.is_symlink() and not os.path.exists(path):  # noqa: PTH110
+    if is_broken(str(path)):
         return "broken link"
     if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
         return "unreadable file"
-    for words, kind in _KINDS.items():
-        if words in error.reason:
-            return kind
-    return "damaged"
-
-
-_KINDS = {
-    "it is empty": "empty file",
-    "regular file": "not a file",
-    "no image": "not an image",
-    "bits per channel": "too many bits",
-    "bomb": "too many pixels",
-    "truncated": "truncated",
-}
-
-
-def _notes(path: Path) -> Iterator[Finding]:
-    """Things that the header of a readable image tells."""
-    name = str(path)
-    try:
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
-            mode, frames, rotated = (
-                image.mode,
-                getattr(image, "n_frames", 1),
-                image.getexif().get(ORIENTATION, 1),
-            )
-    except Exception as error:  # read a moment ago: only what comes behind the pixels is damaged
-        yield Finding(name, "damaged extras", why(error), bad=False)
-        return
-    if mode != "RGB":
-        yield Finding(name, f"mode {mode}", "it is converted to RGB", bad=False)
-    if frames > 1:
-        yield Finding(name, "several frames", f"of {frames} frames the first is taken", bad=False)
-    if rotated not in (0, 1):
-        yield Finding(name, "EXIF orientation", f"orientation {rotated} is not applied", bad=False)
-
-
-def command(args: CheckArgs) -> bool:
-    """Check, show, write; returns whether nothing is wrong."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    if args.workers is not None and args.workers < 1:
-        raise ConadvError(f"--workers {args.workers} must be 1 or more.")
-    columns = (TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
-    with Progress(
-        *columns, transient=True, disable=args.quiet or not console.is_terminal, console=console
-    ) as bar:
-        task = bar.add_task("check", total=None)
-        report = check_folder(
-            args.folder,
-            args.workers,
-            lambda _, done, total: bar.update(task, completed=done, total=total),
-        )
-    _show(report, args.show, console)
-    if args.json is not None:
-        _write(args.json, report)
-    return not report.bad
-
-
-def _write(path: Path, report: Report) -> None:
-    try:
-        write_atomic(path, json.dumps(report.to_json(), indent=1) + "\n")
-    except OSError as error:
-        raise ConadvError(
-            f"Cannot write {printable(path)}: {error.strerror}. Choose another file."
-        ) from error
-
-
-def _show(report: Report, count: int, console: Any) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    bad = report.bad
-    if bad and count > 0:
-        table = Table("path", "what", "why")
-        for finding in bad[:count]:
-            table.add_row(
-                Text(finding.path, overflow="fold"), Text(finding.kind), Text(finding.reason)
-            )
-        console.print(table)
-    if len(bad) > count:
-        console.print(f"and {len(bad) - count} more: --json FILE writes them all", highlight=False)
-    for kind, number in sorted(Counter(f.kind for f in report.findings if not f.bad).items()):
-        console.print(Text(f"note: {number} x {kind}"))
-    verdict = f"{len(bad)} thing(s) would stop a run or be left out" if bad else "nothing wrong"
-    console.print(Text(f"{report.images} images in {report.folder}: {verdict}"), highlight=False)
+    return next((kind for words, kind in _KINDS.items() if words in error.reason), "damaged")

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from conadv.config.schema import AugmentName, Config, accumulation, micro_batch
 from conadv.data.augment import sample_keys
-from conadv.data.files import BadFile, Progress
+from conadv.data.images import BadFile
 from conadv.data.mix import Mix
 from conadv.data.order import Order
-from conadv.data.sources import Source, build_source
+from conadv.data.source import Source
 from conadv.data.splits import Draw, Split
+from conadv.data.workers import outlive_stop
 from conadv.errors import ConadvError, unknown
-from conadv.training.signals import outlive_stop
 from conadv.types import Batch, MicroBatch
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -62,15 +58,15 @@ class Data:
 
     source: Source
     order: Order
-    augments: dict[str, AugmentName]
+    augments: dict[str, str]
     micro_batch_size: int
     mine: range
     rank: int = 0
-    num_workers: int = 0
     ranks: int = 1
+    num_workers: int = 0
     skip_bad: bool = False
-    bad: BadImages = field(default_factory=BadImages)
     mix: Mix | None = None
+    bad: BadImages = field(default_factory=BadImages)
 
     @property
     def num_classes(self) -> int:
@@ -113,36 +109,33 @@ class Data:
         """This rank's batches of steps start_step..stop_step-1, each with uint8 images N,C,H,W for each view.
 
         "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
-        data.aug_view. Step t is the same wherever one starts, for any number of workers, and whichever other views are
-        drawn. With data.mixup or data.cutmix labels are probabilities N,K. Pinned memory where CUDA is present.
-        Worker processes live as long as the iterator. In flight: ``ahead`` micro-batches per worker, which is all of
-        the next step and at least two per worker. Raises ConadvError for a view that the configuration has not and,
-        while iterating, for an image that cannot be read; with data.on_bad_image skip it is noted in ``bad``, and
-        another image of its class stands in for it in all views and epochs.
+        data.aug_view. Step t is the same for any start, number of workers, and set of views. With mixup or cutmix
+        labels are probabilities N,K. Pinned memory where CUDA is present. Worker processes live as long as the
+        iterator. In flight: ``ahead`` micro-batches per worker.
+        Raises ConadvError for a view that the data does not have and, while iterating, for an image that cannot be
+        read; with data.on_bad_image skip it is noted in ``bad``, and another image of its class stands in for it in
+        all views and epochs.
         """
         for view in views:
             if view not in self.augments:
                 hint = " Give data.aug_view for it." if view == "aug" else ""
                 raise ConadvError(f"{unknown('view', view, self.augments)}{hint}")
         keys = ((step, index) for step in range(start_step, stop_step) for index in self.mine)
+        augments = {view: self.augments[view] for view in views}
         load = _LoadMicroBatch(
-            self.source.train,
-            self.order,
-            {view: self.augments[view] for view in views},
-            self.micro_batch_size,
-            self.skip_bad,
-            self.mix,
+            self.source.train, self.order, augments, self.micro_batch_size, self.skip_bad, self.mix
         )
-        return self._assemble(
-            _stream(load, keys, self.num_workers, self.ahead), range(start_step, stop_step)
-        )
+        parts = _stream(load, keys, self.num_workers, self.ahead)
+        return self._assemble(parts, range(start_step, stop_step))
 
-    def _assemble(self, parts: Iterator[dict[str, Any]], steps: range) -> Iterator[Batch]:
+    def _assemble(
+        self, parts: Iterator[tuple[dict[str, Any], list[BadFile]]], steps: range
+    ) -> Iterator[Batch]:
         for step in steps:
             loaded = list(islice(parts, len(self.mine)))
-            for part in loaded:
-                self.bad.note(part.pop("bad"), step)
-            micro = tuple(MicroBatch(**part) for part in loaded)
+            for _, bad in loaded:
+                self.bad.note(bad, step)
+            micro = tuple(MicroBatch(**fields) for fields, _ in loaded)
             yield Batch(step, micro, self.order.epoch_of(step))
 
     def eval_batches(
@@ -181,114 +174,82 @@ class Data:
 
 
 def build_data(
-    config: Config,
+    source: Source,
     *,
+    global_batch_size: int,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    augment: str = "none",
+    aug_view: str | None = None,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    num_workers: int = 0,
+    on_bad_image: str = "error",
     rank: int = 0,
     ranks: int = 1,
     mine: range | None = None,
-    progress: Progress | None = None,
-    source: Source | None = None,
 ) -> Data:
-    """Everything that a run reads, checked before any training. ``progress`` hears of images decoded into memory.
+    """The batches of a run on ``source``; ``micro_batch_size`` None is the global batch.
 
     ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
-    ``ranks``. ``source``: what :func:`build_source` has made of ``config.data`` and the seed, where the caller
-    has it already.
-
-    Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on, for
-    settings that do not fit the data (mean and std, train_images, image sizes) or each other (batch sizes).
+    ``ranks``, rank x accumulation and the following. So N ranks see what one rank with N-fold accumulation sees.
+    Raises ConadvError for batch sizes that do not divide, or a global batch larger than the training set.
     """
-    count = accumulation(config, ranks)
-    source = source or build_source(config.data, progress, config.seed)
-    order = Order(len(source.train.labels), config.global_batch_size, config.seed)
-    augments: dict[str, AugmentName] = {"clean": config.data.augment, "second": config.data.augment}
-    if config.data.aug_view is not None:
-        augments["aug"] = config.data.aug_view
-    micro = micro_batch(config)
-    mine = range(rank * count, (rank + 1) * count) if mine is None else mine
-    skip_bad = config.data.on_bad_image == "skip"
-    mix = None
-    if config.data.mixup or config.data.cutmix:
-        mix = Mix(config.data.mixup, config.data.cutmix, len(source.class_names), config.seed)
-    return Data(
-        source,
-        order,
-        augments,
-        micro,
-        mine,
-        rank,
-        config.data.num_workers,
-        ranks,
-        skip_bad,
-        mix=mix,
-    )
-
-
-def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
-    """(item t, item t + ahead) for every t, with None for the second near the end and where ``ahead`` is 0.
-
-    This is what an attack on the batch of a later step needs. Works on any iterable, a DataLoader for one. Holds at
-    most ahead + 1 items.
-
-    >>> list(windows("abc", 1))
-    [('a', 'b'), ('b', 'c'), ('c', None)]
-    """
-    if ahead < 0:
+    micro = micro_batch_size or global_batch_size
+    count, rest = divmod(global_batch_size, micro * ranks)
+    if rest or not count:
         raise ConadvError(
-            f"ahead {ahead} must be 0 or more: it counts items after the current one."
+            f"global_batch_size {global_batch_size} is not micro_batch_size {micro} x accumulation "
+            f"x {ranks} rank(s). Choose a micro-batch that divides the batch of one rank."
         )
-    return _windows(iter(batches), ahead)
-
-
-def _windows(items: Iterator[T], ahead: int) -> Iterator[tuple[T, T | None]]:
-    waiting = deque(islice(items, ahead))
-    while True:
-        waiting.extend(islice(items, 1))
-        if not waiting:
-            return
-        future = waiting[ahead] if 0 < ahead < len(waiting) else None
-        yield waiting.popleft(), future
+    order = Order(len(source.train.labels), global_batch_size, seed)
+    augments = {"clean": augment, "second": augment} | ({"aug": aug_view} if aug_view else {})
+    mix = Mix(mixup, cutmix, len(source.class_names), seed) if mixup or cutmix else None
+    mine = range(rank * count, (rank + 1) * count) if mine is None else mine
+    skip_bad = on_bad_image == "skip"
+    return Data(source, order, augments, micro, mine, rank, ranks, num_workers, skip_bad, mix)
 
 
 @dataclass(frozen=True)
 class _LoadMicroBatch:
-    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch, and "bad" files."""
+    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch, and files that could not be read.
+
+    Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not those in an object.
+    """
 
     split: Split
     order: Order
-    augments: dict[str, AugmentName]
+    augments: dict[str, str]
     micro_batch_size: int
     skip_bad: bool
     mix: Mix | None = None
 
-    def __call__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __call__(self, key: tuple[int, int]) -> tuple[dict[str, Any], list[BadFile]]:
         step, index = key
         indices_N = self.order.micro_batch(step, index, self.micro_batch_size)
         seed, epoch = self.order.seed, self.order.epoch_of(step)
         draws = {
-            v: Draw(name, sample_keys(seed, epoch, v, indices_N))
-            for v, name in self.augments.items()
+            view: Draw(name, sample_keys(seed, epoch, view, indices_N))
+            for view, name in self.augments.items()
         }
         bad: list[BadFile] = []
         views = self.split.views(indices_N, draws, bad if self.skip_bad else None)
         y_N = self.split.labels[indices_N]
         if self.mix is not None:
             views, y_N = self.mix(views, y_N, step, index)
-        return {"index": index, "y_N": y_N, "views": views, "bad": bad}
+        return {"index": index, "y_N": y_N, "views": views}, bad
 
 
 @dataclass(frozen=True)
 class _LoadPlain:
-    """indices_N -> (images, labels) without augmentation, and "bad" files, which are left out."""
+    """indices_N -> (images, labels) without augmentation, and files that could not be read, which are left out."""
 
     split: Split
     skip_bad: bool
 
     def __call__(self, indices_N: Tensor) -> tuple[Tensor, Tensor, list[BadFile]]:
         bad: list[BadFile] = []
-        if not self.skip_bad:
-            return self.split.plain(indices_N), self.split.labels[indices_N], bad
-        images, kept_N = self.split.readable(indices_N, bad)
+        images, kept_N = self.split.readable(indices_N, bad if self.skip_bad else None)
         return images, self.split.labels[kept_N], bad
 
 
@@ -339,10 +300,11 @@ def naming_lost_workers() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ConadvError(
-            f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for want of memory: use "
-            "fewer (--data.num-workers), or give machine or container more memory and more shared memory (/dev/shm)."
+            f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for want "
+            "of memory: use fewer (--data.num-workers), or give machine or container more memory and "
+            "more shared memory (/dev/shm)."
         ) from error
 
 
-def _as_is(item: T) -> T:
+def _as_is(item: Any) -> Any:
     return item

@@ -33,16 +33,11 @@ class Mix:
         self, views: Mapping[str, Tensor], y_N: Tensor, step: int, index: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """uint8 images N,C,H,W by view and classes N -> the same mixed, rounded to whole levels, and labels N,K."""
-        transform = self._transform()
+        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
+        chosen = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha]
+        # RandomChoice of one would draw too, and move the stream behind it
+        transform = chosen[0] if len(chosen) == 1 else v2.RandomChoice(chosen)
         floats = {name: tv_tensors.Image(images.float()) for name, images in views.items()}
         with rng.scope(torch.device("cpu"), self.seed, "mix", step, index):
             mixed, y_NK = transform(floats, y_N)
-        rounded = {
-            name: x.as_subclass(Tensor).round_().to(torch.uint8) for name, x in mixed.items()
-        }
-        return rounded, y_NK
-
-    def _transform(self) -> v2.Transform:
-        kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
-        chosen = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha]
-        return chosen[0] if len(chosen) == 1 else v2.RandomChoice(chosen)
+        return {k: x.as_subclass(Tensor).round_().to(torch.uint8) for k, x in mixed.items()}, y_NK

@@ -19,7 +19,7 @@ class Order:
     An epoch has ``num_images // global_batch_size`` steps; the tail of its permutation is dropped, so an epoch shows
     every image at most once. Any step can be asked for at any time: nothing is consumed.
     Raises ConadvError where the global batch is larger than the data set.
-    Ranks: the same on all of them; the slices of :meth:`micro` are disjoint and together are the global batch.
+    Ranks: the same on all of them.
 
     >>> order = Order(num_images=10, global_batch_size=4, seed=0)
     >>> order.steps_per_epoch, order.epoch_of(3), len(order.indices(3))
@@ -35,8 +35,8 @@ class Order:
             raise ConadvError(f"global_batch_size {self.global_batch_size} must be at least 1.")
         if self.global_batch_size > self.num_images:
             raise ConadvError(
-                f"global_batch_size {self.global_batch_size} is larger than the training set of {self.num_images} "
-                f"images. Choose a global batch of at most {self.num_images}, or more training images."
+                f"global_batch_size {self.global_batch_size} is larger than the training set of "
+                f"{self.num_images} images. Choose a smaller batch, or more training images."
             )
 
     @property
@@ -57,29 +57,11 @@ class Order:
         assert 0 <= index < self.global_batch_size // micro_batch_size, (index, micro_batch_size)
         start = step % self.steps_per_epoch * self.global_batch_size + index * micro_batch_size
         permutation = _permutation(self.num_images, self.seed, self.epoch_of(step))
-        return permutation[
-            start : start + micro_batch_size
-        ].clone()  # a view would let the caller edit the cache
-
-    def micro(self, step: int, rank: int, ranks: int, micro_batch_size: int) -> tuple[Tensor, ...]:
-        """One rank's micro-batches: rank r owns slices [r * accumulation, (r + 1) * accumulation) of the global batch.
-
-        So N ranks see what one rank with N-fold accumulation sees. ConadvError where the sizes do not divide.
-        """
-        accumulation, rest = divmod(self.global_batch_size, micro_batch_size * ranks)
-        if rest:
-            raise ConadvError(
-                f"global_batch_size {self.global_batch_size} is not micro_batch_size {micro_batch_size} x accumulation "
-                f"x {ranks} rank(s). Choose a micro-batch that divides the batch of one rank."
-            )
-        first = rank * accumulation
-        return tuple(
-            self.micro_batch(step, first + m, micro_batch_size) for m in range(accumulation)
-        )
+        # a view would let the caller edit the cache
+        return permutation[start : start + micro_batch_size].clone()
 
 
-@lru_cache(
-    maxsize=2
-)  # an attack on a future batch reads the next epoch while this one is still running
+# an attack on a future batch reads the next epoch while this one is still running
+@lru_cache(maxsize=2)
 def _permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=rng.generator("cpu", seed, "order", epoch))

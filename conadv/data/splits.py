@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from conadv.config.schema import AugmentName
-from conadv.data.augment import build_augment, build_photo_augment, sample_keys
-from conadv.data.files import BadFile, BadImage, no_stand_in, stand_ins
+from conadv.data.augment import build_augment, build_photo_augment
+from conadv.data.images import BadFile, BadImage, no_stand_in, stand_ins
 from conadv.errors import ConadvError
 
 
 class Draw(NamedTuple):
     """One augmented view of a batch: the augmentation's name and the key of each sample."""
 
-    augment: AugmentName
+    augment: str
     keys_N: Tensor
 
 
@@ -35,16 +34,17 @@ class Split(Protocol):
         """uint8 N,C,H,W for every view in ``draws``: a pure function of its arguments.
 
         An image that cannot be read is a ConadvError; with ``bad`` it is noted there, and another of its class stands
-        in for it (:func:`conadv.data.files.stand_ins`).
+        in for it (:func:`conadv.data.images.stand_ins`).
         """
         ...
 
-    def plain(self, indices_N: Tensor) -> Tensor:
-        """uint8 N,C,H,W without augmentation, as evaluation sees the images."""
-        ...
+    def readable(
+        self, indices_N: Tensor, bad: list[BadFile] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(uint8 n,C,H,W without augmentation, as evaluation sees the images; their numbers).
 
-    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
-        """(``plain`` images, their numbers) of those that can be read; the others are noted in ``bad``."""
+        An image that cannot be read is a ConadvError; with ``bad`` it is noted there and left out.
+        """
         ...
 
     def subset(self, indices_N: Tensor) -> Split:
@@ -56,48 +56,49 @@ class Split(Protocol):
 class MemorySplit:
     """Images held as one uint8 tensor N,C,H,W with H = W. ``flip``: mirroring an image keeps its class.
 
-    ``bad``: numbers of images whose files could not be read.
+    ``unread``: numbers of images whose files could not be read.
     """
 
     images: Tensor
     labels: Tensor
     flip: bool = True
-    bad: Mapping[int, BadFile] = field(default_factory=dict)
+    unread: Mapping[int, BadFile] = field(default_factory=dict)
 
     def views(
         self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
     ) -> dict[str, Tensor]:
-        if self.bad:
-            indices_N = torch.tensor([self._usable(i, bad) for i in indices_N.tolist()])
+        if self.unread:
+            assert bad is not None  # they are only there where images may be left out
+            bad += [self.unread[i] for i in indices_N.tolist() if i in self.unread]
+            indices_N = torch.tensor([self._stand_in(i) for i in indices_N.tolist()])
         images, size = self.images[indices_N], self.images.shape[-1]
         return {
-            v: build_augment(d.augment, size, flip=self.flip)(images, d.keys_N)
-            for v, d in draws.items()
+            view: build_augment(draw.augment, size, flip=self.flip)(images, draw.keys_N)
+            for view, draw in draws.items()
         }
 
-    def _usable(self, index: int, bad: list[BadFile] | None) -> int:
-        if index not in self.bad:
+    def _stand_in(self, index: int) -> int:
+        if index not in self.unread:
             return index
-        if bad is not None:
-            bad.append(self.bad[index])
-        for other in stand_ins(self.labels, index):
-            if other not in self.bad:
-                return other
-        raise no_stand_in(f"number {int(self.labels[index])}")
+        other = next((i for i in stand_ins(self.labels, index) if i not in self.unread), None)
+        if other is None:
+            raise no_stand_in(f"number {int(self.labels[index])}")
+        return other
 
-    def plain(self, indices_N: Tensor) -> Tensor:
-        return self.images[indices_N]
-
-    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
-        bad += [self.bad[i] for i in indices_N.tolist() if i in self.bad]
-        kept_N = indices_N[
-            torch.tensor([i not in self.bad for i in indices_N.tolist()], dtype=torch.bool)
-        ]
-        return self.plain(kept_N), kept_N
+    def readable(
+        self, indices_N: Tensor, bad: list[BadFile] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.unread:
+            assert bad is not None
+            bad += [self.unread[i] for i in indices_N.tolist() if i in self.unread]
+            kept = [i for i in indices_N.tolist() if i not in self.unread]
+            indices_N = torch.tensor(kept, dtype=torch.int64)
+        return self.images[indices_N], indices_N
 
     def subset(self, indices_N: Tensor) -> MemorySplit:
-        bad = {new: self.bad[old] for new, old in enumerate(indices_N.tolist()) if old in self.bad}
-        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip, bad)
+        numbers = enumerate(indices_N.tolist())
+        unread = {new: self.unread[old] for new, old in numbers if old in self.unread}
+        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip, unread)
 
 
 class Photos(Protocol):
@@ -132,55 +133,53 @@ class PhotoSplit:
     def views(
         self, indices_N: Tensor, draws: Mapping[str, Draw], bad: list[BadFile] | None = None
     ) -> dict[str, Tensor]:
-        shape = (len(indices_N), 3, self.image_size, self.image_size)
-        # decoded images have their channels last: so rows are copied as they lie, and the device rearranges them
-        out = {
-            view: torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-            for view in draws
-        }
+        out = {view: self._empty(len(indices_N)) for view in draws}
         made = [
             (out[view], build_photo_augment(draw.augment, self.image_size), draw.keys_N.tolist())
             for view, draw in draws.items()
         ]
         with torch.random.fork_rng(devices=[]):
             for row, index in enumerate(indices_N.tolist()):
-                image = self.listing.read(index) if bad is None else self._image(index, bad)
+                image = self._read(index, bad)
+                if image is None:
+                    image = self._stand_in(index, bad)
                 for images, augment, keys in made:
                     images[row] = augment(image, keys[row])
         return out
 
-    def _image(self, index: int, bad: list[BadFile]) -> Image.Image:
-        """The image, or the first that can stand in for it."""
-        image = self._try(index, bad)
-        others = stand_ins(self.labels, index)
-        while image is None:
-            other = next(others, None)
-            if other is None:
-                raise no_stand_in(self.listing.class_names[int(self.labels[index])])
-            image = self._try(other, bad)
-        return image
+    def _empty(self, count: int) -> Tensor:
+        # decoded images have their channels last: so rows are copied as they lie, and the device rearranges them
+        shape = (count, 3, self.image_size, self.image_size)
+        return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
-    def _try(self, index: int, bad: list[BadFile]) -> Image.Image | None:
+    def _read(self, index: int, bad: list[BadFile] | None) -> Image.Image | None:
+        """The image, or None once it is noted in ``bad`` that it cannot be read."""
         try:
             return self.listing.read(index)
         except BadImage as error:
+            if bad is None:
+                raise
             bad.append(self.listing.bad(index, error))
             return None
 
-    def plain(self, indices_N: Tensor) -> Tensor:
-        keys_N = sample_keys(0, 0, "plain", indices_N)  # "none" draws nothing from them
-        return self.views(indices_N, {"plain": Draw("none", keys_N)})["plain"]
+    def _stand_in(self, index: int, bad: list[BadFile] | None) -> Image.Image:
+        for other in stand_ins(self.labels, index):
+            if (image := self._read(other, bad)) is not None:
+                return image
+        raise no_stand_in(self.listing.class_names[int(self.labels[index])])
 
-    def readable(self, indices_N: Tensor, bad: list[BadFile]) -> tuple[Tensor, Tensor]:
+    def readable(
+        self, indices_N: Tensor, bad: list[BadFile] | None = None
+    ) -> tuple[Tensor, Tensor]:
         resize = build_photo_augment("none", self.image_size)
+        images = self._empty(len(indices_N))
+        kept: list[int] = []
         with torch.random.fork_rng(devices=[]):
-            found = [
-                (i, resize(image, 0))
-                for i in indices_N.tolist()
-                if (image := self._try(i, bad)) is not None
-            ]
-        images = [image for _, image in found] or [torch.empty(0, dtype=torch.uint8)]
-        return torch.stack(images), torch.tensor([i for i, _ in found], dtype=torch.int64)
+            for index in indices_N.tolist():
+                if (image := self._read(index, bad)) is not None:
+                    images[len(kept)] = resize(image, 0)  # draws nothing
+                    kept.append(index)
+        return images[: len(kept)], torch.tensor(kept, dtype=torch.int64)
 
     def subset(self, indices_N: Tensor) -> PhotoSplit:
         return PhotoSplit(self.listing.subset(indices_N), self.image_size)
@@ -203,8 +202,8 @@ def choose(
         return torch.arange(len(labels_N))
     if count > len(labels_N):
         raise ConadvError(
-            f"{setting} {count} is larger than the training set of {len(labels_N)} images. Choose a smaller number, "
-            "or leave it out."
+            f"{setting} {count} is larger than the training set of {len(labels_N)} images. "
+            "Choose a smaller number, or leave it out."
         )
     sizes = torch.bincount(labels_N, minlength=len(class_names))
     taken = sizes * count // len(labels_N)
@@ -219,23 +218,3 @@ def choose(
     by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
     place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values
-
-
-def hold_out(
-    train: Split, count: int, class_names: tuple[str, ...], *, seed: int = 0
-) -> tuple[Split, Split]:
-    """(what is left to train on, ``count`` validation images): a stratified choice by ``seed``.
-
-    Raises ConadvError where either side would be left without a class.
-    """
-    chosen = choose(train.labels, count, class_names, seed=seed, setting="data.validation_images")
-    kept = torch.ones(len(train.labels), dtype=torch.bool)
-    kept[chosen] = False
-    rest = kept.nonzero().flatten()
-    sizes = torch.bincount(train.labels[rest], minlength=len(class_names))
-    if not sizes.all():
-        raise ConadvError(
-            f"data.validation_images {count} leaves no image of class {class_names[int(sizes.argmin())]!r} to train "
-            f"on: there are {len(train.labels)} images. Hold out fewer."
-        )
-    return train.subset(rest), train.subset(chosen)

@@ -1,45 +1,30 @@
-"""Networks by name.
+"""Networks by name. No weights are ever downloaded: every network starts from its own initialisation.
 
     resnet8 .. resnet56          small residual networks (small.py)
     resnet50                     any torchvision classifier
     torchvision:resnet50         the same, said in full
     timm:efficientnet_b0         any network of timm (the extra ``timm``)
-    mynets:make                  a function of yours, once :func:`trust` has let it in (own.py)
+    mynets:make                  a function of yours, once :func:`conadv.models.own.trust` has let it in
 
-No weights are ever downloaded: every network starts from its own initialisation.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from torch import nn
+FAMILIES: dict[str, str] = {
+    "small": "conadv.models.small:build_small",
+    "torchvision": "conadv.models.zoo:build_torchvision",
+    "timm": "conadv.models.zoo:build_timm",
+    "own": "conadv.models.own:build_own",
+}
+"""Family -> "module:function" with (name, in_channels, num_classes, options) -> network, imported when it is used."""
 
-from conadv.config.schema import ModelConfig
-from conadv.errors import ConadvError
-from conadv.models.own import build_own, is_own, trust
-from conadv.models.small import SMALL, BasicBlock, SmallResNet, build_small
-from conadv.models.trial import check_model
-from conadv.models.zoo import TIMM, TORCHVISION, arguments, build_timm, build_torchvision
-
-__all__ = ["SMALL", "BasicBlock", "SmallResNet", "build_model", "check_model", "trust"]
+SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
 
 
-def build_model(config: ModelConfig, in_channels: int, num_classes: int) -> nn.Module:
-    """The named network, freshly initialised from the global generator.
-
-    Raises ConadvError for an unknown name, for ``width`` or ``args`` that the network does not take, where timm is
-    missing, and for a function that nobody has trusted.
-    """
-    name, options = config.name, arguments(config.args)
-    if config.width is not None and name not in SMALL:
-        raise ConadvError(
-            f"model.width has no effect on {name!r}; it belongs to {', '.join(SMALL)}."
-        )
-    if name in SMALL:
-        if options:
-            raise ConadvError(f"model.args has no effect on {name!r}, which has only model.width.")
-        return build_small(name, config.width, in_channels, num_classes)
-    if name.startswith(TIMM):
-        return build_timm(name.removeprefix(TIMM), in_channels, num_classes, options)
-    if is_own(name):
-        return build_own(name, in_channels, num_classes, options)
-    return build_torchvision(name.removeprefix(TORCHVISION), in_channels, num_classes, options)
+def family(name: str) -> str:
+    """Where a network of this name comes from, a key of FAMILIES."""
+    prefix, colon, _ = name.partition(":")
+    if not colon:
+        return "small" if name in SMALL else "torchvision"
+    return prefix if prefix in ("torchvision", "timm") else "own"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
 WIDTH = 16
 """Channels of the first stage unless others are asked for, as in the paper."""
 
@@ -60,6 +62,9 @@ class SmallResNet(nn.Module):
         return self.fc(self.blocks(out).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def build_small(name: str, width: int | None, in_channels: int, num_classes: int) -> nn.Module:
-    """The network of SMALL with this name; ``width`` channels in its first stage (WIDTH where None)."""
-    return SmallResNet(int(name.removeprefix("resnet")), width or WIDTH, in_channels, num_classes)
+def build_small(
+    name: str, in_channels: int, num_classes: int, options: Mapping[str, Any]
+) -> nn.Module:
+    """The network of SMALL with this name; ``width`` channels in its first stage (WIDTH unless given)."""
+    depth, width = int(name.removeprefix("resnet")), options.get("width", WIDTH)
+    return SmallResNet(depth, width, in_channels, num_classes)

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import nn
 
-from conadv.config.schema import Config, micro_batch
 from conadv.errors import ConadvError, printable
 from conadv.nn.split_batchnorm import frozen_stats
-
-NO_BATCH_NORM = (
-    "no batch norm in this model: the routes share its normalisation and every weight, so that clean and extra images "
-    "are told apart by their loss alone"
-)
-
-
-def looks(config: Config, image_size: int) -> Iterator[tuple[int, int]]:
-    """(images, height and width) of the passes of a run that a network may refuse: its smallest view, probe, attack.
-
-    Two images stand for more: batch norm over a map of one pixel needs them.
-    """
-    attacked = max(1, round(config.attack.share * micro_batch(config)))
-    probed = config.probe.images if config.probe.every_epochs is not None else 2
-    yield min(2, attacked, probed), image_size
 
 
 def check_model(
@@ -39,40 +20,35 @@ def check_model(
     x_NCHW = torch.zeros(images, channels, image_size, image_size)
     was_training = [(module, module.training) for module in model.modules()]
     try:
-        for mode in ("train", "eval"):
-            model.train(
-                mode == "train"
-            )  # before frozen_stats, which freezes what is in train mode when it begins
+        for training in (True, False):
+            model.train(training)  # first: frozen_stats freezes what is in train mode as it begins
             with torch.no_grad(), frozen_stats(model):
-                _check_output(_forward(model, x_NCHW), mode, (images, num_classes))
+                _check_pass(model, x_NCHW, num_classes, "train" if training else "eval")
     finally:
         for module, mode_before in was_training:
             module.training = mode_before
 
 
-def _forward(model: nn.Module, x_NCHW: torch.Tensor) -> Any:
+def _check_pass(model: nn.Module, x_NCHW: torch.Tensor, num_classes: int, mode: str) -> None:
+    images, channels, size, _ = x_NCHW.shape
     try:
-        return model(x_NCHW)
+        out = model(x_NCHW)
     except Exception as error:  # a forward pass checks little and raises anything
-        images, channels, size, _ = x_NCHW.shape
-        why = printable(str(error) or type(error).__name__)[:1000]
+        reason = printable(str(error) or type(error).__name__)[:1000]
         alone = " one at a time" if images == 1 else ""
         larger = "a larger micro_batch_size or attack.share, " if images == 1 else ""
         raise ConadvError(
-            f"The {type(model).__name__} cannot take {channels} x {size} x {size} images{alone}: {why}. "
-            f"Choose {larger}data.image_size, or build the model "
-            "for this size (--model.args img_size=64 in timm, image_size=64 in torchvision)."
+            f"The {type(model).__name__} cannot take {channels} x {size} x {size} images{alone}: "
+            f"{reason}. Choose {larger}data.image_size, or build the model for this size "
+            "(--model.args img_size=64 in timm, image_size=64 in torchvision)."
         ) from error
-
-
-def _check_output(out: Any, mode: str, shape: tuple[int, int]) -> None:
     if not isinstance(out, torch.Tensor):
         raise ConadvError(
-            f"The model returns a {type(out).__name__} in {mode} mode, where one tensor of logits is needed. Switch "
-            "its other outputs off, or wrap it in a module that returns the logits alone."
+            f"The model returns a {type(out).__name__} in {mode} mode, where one tensor of logits is "
+            "needed. Switch its other outputs off, or wrap it in a module that returns the logits alone."
         )
-    if out.shape != shape:
+    if out.shape != (images, num_classes):
         raise ConadvError(
-            f"The model gives a tensor of shape {tuple(out.shape)} for {shape[0]} images, where {shape[0]} x "
-            f"{shape[1]} logits are needed (num_classes is the number of class folders)."
+            f"The model gives a tensor of shape {tuple(out.shape)} for {images} images, where "
+            f"{images} x {num_classes} logits are needed (num_classes is the number of class folders)."
         )

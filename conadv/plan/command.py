@@ -188,7 +188,7 @@ def _measure(args: PlanArgs) -> None:
     import torch
 
     from conadv.distributed.comm import Comm
-    from conadv.models import trust
+    from conadv.models.own import trust
     from conadv.plan.link import measure_link
     from conadv.plan.measure import measure_phases
     from conadv.training.allocator import keep_freed_memory

@@ -20,7 +20,7 @@ from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
 from conadv.methods import build_method
 from conadv.methods.base import space_from_config
-from conadv.models import check_model
+from conadv.models.trial import check_model
 from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.plan.model import kind_of

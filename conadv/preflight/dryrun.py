@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from conadv.config.schema import Config
-from conadv.data import PhotoSplit
-from conadv.data.files import BadImage
+from conadv.data.images import BadImage
+from conadv.data.splits import PhotoSplit
 from conadv.distributed.comm import Comm
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from conadv.config.schema import Config, replace, resolve
-from conadv.data import Source
+from conadv.data.source import Source
 from conadv.distributed.teams import Teams
 from conadv.errors import ConadvError
 from conadv.methods import build_method

@@ -13,7 +13,7 @@ from conadv.config.schema import Config, optimizer_settings, replace
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
 from conadv.methods import build_method
-from conadv.models import check_model
+from conadv.models.trial import check_model
 from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.training.trainer import make_engine, make_model

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conadv.config.schema import Config
+from conadv.data.workers import end_with_parent
 from conadv.errors import ConadvError
 from conadv.sweep.display import Display
 from conadv.training.allocator import keep_freed_memory
 from conadv.training.observer import Silent
-from conadv.training.signals import end_with_parent
 from conadv.types import StepRecord
 
 GRACE_SECONDS = 5.0

@@ -14,15 +14,14 @@ import yaml
 from conadv.config.schema import Config, dump_yaml, replace, resolve, scaled_lr
 from conadv.errors import printable
 from conadv.methods import METHODS
-from conadv.models.own import is_own
-from conadv.models.small import SMALL
-from conadv.models.zoo import TIMM, TORCHVISION, arguments
+from conadv.models import family
+from conadv.models.make import arguments
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
 
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "fashion-mnist": "zalando-datasets/fashion_mnist"}
 """The hub's names of data that torchvision downloads; a folder of the user's has none."""
-_AUXILIARY = ("inception_v3", "googlenet", f"{TORCHVISION}inception_v3", f"{TORCHVISION}googlenet")
+_AUXILIARY = ("inception_v3", "googlenet", "torchvision:inception_v3", "torchvision:googlenet")
 """Networks that conadv builds without their auxiliary logits."""
 SPLITS = {
     "test": "test images",
@@ -81,7 +80,7 @@ def _accuracies(lines: list[dict[str, Any]], step: int) -> dict[str, dict[str, A
 def _metadata(config: Config, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     name, source = printable(config.model.name), config.data.source
     about: dict[str, Any] = {
-        "library_name": "timm" if name.startswith(TIMM) else "pytorch",
+        "library_name": "timm" if family(name) == "timm" else "pytorch",
         "pipeline_tag": "image-classification",
         "tags": list(
             dict.fromkeys(["image-classification", "conadv", "large-batch", config.method])
@@ -165,18 +164,19 @@ mean, std = torch.tensor({mean}).view(-1, 1, 1), torch.tensor({std}).view(-1, 1,
 def _constructor(config: Config, channels: int, classes: int) -> str:
     """Lines that make ``model``: the network's own constructor where it has one outside of conadv."""
     name = config.model.name
-    if name.startswith(TIMM):
-        call = f"timm.create_model({name.removeprefix(TIMM)!r}, in_chans={channels}, num_classes={classes}"
+    if family(name) == "timm":
+        call = f"timm.create_model({name.removeprefix('timm:')!r}, in_chans={channels}, num_classes={classes}"
         return f"import timm\n\nmodel = {call}{_options(config)})"
-    if not is_own(name) and name not in (*SMALL, *_AUXILIARY):
-        call = f"get_model({name.removeprefix(TORCHVISION)!r}, weights=None, num_classes={classes}"
+    if family(name) == "torchvision" and name not in _AUXILIARY:
+        call = f"get_model({name.removeprefix('torchvision:')!r}, weights=None, num_classes={classes}"
         return f"from torchvision.models import get_model\n\nmodel = {call}{_options(config)})"
-    given = ", ".join(
-        f"{key}={value!r}" for key, value in config.model.model_dump().items() if value
-    )
-    lines = f"from conadv.config.schema import ModelConfig\nfrom conadv.models import build_model{', trust' * is_own(name)}\n"
-    lines += f"\ntrust({name!r})  # this is the author's own code" * is_own(name)
-    return f"{lines}\nmodel = build_model(ModelConfig({given}), {channels}, {classes})"
+    lines = "from conadv.models.make import build_model\n"
+    if family(name) == "own":
+        lines += "from conadv.models.own import trust\n"
+        lines += f"\ntrust({name!r})  # this is the author's own code"
+    given = {"width": config.model.width, "args": config.model.args}
+    more = "".join(f", {key}={value!r}" for key, value in given.items() if value)
+    return f"{lines}\nmodel = build_model({name!r}, {channels}, {classes}{more})"
 
 
 def _options(config: Config) -> str:

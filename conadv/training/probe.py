@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conadv.attacks.targets import ascent_loss
 from conadv.config.schema import Config, ProbeConfig, micro_batch
-from conadv.data import Data
+from conadv.data.loader import Data
 from conadv.engine import TrainStep
 from conadv.engine.lookahead import LookAhead
 from conadv.engine.validate import check_count, check_keys, check_like, check_mapping

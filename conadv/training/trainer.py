@@ -29,8 +29,8 @@ from conadv.config.schema import (
     resolve,
     scaled_lr,
 )
-from conadv.data import Data, build_data, build_source, windows
-from conadv.data.loader import naming_lost_workers
+from conadv.data.loader import Data, naming_lost_workers
+from conadv.data.windows import windows
 from conadv.distributed.comm import Comm, pick_device
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Executor, TrainStep
@@ -40,8 +40,7 @@ from conadv.engine.validate import load_optimizer, load_weights
 from conadv.errors import ConadvError, printable
 from conadv.methods import build_method, method_class
 from conadv.methods.base import Method, space_from_config
-from conadv.models import build_model, check_model
-from conadv.models.trial import NO_BATCH_NORM, looks
+from conadv.models.trial import check_model
 from conadv.nn.ema import EMA, evaluated_state
 from conadv.nn.precise_bn import recalibrate
 from conadv.nn.split_batchnorm import CLEAN, has_batchnorm, routes_of, split_batchnorm
@@ -49,6 +48,7 @@ from conadv.optim.groups import MODEL_RULES, describe, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training import checkpoint, record
+from conadv.training.data import load_data, load_model, load_source
 from conadv.training.evaluate import Result, evaluate, stop_if_diverged
 from conadv.training.lock import Lock
 from conadv.training.observer import Guarded, Observer, Silent
@@ -370,19 +370,19 @@ def build(
     teams = make_teams(world, execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
     with world.agreed():
-        source = build_source(config.data, observer.loading, config.seed)
+        source = load_source(config, observer.loading)
     if config.micro_batch_size == "auto":
         from conadv.preflight.microbatch import settle  # tries engines that this module builds
 
         config = settle(config, teams, source, observer.message)
     with world.agreed():
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
-        data = build_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)
+        data = load_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)
         space = space_from_config(config)
         model = make_model(config, data.channels, data.num_classes)
         with rng.scope(torch.device("cpu"), config.seed, "trial"):
-            for images, size in looks(config, data.image_size):
-                check_model(model, data.channels, size, data.num_classes, images)
+            images = smallest_pass(config)
+            check_model(model, data.channels, data.image_size, data.num_classes, images)
         model = model.to(device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -450,6 +450,22 @@ def make_engine(
     )
 
 
+NO_BATCH_NORM = (
+    "no batch norm in this model: the routes share its normalisation and every weight, so that clean and extra images "
+    "are told apart by their loss alone"
+)
+
+
+def smallest_pass(config: Config) -> int:
+    """Images of the smallest forward pass of a run, which a network may refuse: view, attack or probe.
+
+    Two stand for more: batch norm over a map of one pixel needs two.
+    """
+    attacked = max(1, round(config.attack.share * micro_batch(config)))
+    probed = config.probe.images if config.probe.every_epochs is not None else 2
+    return min(2, attacked, probed)
+
+
 def _check_precise_bn(config: Config, model: nn.Module) -> None:
     if config.eval.precise_bn_images is not None and not has_batchnorm(model):
         raise ConadvError(
@@ -486,7 +502,7 @@ def _num_steps(config: Config, data: Data) -> int:
 def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
     """The network on the CPU, initialised by the seed alone, with the routes that the views need."""
     with rng.scope(torch.device("cpu"), config.seed, "init"):
-        model = build_model(config.model, channels, num_classes)
+        model = load_model(config.model, channels, num_classes)
     split_batchnorm(model.train(), *(["aug"] if config.data.aug_view is not None else []))
     route = method_class(config.method).route
     if route is None or config.adv_route == "clean":

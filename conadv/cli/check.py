@@ -1,0 +1,81 @@
+"""``conadv check DIR``: what a training run would stumble over in an image folder."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from conadv.errors import ConadvError, printable
+
+
+@dataclass
+class CheckArgs:
+    """Read every image of DIR/{train,test or val}/<class>/, in parallel, and list what is wrong with it.
+
+    Exit code 0: nothing is wrong; 1: something is listed; 2: DIR cannot be checked. Notes (images that are read, but
+    perhaps not as expected) do not count.
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Image folder."""
+    workers: int | None = None
+    """Threads that decode (default: one per processor)."""
+    show: int = 20
+    """How many findings are shown; --json has them all."""
+    json: Path | None = None
+    """Write all findings into this file."""
+    quiet: bool = False
+    """No progress."""
+
+
+def command(args: CheckArgs) -> bool:
+    """Check, show, write; returns whether nothing is wrong."""
+    from conadv.data.check import check_folder  # imports torch
+    from conadv.training.record import write_atomic
+
+    if args.workers is not None and args.workers < 1:
+        raise ConadvError(f"--workers {args.workers} must be 1 or more.")
+    columns = (TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console()
+    quiet = args.quiet or not console.is_terminal
+    with Progress(*columns, transient=True, disable=quiet, console=console) as bar:
+        task = bar.add_task("check", total=None)
+        report = check_folder(
+            args.folder,
+            args.workers,
+            lambda _, done, total: bar.update(task, completed=done, total=total),
+        )
+    bad = report.bad
+    notes = Counter(finding.kind for finding in report.findings if not finding.bad)
+    if bad and args.show > 0:
+        table = Table("path", "what", "why")
+        for finding in bad[: args.show]:
+            path = Text(finding.path, overflow="fold")
+            table.add_row(path, Text(finding.kind), Text(finding.reason))
+        console.print(table)
+    if len(bad) > args.show:
+        more = f"and {len(bad) - args.show} more: --json FILE writes them all"
+        console.print(more, highlight=False)
+    for kind, number in sorted(notes.items()):
+        console.print(Text(f"note: {number} x {kind}"))
+    verdict = f"{len(bad)} thing(s) would stop a run or be left out" if bad else "nothing wrong"
+    console.print(Text(f"{report.images} images in {report.folder}: {verdict}"), highlight=False)
+    if args.json is not None:
+        kinds = dict(sorted(Counter(finding.kind for finding in report.findings).items()))
+        content = asdict(report) | {"bad": len(bad), "kinds": kinds}
+        try:
+            write_atomic(args.json, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise ConadvError(
+                f"Cannot write {printable(args.json)}: {error.strerror}. Choose another file."
+            ) from error
+    return not bad

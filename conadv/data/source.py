@@ -1,0 +1,133 @@
+"""A data set as a run uses it, and how it is made by name."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from conadv.data import SOURCES
+from conadv.data.splits import MemorySplit, Photos, PhotoSplit, Split, choose
+from conadv.errors import ConadvError, unknown
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, images done, images in all); called now and then from the calling thread."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8.
+
+    ``validation``: images held out of ``train`` to choose settings by, None without.
+    """
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    channels: int
+    image_size: int
+    validation: Split | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What is asked of a data set. ``image_size`` None keeps the size of images held in memory."""
+
+    source: str
+    dir: Path | None = None
+    download: bool = False
+    image_size: int | None = None
+    train_images: int | None = None
+    subset_seed: int = 0
+    on_bad_image: str = "error"
+    progress: Progress | None = None
+
+    def refuse(self, *names: str) -> None:
+        """ConadvError for a setting that was given although this data set has no use for it."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ConadvError(
+                    f"data.{field.name} has no effect with data.source {self.source}. Leave it out."
+                )
+
+    def folder(self) -> Path:
+        if self.dir is None:
+            raise ConadvError(
+                f"data.source {self.source} needs a folder. Give data.dir (--data DIR)."
+            )
+        return self.dir
+
+    def chosen(self, labels_N: Tensor, class_names: tuple[str, ...]) -> Tensor:
+        """Sorted indices of ``train_images`` of the training images, those of :func:`choose`."""
+        return choose(labels_N, self.train_images, class_names, seed=self.subset_seed)
+
+
+def build_source(source: str, *, validation_images: int | None = None, **settings: Any) -> Source:
+    """The data set ``source`` of SOURCES. ``settings``: fields of :class:`SourceSettings`.
+
+    ``validation_images`` of the training images are held out, the same share of every class.
+    Raises ConadvError for everything that is wrong with the folder or the settings.
+    """
+    if source not in SOURCES:
+        raise unknown("data source", source, SOURCES)
+    wanted = SourceSettings(source=source, **settings)
+    found: Source = pkgutil.resolve_name(SOURCES[source])(wanted)
+    if validation_images is None:
+        return found
+    train = found.train
+    held = choose(
+        train.labels,
+        validation_images,
+        found.class_names,
+        seed=wanted.subset_seed,
+        setting="data.validation_images",
+    )
+    kept = torch.ones(len(train.labels), dtype=torch.bool)
+    kept[held] = False
+    rest = kept.nonzero().flatten()
+    sizes = torch.bincount(train.labels[rest], minlength=len(found.class_names))
+    if not sizes.all():
+        raise ConadvError(
+            f"data.validation_images {validation_images} leaves no image of class "
+            f"{found.class_names[int(sizes.argmin())]!r} to train on: there are {len(train.labels)} "
+            "images. Hold out fewer."
+        )
+    return replace(found, train=train.subset(rest), validation=train.subset(held))
+
+
+def in_memory(
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    class_names: tuple[str, ...],
+    settings: SourceSettings,
+    *,
+    flip: bool = True,
+) -> Source:
+    """A source of (uint8 images_NCHW, labels_N): the subset is taken, then all are resized once."""
+    chosen = settings.chosen(train[1], class_names)
+    ours, theirs = (
+        MemorySplit(_resized(images, settings.image_size), labels, flip)
+        for images, labels in ((train[0][chosen], train[1][chosen]), test)
+    )
+    _, channels, _, size = ours.images.shape
+    return Source(ours, theirs, class_names, channels, size)
+
+
+def _resized(images_NCHW: Tensor, image_size: int | None) -> Tensor:
+    if image_size in (None, images_NCHW.shape[-1]):
+        return images_NCHW
+    resized: Tensor = F.resize(images_NCHW, [image_size, image_size], antialias=True)
+    return resized
+
+
+def on_demand(train: Photos, test: Photos, settings: SourceSettings) -> Source:
+    """A source of encoded images, decoded when they are needed; image_size is 224 unless given."""
+    train = train.subset(settings.chosen(train.labels, train.class_names))
+    size = settings.image_size or 224
+    return Source(PhotoSplit(train, size), PhotoSplit(test, size), train.class_names, 3, size)

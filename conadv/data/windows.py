@@ -1,0 +1,100 @@
+"""Every batch with the one that comes some steps later, which is what an attack on a later step needs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sized
+from itertools import count, islice
+from typing import Any, Generic, TypeVar
+
+from conadv.errors import ConadvError
+
+T = TypeVar("T")
+
+
+def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+    """(item t, item t + ahead) for every t, with None for the second near the end and where ``ahead`` is 0.
+
+    Works on any iterable, a DataLoader for one. Holds at most ahead + 1 items.
+
+    >>> list(windows("abc", 1))
+    [('a', 'b'), ('b', 'c'), ('c', None)]
+    """
+    if ahead < 0:
+        raise ConadvError(
+            f"ahead {ahead} must be 0 or more: it counts batches after the current one."
+        )
+    return _windows(iter(batches), ahead)
+
+
+def _windows(items: Iterator[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+    waiting = deque(islice(items, ahead))
+    while True:
+        waiting.extend(islice(items, 1))
+        if not waiting:
+            return
+        future = waiting[ahead] if 0 < ahead < len(waiting) else None
+        yield waiting.popleft(), future
+
+
+class WindowedLoader(Generic[T]):
+    """What :func:`windows` does, for frameworks that own the loop over epochs: each ``for`` over it is one epoch.
+
+        loader = WindowedLoader(DataLoader(...), step.ahead, epochs=90)
+        for epoch in range(90):
+            for batch, future in loader: ...
+
+    At the end of an epoch ``future`` comes from the next one, which is therefore begun early, so that no batch is left
+    to be attacked late. ``epochs``: how many there will be; the last ``ahead`` batches of all have no future then.
+    None: there is always another one. A loop that broke off goes on where it stopped; a program that was started again
+    begins with epoch ``start``.
+
+    Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is called with its
+    number, since a framework would call it too late. Raises ConadvError for a loader without a batch.
+    Ranks: each has a loader of its own. In flight: ``ahead`` batches beside the present one.
+    """
+
+    def __init__(
+        self, loader: Iterable[T], ahead: int, epochs: int | None = None, *, start: int = 0
+    ) -> None:
+        self.loader = loader
+        self._pairs = windows(self._batches(start, epochs), ahead)
+        self._next: tuple[tuple[int, T], tuple[int, T] | None] | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        if not isinstance(self.loader, Sized):
+            raise TypeError("the loader has no length")
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[T, T | None]]:
+        present = None
+        while pair := self._next or next(self._pairs, None):
+            self._next = pair
+            (epoch, batch), future = pair
+            if present not in (None, epoch):
+                return
+            present, self._next = epoch, None
+            yield batch, None if future is None else future[1]
+            del pair, batch, future  # or they would be held beside the next ones
+
+    def _batches(self, start: int, epochs: int | None) -> Iterator[tuple[int, T]]:
+        for epoch in count(start) if epochs is None else range(start, epochs):
+            _set_epoch(self.loader, epoch)
+            empty = True
+            for batch in self.loader:
+                empty = False
+                yield epoch, batch
+            if empty:
+                raise ConadvError(
+                    "The loader has no batch: its data set is empty, or smaller than a batch."
+                )
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners: tuple[Any, ...] = (loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    for owner in owners:
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+            return
