@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0.dev0"
 
 _WHERE = {
-    "FGSM": "attacks",
-    "PGD": "attacks",
-    "PixelSpace": "attacks",
-    "RandomSigns": "attacks",
+    "FGSM": "attacks.fgsm",
+    "PGD": "attacks.pgd",
+    "PixelSpace": "attacks.space",
+    "RandomSigns": "attacks.noise",
     "Batch": "types",
     "MicroBatch": "types",
     "StepRecord": "types",
@@ -52,10 +52,10 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
-    from conadv.attacks import FGSM as FGSM
-    from conadv.attacks import PGD as PGD
-    from conadv.attacks import PixelSpace as PixelSpace
-    from conadv.attacks import RandomSigns as RandomSigns
+    from conadv.attacks.fgsm import FGSM as FGSM
+    from conadv.attacks.noise import RandomSigns as RandomSigns
+    from conadv.attacks.pgd import PGD as PGD
+    from conadv.attacks.space import PixelSpace as PixelSpace
     from conadv.data.windows import WindowedLoader as WindowedLoader
     from conadv.data.windows import windows as windows
     from conadv.distributed.comm import Comm as Comm

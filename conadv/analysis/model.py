@@ -17,7 +17,7 @@ from conadv.analysis.objective import GRADIENT, HVP, Objective, Tick, Value, cle
 from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
 from conadv.analysis.watch import Watch
-from conadv.attacks import PGD
+from conadv.attacks.pgd import PGD
 from conadv.data.loader import Data
 from conadv.training.evaluate import evaluate
 from conadv.training.trainer import Parts

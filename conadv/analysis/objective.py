@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from conadv.attacks import PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 

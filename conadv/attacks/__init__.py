@@ -1,8 +1,12 @@
-"""Attacks: frozen dataclasses that are called with (forward, x_NCHW, y_N, generator)."""
+"""The attacks by name. Torch-free: the config and ``--help`` read this table before torch is imported.
 
-from conadv.attacks.fgsm import FGSM
-from conadv.attacks.noise import RandomSigns
-from conadv.attacks.pgd import PGD
-from conadv.attacks.space import PixelSpace
+An attack is a frozen dataclass that is called with (forward, x_NCHW, y_N, generator) and returns images like x_NCHW.
+A new attack is a file with its class, a row here, a row in the table of tests/test_attacks.py and a line in the docs.
+"""
 
-__all__ = ["FGSM", "PGD", "PixelSpace", "RandomSigns"]
+from __future__ import annotations
+
+ATTACKS = {
+    "fgsm": "conadv.attacks.fgsm:FGSM",
+    "pgd": "conadv.attacks.pgd:PGD",
+}

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conadv.attacks import FGSM, PixelSpace, RandomSigns
+from conadv.attacks.fgsm import FGSM
+from conadv.attacks.noise import RandomSigns
+from conadv.attacks.space import PixelSpace
 from conadv.bench.options import AttackCostArgs
 from conadv.config.schema import (
     Config,
@@ -55,9 +57,7 @@ def network(options: AttackCostArgs, route: str | None, device: torch.device) ->
     """The model in train mode, with a batch-norm route for the method's extra images. Same weights everywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build_model(
-            options.model, options.channels, options.classes, width=options.width
-        )
+        model = build_model(options.model, options.channels, options.classes, width=options.width)
         check_model(model, options.channels, options.image_size, options.classes)
     model = split_batchnorm(model.train(), *([route] if route else [])).to(device)
     if options.channels_last:

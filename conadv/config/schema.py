@@ -458,10 +458,10 @@ _PLAN_FIELDS = ("share", "route", "statistics")
 
 def _check_attack_plan(config: Config) -> None:
     """The plan is never a recipe's own choice, so that all of it must have an effect."""
-    settings, attack = METHODS[config.method].settings, config.attack
+    attack = config.attack
     for name in _PLAN_FIELDS:
         changed = getattr(attack, name) != AttackConfig.model_fields[name].default
-        if changed and (config.method == "recycle" or not settings & {"attack", f"attack.{name}"}):
+        if changed and name not in METHODS[config.method].attack:
             raise _without_effect(f"attack.{name}", "method", config.method)
     if attack.route == "clean" and config.adv_route == "clean":
         raise ConadvError(
@@ -548,15 +548,10 @@ def _check_keep_best(config: Config) -> None:
 
 
 def _method_defaults(config: Config) -> dict[str, Any]:
-    defaults = {
-        "staleness": 1,
-        "pending_dtype": "float32",
-        "adv_weight": 1.0,
-        "sam_rho": 0.05,
-    }
-    used = METHODS[config.method].settings & defaults.keys()
     changes: dict[str, Any] = {
-        name: defaults[name] for name in used if getattr(config, name) is None
+        name: value
+        for name, value in METHODS[config.method].settings.items()
+        if getattr(config, name) is None
     }
     if config.data.aug_view is not None:
         changes["aug_weight"] = 1.0 if config.aug_weight is None else config.aug_weight
@@ -626,11 +621,11 @@ def _back_to_default(edited: Config, names: Collection[str], given: Collection[s
 
 
 def _check_attack_has_effect(edited: Config, given: Collection[str]) -> None:
-    settings = METHODS[edited.method].settings
+    used = METHODS[edited.method].attack
     if edited.probe.every_epochs is not None:
         return  # the probe attacks, whatever the method does
     for name in given:
-        if name.startswith("attack.") and not settings & {"attack", name}:
+        if name.startswith("attack.") and name.removeprefix("attack.") not in used:
             raise _without_effect(name, "method", edited.method)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from conadv.attacks import PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.engine.validate import check_count, check_keys, check_mapping, check_tensor, shown
 from conadv.errors import ConadvError
 from conadv.types import ExtraBatch

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conadv import rng
-from conadv.attacks import PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.distributed.clock import PhaseClock
 from conadv.distributed.comm import Comm, Handle
 from conadv.distributed.reducer import GradientReducer

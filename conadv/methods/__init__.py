@@ -1,76 +1,69 @@
-"""The methods: what is computed in a step, apart from when it runs (that is conadv.engine).
+"""The methods by name: what is computed in a step, apart from when it runs (that is conadv.engine).
 
-This table is all that the command line needs, so it imports no torch; a method's own module is imported on use.
-A new method is its file, a row here, a row in tests/test_methods.py and a row in docs/methods/README.md.
+Torch-free: the config and ``--help`` read this table before torch is imported. A new method is a file with its class, a
+row here, a row in the table of tests/test_methods.py and a row in docs/methods/README.md.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from conadv.config.schema import Config
-    from conadv.methods.base import Method
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Row:
-    """Where a method lives, what it is, and the settings that have an effect on it."""
+    """One method.
+
+    target: "module:Class". summary: what it is, in a few words. settings: the top-level settings of a config that have
+    an effect on it, with their defaults. attack: the settings of the section ``attack`` that have one.
+    """
 
     target: str
     summary: str
-    settings: frozenset[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attack: Collection[str] = ()
 
 
-def _row(target: str, summary: str, *settings: str) -> Row:
-    return Row(target, summary, frozenset(settings))
+_EXTRA_VIEW = {"adv_weight": 1.0, "adv_route": "own"}
+_PENDING = {"pending_dtype": "float32"}
+_ONE_GRADIENT = ("name", "eps", "norm", "step_size")
+_ATTACK = (*_ONE_GRADIENT, "num_steps", "targeted", "random_start", "share", "route", "statistics")
 
-
-METHODS: dict[str, Row] = {
-    "vanilla": _row("vanilla:Vanilla", "clean images only"),
-    "sam": _row("sam:SAM", "baseline: the gradient at the worst weights nearby", "sam_rho"),
-    "multiview": _row(
-        "controls:MultiView", "control: a second draw of the clean view", "adv_weight", "adv_route"
+METHODS = {
+    "vanilla": Row("conadv.methods.vanilla:Vanilla", "clean images only"),
+    "sam": Row(
+        "conadv.methods.sam:SAM",
+        "baseline: the gradient at the worst weights nearby",
+        {"sam_rho": 0.05},
     ),
-    "noise": _row(
-        "controls:Noise",
+    "multiview": Row(
+        "conadv.methods.controls:MultiView",
+        "control: a second draw of the clean view",
+        _EXTRA_VIEW,
+    ),
+    "noise": Row(
+        "conadv.methods.controls:Noise",
         "control: random signs of size eps",
-        *("adv_weight", "adv_route", "attack.eps", "attack.share"),
+        _EXTRA_VIEW,
+        ("eps", "share"),
     ),
-    "disadv": _row(
-        "sequential:Sequential",
+    "disadv": Row(
+        "conadv.methods.sequential:Sequential",
         "attack at the current weights, inside the step",
-        *("adv_weight", "adv_route", "attack"),
+        _EXTRA_VIEW,
+        _ATTACK,
     ),
-    "conadv": _row(
-        "concurrent:Concurrent",
+    "conadv": Row(
+        "conadv.methods.concurrent:Concurrent",
         "attack on a future batch at stale (or predicted) weights, beside the step",
-        *(
-            "adv_weight",
-            "adv_route",
-            "attack",
-            "staleness",
-            "lookahead",
-            "pending_dtype",
-        ),
+        {"staleness": 1, "lookahead": False, **_PENDING, **_EXTRA_VIEW},
+        _ATTACK,
     ),
-    "recycle": _row(
-        "recycle:Recycle",
+    "recycle": Row(
+        "conadv.methods.recycle:Recycle",
         "perturb the last batch by the input gradient that its step computed anyway",
-        *("adv_weight", "adv_route", "attack", "pending_dtype"),
+        {**_PENDING, **_EXTRA_VIEW},
+        _ONE_GRADIENT,
     ),
 }
-
-
-def method_class(name: str) -> type[Method]:
-    """The class behind a name in METHODS."""
-    module, _, attribute = METHODS[name].target.partition(":")
-    cls: type[Method] = getattr(importlib.import_module(f".{module}", __name__), attribute)
-    return cls
-
-
-def build_method(config: Config) -> Method:
-    """The method of a resolved config."""
-    return method_class(config.method).from_config(config)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from conadv.attacks import FGSM, PGD, PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError
 from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from conadv.config.schema import Config
     from conadv.engine.step import TrainStep
 
 
@@ -103,10 +102,6 @@ class Method:
     def prepare(self, engine: TrainStep, future: Batch | None) -> None:
         return
 
-    @classmethod
-    def from_config(cls, config: Config) -> Method:
-        return cls()
-
 
 @dataclass(frozen=True)
 class SharedMethod(Method):
@@ -155,22 +150,3 @@ class AttackMethod(SharedMethod):
 
     def attack_gradients(self) -> float:
         return float(getattr(self.attack, "num_steps", 1))
-
-
-def space_from_config(config: Config) -> PixelSpace:
-    return PixelSpace(config.data.mean, config.data.std)
-
-
-def attack_from_config(config: Config) -> Attack:
-    """FGSM for one plain step, PGD otherwise."""
-    a, space = config.attack, space_from_config(config)
-    step_size = a.eps if a.step_size is None else a.step_size
-    if a.num_steps == 1 and not a.random_start and step_size == a.eps:
-        return FGSM(a.eps, a.norm, a.targeted, space)
-    return PGD(a.eps, a.num_steps, step_size, a.norm, a.targeted, a.random_start, space)
-
-
-def attack_fields(config: Config) -> dict[str, Any]:
-    """The keyword arguments of an AttackMethod."""
-    a = config.attack
-    return {"share": a.share, "attack_route": a.route, "attack_statistics": a.statistics}

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from conadv.errors import ConadvError
-from conadv.methods.base import AttackMethod, attack_fields, attack_from_config
+from conadv.methods.base import AttackMethod
 from conadv.types import Attack, Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from conadv.config.schema import Config
     from conadv.engine.step import TrainStep
 
 
@@ -71,16 +70,6 @@ class Concurrent(AttackMethod):
             return
         engine.pending.put(
             future.step, engine.craft(self.attack, future, self.attack_weights(engine))
-        )
-
-    @classmethod
-    def from_config(cls, config: Config) -> Concurrent:
-        assert config.staleness is not None
-        return cls(
-            attack_from_config(config),
-            config.staleness,
-            bool(config.lookahead),
-            **attack_fields(config),
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from conadv.attacks import PixelSpace, RandomSigns
-from conadv.methods.base import Method, SharedMethod, space_from_config
+from conadv.attacks.noise import RandomSigns
+from conadv.attacks.space import PixelSpace
+from conadv.methods.base import Method, SharedMethod
 from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from conadv.config.schema import Config
     from conadv.engine.step import TrainStep
 
 
@@ -41,9 +41,3 @@ class Noise(SharedMethod):
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         extra = engine.craft(self.noise, batch)
         return ExtraBatch(extra.images, extra.labels, None)
-
-    @classmethod
-    def from_config(cls, config: Config) -> Noise:
-        return cls(
-            RandomSigns(config.attack.eps, space_from_config(config)), share=config.attack.share
-        )

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from conadv.attacks import FGSM, PixelSpace
+from conadv.attacks.fgsm import FGSM
+from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError
-from conadv.methods.base import Method, attack_from_config
+from conadv.methods.base import Method
 from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from conadv.config.schema import Config
     from conadv.engine.step import TrainStep
 
 
@@ -53,9 +53,3 @@ class Recycle(Method):
         images = tuple(map(self.attack.from_gradient, clean, gradients))
         labels = tuple(engine.labels(micro) for micro in batch.micro)
         engine.pending.put(batch.step + 1, ExtraBatch(images, labels, batch.step))
-
-    @classmethod
-    def from_config(cls, config: Config) -> Recycle:
-        attack = attack_from_config(config)
-        assert isinstance(attack, FGSM)
-        return cls(attack)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from conadv.errors import ConadvError
 from conadv.methods.base import Method
-
-if TYPE_CHECKING:
-    from conadv.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,3 @@ class SAM(Method):
     @property
     def ascent_radius(self) -> float:
         return self.rho
-
-    @classmethod
-    def from_config(cls, config: Config) -> SAM:
-        assert config.sam_rho is not None
-        return cls(config.sam_rho)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conadv.methods.base import AttackMethod, attack_fields, attack_from_config
+from conadv.methods.base import AttackMethod
 from conadv.types import Batch, ExtraBatch
 
 if TYPE_CHECKING:
-    from conadv.config.schema import Config
     from conadv.engine.step import TrainStep
 
 
@@ -22,7 +21,3 @@ class Sequential(AttackMethod):
 
     def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
         return engine.craft(self.attack, batch)
-
-    @classmethod
-    def from_config(cls, config: Config) -> Sequential:
-        return cls(attack_from_config(config), **attack_fields(config))

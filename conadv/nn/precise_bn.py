@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from conadv.attacks import PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm

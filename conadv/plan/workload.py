@@ -18,13 +18,12 @@ from conadv.config.schema import (
 )
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
-from conadv.methods import build_method
-from conadv.methods.base import space_from_config
 from conadv.models.trial import check_model
 from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.plan.model import kind_of
 from conadv.plan.profile import Workload
+from conadv.training.build import method_of, space_of
 from conadv.training.trainer import make_model
 from conadv.types import Batch, MicroBatch
 
@@ -74,8 +73,8 @@ def build_step(
         build_optimizer(
             config.optim.name, groups, LEARNING_RATE, **optimizer_settings(config.optim)
         ),
-        build_method(config),
-        space=space_from_config(config),
+        method_of(config),
+        space=space_of(config),
         precision=config.precision,
         channels_last=config.channels_last,
         pending_dtype=config.pending_dtype,

@@ -19,12 +19,12 @@ from conadv.config.schema import Config, replace, resolve
 from conadv.data.source import Source
 from conadv.distributed.teams import Teams
 from conadv.errors import ConadvError
-from conadv.methods import build_method
 from conadv.nn.split_batchnorm import has_batchnorm
 from conadv.plan.measure import activations
 from conadv.plan.search import divisors
 from conadv.preflight import memory
 from conadv.preflight.rehearsal import Rehearsal, Shape
+from conadv.training.build import method_of
 
 CUDA_HEADROOM = 0.05
 """Share of a CUDA device's memory that stays free: NCCL's buffers, fragments, other sizes in evaluation."""
@@ -172,7 +172,7 @@ class _Trials:
     def ballast(self, size: int) -> int:
         """Bytes that a run holds beside a step of one micro-batch: waiting images, gradient buckets, an average."""
         config, shape = self.rehearsal.config, self.rehearsal.shape
-        method = build_method(config)
+        method = method_of(config)
         pixels = shape.channels * shape.image_size**2
         made = (
             4 if method.route is not None and not method.data_views else 0

@@ -12,10 +12,10 @@ from conadv import rng
 from conadv.config.schema import Config, optimizer_settings, replace
 from conadv.distributed.comm import Comm
 from conadv.engine import TrainStep
-from conadv.methods import build_method
 from conadv.models.trial import check_model
 from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer
+from conadv.training.build import method_of
 from conadv.training.trainer import make_engine, make_model
 from conadv.types import Batch, MicroBatch
 
@@ -55,7 +55,7 @@ class Rehearsal:
         model = self.model().to(self.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
-        method = build_method(config)
+        method = method_of(config)
         groups = parameter_groups(
             model, weight_decay=config.optim.weight_decay or 0.0, rules=MODEL_RULES
         )

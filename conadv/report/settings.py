@@ -85,7 +85,11 @@ def _belongs_to_methods(name: str) -> bool:
 def _has_effect(name: str, method: object) -> bool:
     """Whether the method uses the setting; of a method that this version does not know, everything is taken."""
     row = METHODS.get(str(method))
-    return row is None or name in row.settings or name.partition(".")[0] in row.settings
+    if row is None or name in row.settings:
+        return True
+    attack, _, short = name.rpartition(".")
+    known = {setting for other in METHODS.values() for setting in other.attack}
+    return attack == "attack" and bool(row.attack) and (short in row.attack or short not in known)
 
 
 def _default_step_size(flat: Settings) -> float | None:

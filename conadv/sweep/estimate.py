@@ -14,13 +14,14 @@ def relative_cost(config: Config) -> float:
     A gradient of one view counts 1, an input gradient (forward and half of backward) two thirds. Small batches use a
     core less well: about 60 images' worth of work per step is spent on everything else (8x8 images, ResNet-8).
     """
-    settings = METHODS[config.method].settings
-    attack = config.attack
-    attacked = attack.share if "attack.eps" in settings or "attack" in settings else 1.0
+    row, attack = METHODS[config.method], config.attack
+    attacked = attack.share if "share" in row.attack else 1.0
     passes = (
-        1.0 + (config.data.aug_view is not None) + (attacked if "adv_weight" in settings else 0.0)
+        1.0
+        + (config.data.aug_view is not None)
+        + (attacked if "adv_weight" in row.settings else 0.0)
     )
-    if "attack" in settings and config.method != "recycle":
+    if "num_steps" in row.attack:
         passes += 0.67 * attack.num_steps * attacked
     if config.method == "sam":
         passes += 1

@@ -168,7 +168,9 @@ def _constructor(config: Config, channels: int, classes: int) -> str:
         call = f"timm.create_model({name.removeprefix('timm:')!r}, in_chans={channels}, num_classes={classes}"
         return f"import timm\n\nmodel = {call}{_options(config)})"
     if family(name) == "torchvision" and name not in _AUXILIARY:
-        call = f"get_model({name.removeprefix('torchvision:')!r}, weights=None, num_classes={classes}"
+        call = (
+            f"get_model({name.removeprefix('torchvision:')!r}, weights=None, num_classes={classes}"
+        )
         return f"from torchvision.models import get_model\n\nmodel = {call}{_options(config)})"
     lines = "from conadv.models.make import build_model\n"
     if family(name) == "own":
@@ -224,14 +226,13 @@ def _length(config: Config) -> str:
 def _method(config: Config) -> str:
     facts = [f"staleness {config.staleness}" if config.method == "conadv" else ""]
     facts.append("look-ahead" if config.lookahead else "")
-    attacks = {"attack", "attack.eps"} & METHODS[config.method].settings
-    own = METHODS[config.method].settings & {"adv_route"}
+    row = METHODS[config.method]
     facts.append(
         f"batch norm of adversarial images: {config.adv_route}"
-        if own and config.adv_route != "own"
+        if "adv_route" in row.settings and config.adv_route != "own"
         else ""
     )
-    facts.append(f"eps {config.attack.eps:g} of [0, 1] pixels" if attacks else "")
+    facts.append(f"eps {config.attack.eps:g} of [0, 1] pixels" if "eps" in row.attack else "")
     return "".join(f"; {fact}" for fact in facts if fact)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conadv import rng
-from conadv.attacks import PixelSpace
+from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.engine.guard import NonFiniteError
 from conadv.engine.precision import amplify, autocast, low_type

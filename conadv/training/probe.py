@@ -21,9 +21,9 @@ from conadv.engine import TrainStep
 from conadv.engine.lookahead import LookAhead
 from conadv.engine.validate import check_count, check_keys, check_like, check_mapping
 from conadv.errors import ConadvError
-from conadv.methods.base import attack_from_config
 from conadv.nn import split_batchnorm as norm
 from conadv.optim.schedules import WarmupDecay
+from conadv.training.build import attack_of
 from conadv.types import MicroBatch
 
 Weights = Mapping[str, Tensor]
@@ -74,7 +74,7 @@ class Probe:
         self._every = period(config.probe, self._per_epoch)
         self._taus = sorted(config.probe.staleness)
         self._config = config.attack
-        self._attack = attack_from_config(config)
+        self._attack = attack_of(config.attack, engine.space)
         self._route = "adv" if "adv" in norm.routes_of(engine.model) else norm.CLEAN
         self._ahead = {
             name: LookAhead(engine.model, engine.optimizer, lr_at, name, keep=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conadv import __version__, rng
-from conadv.attacks import PGD, PixelSpace
+from conadv.attacks.pgd import PGD
+from conadv.attacks.space import PixelSpace
 from conadv.config.schema import (
     Config,
     accumulation,
@@ -38,8 +40,8 @@ from conadv.engine.execution import Choice, Execution, choose
 from conadv.engine.pending import Expected, gather, shard
 from conadv.engine.validate import load_optimizer, load_weights
 from conadv.errors import ConadvError, printable
-from conadv.methods import build_method, method_class
-from conadv.methods.base import Method, space_from_config
+from conadv.methods import METHODS
+from conadv.methods.base import Method
 from conadv.models.trial import check_model
 from conadv.nn.ema import EMA, evaluated_state
 from conadv.nn.precise_bn import recalibrate
@@ -48,6 +50,7 @@ from conadv.optim.groups import MODEL_RULES, describe, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training import checkpoint, record
+from conadv.training.build import method_of, space_of
 from conadv.training.data import load_data, load_model, load_source
 from conadv.training.evaluate import Result, evaluate, stop_if_diverged
 from conadv.training.lock import Lock
@@ -365,7 +368,7 @@ def build(
     observer = observer or Silent()
     execution = execution or Execution()
     with world.agreed():
-        method = build_method(config)
+        method = method_of(config)
         choice = choose(execution, method, device)
     teams = make_teams(world, execution.attack_ranks, may_lose=execution.may_lose)
     comm = teams.comm
@@ -378,7 +381,7 @@ def build(
     with world.agreed():
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
         data = load_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)
-        space = space_from_config(config)
+        space = space_of(config)
         model = make_model(config, data.channels, data.num_classes)
         with rng.scope(torch.device("cpu"), config.seed, "trial"):
             images = smallest_pass(config)
@@ -435,7 +438,7 @@ def make_engine(
         loss=_loss(config.label_smoothing),
         adv_route="clean" if config.adv_route == "clean" else "adv",
         view_weights={"aug": config.aug_weight or 1.0, "adv": config.adv_weight or 1.0},
-        space=space_from_config(config),
+        space=space_of(config),
         precision=config.precision,
         clip_norm=config.optim.clip_norm,
         on_nonfinite=config.on_nonfinite,
@@ -504,7 +507,7 @@ def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
     with rng.scope(torch.device("cpu"), config.seed, "init"):
         model = load_model(config.model, channels, num_classes)
     split_batchnorm(model.train(), *(["aug"] if config.data.aug_view is not None else []))
-    route = method_class(config.method).route
+    route = resolve_name(METHODS[config.method].target).route
     if route is None or config.adv_route == "clean":
         return model
     return split_batchnorm(model, route, share_affine=config.adv_route == "statistics")

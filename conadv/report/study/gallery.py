@@ -75,7 +75,7 @@ def _attack(
     import torch
 
     from conadv import rng
-    from conadv.methods.base import attack_from_config
+    from conadv.training.build import attack_of
     from conadv.training.trainer import load_run
 
     device = torch.device("cpu")
@@ -83,7 +83,7 @@ def _attack(
     parts.model.eval()
     images, y_N = next(iter(parts.data.eval_batches("test", count, count)))
     x_NCHW = parts.space.normalize(images)
-    attack = attack_from_config(parts.config)
+    attack = attack_of(parts.config.attack, parts.space)
     adv_NCHW = attack(parts.model, x_NCHW, y_N, rng.generator(device, 0, "gallery"))
     with torch.no_grad():
         before, after = (parts.model(x).argmax(1).tolist() for x in (x_NCHW, adv_NCHW))

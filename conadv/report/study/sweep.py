@@ -88,7 +88,7 @@ class Cell:
     def attacks(self) -> bool:
         """Whether the method makes its extra images with a gradient."""
         row = METHODS.get(str(self.runs[0].config.get("method"))) if self.runs else None
-        return row is not None and "attack" in row.settings
+        return row is not None and "norm" in row.attack
 
 
 @dataclass(frozen=True)
