@@ -9,7 +9,7 @@ import torch
 
 from conadv import Comm
 from conadv.distributed.clock import PhaseClock, covered
-from conadv.distributed.comm import Handle
+from conadv.distributed.handle import Handle
 
 from .test_methods import CASES, make, run
 
@@ -68,7 +68,7 @@ def test_a_sum_over_ranks_ends_when_it_is_there_not_when_it_is_asked_for() -> No
         def wait(self) -> None:
             future.wait()
 
-    handle = Handle(Comm(), torch.zeros(1), Work())
+    handle = Handle(torch.zeros(1), lambda tensor: Work(), Comm().guard)
     future.set_result(None)
     there = time.monotonic()
     time.sleep(0.02)

@@ -32,7 +32,7 @@ from conadv.bench.options import DataArgs
 from conadv.config.schema import AugmentName, Config, DataConfig
 from conadv.data import augment as augments
 from conadv.data.splits import MemorySplit
-from conadv.distributed.comm import pick_device
+from conadv.distributed.environment import pick_device
 from conadv.training.data import load_data, load_source
 
 OURS, PLAIN = "conadv", "torchvision, DataLoader"

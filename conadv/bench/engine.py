@@ -13,7 +13,7 @@ from conadv.bench import output
 from conadv.bench.harness import Case, measure, timed
 from conadv.bench.options import EngineArgs
 from conadv.bench.workload import ATTACK, METHODS, SPACE, random_images
-from conadv.distributed.comm import pick_device
+from conadv.distributed.environment import pick_device
 from conadv.engine import TrainStep
 from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import frozen_stats, route, split_batchnorm

@@ -13,7 +13,7 @@ from conadv.bench import output
 from conadv.bench.harness import Case, measure, timed
 from conadv.bench.options import NormArgs
 from conadv.bench.workload import random_images
-from conadv.distributed.comm import pick_device
+from conadv.distributed.environment import pick_device
 from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import route, split_batchnorm
 

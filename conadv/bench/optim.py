@@ -12,7 +12,7 @@ import torchvision
 from conadv.bench import output
 from conadv.bench.harness import Case, measure, timed
 from conadv.bench.options import OptimArgs
-from conadv.distributed.comm import pick_device
+from conadv.distributed.environment import pick_device
 from conadv.optim.groups import parameter_groups
 from conadv.optim.lamb import LAMB
 from conadv.optim.lars import LARS

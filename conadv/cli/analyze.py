@@ -67,7 +67,7 @@ def command(args: AnalyzeArgs) -> None:
     from rich.console import Console
 
     from conadv.analysis.equal_loss import step_at_loss
-    from conadv.distributed.comm import pick_device
+    from conadv.distributed.environment import pick_device
     from conadv.training.allocator import keep_freed_memory
     from conadv.training.trainer import load_run
 

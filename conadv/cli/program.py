@@ -504,7 +504,7 @@ def _eval(args: Sequence[str]) -> None:
 
     RunDir(options.run).open()
     _trust(options.model)
-    from conadv.distributed.comm import pick_device
+    from conadv.distributed.environment import pick_device
     from conadv.training.trainer import load_run, measure
 
     parts = load_run(options.run, pick_device(options.device), best=options.best)

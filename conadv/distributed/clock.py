@@ -15,8 +15,17 @@ Mark = float | torch.cuda.Event
 """A moment: seconds of ``time.monotonic()``, or an event on a CUDA stream."""
 
 
+def now(*, cuda: bool) -> Mark:
+    """This moment; with ``cuda``, the moment that the current stream gets here."""
+    if not cuda:
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 class Phases(NamedTuple):
-    """What a process did: seconds by phase, all spans in the order they were noted, and the seconds in any phase."""
+    """What a process did: seconds by phase, all spans in the order they were noted, seconds in any phase."""
 
     by_name: dict[str, float]
     spans: list[Span]
@@ -26,10 +35,10 @@ class Phases(NamedTuple):
 class PhaseClock:
     """Notes the phases of this process until :meth:`collect`. Phases may repeat, not nest.
 
-    Times are seconds of ``time.monotonic()`` minus ``origin``, which the processes of one host share; a run sets
-    ``origin`` so that the ranks of all hosts count from the same moment (see ``Comm.clock_offset``).
-    On CUDA a phase lies between events on the current stream, so that it is the device's time and not the time to
-    queue the work; :meth:`collect` waits for the last event (a sync point).
+    Times are seconds of ``time.monotonic()``, which the processes of one host share, minus
+    ``origin``; a run sets it so that the ranks of all hosts count from the same moment (see
+    :func:`conadv.distributed.offset.clock_offset`). On CUDA a phase lies between events on the current
+    stream: it is the device's time, not the time to queue the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,16 +55,12 @@ class PhaseClock:
 
     def mark(self) -> Mark:
         """This moment: on CUDA, when the current stream gets here."""
-        if not self._cuda:
-            return time.monotonic()
-        if self._anchor is None:
+        if self._cuda and self._anchor is None:
             self._drop_anchor()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return now(cuda=self._cuda)
 
     def add(self, name: str, begin: Mark, end: Mark, *, beside: bool = False) -> None:
-        """Note a span that was measured elsewhere. ``beside``: it ran beside this process's phases (the network)."""
+        """Note a span that was measured elsewhere. ``beside``: beside this process's phases (the network)."""
         self._marks.append((name, begin, end, beside))
 
     def discard(self) -> None:
@@ -63,7 +68,7 @@ class PhaseClock:
         self._marks.clear()
 
     def collect(self) -> Phases:
-        """What was noted since the last call."""
+        """What was noted since the last call. On CUDA it waits for the last event (a sync point)."""
         seconds: dict[str, float] = {}
         spans, own = [], []
         for name, begin, end, beside in self._marks:
@@ -74,7 +79,8 @@ class PhaseClock:
             spans.append((name, round(first - self.origin, 6), round(last - self.origin, 6)))
         self._marks.clear()
         if self._anchor is not None:
-            self._drop_anchor()  # elapsed_time is float32 milliseconds: a near anchor keeps microseconds
+            # elapsed_time is float32 milliseconds: only a recent anchor keeps microseconds
+            self._drop_anchor()
         return Phases(seconds, spans, covered(own))
 
     def _seconds(self, mark: Mark) -> float:

@@ -1,4 +1,4 @@
-"""One message with a tag and several tensors in it."""
+"""One message with a few integers and several tensors in it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conadv.distributed.reducer import shaped_like
-
 ALIGNMENT = 64  # bytes: that of torch's own CPU tensors, so that kernels treat the parts like them
-TAGS = 4
-WORK, STOP, FAILED = 1, 0, 2
-"""The first tag: what the message is. Then follow weight version, step, and accumulation; after STOP and FAILED the
-request to stop that has ended the run, or 0 (see conadv.training.signals).
-
-With images it is WORK plus REQUESTED times a request to stop that has reached the attack rank (see conadv.training.signals).
-"""
-REQUESTED = 8
+TAGS = 5
 
 
 class Message:
     """A buffer of bytes that travels as one message: ``TAGS`` integers, then tensors like ``examples``.
 
-    ``bytes`` is what is sent; ``parts`` are views into it, with the examples' shapes, types and memory order (examples
-    may be on the meta device).
+    ``bytes`` is what is sent. ``parts`` are views into it, with the examples' shapes, types and memory
+    order (examples may be on the meta device).
     """
 
     def __init__(self, examples: Sequence[Tensor], device: torch.device) -> None:
@@ -40,7 +31,7 @@ class Message:
         )
 
     @torch.no_grad()
-    def fill(self, tags: Sequence[int], tensors: Sequence[Tensor]) -> None:
+    def fill(self, tags: Sequence[int], tensors: Sequence[Tensor] = ()) -> None:
         """Overwrite tags and parts; without tensors the parts stay as they are."""
         self._tags.copy_(torch.tensor(tags, dtype=torch.int64))
         if tensors:
@@ -51,3 +42,9 @@ class Message:
         """Sync point."""
         tags: list[int] = self._tags.tolist()
         return tags
+
+
+def shaped_like(part: Tensor, like: Tensor) -> Tensor:
+    """A part of a flat buffer in the shape and memory order of ``like``, as autograd's own gradients have."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return part.as_strided(like.shape, strides, part.storage_offset())

@@ -6,23 +6,18 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 
-from conadv.distributed.comm import Comm, processes_here
+from conadv.distributed.comm import Comm
+from conadv.distributed.environment import processes_here
 from conadv.errors import ConadvError
 
 
 @dataclass(frozen=True)
-class Channels:
-    """The channels (``Comm.new_channel``) on which one engine's learners and attack ranks talk."""
-
-    weights: int
-    images: int
-
-
-@dataclass(frozen=True)
 class Teams:
-    """The ranks of ``world`` by what they do. The numbers in ``learners`` and ``attackers`` are the world's.
+    """The ranks of ``world`` by what they do; ``learners`` and ``attackers`` are the world's numbers.
 
-    ``comm``: the learners' Comm on a learner; on an attack rank a Comm of one, since attack ranks reduce nothing.
+    ``comm``: on a learner that of the learners; on an attack rank a Comm of one, since attack ranks
+    reduce nothing. ``may_lose``: learners go on without attack ranks that fail, so nothing that is
+    collective over ``world`` comes after the first step.
     """
 
     world: Comm
@@ -30,7 +25,6 @@ class Teams:
     learners: tuple[int, ...]
     attackers: tuple[int, ...]
     may_lose: bool = False
-    """Whether learners go on without attack ranks that are lost: nothing collective then involves ``world``."""
 
     @property
     def attacking(self) -> bool:
@@ -42,26 +36,26 @@ class Teams:
         return self.learners[number * len(self.learners) // len(self.attackers)]
 
     def micro_batches(self, accumulation: int) -> range:
-        """The global numbers of the micro-batches that this process reads, with ``accumulation`` per learner and step.
+        """The global numbers of the micro-batches that this process reads in a step.
 
-        A learner's own, or an attack rank's share of all. Raises ConadvError if attack ranks are left without any.
+        A learner's own ``accumulation`` of them, or an attack rank's share of all. Raises ConadvError
+        if attack ranks are left without any.
         """
         if not self.attacking:
             return range(self.comm.rank * accumulation, (self.comm.rank + 1) * accumulation)
-        return shares(len(self.learners) * accumulation, len(self.attackers))[
-            self.attackers.index(self.world.rank)
-        ]
+        parts = shares(len(self.learners) * accumulation, len(self.attackers))
+        return parts[self.attackers.index(self.world.rank)]
 
 
 def shares(micro_batches: int, attackers: int) -> list[range]:
-    """Which of a step's micro-batches each attack rank attacks: contiguous, as even as whole micro-batches allow.
+    """Which of a step's micro-batches each attack rank attacks: contiguous, and as even as possible.
 
     A micro-batch is not divided: batch norm in the attack sees what it sees in training.
     """
     if attackers > micro_batches:
         raise ConadvError(
-            f"{attackers} attack ranks for {micro_batches} micro-batch(es) per step: some would have nothing to do. "
-            "Choose a smaller --micro-batch-size, or fewer attack ranks."
+            f"{attackers} attack ranks for {micro_batches} micro-batch(es) per step: some would have "
+            "nothing to do. Choose a smaller --micro-batch-size, or fewer attack ranks."
         )
     edges = [number * micro_batches // attackers for number in range(attackers + 1)]
     return [range(first, last) for first, last in pairwise(edges)]
@@ -70,15 +64,15 @@ def shares(micro_batches: int, attackers: int) -> list[range]:
 def roles(
     ranks: int, attack_ranks: int, ranks_per_host: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(learners, attackers): every host gives its last ranks, or the world does where they do not divide over hosts.
+    """(learners, attackers): every host gives its last ranks, or the world does where they do not divide.
 
-    Images then stay on their host as far as possible: learners and attack ranks share out micro-batches in rank order.
-    Raises ConadvError where no learner would be left.
+    Images then stay on their host as far as possible: learners and attack ranks share out
+    micro-batches in rank order. Raises ConadvError where no learner would be left.
     """
     if not 0 <= attack_ranks < ranks:
         raise ConadvError(
-            f"{attack_ranks} attack rank(s) of {ranks} rank(s) in all: at least one rank must be left to learn. "
-            "Start more processes (torchrun --nproc-per-node), or ask for fewer attack ranks."
+            f"{attack_ranks} attack rank(s) of {ranks} rank(s) in all: at least one rank must be left "
+            "to learn. Start more processes (torchrun --nproc-per-node), or ask for fewer attack ranks."
         )
     hosts, rest = divmod(ranks, ranks_per_host)
     if rest or attack_ranks % hosts:
@@ -89,12 +83,12 @@ def roles(
 
 
 def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
-    """Divide ``world``; collective. Every rank must ask for the same.
+    """Divide ``world``. Collective; every rank asks for the same.
 
-    ``may_lose``: the world's last ranks attack, so that they can have launchers of their own, and must have them: a
-    torchrun agent that loses one process ends all of its own.
+    ``may_lose``: the world's last ranks attack, so that they can have launchers of their own, and
+    they must have them: a torchrun agent that loses one process ends all of its own.
     """
-    # one answer for all, also where hosts have different numbers of ranks
+    # rank 0's answer for all: hosts may have different numbers of ranks
     per_host = world.broadcast_object(processes_here(world.ranks))
     with world.agreed():
         if may_lose and world.device.type == "cuda":
@@ -111,22 +105,20 @@ def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
         return Teams(world, world, learners, attackers)
     # every rank of the world takes part in making a group, its members or not
     group = world.new_group(learners) if len(learners) > 1 else None
-    learns = world.rank in learners
-    comm = world.team(learners, group) if learns else world.team([world.rank])
+    is_learner = world.rank in learners
+    comm = world.team(learners, group) if is_learner else world.team([world.rank])
     return Teams(world, comm, learners, attackers, may_lose)
 
 
 def _check_launchers(world: Comm, learners: tuple[int, ...]) -> None:
-    """Raise ConadvError if a torchrun agent has both learners and attack ranks. Collective."""
+    """Raise ConadvError if one torchrun agent has both learners and attack ranks. Collective."""
     agent = os.environ.get("GROUP_RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
     found = world.gather_objects((world.rank in learners, agent))
     with world.agreed():
-        mixed = {agent for learns, agent in found if learns} & {
-            agent for learns, agent in found if not learns
-        }
-        if mixed - {None}:
+        agents = [{agent for learns, agent in found if learns is kind} for kind in (True, False)]
+        if (agents[0] & agents[1]) - {None}:
             raise ConadvError(
-                "--on-attack-loss continue has no effect where one torchrun starts learners and attack ranks: when one "
-                "of its processes dies, it ends all others. Start the attack ranks by a torchrun of their own, with "
-                "the higher --node-rank (docs/concurrency.md)."
+                "--on-attack-loss continue has no effect where one torchrun starts learners and attack "
+                "ranks: when one of its processes dies, it ends all others. Start the attack ranks by a "
+                "torchrun of their own, with the higher --node-rank (docs/concurrency.md)."
             )

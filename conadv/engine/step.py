@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from conadv import rng
 from conadv.attacks.space import PixelSpace
 from conadv.distributed.clock import PhaseClock
-from conadv.distributed.comm import Comm, Handle
+from conadv.distributed.comm import Comm
+from conadv.distributed.handle import Handle
 from conadv.distributed.reducer import GradientReducer
 from conadv.engine.executors import Executor, Inline, Served
 from conadv.engine.guard import Guard, NonFiniteError

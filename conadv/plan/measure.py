@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conadv.distributed.comm import Comm, processes_here
+from conadv.distributed.comm import Comm
+from conadv.distributed.environment import processes_here
 from conadv.engine import TrainStep
 from conadv.plan.model import MEASURED
 from conadv.plan.profile import Bucket, Measured, Point, Profile, Sizes, Workload

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from conadv.config.schema import accumulation, micro_batch
-from conadv.distributed.comm import processes_here
+from conadv.distributed.environment import processes_here
 from conadv.errors import ConadvError
 from conadv.models.small import WIDTH
 from conadv.plan.command import link_of

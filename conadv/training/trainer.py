@@ -33,7 +33,9 @@ from conadv.config.schema import (
 )
 from conadv.data.loader import Data, naming_lost_workers
 from conadv.data.windows import windows
-from conadv.distributed.comm import Comm, pick_device
+from conadv.distributed.comm import Comm
+from conadv.distributed.environment import pick_device
+from conadv.distributed.offset import clock_offset
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Executor, TrainStep
 from conadv.engine.execution import Choice, Execution, choose
@@ -283,7 +285,7 @@ def _after_restart(run: RunDir, observer: Observer) -> tuple[bool, bool]:
 
 def _same_clock(comm: Comm, engine: TrainStep) -> float:
     """Have all ranks count time from one moment, now; returns it on this rank's ``time.monotonic()``."""
-    ahead = comm.clock_offset()
+    ahead = clock_offset(comm)
     engine.clock.origin = comm.broadcast_object(time.monotonic()) + ahead
     return engine.clock.origin
 

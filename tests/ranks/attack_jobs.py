@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conadv import Batch, Comm, Concurrent, TrainStep, windows
+from conadv.distributed.offset import clock_offset
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Inline, Ranks
 from conadv.engine.execution import Execution
@@ -315,7 +316,7 @@ def offset(world: Comm, shift: float) -> float:
     """What rank 0 and 1 take for their difference if rank 1's clock is ahead by ``shift``."""
     monotonic = time.monotonic
     with mock.patch("time.monotonic", side_effect=lambda: monotonic() + shift * world.rank):
-        return world.clock_offset()
+        return clock_offset(world)
 
 
 def run(

@@ -30,7 +30,7 @@ from conadv import (
     windows,
 )
 from conadv.config.schema import Config
-from conadv.distributed.comm import Handle
+from conadv.distributed.handle import Handle
 from conadv.engine.execution import Execution
 from conadv.engine.pending import gather
 from conadv.nn.precise_bn import recalibrate

@@ -315,8 +315,8 @@ def test_a_parcel_keeps_shapes_types_and_layout() -> None:
         torch.randn(()),
     ]
     message = Message([tensor.to("meta") for tensor in tensors], CPU)
-    message.fill((1, 2, -3, 2**40), tensors)
-    assert message.tags == [1, 2, -3, 2**40]
+    message.fill((1, 2, -3, 2**40, 5), tensors)
+    assert message.tags == [1, 2, -3, 2**40, 5]
     for part, tensor in zip(message.parts, tensors, strict=True):
         assert torch.equal(part, tensor)
         assert (part.dtype, part.stride()) == (tensor.dtype, tensor.stride())

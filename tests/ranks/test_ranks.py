@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conadv import PGD, Comm, ConadvError
-from conadv.distributed.comm import processes_here
+from conadv.distributed.environment import processes_here
 
 from ..helpers import same
 from ..test_methods import CASES, SPACE
@@ -278,7 +278,7 @@ def test_plain_values_do_not_travel_through_the_gpu(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         "conadv.distributed.comm.rendezvous", lambda store, rank, ranks, limit: store
     )
-    monkeypatch.setattr("conadv.distributed.comm.RollCall", lambda store, rank, ranks: None)
+    monkeypatch.setattr("conadv.distributed.comm.RollCall", lambda store, rank, ranks, place: None)
     monkeypatch.setattr(
         "conadv.distributed.comm.pick_device", lambda name, local_rank: torch.device("cuda", 0)
     )

@@ -1,4 +1,4 @@
-"""Attack ranks that learners go on without."""
+"""Attack ranks that have failed, and that learners go on without."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 import time
 from dataclasses import dataclass
 
-from conadv.distributed.comm import Comm, first_line
-from conadv.distributed.transfer import Transfer
+from conadv.distributed.comm import first_line
+from conadv.distributed.handle import Handle
+from conadv.distributed.teams import Teams
 
 
 @dataclass(frozen=True)
 class FailedRank:
-    """``rank``, a learner, has lost ``attack_rank`` before the update of ``step`` (numbers of the world)."""
+    """``rank``, a learner, goes on without ``attack_rank`` from before the update of ``step``."""
 
     step: int
     rank: int
@@ -21,40 +22,46 @@ class FailedRank:
 
 
 class FailedRanks:
-    """The attack ranks that this learner has lost. An attack rank that is lost stays so.
+    """The attack ranks that this learner goes on without, by their numbers in the world.
 
-    It is lost when a message to or from it fails, or is not through after half of the process group's timeout: the
-    other learners, which wait in a sum meanwhile, must not give up first.
+    One has failed when a message to or from it fails, or is not through after half of the process
+    group's timeout: the other learners, which wait in a sum meanwhile, must not give up first. It
+    stays failed for the rest of the run.
     """
 
-    def __init__(self, world: Comm) -> None:
+    def __init__(self, teams: Teams) -> None:
         self.ranks: set[int] = set()
-        self._world, self._limit = world, world.timeout / 2
+        self._teams, self._limit = teams, teams.world.timeout / 2
         self._news: list[FailedRank] = []
 
-    def check(self, transfer: Transfer, attacker: int, step: int, *, now: bool = False) -> bool:
-        """Whether a message is through; otherwise its attack rank is lost.
+    def is_through(self, handle: Handle, attacker: int, step: int) -> bool:
+        """Wait until a message is through, or its attack rank has failed (False).
 
-        Blocks until one or the other is known, unless it must be said ``now``.
+        Raises ConadvError where an attack rank may not fail.
         """
-        error = transfer.failure(0.0 if now or attacker in self.ranks else self._limit)
-        if error is not None and attacker not in self.ranks:
-            self.ranks.add(attacker)
-            self._news.append(FailedRank(step, self._world.rank, attacker, self._words(error)))
-        return error is None
+        if not self._teams.may_lose:
+            handle.wait()
+            return True
+        return self._check(handle, attacker, step, 0.0 if attacker in self.ranks else self._limit)
 
-    def _words(self, error: BaseException) -> str:
-        if isinstance(error, TimeoutError):
-            return f"no word within {self._limit:g} s"
-        said = re.sub(r"^\[\S+:\d+\] ", "", first_line(error))  # the line of gloo's own source
-        return said.split(". ")[0].rstrip(".")
-
-    def overdue(self, transfer: Transfer) -> bool:
-        """Whether a message has been under way for longer than one would wait for it."""
-        assert isinstance(transfer.begin, float)  # CPU
-        return not transfer.done and time.monotonic() - transfer.begin > self._limit
+    def check_overdue(self, handle: Handle, attacker: int, step: int) -> None:
+        """Give the attack rank up if the message has been under way for longer than one would wait."""
+        assert isinstance(handle.begin, float)  # CPU
+        if not handle.done and time.monotonic() - handle.begin > self._limit:
+            self._check(handle, attacker, step, 0.0)
 
     def take(self) -> list[FailedRank]:
-        """What nobody has been told of yet."""
+        """Those that nobody has been told of yet."""
         news, self._news = self._news, []
         return news
+
+    def _check(self, handle: Handle, attacker: int, step: int, seconds: float) -> bool:
+        error = handle.failure(seconds)
+        if error is not None and attacker not in self.ranks:
+            self.ranks.add(attacker)
+            reason = f"no word within {self._limit:g} s"
+            if not isinstance(error, TimeoutError):
+                # without the place in gloo's own source, such as "[/a/pair.cc:534] "
+                reason = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).split(". ")[0].rstrip(".")
+            self._news.append(FailedRank(step, self._teams.world.rank, attacker, reason))
+        return error is None

@@ -1,4 +1,4 @@
-"""A learner's side of the exchange with attack ranks."""
+"""A learner's side of the exchange with attack ranks: sends weights, takes images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from conadv.distributed.message import FAILED, REQUESTED, STOP, WORK, Message
-from conadv.distributed.teams import Channels, Teams, shares
-from conadv.distributed.transfer import Transfer
+from conadv.distributed.handle import Handle
+from conadv.distributed.message import Message
+from conadv.distributed.teams import Teams, shares
 from conadv.engine.attack_ranks.failed import FailedRanks
+from conadv.engine.attack_ranks.messages import FAILED, STOP, WORK, Channels, Header
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch
 
@@ -27,14 +28,14 @@ class Arrival:
     attacker: int
     indices: tuple[int, ...]
     message: Message
-    transfer: Transfer
+    handle: Handle
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """The images of one step: on their way, or made here for attack ranks that are lost (``own``, by micro-batch).
+    """The images of one step: on their way, or made here for attack ranks that failed (``own``, by micro-batch).
 
-    ``weights``: what they are made at, kept where attack ranks may be lost; ``version``: of which weights.
+    ``weights``: what they are made at, kept where attack ranks may fail; ``version``: of which weights.
     """
 
     batch: Batch
@@ -47,196 +48,197 @@ class Incoming:
 
     @property
     def done(self) -> bool:
-        return all(arrival.transfer.done for arrival in self.arrivals)
+        return all(arrival.handle.done for arrival in self.arrivals)
 
 
 class Learner:
-    """Sends weights and takes images, see conadv.engine.attack_ranks.executor."""
+    """What :class:`conadv.engine.attack_ranks.executor.Ranks` runs on a learner.
+
+    Ranks: with ``skip`` each step is collective over the learners; otherwise nothing is, and messages
+    alone keep the ranks in step.
+    In flight: one copy of the weights, if this learner sends them, and tau batches of images. Where
+    attack ranks may fail, also tau copies of the weights that images were asked for at.
+    """
 
     def __init__(self, teams: Teams, engine: TrainStep, channels: Channels, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
         self._channels = channels
-        self._fed = [
-            a for n, a in enumerate(teams.attackers) if teams.feeder(n) == teams.world.rank
-        ]
-        self._weights = self._weights_message() if self._fed else None
-        self._sent: dict[int, Transfer] = {}
+        self.failed = FailedRanks(teams)
+        me = teams.world.rank
+        self._fed = [a for number, a in enumerate(teams.attackers) if teams.feeder(number) == me]
+        self._weights = self._new_weights()
+        self._sent: dict[int, Handle] = {}
         self._incoming: dict[int, Incoming] = {}
-        self._too_late: list[Incoming] = []
-        self.failed = FailedRanks(teams.world)
+        self._too_late: list[Incoming] = []  # the network still writes into their buffers
+
+    # ---- called by the executor, in this order
 
     def begin(self, batch: Batch, future: Batch | None) -> bool:
         """Send weights, take images. Returns whether the step goes without images because they are late."""
         engine, step = self._engine, batch.step
         self._world.at("send", step)
-        self._teams.comm.at("send", step)
         with engine.clock.phase("send"):
             busy, late = self._agree(step) if self._skip else (False, False)
             if future is not None and not busy:
-                self._send(future, len(batch.micro))
+                self._request(future, len(batch.micro))
             engine.remember()
         self._world.at("receive", step)
-        taken = None if late else self._incoming.get(step)
         with engine.clock.phase("receive"):
             if late:
                 self._drop(step)
-            arrived = self._await(taken) if taken else None
-        if arrived is not None:
-            self._hand_over(step, arrived)
+            arrived = self._await(step)
+        self._hand_over(step, arrived)
         return late
 
     def prepare(self) -> None:
-        """Attack, at this step's weights, what lost attack ranks would have had to attack at them."""
+        """Attack, at this step's weights, what failed attack ranks would have had to attack at them."""
         for incoming in self._incoming.values():
             if incoming.version == self._engine.version:
-                self._complete(incoming, incoming.arrivals)
+                self._attack_missing(incoming, incoming.arrivals)
+
+    def settle(self) -> None:
+        """Take everything that is under way, so that the engine's state is complete."""
+        self._world.at("receive", self._engine.version)
+        for step in sorted(self._incoming):
+            self._hand_over(step, self._await(step))
+
+    def close(self, failed: bool) -> bool:
+        """Tell the attack ranks that training has ended, with an error if it has ``failed``."""
+        self._world.at("close", self._engine.version)
+        for incoming in (*self._incoming.values(), *self._too_late):
+            for arrival in incoming.arrivals:
+                self._is_through(arrival.attacker, arrival.handle)
+        self._send(Header(FAILED if failed else STOP, self._engine.stop))
+        self._free_weights()
+        if self.failed.ranks:
+            # leave without waiting: messages of the failed may still be under way
+            self._world.broken = True
+        return not failed
+
+    # ---- late images
 
     def _agree(self, step: int) -> tuple[bool, bool]:
-        """Whether some attack rank still has to take older weights, and whether some images of ``step`` are missing.
+        """Whether an attack rank still has to take older weights, and whether images of ``step`` are missing.
 
-        All learners must train on the same views, and ask attack ranks for the same steps. Sync point.
+        All learners must train on the same views, and ask for the same steps. Sync point.
         """
         self._too_late = [incoming for incoming in self._too_late if not incoming.done]
         if self._teams.may_lose:
             self._give_up_overdue()
-        busy = not all(transfer.done for transfer in self._sent.values())
-        here = step in self._engine.pending or (
-            step in self._incoming and self._incoming[step].done
-        )
-        due = step >= self._engine.ahead
-        flags = self._teams.comm.any(torch.tensor([busy, due and not here]))
+        failed = self.failed.ranks
+        busy = any(not handle.done for a, handle in self._sent.items() if a not in failed)
+        incoming = self._incoming.get(step)
+        here = step in self._engine.pending or (incoming is not None and incoming.done)
+        missing = step >= self._engine.ahead and not here
+        flags = self._teams.comm.any(torch.tensor([busy, missing]))
         return bool(flags[0]), bool(flags[1])
 
     def _give_up_overdue(self) -> None:
-        """With "skip" nobody waits for an attack rank that says nothing: look at how long messages are under way."""
-        arrivals = [
-            (a.attacker, a.transfer) for incoming in self._too_late for a in incoming.arrivals
-        ]
-        for attacker, transfer in (*self._sent.items(), *arrivals):
-            if self.failed.overdue(transfer):
-                self._is_through(transfer, attacker, now=True)
-        self._sent = {
-            attacker: transfer
-            for attacker, transfer in self._sent.items()
-            if attacker in self._living()
-        }
+        """With ``skip`` nobody waits for an attack rank that says nothing: look at how old its messages are."""
+        late = [arrival for incoming in self._too_late for arrival in incoming.arrivals]
+        messages = [*self._sent.items(), *((arrival.attacker, arrival.handle) for arrival in late)]
+        for attacker, handle in messages:
+            self.failed.check_overdue(handle, attacker, self._engine.version)
 
-    def _send(self, future: Batch, accumulation: int) -> None:
-        mine, found = (
-            list(self._teams.micro_batches(accumulation)),
-            [micro.index for micro in future.micro],
-        )
-        if found != mine:
+    def _drop(self, step: int) -> None:
+        self._engine.pending.skip(step)
+        if step in self._incoming:
+            self._too_late.append(self._incoming.pop(step))
+
+    # ---- weights out
+
+    def _request(self, future: Batch, accumulation: int) -> None:
+        """Ask for the images of ``future``, at this step's weights or the look-ahead's prediction."""
+        engine, found = self._engine, [micro.index for micro in future.micro]
+        if found != (mine := list(self._teams.micro_batches(accumulation))):
             raise ConadvError(
-                f"Rank {self._world.rank} was given micro-batches {found} of the global batch, not {mine}: MicroBatch "
-                "says how they are numbered."
+                f"Rank {self._world.rank} was given micro-batches {found} of the global batch, not "
+                f"{mine}: MicroBatch says how they are numbered."
             )
-        weights = self._attack_weights()
-        self._send_weights((WORK, self._engine.version, future.step, accumulation), weights)
+        weights: Mapping[str, Tensor] = {}
+        if self._fed or self._teams.may_lose:
+            weights = engine.method.attack_weights(engine) or engine.trainable()
+        self._send(Header(WORK, 0, engine.version, future.step, accumulation), weights)
         self._expect_images(future, accumulation, weights)
 
-    def _attack_weights(self) -> Mapping[str, Tensor]:
-        """What this step's images are made at: only a learner that sends them, or may need them later, asks."""
-        if not (self._fed or self._teams.may_lose):
-            return {}
-        return self._engine.method.attack_weights(self._engine) or self._engine.trainable()
-
-    def _send_weights(self, tags: tuple[int, int, int, int], weights: Mapping[str, Tensor]) -> None:
-        """One buffer for all: the last weights must have left it. That they have means that nobody is far behind."""
-        engine = self._engine
+    def _send(self, header: Header, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Send from the one buffer, which the last weights must have left: nobody falls far behind."""
         self._free_weights()
-        if self._weights is not None:
-            self._weights.fill(tags, [weights[name] for name in engine.trainable()])
-            self._sent = self._send_to_all()
+        if self._weights is None:
+            return
+        names = self._engine.trainable()
+        self._weights.fill(header, [weights[name] for name in names] if weights else [])
+        for attacker in self._fed:
+            if attacker not in self.failed.ranks:
+                sent = self._world.send(self._weights.bytes, attacker, self._channels.weights)
+                self._sent[attacker] = sent
 
     def _free_weights(self) -> None:
         """Wait until what was sent last has left."""
-        for attacker, transfer in self._sent.items():
-            if self._is_through(transfer, attacker):
-                self._engine.clock.add("transfer", transfer.begin, transfer.end, beside=True)
+        for attacker, handle in self._sent.items():
+            if self._is_through(attacker, handle):
+                self._engine.clock.add("transfer", handle.begin, handle.end, beside=True)
+            else:
+                self._weights = self._new_weights()  # the network may hold the old buffer
         self._sent = {}
 
-    def _send_to_all(self) -> dict[int, Transfer]:
-        assert self._weights is not None
-        channel, content = self._channels.weights, self._weights.bytes
-        return {
-            attacker: self._world.send(content, attacker, channel) for attacker in self._living()
-        }
+    def _new_weights(self) -> Message | None:
+        weights = list(self._engine.trainable().values())
+        return Message(weights, self._engine.device) if self._fed else None
+
+    def _is_through(self, attacker: int, handle: Handle) -> bool:
+        return self.failed.is_through(handle, attacker, self._engine.version)
+
+    # ---- images in
 
     def _expect_images(
         self, future: Batch, accumulation: int, weights: Mapping[str, Tensor]
     ) -> None:
-        """Buffers for what comes back, ready before anybody sends: a message that is not awaited does not move."""
-        engine, attackers, count = (
-            self._engine,
-            self._teams.attackers,
-            self._engine.method.num_attacked,
-        )
-        images = {
-            micro.index: engine.example(micro)[: count(len(micro.y_N))] for micro in future.micro
-        }
+        """Receive before anybody sends: a message that is not awaited does not move."""
+        engine, teams = self._engine, self._teams
+        counts = {m.index: engine.method.num_attacked(len(m.y_N)) for m in future.micro}
+        images = {m.index: engine.example(m)[: counts[m.index]] for m in future.micro}
+        labels = {m.index: engine.labels(m)[: counts[m.index]] for m in future.micro}
         arrivals = []
-        for attacker, part in zip(
-            attackers, shares(len(self._teams.learners) * accumulation, len(attackers)), strict=True
-        ):
+        parts = shares(len(teams.learners) * accumulation, len(teams.attackers))
+        for attacker, part in zip(teams.attackers, parts, strict=True):
             common = tuple(index for index in images if index in part)
             if common and attacker not in self.failed.ranks:
-                message = Message(
-                    [engine.pending.encoded_like(images[index]) for index in common], engine.device
-                )
-                transfer = self._world.receive(message.bytes, attacker, self._channels.images)
-                arrivals.append(Arrival(attacker, common, message, transfer))
-        labels = {
-            micro.index: engine.labels(micro)[: count(len(micro.y_N))] for micro in future.micro
-        }
-        kept = (
-            {name: weight.detach().clone() for name, weight in weights.items()}
-            if self._teams.may_lose
-            else None
-        )
+                like = [engine.pending.encoded_like(images[index]) for index in common]
+                message = Message(like, engine.device)
+                handle = self._world.receive(message.bytes, attacker, self._channels.images)
+                arrivals.append(Arrival(attacker, common, message, handle))
+        kept = None
+        if teams.may_lose:
+            kept = {name: weight.detach().clone() for name, weight in weights.items()}
         dtype = next(iter(images.values())).dtype
         self._incoming[future.step] = Incoming(
             future, engine.version, labels, dtype, arrivals, kept
         )
 
-    def _is_through(self, transfer: Transfer, attacker: int, *, now: bool = False) -> bool:
-        """Wait for a message. False if its attack rank is lost; ConadvError where that must not be."""
-        if not self._teams.may_lose:
-            transfer.wait()
-            return True
-        before = len(self.failed.ranks)
-        through = self.failed.check(transfer, attacker, self._engine.version, now=now)
-        if len(self.failed.ranks) > before and self._weights is not None:
-            self._weights = self._weights_message()  # the network may hold the old one
-        return through
-
-    def _await(self, incoming: Incoming) -> list[Arrival]:
-        """Block until the images are here; returns those that are."""
-        return [
-            arrival
-            for arrival in incoming.arrivals
-            if self._is_through(arrival.transfer, arrival.attacker)
-        ]
+    def _await(self, step: int) -> list[Arrival]:
+        """Block until the images of ``step`` are here; returns those that are."""
+        arrivals = self._incoming[step].arrivals if step in self._incoming else ()
+        return [a for a in arrivals if self._is_through(a.attacker, a.handle)]
 
     def _hand_over(self, step: int, arrived: Sequence[Arrival]) -> None:
-        """Move the images of ``step`` to what waits in the engine, and make those that have not come."""
-        incoming = self._incoming.pop(step)
-        for arrival in arrived:
-            kind, *tags, _ = arrival.message.tags
-            assert tags == [incoming.version, step], (tags, incoming.version, step)
-            self._engine.hear(kind // REQUESTED)
-        self._complete(incoming, arrived)
+        """Move the images of ``step`` to what waits in the engine, after making those that have not come."""
+        incoming = self._incoming.pop(step, None)
+        if incoming is None:
+            return
+        self._attack_missing(incoming, arrived)
         images = dict(incoming.own)
         for arrival in arrived:
+            header = Header.of(arrival.message)
+            assert (header.version, header.step) == (incoming.version, step), header
+            self._engine.hear(header.request)
             images |= zip(arrival.indices, arrival.message.parts, strict=True)
         indices = [micro.index for micro in incoming.batch.micro]
-        parts, labels = (
-            tuple(by_index[index] for index in indices) for by_index in (images, incoming.labels)
-        )
+        parts, labels = (tuple(d[index] for index in indices) for d in (images, incoming.labels))
         self._engine.pending.put(step, ExtraBatch(parts, labels, incoming.version), incoming.dtype)
 
-    def _complete(self, incoming: Incoming, arrivals: Sequence[Arrival]) -> None:
-        """Attack here, with the bits that an attack rank would have sent, what is not in ``arrivals``."""
+    def _attack_missing(self, incoming: Incoming, arrivals: Sequence[Arrival]) -> None:
+        """Attack here what is not in ``arrivals``: the bits are those that an attack rank would have sent."""
         there = {index for arrival in arrivals for index in arrival.indices} | incoming.own.keys()
         missing = tuple(micro for micro in incoming.batch.micro if micro.index not in there)
         if not missing:
@@ -246,38 +248,3 @@ class Learner:
         with engine.clock.phase("attack"):
             extra = engine.craft(attack, replace(incoming.batch, micro=missing), incoming.weights)
         incoming.own.update(zip((micro.index for micro in missing), extra.images, strict=True))
-
-    def _drop(self, step: int) -> None:
-        self._engine.pending.skip(step)
-        if step in self._incoming:
-            self._too_late.append(
-                self._incoming.pop(step)
-            )  # the network still writes into its buffers
-
-    def _living(self) -> list[int]:
-        """The attack ranks that get weights from here."""
-        return [attacker for attacker in self._fed if attacker not in self.failed.ranks]
-
-    def _weights_message(self) -> Message:
-        return Message(list(self._engine.trainable().values()), self._engine.device)
-
-    def settle(self) -> None:
-        """Take everything that is under way, so that the engine's state is complete."""
-        self._world.at("receive", self._engine.version)
-        for step in sorted(self._incoming):
-            self._hand_over(step, self._await(self._incoming[step]))
-
-    def close(self, failed: bool) -> bool:
-        self._world.at("close", self._engine.version)
-        for incoming in (*self._incoming.values(), *self._too_late):
-            self._await(incoming)
-        self._free_weights()
-        if self._weights is not None:
-            self._weights.fill((FAILED if failed else STOP, self._engine.stop, 0, 0), [])
-            self._sent = self._send_to_all()
-            self._free_weights()
-        if self.failed.ranks:
-            self._world.broken = (
-                True  # leave it without waiting: messages of the lost may still be under way
-            )
-        return not failed
