@@ -36,6 +36,7 @@ from conadv.analysis.staleness import table, text
 from conadv.analysis.timeline import timeline
 from conadv.cli import analyze, staleness
 from conadv.cli import program as cli
+from conadv.cli.watch import View
 from conadv.config import recipes
 from conadv.config import schema as config
 from conadv.distributed.comm import Comm
@@ -48,7 +49,6 @@ from conadv.training.card import _constructor, model_card
 from conadv.training.export import _image_shape, export
 from conadv.training.run_dir import RunDir
 from conadv.training.trainer import Parts, _deal, build, restore, train
-from conadv.watch.command import folder, one_run
 
 from . import fuzz_structure as structure
 
@@ -300,10 +300,12 @@ def _read_timeline(out: Path) -> None:
 
 
 def _read_watch(out: Path) -> None:
-    """One run as it grows, then the folder."""
+    """One run, then the folder."""
     console = Console(file=io.StringIO(), width=100)
-    console.print(one_run(out / "runs" / "a", console)(100, 40)[0])
-    console.print(folder(out)(100, 40)[0])
+    for path in (out / "runs" / "a", out):
+        view = View(path)
+        view.look()
+        console.print(view.frame(100, 40))
 
 
 def _read_card(out: Path) -> None:

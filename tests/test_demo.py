@@ -20,12 +20,12 @@ from conadv.config.schema import resolve
 
 def test_plan() -> None:
     # Red when: an arm trains something else than its name says, or the seed or the epochs do not arrive.
-    jobs = list(plan(Path("runs"), 2, epochs=8))
-    assert [(job.arm, job.config.seed) for job in jobs] == [
+    runs = plan(2, epochs=8)
+    assert [(arm, run.config.seed) for arm, run in runs] == [
         (arm, seed) for seed in range(2) for arm in ARMS
     ]
-    assert len({job.out for job in jobs}) == 14
-    resolved = [resolve(job.config) for job in jobs[:7]]
+    assert len({run.name for _, run in runs}) == 14
+    resolved = [resolve(run.config) for _, run in runs[:7]]
     assert [
         (c.method, c.staleness, c.lookahead, c.global_batch_size, c.optim.name) for c in resolved
     ] == [
@@ -54,7 +54,8 @@ def test_demo_ends_in_a_report(
         main(["demo", "--out", str(tmp_path), "--seeds", "2", "--jobs", "1", "--epochs", "1"]) == 0
     )
     out = capsys.readouterr().out
-    assert "[4/4] + random-sign noise, seed 1" in out
+    assert "4 of 4 runs" in out
+    assert "random-sign-noise-seed1: " in out
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(few) <= set(json.dumps(summary).replace('"', "\n").splitlines())
     assert (tmp_path / "full-batch-lars-seed1" / "summary.json").is_file()

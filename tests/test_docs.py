@@ -29,19 +29,19 @@ from conadv import bench
 from conadv.cli import program as cli
 from conadv.cli.analyze import AnalyzeArgs
 from conadv.cli.demo import DemoArgs
+from conadv.cli.doctor import DoctorArgs
 from conadv.cli.staleness import StalenessArgs
+from conadv.cli.sweep import SweepArgs
 from conadv.cli.timeline import TimelineArgs
+from conadv.cli.watch import WatchArgs
 from conadv.config import recipes
 from conadv.config.schema import Config, dump_yaml, override, resolve
-from conadv.doctor.command import DoctorArgs
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models.small import SmallResNet
 from conadv.plan.command import PlanArgs
 from conadv.sweep.cells import expand
-from conadv.sweep.command import SweepArgs
 from conadv.sweep.spec import parse_spec
-from conadv.watch.command import WatchArgs
 
 from . import docs_runs
 

@@ -1,4 +1,4 @@
-"""Sweeps: the spec's checks, the plan, the choice on validation images, and runs that fail, stop and go on."""
+"""Sweeps: the spec's checks, the plan, the choice, and runs that fail, stop and go on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,16 @@ import pytest
 import torch
 import yaml
 
+from conadv.cli import sweep as command
 from conadv.cli.program import main
 from conadv.config.schema import Config, dump_yaml
-from conadv.engine import NonFiniteError
 from conadv.errors import ConadvError
-from conadv.sweep import command
-from conadv.sweep.cells import Plan, expand
+from conadv.sweep import pool
+from conadv.sweep.cells import Plan, Run, expand
 from conadv.sweep.choose import Result, at_edge, choose, only_edges
-from conadv.sweep.command import _schedule
-from conadv.sweep.display import Display, Lines, Workload, duration
-from conadv.sweep.document import document
-from conadv.sweep.estimate import Estimate, relative_cost
 from conadv.sweep.folder import Folder
-from conadv.sweep.pool import Outcome, Source, Work
+from conadv.sweep.schedule import Schedule, forecast
 from conadv.sweep.spec import load_spec, parse_spec
-from conadv.training.observer import Silent
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
@@ -56,10 +50,14 @@ def values(**changes: Any) -> dict[str, Any]:
         "baseline": "LARS",
         "controls": ["+ noise"],
         "grid": {"global_batch_size": [20, 80]},
-        "tune": {"seeds": [100], "settings": {"optim.lr": [1, 2]}},
+        "tune": tune([1, 2]),
         "confirm": {"seeds": [0, 1]},
     }
     return {**spec, **changes}
+
+
+def tune(lr: Any, **more: Any) -> dict[str, Any]:
+    return {"seeds": [100], "settings": {"optim.lr": lr}, **more}
 
 
 def plan(**changes: Any) -> Plan:
@@ -81,24 +79,17 @@ def run(spec: Path, out: Path, *options: str) -> int:
     return main(["sweep", str(spec), "--out", str(out), "--jobs", "1", "--no-report", *options])
 
 
-def train_here(source: Source, work: Work, workers: int, display: Display) -> None:
+def train_here(source: pool.Source, work: pool.Work, workers: int, display: pool.Display) -> None:
     """run_pool without processes, which take seconds to start."""
-    while (job := source.next()) is not None:
-        begin = time.monotonic()
-        display.started(0, job.label, job.config)
-        outcome = Outcome(0.0)
-        try:
-            work(job, Silent())
-        except Exception as error:
-            outcome = Outcome(
-                time.monotonic() - begin, str(error), isinstance(error, NonFiniteError)
-            )
-        source.done(job, outcome)
-        display.finished(0, outcome.seconds, outcome.error)
+    while (run := source.next()) is not None:
+        display.going([run])
+        outcome = pool._outcome(work, run)
+        source.done(run, outcome)
+        display.ended(run, outcome)
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def here(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs are trained in this process, by one thread as in a worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -107,77 +98,65 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def fake(folder: Folder, name: str, config: Config, **summary: Any) -> None:
+def fake(folder: Folder, run: Run, **summary: Any) -> None:
     """A finished run with made-up results."""
-    path = folder.path(name)
+    path = folder.run_dir(run.name).path
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(dump_yaml(config))
-    full = {
-        "validation_accuracy": 0.5,
-        "validation_loss": 1.0,
-        "test_accuracy": 0.5,
-        "seconds": 1.0,
-        **summary,
-    }
+    (path / "config.yaml").write_text(dump_yaml(run.config))
+    full = {"validation_accuracy": 0.5, "validation_loss": 1.0, "test_accuracy": 0.5, **summary}
     (path / "summary.json").write_text(json.dumps(full))
+
+
+def faked(made: Plan, out: Path) -> dict[str, Any]:
+    """sweep.json when all tuning runs have ended: LARS is best at lr 2, noise at 1 (but not on test)."""
+    folder = Folder(out)
+    for each in (made.runs[name] for name in made.tuning):
+        good = (each.config.method == "vanilla") == (each.config.optim.lr == 2)
+        accuracies = {"validation_accuracy": 0.8 + 0.1 * good, "test_accuracy": 0.9 - 0.1 * good}
+        fake(folder, each, **accuracies)
+    schedule = Schedule(made, folder, "tiny.yaml")
+    schedule.load()
+    return schedule.document()
 
 
 # ---- the spec
 
+ARM = {"arms": {"LARS": {"optim.lr": 3}, "+ noise": {}}}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"arm": {}}, "Did you mean 'arms'"),
+    ({"name": "../x"}, "spec.name: String should match"),
+    ({"base": 5}, "spec.base: Input should be a valid dictionary"),
+    ({"base": {**TINY, "optim.lrr": 1}}, "Did you mean 'optim.lr'"),
+    ({"base": {**TINY, "epochs.x": 1}}, "Unknown setting 'epochs.x'"),
+    ({"base": {**TINY, "epochs": -1}}, "epochs = -1"),
+    ({"base": {**TINY, "seed": 3}}, "tune.seeds"),
+    ({"base": {**TINY, "data.validation_images": None}}, "Give data.validation_images"),
+    ({"arms": {"LARS": {"method": "nois"}}, "controls": []}, "'noise'"),
+    ({"arms": {"LARS": {"staleness": 2}}, "controls": []}, "no effect"),
+    ({"arms": {"a b": {}, "A-b": {"method": "noise"}}, "baseline": None, "controls": []}, "Rename"),
+    ({"arms": {"LARS": {"global_batch_size": 20}, "+ noise": {}}}, "in settings and in grid"),
+    ({"grid": {}, "arms": {"LARS": {"epochs": 2, "grid": {}}}}, "Unknown key"),
+    ({"baseline": "LAR"}, "Did you mean 'LARS'"),
+    ({"controls": ["noise"]}, "Did you mean '+ noise'"),
+    ({"confirm": {"seeds": [5, 100]}}, "Seed 100"),
+    ({"confirm": {"seeds": [5, 5]}}, "twice"),
+    ({"confirm": {"seeds": []}}, "at least 1"),
+    ({"grid": {"optim.lr": [1]}}, "axis"),
+    ({"tune": {"seeds": [100], "settings": {"global_batch_size": [1, 2]}}}, "in grid and in tune"),
+    (ARM, "in settings and in tune"),
+    ({**ARM, "tune": tune([1], tune_on="LAR")}, "Did you mean 'LARS'"),
+    ({"tune": tune({20: [1, 2]})}, "no list for global_batch_size 80"),
+    ({"grid": {"global_batch_size": [{20: 80}]}, "tune": tune({20: [1]})}, "no list for"),
+    ({"tune": tune({20: [1, 2], 80: [1]})}, "Unequal trials"),
+    ({"arms": {"LARS": {"tune": {"optim.lr": [1, 2, 3]}}, "+ noise": {}}}, "Unequal trials"),
+    ({"arms": {"LARS": {"tune": {}}, "+ noise": {}}, "tune": None}, "Give tune.seeds"),
+    ({"tune": tune([1, 1])}, "twice"),
+    ({"tune": tune([1], by="test_accuracy")}, "tune.by"),
+    ({"base": {**TINY, "micro_batch_size": "auto"}}, "micro_batch_size auto"),
+]
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"arm": {}}, "Did you mean 'arms'"),
-        ({"base": {**TINY, "optim.lrr": 1}}, "Did you mean 'optim.lr'"),
-        ({"base": {**TINY, "epochs": -1}}, "epochs = -1"),
-        ({"arms": {"LARS": {"method": "nois"}}, "controls": []}, "'noise'"),
-        ({"baseline": "LAR"}, "Did you mean 'LARS'"),
-        ({"controls": ["noise"]}, "Did you mean '+ noise'"),
-        ({"base": {**TINY, "seed": 3}}, "tune.seeds"),
-        ({"confirm": {"seeds": [5, 100]}}, "Seed 100"),
-        ({"confirm": {"seeds": [5, 5]}}, "twice"),
-        ({"confirm": {"seeds": []}}, "at least 1"),
-        ({"grid": {}, "arms": {"LARS": {"global_batch_size": 20, "grid": {}}}}, "Unknown key"),
-        ({"grid": {"optim.lr": [1]}}, "axis"),
-        (
-            {"arms": {"LARS": {"global_batch_size": 20}, "+ noise": {}}},
-            "in its settings and in its grid",
-        ),
-        (
-            {"tune": {"seeds": [100], "settings": {"global_batch_size": [1, 2]}}},
-            "in the grid and tuned",
-        ),
-        ({"arms": {"LARS": {"optim.lr": 3}, "+ noise": {}}}, "in its settings and tuned"),
-        (
-            {"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2]}}}},
-            "no list for global_batch_size 80",
-        ),
-        (
-            {
-                "grid": {"global_batch_size": [{20: 80}]},
-                "tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}},
-            },
-            "no list for global_batch_size {20: 80}",
-        ),
-        (
-            {"tune": {"seeds": [100], "settings": {"optim.lr": {20: [1, 2], 80: [1]}}}},
-            "Unequal trials",
-        ),
-        ({"arms": {"LARS": {"tune": {"optim.lr": [1, 2, 3]}}, "+ noise": {}}}, "Unequal trials"),
-        ({"tune": {"seeds": [100], "settings": {"optim.lr": [1, 1]}}}, "same trial"),
-        (
-            {"tune": {"seeds": [100], "settings": {"optim.lr": [1]}, "by": "test_accuracy"}},
-            "tune.by",
-        ),
-        ({"base": {**TINY, "data.validation_images": None}}, "Give data.validation_images"),
-        (
-            {"arms": {"a b": {}, "A-b": {"method": "noise"}}, "baseline": None, "controls": []},
-            "Rename",
-        ),
-        ({"arms": {"LARS": {"staleness": 2}}, "controls": []}, "no effect"),
-    ],
-)
+
+@pytest.mark.parametrize(("changes", "says"), WRONG)
 def test_wrong_specs_are_refused(changes: dict[str, Any], says: str) -> None:
     # Red when: the check that a row is about is taken out.
     with pytest.raises(ConadvError) as caught:
@@ -186,32 +165,21 @@ def test_wrong_specs_are_refused(changes: dict[str, Any], says: str) -> None:
 
 
 MANY = [number / 1000 for number in range(1, 1000)]
-GRID = {"global_batch_size": [20], **dict.fromkeys(("optim.lr", "optim.eps", "adv_weight"), MANY)}
+THREE = dict.fromkeys(("optim.lr", "optim.momentum", "optim.weight_decay"), MANY)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "tune": {
-                "seeds": [100],
-                "settings": {"optim.lr": MANY, "optim.momentum": MANY, "optim.weight_decay": MANY},
-            }
-        },
-        {"grid": GRID, "tune": None},
+        {"tune": {"seeds": [100], "settings": THREE}},
+        {"grid": {"global_batch_size": [20], **THREE}, "tune": None},
         {"confirm": {"seeds": list(range(20_000))}, "tune": None},
-        {
-            "arms": {f"arm {number}": {} for number in range(6_000)},
-            "baseline": None,
-            "controls": [],
-            "tune": None,
-        },
+        {"arms": {f"arm {n}": {} for n in range(6000)}, "baseline": None, "controls": []},
     ],
+    ids=["trials", "cells", "seeds", "arms"],
 )
-def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memory(
-    changes: dict[str, Any],
-) -> None:
-    # Red when: the size is checked after the trials (the first two take all memory), or by cells alone.
+def test_too_many_runs_are_refused_before_they_fill_the_memory(changes: dict[str, Any]) -> None:
+    # Red when: combinations are made before they are counted, or one factor is not counted.
     tracemalloc.start()
     try:
         with pytest.raises(ConadvError, match="More than 10,000 runs"):
@@ -221,115 +189,82 @@ def test_a_spec_that_asks_for_too_many_runs_is_refused_before_it_fills_the_memor
         tracemalloc.stop()
 
 
-def test_the_size_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: seeds to tune on, or one of the factors, are not counted; the limit itself is refused.
-    spec = parse_spec(values())
-    runs = [
-        name
-        for cell in expand(spec).cells
-        for trial in cell.trials
-        for name in trial.tuning + trial.confirming
-    ]
-    assert sum(map(spec.num_runs, spec.arms)) == len(runs)
-    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", len(runs))
+def test_the_size_of_a_sweep_is_its_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: tuning seeds or trials are not counted; the limit itself is refused.
+    runs = len(plan().runs)
+    assert runs == 2 * 2 * 2 * 3  # arms, batches, trials, seeds
+    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", runs)
     parse_spec(values())
-    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", len(runs) - 1)
+    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", runs - 1)
     with pytest.raises(ConadvError, match="More than"):
         parse_spec(values())
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
-    # Red when: load_spec uses yaml.SafeLoader, which keeps the second arm and drops the first without a word.
-    path = tmp_path / "spec.yaml"
-    path.write_text("name: a\narms:\n  LARS: {}\n  LARS: {method: noise}\n")
-    with pytest.raises(ConadvError, match="'LARS' stands twice"):
-        load_spec(path)
-
-
-def test_repositorys_specs_are_valid() -> None:
-    # Red when: a setting is misspelt in studies/*.yaml.
-    for path in (ROOT / "studies").glob("*.yaml"):
-        assert expand(load_spec(path)).cells, path
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_studies_plan_the_runs_that_were_published(path: Path) -> None:
+    # Red when: a setting is misspelt; a run gets another name or setting (0.1's folders could not
+    # be resumed); the order of cells or trials changes.
+    made = expand(load_spec(path))
+    published = ROOT / "results" / "studies" / path.stem.replace("_", "-") / "sweep.json"
+    cells = json.loads(published.read_text())["cells"] if published.is_file() else []
+    there = [cell for cell in cells if cell["arm"] in made.spec.arms]
+    assert bool(there) == published.is_file()
+    for cell, known in zip(made.cells, there, strict=False):
+        assert cell.arm == known["arm"]
+        confirmed = [[f"runs/{name}" for name in trial.confirming] for trial in cell.trials]
+        assert known["runs"] in (*confirmed, [])
+        if cell.source is not None and known["trials"]:
+            tried = [[f"runs/{name}" for name in trial.tuning] for trial in cell.trials]
+            assert tried == [trial["runs"] for trial in known["trials"]]
 
 
 # ---- the plan
 
 
 def test_cells_and_runs() -> None:
-    # Red when: a grid value, a trial or a seed does not reach the config.
+    # Red when: a grid value, a trial or a seed does not reach the config; the arms run one by one.
     made = plan()
     assert [(cell.arm, cell.settings) for cell in made.cells] == [
         (arm, {"global_batch_size": batch}) for arm in ("LARS", "+ noise") for batch in (20, 80)
     ]
-    assert len(made.runs) == 2 * 2 * 2 * 3  # arms, batches, trials, seeds
     config = made.runs["noise-batch-80-lr-2-seed1"].config
-    assert (config.method, config.global_batch_size, config.optim.lr, config.seed) == (
-        "noise",
-        80,
-        2,
-        1,
-    )
-    assert config.micro_batch_size == 80
-    order = [
-        (made.runs[name].config.global_batch_size, made.runs[name].config.method)
-        for name in made.tuning(all_of(made))
-    ]
-    assert (
-        order[:4] == [(20, "vanilla"), (20, "noise")] * 2
-    )  # the arms of a seed and point side by side
-
-
-def all_of(made: Plan) -> frozenset[int]:
-    return frozenset(range(len(made.cells)))
+    assert (config.method, config.global_batch_size, config.optim.lr) == ("noise", 80, 2)
+    assert (config.seed, config.micro_batch_size) == (1, 80)
+    order = [made.runs[name].config for name in made.tuning]
+    assert [(c.global_batch_size, c.method) for c in order[:4]] == [
+        (20, "vanilla"),
+        (20, "noise"),
+    ] * 2
+    assert made.confirming == [(seed, cell) for seed in (0, 1) for cell in (0, 2, 1, 3)]
 
 
 def test_fractions_and_lists_per_batch() -> None:
-    lists = {"optim.lr": {20: [1, 2], 80: [3, 4]}}
     arms = {"+ noise": {"settings": {"method": "noise", "attack.eps": "2/255"}}}
-    made = plan(arms=arms, baseline=None, tune={"seeds": [7], "settings": lists})
+    made = plan(arms=arms, baseline=None, tune=tune({20: [1, 2], 80: [3, 4]}))
     assert {run.config.attack.eps for run in made.runs.values()} == {2 / 255}
-    assert [[trial.settings["optim.lr"] for trial in cell.trials] for cell in made.cells] == [
-        [1, 2],
-        [3, 4],
-    ]
+    tried = [[trial.settings["optim.lr"] for trial in cell.trials] for cell in made.cells]
+    assert tried == [[1, 2], [3, 4]]
 
 
 def test_identical_runs_are_one_run() -> None:
-    # Red when: _run names a run without looking for its config. The third arm is LARS by another name.
+    # Red when: a run is named without looking for its config. The last arm is LARS by another name.
     arms = {"LARS": {}, "+ noise": {"method": "noise"}, "LARS again": {"label_smoothing": 0}}
     made = plan(arms=arms)
     assert len(made.runs) == 24
     assert made.cells[0].trials == made.cells[4].trials
-    assert made.groups == (0, 1, 2, 3, 0, 1)
-
-
-def test_shards_split_the_cells() -> None:
-    # Red when: shard() goes by cells, so that cells that share runs part.
-    made = plan(
-        arms={"LARS": {}, "+ noise": {"method": "noise"}, "LARS again": {"label_smoothing": 0}}
-    )
-    parts = [made.shard(index, 3) for index in (1, 2, 3)]
-    assert sorted(index for part in parts for index in part) == list(range(6))
-    assert parts[0] == {0, 3, 4}  # 4 shares its runs with 0
 
 
 def test_tune_on_takes_the_choice_of_one_arm(tmp_path: Path) -> None:
-    # Red when: _with_source gives a cell its own index, or the other arm is tuned as well.
-    tune = {"seeds": [100], "settings": {"optim.lr": [1, 2]}, "tune_on": "LARS"}
-    made = plan(tune=tune)
+    # Red when: a cell is its own source, or the other arm is tuned as well.
+    made = plan(tune=tune([1, 2], tune_on="LARS"))
     assert [cell.source for cell in made.cells] == [0, 1, 0, 1]
-    assert len(made.tuning(all_of(made))) == 4
-    folder = Folder(tmp_path)
-    for name in made.tuning(all_of(made)):
-        fake(
-            folder,
-            name,
-            made.runs[name].config,
-            validation_accuracy=made.runs[name].config.optim.lr / 10,
-        )
-    cell = document(_schedule(made, folder, all_of(made)), "tiny.yaml")["cells"][3]
+    assert len(made.tuning) == 4
+    cell = faked(made, tmp_path)["cells"][3]
     assert (cell["chosen"], cell["trials"], cell["tuned_on"]) == ({"optim.lr": 2}, [], "LARS")
-    assert cell["runs"] == ["runs/noise-batch-80-lr-2-seed0", "runs/noise-batch-80-lr-2-seed1"]
+    assert cell["runs"] == [f"runs/noise-batch-80-lr-2-seed{seed}" for seed in (0, 1)]
+    elsewhere = {"settings": {"method": "noise"}, "grid": {"global_batch_size": [40]}}
+    with pytest.raises(ConadvError, match="has no cell there"):
+        plan(arms={"LARS": {}, "+ noise": elsewhere}, tune=tune([1, 2], tune_on="LARS"))
 
 
 # ---- the choice
@@ -356,102 +291,56 @@ BAD = Result(error="loss is nan", diverged=True)
     ids=["mean", "tie-loss", "tie-first", "diverged", "all-diverged", "missing", "failed"],
 )
 def test_choose(trials: list[list[Result | None]], best: int | None) -> None:
-    # Red when: max goes by the best seed, by loss first, or a diverged run is left out of its trial's mean.
+    # Red when: max goes by the best seed, by loss first, or leaves a diverged run out of the mean.
     assert choose(trials) == best
 
 
-def test_at_edge() -> None:
-    # Red when: the comparison is with the first and last trial in place of the smallest and largest value.
-    trials: list[dict[str, Any]] = [{"optim.lr": lr, "attack.eps": "2/255"} for lr in (4, 1, 2)]
-    assert [at_edge(trials, trial) for trial in trials] == [["optim.lr"], ["optim.lr"], []]
-    names = [{"optim.variant": name} for name in ("tf", "timm", "torch")]
-    assert at_edge(names, names[0]) == []
-    eps = [{"attack.eps": text} for text in ("1/255", "2/255", "4/255")]
-    assert [at_edge(eps, trial) for trial in eps] == [["attack.eps"], [], ["attack.eps"]]
-
-
-def test_two_values_have_no_inside() -> None:
-    # Red when: a setting with two values is called at the edge, or one with three is said to have none but edges.
-    trials = [{"optim.lr": lr, "sam_rho": rho} for lr in (1, 2, 4) for rho in (0.05, 0.1)]
-    assert at_edge(trials, {"optim.lr": 4, "sam_rho": 0.1}) == ["optim.lr"]
-    assert only_edges(trials) == ["sam_rho"]
-    assert only_edges([{"optim.lr": 1}, {"optim.lr": 2}, {}]) == []
+def test_choices_at_an_edge() -> None:
+    # Red when: the first and last trial count in place of the smallest and largest value; a
+    # setting with two values, which has no inside, is called at the edge.
+    trials = [{"lr": lr, "rho": rho, "name": "tf"} for lr in (4, 1, 2) for rho in (0.05, 0.1)]
+    assert [at_edge(trials, trial) for trial in trials] == [["lr"]] * 4 + [[]] * 2
+    assert only_edges(trials) == ["rho"]
+    assert only_edges([{"lr": 1}, {"lr": 2}, {}]) == []
 
 
 def test_the_choice_is_made_on_validation_never_on_test(tmp_path: Path) -> None:
     # Red when: Folder.result reads test_accuracy.
-    made, folder = plan(), Folder(tmp_path)
-    for name in made.tuning(all_of(made)):
-        config = made.runs[name].config
-        low, high = (0.8, 0.9) if config.method == "vanilla" else (0.9, 0.8)
-        first = config.optim.lr == 1
-        fake(
-            folder,
-            name,
-            config,
-            validation_accuracy=low if first else high,
-            test_accuracy=high if first else low,
-        )
-    cells = document(_schedule(made, folder, all_of(made)), "tiny.yaml")["cells"]
-    assert [cell["chosen"] for cell in cells] == [{"optim.lr": 2}] * 2 + [{"optim.lr": 1}] * 2
-    assert [cell["at_edge"] for cell in cells] == [[]] * 4  # two values of the learning rate
-    assert [trial["mean"] for trial in cells[0]["trials"]] == [0.8, 0.9]
+    cells = faked(plan(), tmp_path)["cells"]
+    assert [cell["chosen"]["optim.lr"] for cell in cells] == [2, 2, 1, 1]
+    assert [trial["mean"] for trial in cells[0]["trials"]] == [0.8, pytest.approx(0.9)]
 
 
-# ---- time left
-
-
-def test_estimate() -> None:
-    # Red when: a kind's own mean is not used, or the speed of the others is not.
-    configs = {name: run.config for name, run in plan().runs.items()}
-    plain, noise = configs["lars-batch-80-lr-1-seed0"], configs["noise-batch-80-lr-1-seed0"]
-    assert relative_cost(noise) == 2 * relative_cost(plain)
-    estimate = Estimate()
-    assert not estimate.known
-    estimate.going(plain, 0.5, 5.0)
-    assert (estimate.seconds(plain), estimate.seconds(noise)) == (10.0, 20.0)
-    estimate.finished(plain, 6.0)
-    other = configs["lars-batch-80-lr-2-seed1"]
-    assert estimate.seconds(other) == 6.0
-    assert estimate.seconds(noise) == pytest.approx(12.0)
-    assert estimate.left([noise, noise], [(plain, 0.5)], 2) == pytest.approx(13.5)
-    assert estimate.left([noise], [], 8) == pytest.approx(12.0)
-    work = Workload(lambda: [noise], 1, estimate, done=1, seconds=6.0)
-    assert work.share() == pytest.approx(6 / 18)
-    assert [duration(s) for s in (45, 700, 11_100)] == ["45 s", "12 min", "3 h 05 min"]
-
-
-def test_a_run_that_failed_at_once_tells_no_time(capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: the time left is said before any run gave a speed (it was 1456 hours).
-    config = Config(epochs=1)
-    display = Lines(Workload(lambda: [config], 1))
-    display.started(0, "a", config)
-    display.finished(0, 0.1, "no data")
-    display.started(1, "b", config)
-    display.finished(1, 2.0, None)
-    assert capsys.readouterr().out.splitlines() == [
-        "[1/2] a: failed: no data",
-        "[2/3] b: 2.0 s, about 2 s left",
-    ]
+def test_the_time_left() -> None:
+    # Red when: costs are not divided among the workers, a failed run gives a speed, or one run
+    # ends before its own time.
+    runs = [Run(name, Config(epochs=epochs)) for epochs, name in enumerate("abcd", 1)]
+    done = {"a": Result(seconds=5.0), "b": Result(error="x", seconds=1.0)}
+    assert forecast(runs, {"b": done["b"]}, {}, 1)[1] is None
+    assert forecast(runs, done, {}, 1) == (pytest.approx(0.3), pytest.approx(5.0 * 7))
+    assert forecast(runs, done, {}, 7)[1] == pytest.approx(5.0 * 4)
+    going = {"d": (0.5, 20.0)}  # half of 4 in 20 s, beside 1 in 5 s
+    assert forecast(runs, done, going, 1)[1] == pytest.approx(25 / 3 * 5)
+    noisy = Run("e", Config(epochs=1, method="noise"))
+    assert noisy.cost == 2 * runs[0].cost
 
 
 # ---- whole sweeps
 
 
 def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: tidy is not called, the lines lose their count, or a finished run is run again.
+    # Red when: finished runs keep their checkpoints, the lines lose their count, a finished run is
+    # run again, or the dry run writes or tells no time.
     spec, out = ROOT / "studies" / "example.yaml", tmp_path / "out"
     assert run(spec, out, "--dry-run") == 0
-    assert "24 runs in all, 0 of them done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "24 runs in all, 0 of them done" in said
+    assert "left with --jobs 1" in said
     assert not out.exists()
-    assert run(spec, out, "--max-minutes", "0") == 0
-    assert "24 run(s) are left" in capsys.readouterr().out
     assert main(["sweep", str(spec), "--out", str(out), "--jobs", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("]")[0] for line in lines[:24]] == [
-        f"[{number}/24" for number in range(1, 25)
-    ]
-    assert "left" in lines[0]
+    for number, line in enumerate(lines[:24], 1):
+        assert f", {number} of 24 runs" in line
     done = read(out)
     assert len(done["cells"]) == 6
     assert done["failed"] == []
@@ -459,10 +348,7 @@ def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFix
         summaries = [json.loads((out / path / "summary.json").read_text()) for path in cell["runs"]]
         assert [summary["seed"] for summary in summaries] == cell["seeds"] == [0, 1]
         assert {summary["lr"] for summary in summaries} == {cell["chosen"]["optim.lr"]}
-        assert cell["chosen"] == cell["trials"][choice(cell)]["settings"]
-        assert [trial["mean"] for trial in cell["trials"]] == [
-            trial["validation"][0] for trial in cell["trials"]
-        ]
+        assert cell["chosen"] == best(cell["trials"])["settings"]
     assert (out / "report.html").is_file()
     kept = {path.name for path in (out / "runs" / "lars-batch-50-lr-2-seed100").iterdir()}
     assert kept == {"config.yaml", "record.jsonl", "summary.json"}
@@ -471,12 +357,9 @@ def test_the_example_from_start_to_end(tmp_path: Path, capsys: pytest.CaptureFix
     assert times(out) == before
 
 
-def choice(cell: dict[str, Any]) -> int:
-    """The best trial by the rule in words: accuracy, then loss, then order."""
-    trials = cell["trials"]
-    return max(
-        range(len(trials)), key=lambda i: (trials[i]["mean"], -trials[i]["validation_loss"][0], -i)
-    )
+def best(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """By the rule in words: accuracy, then loss, then order."""
+    return max(trials, key=lambda trial: (trial["mean"], -trial["validation_loss"][0]))
 
 
 def times(out: Path) -> dict[Path, float]:
@@ -484,47 +367,13 @@ def times(out: Path) -> dict[Path, float]:
 
 
 def results(out: Path) -> dict[str, float]:
-    return {
-        path.parent.name: json.loads(path.read_text())["test_loss"]
-        for path in sorted(out.glob("runs/*/summary.json"))
-    }
+    summaries = sorted(out.glob("runs/*/summary.json"))
+    return {path.parent.name: json.loads(path.read_text())["test_loss"] for path in summaries}
 
 
-@pytest.mark.usefixtures("here")
-def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    # Red when: an interrupted run counts as finished, or a run is resumed from nothing. Bitwise.
-    base = {**TINY, "epochs": 3, "checkpoint.every_epochs": 1}
-    arms = {"LARS": {}, "+ ConAdv": {"method": "conadv"}}
-    spec = write(tmp_path, base=base, arms=arms, controls=[], grid={"global_batch_size": [10]})
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert run(spec, whole, "--quiet") == 0
-    line = [
-        sys.executable,
-        "-m",
-        "conadv",
-        "sweep",
-        str(spec),
-        "--out",
-        str(out),
-        "--jobs",
-        "2",
-        "--no-report",
-    ]
-    with subprocess.Popen([*line, "--quiet"]) as process:
-        try:
-            wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
-            records = "runs/*/record.jsonl"
-            wait_for(
-                lambda: any(not (p.parent / "summary.json").exists() for p in out.glob(records)),
-                process,
-            )
-        finally:
-            process.kill()
-    assert len(results(out)) < 8
-    time.sleep(0.5)  # the workers end with their parent
-    assert run(spec, out, "--quiet") == 0
-    assert results(out) == results(whole)
-    assert read(out) == read(whole)
+def start(spec: Path, out: Path, **options: Any) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2"]
+    return subprocess.Popen([*line, "--quiet", "--no-report"], **options)
 
 
 def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
@@ -535,51 +384,54 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 
         time.sleep(0.02)
 
 
+@pytest.mark.usefixtures("here")
+def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    # Red when: an interrupted run counts as finished, or a run is resumed from nothing. Bitwise.
+    base = {**TINY, "epochs": 3, "checkpoint.every_epochs": 1}
+    arms = {"LARS": {}, "+ ConAdv": {"method": "conadv"}}
+    spec = write(tmp_path, base=base, arms=arms, controls=[], grid={"global_batch_size": [10]})
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert run(spec, whole, "--quiet") == 0
+    with start(spec, out) as process:
+        try:
+            wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
+            records = "runs/*/record.jsonl"
+            going = lambda p: not (p.parent / "summary.json").exists()  # noqa: E731
+            wait_for(lambda: any(map(going, out.glob(records))), process)
+        finally:
+            process.kill()
+    assert len(results(out)) < 8
+    time.sleep(0.5)  # the workers end with their parent
+    assert run(spec, out, "--quiet") == 0
+    assert results(out) == results(whole)
+    assert read(out) == read(whole)
+
+
 def test_ctrl_c_is_clean(tmp_path: Path) -> None:
-    # Red when: the workers are not terminated (they train to the end), or write tracebacks.
+    # Red when: the workers are not ended (they train to the end), or write tracebacks.
     spec, out = write(tmp_path, base={**TINY, "epochs": 5000}), tmp_path / "out"
-    line = [
-        sys.executable,
-        "-m",
-        "conadv",
-        "sweep",
-        str(spec),
-        "--out",
-        str(out),
-        "--jobs",
-        "2",
-        "--quiet",
-    ]
     # a background job inherits SIGINT ignored; a terminal's foreground job does not
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(line, stderr=subprocess.PIPE, preexec_fn=heed) as process:
+    with start(spec, out, stderr=subprocess.PIPE, preexec_fn=heed) as process:
         try:
             wait_for(lambda: list(out.glob("runs/*/record.jsonl")), process)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=30)
+            _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130
-    assert (
-        errors.decode() == "conadv: interrupted; the same command goes on where the sweep stopped\n"
-    )
+    assert errors.decode() == "conadv: interrupted; the same command continues the sweep\n"
 
 
 @pytest.mark.usefixtures("here")
 def test_failures_are_recorded_and_tried_again_only_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Red when: a failure stops the sweep, a diverged trial is chosen, or a failed run is run again unasked.
-    tune = {"seeds": [100], "settings": {"optim.lr": [1, 1.0e30]}}
+    # Red when: a failure stops the sweep, a diverged trial is chosen, a failed run is run again
+    # unasked, or the traceback of a failure gets into sweep.json.
+    changes = {"controls": [], "tune": tune([1, 1.0e30]), "grid": {"global_batch_size": [20]}}
     arms = {"LARS": {}, "broken": {"settings": {"model.name": "vgg11"}}}
-    spec = write(
-        tmp_path,
-        arms=arms,
-        controls=[],
-        tune=tune,
-        grid={"global_batch_size": [20]},
-        base={**TINY, "model.width": None},
-    )
+    spec = write(tmp_path, arms=arms, base={**TINY, "model.width": None}, **changes)
     out = tmp_path / "out"
     assert run(spec, out) == 0
     said = capsys.readouterr().out
@@ -591,6 +443,7 @@ def test_failures_are_recorded_and_tried_again_only_when_asked(
         ("runs/broken-batch-20-lr-1-seed100", False),
         ("runs/broken-batch-20-lr-1e30-seed100", False),
     }
+    assert not any("\n" in item["error"] for item in done["failed"])
     lars, broken = done["cells"]
     assert lars["chosen"] == {"optim.lr": 1}
     assert lars["trials"][1]["mean"] is None
@@ -610,38 +463,36 @@ def test_a_run_with_other_settings_is_an_error(
 ) -> None:
     # Red when: Folder.result takes any summary for the run's own.
     made, folder = plan(), Folder(tmp_path / "out")
-    name = made.tuning(all_of(made))[0]
-    fake(folder, name, made.runs[name].config)
+    fake(folder, made.runs[made.tuning[0]])
     assert run(write(tmp_path, base={**TINY, "epochs": 2}), folder.out) == 2
     assert "epochs: 1.0 -> 2.0" in capsys.readouterr().err
 
 
 def test_one_sweep_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: the lock is not taken.
-    spec, out = write(tmp_path), tmp_path / "out"
-    with Folder(out).locked("sweep.json"):
-        assert run(spec, out, "--max-minutes", "0") == 2
+    out = tmp_path / "out"
+    with Folder(out).lock() as lock:
+        lock.take()
+        assert run(write(tmp_path), out) == 2
     assert "Another sweep is at work" in capsys.readouterr().err
-    assert run(spec, out, "--max-minutes", "0", "--quiet") == 0
 
 
-@pytest.mark.parametrize("options", [["--jobs", "0"], ["--shard", "3/2"], ["--max-minutes", "-1"]])
-def test_impossible_options(
-    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+def test_impossible_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(write(tmp_path), tmp_path / "out", "--jobs", "0") == 2
+    assert "--jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", [".sweep.json.lock", "runs", "sweep.json", "runs/lars-batch-20-lr-1-seed100"]
+)
+def test_a_sweep_refuses_links_in_its_folder(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["sweep", str(write(tmp_path)), "--out", str(tmp_path / "out"), *options]) == 2
-    assert options[0] in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("here")
-def test_shards_come_together(tmp_path: Path) -> None:
-    # Red when: a shard leaves out a cell, or the last command runs anything again.
-    spec, out = write(tmp_path, tune=None, confirm={"seeds": [0]}), tmp_path / "out"
-    for shard in ("1/2", "2/2"):
-        assert run(spec, out, "--quiet", "--shard", shard) == 0
-    assert not (out / "sweep.json").exists()
-    before = times(out)
-    assert len(results(out)) == 4
-    assert run(spec, out, "--quiet") == 0
-    assert times(out) == before
-    assert [len(cell["runs"]) for cell in read(out)["cells"]] == [1] * 4
+    # Red when: load or lock does not look for links: files elsewhere would be read or written.
+    outside, out = tmp_path / "outside", tmp_path / "out"
+    outside.mkdir()
+    (out / name).parent.mkdir(parents=True)
+    (out / name).symlink_to(outside)
+    assert run(write(tmp_path), out, "--dry-run") == run(write(tmp_path), out) == 2
+    assert "is a link" in capsys.readouterr().err
+    assert not any(outside.iterdir())

@@ -13,6 +13,7 @@ import pytest
 from conadv import safe_io
 from conadv.cli.analyze import read as read_analysis
 from conadv.cli.program import main
+from conadv.cli.watch import View
 from conadv.errors import ConadvError
 from conadv.report import load_run
 from conadv.report.study import load_sweep
@@ -20,7 +21,6 @@ from conadv.report.study.sharpness import analysis
 from conadv.sweep.cells import Run
 from conadv.sweep.folder import Folder
 from conadv.training import documents
-from conadv.watch.many import Runs
 
 from .sweep_folder import analysis as analysis_document
 from .sweep_folder import probe_lines, write_sweep
@@ -116,7 +116,7 @@ def test_a_sweep_checks_the_summaries_it_goes_by(
     (folder / "config.yaml").touch()
     (folder / "summary.json").write_text('{"validation_accuracy": "x"}')
     with pytest.raises(ConadvError, match=r"validation_accuracy is 'x'.*Delete .* to run it again"):
-        Folder(tmp_path).result(Run("a", "a", None))  # type: ignore[arg-type]
+        Folder(tmp_path).result(Run("a", None))  # type: ignore[arg-type]
 
 
 # sweep.json
@@ -153,7 +153,7 @@ def test_a_sweep_that_cannot_be_is_an_error(name: str, sweep: Path, tmp_path: Pa
     with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not what conadv writes)"):
         load_sweep(tmp_path / "sweep")
     with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not)"):
-        Runs(tmp_path / "sweep").planned()
+        View(tmp_path / "sweep").planned()
     assert main(["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "report.html")]) == 2
 
 
@@ -231,7 +231,7 @@ def test_a_probe_that_was_cut_off_is_left_out() -> None:
 
 @pytest.mark.timeout(60)
 def test_a_pipe_in_place_of_a_record_is_not_waited_for(run: Path) -> None:
-    # Red when: ends opens whatever lies there (the test then hangs until its time is up).
+    # Red when: watch opens whatever lies there (the test then hangs until its time is up).
     (run / "record.jsonl").unlink()
     os.mkfifo(run / "record.jsonl")
     assert main(["watch", str(run.parent), "--once"]) == 0

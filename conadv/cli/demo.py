@@ -5,18 +5,19 @@ Seven arms on scikit-learn's digits, several seeds each, a few runs at a time, e
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conadv.cli.sweep import Display
 from conadv.config import recipes
-from conadv.config.schema import Config, replace
+from conadv.config.schema import replace
 from conadv.errors import ConadvError, printable
-from conadv.sweep.display import Workload, for_terminal
-from conadv.sweep.pool import Job, Outcome, cores, run_pool
-from conadv.training.observer import Silent
+from conadv.sweep.cells import Run
+from conadv.sweep.choose import Result
+from conadv.sweep.pool import Outcome, cores, run_pool
 
 BASELINE = "full batch, LARS"
 
@@ -58,15 +59,18 @@ def demo(args: DemoArgs) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
     from conadv.report import show, write_report
 
-    jobs = list(plan(args.out, args.seeds, args.epochs))
-    run_all(jobs, args.jobs or min(8, cores()), args.quiet)
-    command = f"conadv demo --seeds {args.seeds}" + (
-        f" --epochs {args.epochs:g}" if args.epochs else ""
-    )
+    runs = plan(args.seeds, args.epochs)
+    workers = args.jobs or min(8, cores())
+    source = Listed([run for _, run in runs])
+    display = Display(source, workers, args.out, args.quiet)
+    with display.bars:
+        run_pool(source, functools.partial(_train, args.out), workers, display)
+    command = f"conadv demo --seeds {args.seeds}"
+    command += f" --epochs {args.epochs:g}" if args.epochs else ""
     summary = write_report(
-        [job.out for job in jobs],
+        [args.out / run.name for _, run in runs],
         args.out / "report.html",
-        names={str(job.out): job.arm for job in jobs},
+        names={str(args.out / run.name): arm for arm, run in runs},
         baseline=BASELINE,
         title="conadv demo: 8x8 digits at the full batch",
         command=command,
@@ -75,46 +79,42 @@ def demo(args: DemoArgs) -> None:
     sys.stdout.write(f"report: {printable(args.out / 'report.html')}\n")
 
 
-def plan(out: Path, seeds: int, epochs: float | None = None) -> Iterator[Job]:
-    """All runs, seed by seed, so that a slow moment of the machine does not hit one arm only."""
+def plan(seeds: int, epochs: float | None = None) -> list[tuple[str, Run]]:
+    """(arm, run), seed by seed, so that a slow moment of the machine does not hit one arm only."""
+    runs = []
     for seed in range(seeds):
         for arm, changes in ARMS.items():
             config = replace(recipes.get("digits"), seed=seed, **changes)
             if epochs is not None:
                 warmup = config.schedule.warmup_epochs * epochs / (config.epochs or epochs)
                 config = replace(config, epochs=epochs, schedule__warmup_epochs=warmup)
-            yield Job(arm, config, out / f"{_slug(arm)}-seed{seed}")
+            runs.append((arm, Run(f"{_slug(arm)}-seed{seed}", config)))
+    return runs
 
 
-def run_all(jobs: list[Job], workers: int, quiet: bool) -> None:
-    """Train every job in ``workers`` processes of one thread each; the first error stops the rest."""
-    source = _Listed(jobs)
-    run_pool(source, _train, workers, for_terminal(Workload(source.waiting, workers), quiet))
+class Listed:
+    """A source of runs for the pool: one after the other, and every one must go well."""
 
+    def __init__(self, runs: list[Run]) -> None:
+        self._runs, self._waiting = runs, iter(runs)
+        self.results: dict[str, Result] = {}
 
-class _Listed:
-    """A source of jobs for the pool: one after the other, and every one must go well."""
+    def runs(self) -> list[Run]:
+        return self._runs
 
-    def __init__(self, jobs: list[Job]) -> None:
-        self._jobs = list(reversed(jobs))
+    def next(self) -> Run | None:
+        return next(self._waiting, None)
 
-    def next(self) -> Job | None:
-        return self._jobs.pop() if self._jobs else None
-
-    def done(self, job: Job, outcome: Outcome) -> None:
+    def done(self, run: Run, outcome: Outcome) -> None:
         if outcome.error is not None:
-            raise ConadvError(
-                f"{job.label}: {outcome.error}" + (f"\n{outcome.trace}" if outcome.trace else "")
-            )
-
-    def waiting(self) -> list[Config]:
-        return [job.config for job in self._jobs]
+            raise ConadvError(f"{run.name}: {outcome.error}")
+        self.results[run.name] = Result(seconds=outcome.seconds)
 
 
-def _train(job: Job, observer: Silent) -> None:
+def _train(out: Path, run: Run) -> None:
     from conadv.training.trainer import train
 
-    train(job.config, job.out, overwrite=True, observer=observer)
+    train(run.config, out / run.name, overwrite=True)
 
 
 def _slug(arm: str) -> str:

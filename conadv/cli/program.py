@@ -600,21 +600,21 @@ def _plan(args: Sequence[str]) -> None:
 
 
 def _sweep(args: Sequence[str]) -> None:
-    from conadv.sweep.command import SweepArgs, sweep
+    from conadv.cli.sweep import SweepArgs, sweep
 
     sweep(_parsed(SweepArgs, args, "conadv sweep"))
 
 
 def _watch(args: Sequence[str]) -> None:
-    from conadv.watch.command import WatchArgs, command
+    from conadv.cli.watch import WatchArgs, watch
 
-    command(_parsed(WatchArgs, args, "conadv watch"))
+    watch(_parsed(WatchArgs, args, "conadv watch"))
 
 
 def _doctor(args: Sequence[str]) -> int:
-    from conadv.doctor.command import DoctorArgs, command
+    from conadv.cli.doctor import DoctorArgs, doctor
 
-    return 0 if command(_parsed(DoctorArgs, args, "conadv doctor")) else EXIT_FOUND
+    return 0 if doctor(_parsed(DoctorArgs, args, "conadv doctor")) else EXIT_FOUND
 
 
 def _demo(args: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The choice among trials: on the validation images of the tuning seeds, and on nothing else."""
+"""The choice among trials: by the validation images of the tuning seeds, and by nothing else."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from conadv.sweep.spec import Settings, number
-
 
 @dataclass(frozen=True)
 class Result:
     """What a sweep needs to know of a run that has ended. Accuracies in [0, 1].
 
-    ``error``: what stopped it, None for a finished run. ``diverged``: it stopped by a loss or gradient that was not
-    finite. ``seconds``: how long its steps took.
+    ``seconds``: of its steps. ``error``: what stopped it, None for a finished run. ``diverged``: a
+    loss or gradient that was not finite stopped it.
     """
 
     validation_accuracy: float | None = None
@@ -25,54 +23,55 @@ class Result:
     diverged: bool = False
 
 
+_WORST = (-1.0, 0.0)
+
+
 def choose(trials: Sequence[Sequence[Result | None]]) -> int | None:
-    """Which trial is best: the highest mean validation accuracy over its runs; a trial with a diverged run is worst.
+    """The index of the best trial. ``trials[i]``: trial i's result on each tuning seed.
 
-    ``trials[i]``: trial i's result on each tuning seed. Among equal means the lower mean validation loss decides (150
-    images tell few accuracies apart), then the earlier trial. None while a run is missing, where a run failed by
-    anything else than divergence (then the comparison would not be fair), and where every trial diverged.
+    The highest mean validation accuracy wins. Few images tell few accuracies apart, so the lower
+    mean validation loss breaks ties, then the earlier trial. A diverged run makes its trial the
+    worst. None while a run is missing, after a failure of another kind (the comparison would be
+    unfair), and where every trial diverged.
     """
-    if not all(
-        result is not None and (result.error is None or result.diverged)
-        for runs in trials
-        for result in runs
-    ):
-        return None
-    best = max(range(len(trials)), key=lambda index: (score(trials[index]), -index))
-    return None if score(trials[best])[0] == -1.0 else best
+    for result in (result for runs in trials for result in runs):
+        if result is None or (result.error is not None and not result.diverged):
+            return None
+    scores = [_score(runs) for runs in trials]
+    best = scores.index(max(scores))
+    return None if scores[best] == _WORST else best
 
 
-def score(runs: Sequence[Result | None]) -> tuple[float, float]:
-    """(mean validation accuracy, minus mean validation loss), (-1, 0) for what did not finish on every seed."""
-    accuracies = [run.validation_accuracy if run else None for run in runs]
-    losses = [run.validation_loss if run else None for run in runs]
-    if any(value is None for value in accuracies + losses):
-        return -1.0, 0.0
-    return mean(value for value in accuracies if value is not None), -mean(
-        v for v in losses if v is not None
-    )
+def _score(runs: Sequence[Result | None]) -> tuple[float, float]:
+    """(mean validation accuracy, minus mean validation loss)."""
+    accuracies = [run.validation_accuracy for run in runs if run]
+    losses = [run.validation_loss for run in runs if run]
+    if None in accuracies or None in losses:
+        return _WORST
+    return mean(a for a in accuracies if a is not None), -mean(v for v in losses if v is not None)
 
 
-def at_edge(trials: Sequence[Settings], chosen: Mapping[str, Any]) -> list[str]:
-    """Names of the settings whose best value is the smallest or largest number tried: the optimum may lie outside.
+def at_edge(trials: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> list[str]:
+    """Settings whose chosen value is the smallest or largest tried: the optimum may lie outside.
 
-    A setting with fewer than three numbers has nothing but edges, and is never named: see :func:`only_edges`.
+    A setting with fewer than three numbers has nothing but edges: see :func:`only_edges`.
     """
-    numbers = {name: numbers_tried(trials, name) for name in chosen}
+    tried = {name: _numbers(trials, name) for name in chosen}
     return [
         name
-        for name, tried in numbers.items()
-        if len(tried) > 2 and number(chosen[name]) in (min(tried), max(tried))
+        for name, found in tried.items()
+        if len(found) > 2 and chosen[name] in (min(found), max(found))
     ]
 
 
-def only_edges(trials: Sequence[Settings]) -> list[str]:
-    """Names of the settings of which two numbers were tried: the choice is at an edge whatever it is."""
+def only_edges(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Settings of which two numbers were tried, so that the choice is always at an edge."""
     names = dict.fromkeys(name for trial in trials for name in trial)
-    return [name for name in names if len(numbers_tried(trials, name)) == 2]
+    return [name for name in names if len(_numbers(trials, name)) == 2]
 
 
-def numbers_tried(trials: Sequence[Settings], name: str) -> set[float]:
+def _numbers(trials: Sequence[Mapping[str, Any]], name: str) -> set[float]:
     """The numbers tried of one setting; empty where something else was tried too."""
-    tried = [number(trial.get(name)) for trial in trials]
-    return set() if None in tried else {value for value in tried if value is not None}
+    tried = [trial.get(name) for trial in trials]
+    numbers = [v for v in tried if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return set(numbers) if len(numbers) == len(tried) else set()

@@ -1,10 +1,9 @@
-"""Several trainings at a time in processes of one thread each."""
+"""Several trainings at a time, in processes of one thread each."""
 
 from __future__ import annotations
 
 import multiprocessing as mp
 import os
-import queue
 import signal
 import time
 import traceback
@@ -14,79 +13,101 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from conadv.config.schema import Config
-from conadv.data.workers import end_with_parent
+from conadv.config.schema import ProbeConfig, replace
 from conadv.errors import ConadvError
-from conadv.sweep.display import Display
-from conadv.training.allocator import keep_freed_memory
-from conadv.training.observer import Silent
-from conadv.types import StepRecord
-
-GRACE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: whose it is in words, what it computes, and where its run directory is."""
-
-    arm: str
-    config: Config
-    out: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.arm}, seed {self.config.seed}"
+from conadv.sweep.cells import Run
+from conadv.sweep.choose import Result
+from conadv.sweep.folder import tidy
+from conadv.training.run_dir import RunDir
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended. ``error``: None, or what stopped it; ``trace``: its traceback where it was no ConadvError."""
+    """How a run ended: wall seconds, and what stopped it (with a traceback if unexpected)."""
 
     seconds: float
     error: str | None = None
     diverged: bool = False
-    trace: str = ""
 
 
 class Source(Protocol):
-    """Where the jobs come from and where their outcomes go, both in the parent process.
+    """Where runs come from and where their outcomes go, both in the parent process.
 
-    ``next``: a job that can start now, or None; asked again after every outcome. What ``done`` raises stops all.
+    ``next``: a run that can start now, or None; asked again after every outcome. ``done``: stops
+    everything by an exception. ``runs``: all that there will be; ``results``: of those that ended.
     """
 
-    def next(self) -> Job | None: ...
-    def done(self, job: Job, outcome: Outcome) -> None: ...
+    results: dict[str, Result]
+
+    def runs(self) -> list[Run]: ...
+    def next(self) -> Run | None: ...
+    def done(self, run: Run, outcome: Outcome) -> None: ...
 
 
-Work = Callable[[Job, Silent], None]
-"""Trains a job in a worker, telling the observer; a function at the top of a module, so that workers can find it."""
+class Display(Protocol):
+    """Hears of runs under way, several times a second, and of every one that ended."""
+
+    def going(self, runs: list[Run]) -> None: ...
+    def ended(self, run: Run, outcome: Outcome) -> None: ...
+
+
+Work = Callable[[Run], None]
+"""Trains a run; workers import it."""
 
 
 def run_pool(source: Source, work: Work, workers: int, display: Display) -> None:
-    """Run what ``source`` hands out, ``workers`` at a time, until it has nothing left and all have ended.
+    """Run what ``source`` hands out, ``workers`` at a time, until all of it has ended.
 
-    An exception in a job is its outcome. On Ctrl-C, and on any other exception here, all workers end at once: what
-    they have written is what a killed run leaves. Raises ConadvError where a worker dies (out of memory).
+    An exception in a run is its outcome. On Ctrl-C, and on any other exception here, all workers
+    end at once and leave what a killed run leaves. Raises ConadvError when a worker dies.
     """
-    running: dict[Future[Outcome], tuple[int, Job]] = {}
-    number = 0
-    with _workers(workers) as (pool, reports), display:
+    going: dict[Future[Outcome], Run] = {}
+    with _executor(workers) as executor:
         while True:
-            while len(running) < workers and (job := source.next()) is not None:
-                running[pool.submit(_run, work, number, job)] = (number, job)
-                display.started(number, job.label, job.config)
-                number += 1
-            if not running:
+            while len(going) < workers and (run := source.next()) is not None:
+                going[executor.submit(_outcome, work, run)] = run
+            if not going:
                 return
-            finished, _ = wait(running, timeout=0.25, return_when=FIRST_COMPLETED)
-            display.advance(_drain(reports))
-            for future in finished:
-                which, job = running.pop(future)
-                outcome = future.result()
-                source.done(job, outcome)
-                display.finished(which, outcome.seconds, outcome.error)
+            display.going(list(going.values()))
+            for future in wait(going, timeout=0.25, return_when=FIRST_COMPLETED).done:
+                run, outcome = going.pop(future), future.result()
+                source.done(run, outcome)
+                display.ended(run, outcome)
+
+
+def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> None:
+    """Train one run of a sweep, from its newest checkpoint where it was interrupted."""
+    from conadv.engine.execution import Execution
+    from conadv.training.trainer import train
+
+    out = RunDir(runs / run.name)
+    # spans are most of a record, and no sweep needs them
+    execution = Execution(timeline_steps=0)
+    train(run.config, out.path, auto_resume=True, device=device, execution=execution)
+    if not keep_checkpoints:
+        tidy(out)
+
+
+def measure(run: Run, device: str, steps: int = 8) -> tuple[float, float]:
+    """(share of ``run``, its seconds) of a few steps without evaluations, on one thread."""
+    import torch
+
+    from conadv.training.trainer import train
+
+    few: dict[str, Any] = {"steps": steps, "epochs": None, "schedule__warmup_epochs": 0.0}
+    few |= {"eval__every_epochs": None, "eval__robust_images": 0, "probe": ProbeConfig()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with TemporaryDirectory() as folder:
+            summary = train(replace(run.config, **few), Path(folder) / "run", device=device)
+    finally:
+        torch.set_num_threads(threads)
+    total = run.config.steps or (run.config.epochs or 1) * steps / summary["epochs"]
+    return steps / total, steps * summary["step_seconds_median"]
 
 
 def cores() -> int:
@@ -95,90 +116,49 @@ def cores() -> int:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    context = mp.get_context("spawn")
-    reports = context.Queue()
+def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
     before = mp.active_children()
-    pool = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_start_worker, initargs=(reports,)
-    )
+    context = mp.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
-        yield pool, reports
-        pool.shutdown()
+        yield executor
+        executor.shutdown()
     except BaseException as error:
-        pool.shutdown(wait=False, cancel_futures=True)
-        _end([process for process in mp.active_children() if process not in before])
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process in mp.active_children():
+            if process not in before:
+                process.kill()  # SIGTERM would ask a run to stop, and the next one would begin
         if isinstance(error, BrokenProcessPool):
             raise ConadvError(
-                "A worker process has died, most likely for want of memory. The same command with a smaller --jobs "
-                "goes on where this one stopped."
+                "A worker process died, most likely for lack of memory. The same command with a "
+                "smaller --jobs continues where this one stopped."
             ) from error
         raise
 
 
-def _end(workers: list[Any]) -> None:
-    """End them for good: one that takes SIGTERM as a request to stop its run would begin the next one."""
-    for process in workers:
-        process.terminate()
-    end = time.monotonic() + GRACE_SECONDS
-    for process in workers:
-        process.join(max(0.0, end - time.monotonic()))
-        process.kill()
-
-
-_reports: Any = None  # a worker's way to its parent
-
-
-def _start_worker(reports: Any) -> None:
+def _start_worker() -> None:
     import torch
 
-    from conadv.training import trainer  # noqa: F401 -- not at the cost of the first job's seconds
+    import conadv.training.trainer  # noqa: F401 -- not at the cost of the first run's seconds
+    from conadv.data.workers import end_with_parent
+    from conadv.training.allocator import keep_freed_memory
 
-    global _reports
-    _reports = reports
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C reaches all processes: the parent decides
+    # a terminal's Ctrl-C reaches all processes; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     keep_freed_memory()
-    end_with_parent()  # a killed parent must not leave its workers training on
+    end_with_parent()
 
 
-def _run(work: Work, number: int, job: Job) -> Outcome:
-    """Exceptions become words here: not every one survives the way between processes."""
-    from conadv.engine import NonFiniteError
+def _outcome(work: Work, run: Run) -> Outcome:
+    """Exceptions become text here: not every one can be sent between processes."""
+    from conadv.engine.guard import NonFiniteError
 
-    begin = time.monotonic()
+    begin, error, diverged = time.monotonic(), None, False
     try:
-        work(job, _Reporter(number))
-    except Exception as error:
-        text = str(error) if isinstance(error, ConadvError) else f"{type(error).__name__}: {error}"
-        trace = "" if isinstance(error, ConadvError) else traceback.format_exc()
-        return Outcome(time.monotonic() - begin, text, isinstance(error, NonFiniteError), trace)
-    return Outcome(time.monotonic() - begin)
-
-
-class _Reporter(Silent):
-    """Tells the parent process how far a run is."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self._every = max(1, num_steps // 40)
-        self._total = num_steps
-
-    def step(self, record: StepRecord) -> None:
-        if record.step % self._every == 0:
-            _reports.put((self._number, record.step / self._total))
-
-
-def _drain(reports: Any) -> dict[int, float]:
-    """The latest share done of each run that reported."""
-    latest: dict[int, float] = {}
-    while True:
-        try:
-            number, share = reports.get_nowait()
-        except queue.Empty:
-            return latest
-        latest[number] = share
+        work(run)
+    except ConadvError as caught:
+        error, diverged = str(caught), isinstance(caught, NonFiniteError)
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}\n{traceback.format_exc()}"
+    return Outcome(time.monotonic() - begin, error, diverged)

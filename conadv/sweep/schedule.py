@@ -2,106 +2,165 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from conadv.config.schema import Config
-from conadv.sweep.cells import Cell, Plan
-from conadv.sweep.choose import Result, choose
+import conadv
+from conadv.config.schema import flatten
+from conadv.safe_io import refuse_links
+from conadv.sweep.cells import Cell, Plan, Run
+from conadv.sweep.choose import Result, at_edge, choose
 from conadv.sweep.folder import Folder
-from conadv.sweep.pool import Job, Outcome
+from conadv.sweep.pool import Outcome
+from conadv.sweep.spec import Settings
 
 
 @dataclass
 class Schedule:
-    """A source of jobs for the pool. ``only``: the cells of this shard; ``results``: of all runs that have ended.
+    """A source of runs for the pool, which rewrites sweep.json after every run.
 
-    ``deadline``: after it (on ``time.monotonic()``) no run begins. ``changed`` is called after every outcome.
+    ``results``: of all runs that have ended, by name. ``spec_file``: how sweep.json calls the spec.
     """
 
     plan: Plan
     folder: Folder
-    only: frozenset[int]
-    results: dict[str, Result]
-    deadline: float = float("inf")
-    changed: Callable[[], None] = lambda: None
-    _running: set[str] = field(default_factory=set)
-    _choices: dict[int, int] = field(default_factory=dict)
+    spec_file: str
+    results: dict[str, Result] = field(default_factory=dict)
+    _started: set[str] = field(default_factory=set)
 
-    def __post_init__(self) -> None:
-        self._tuning, self._confirming = (
-            self.plan.tuning(self.only),
-            self.plan.confirming(self.only),
-        )
+    def load(self, forget_failed: bool = False) -> None:
+        """Read what has been done from the folder; ``forget_failed``: to be tried again."""
+        refuse_links(self.folder.out)
+        for name, run in self.plan.runs.items():
+            result = self.folder.result(run) if self.folder.run_dir(name).path.is_dir() else None
+            if forget_failed and result is not None and result.error is not None:
+                self.folder.forget_failure(name)
+            elif result is not None:
+                self.results[name] = result
 
-    def next(self) -> Job | None:
-        if time.monotonic() >= self.deadline:
-            return None
-        name = next(self._ready(), None)
-        if name is None:
-            return None
-        self._running.add(name)
-        run = self.plan.runs[name]
-        return Job(run.label, run.config, self.folder.path(name))
+    def next(self) -> Run | None:
+        for name in self._names(guess=False):
+            if name not in self.results and name not in self._started:
+                self._started.add(name)
+                return self.plan.runs[name]
+        return None
 
-    def done(self, job: Job, outcome: Outcome) -> None:
-        name = job.out.name
-        self._running.discard(name)
+    def done(self, run: Run, outcome: Outcome) -> None:
         if outcome.error is not None:
-            self.folder.fail(name, outcome.error, outcome.diverged, outcome.trace)
-        result = self.folder.result(self.plan.runs[name])
-        assert result is not None, f"{name} ended without a summary"
-        self.results[name] = result
-        self.changed()
+            self.folder.fail(run.name, outcome.error, outcome.diverged)
+        result = self.folder.result(run)
+        assert result is not None, f"{run.name} ended without a summary"
+        self.results[run.name] = replace(result, seconds=outcome.seconds)
+        self.folder.write(self.document())
+
+    def runs(self) -> list[Run]:
+        """All runs the sweep will have made in the end; of the first trial where it is open."""
+        return [self.plan.runs[name] for name in dict.fromkeys(self._names(guess=True))]
 
     def choice(self, index: int) -> int | None:
-        """The number of the trial that the cell's source chose; None while it has none."""
+        """The number of the trial that is chosen for the cell; None while there is no choice."""
         source = self.plan.cells[index].source
-        if source is None:
-            return 0
-        if source not in self._choices:
-            best = choose(self.trials(self.plan.cells[source]))
-            if best is None:
-                return None
-            self._choices[source] = best
-        return self._choices[source]
-
-    def trials(self, cell: Cell) -> list[list[Result | None]]:
-        """The result of each of the cell's trials on each tuning seed."""
-        return [[self.results.get(name) for name in trial.tuning] for trial in cell.trials]
+        return 0 if source is None else choose(self._trials(source))
 
     def blocked(self, index: int) -> bool:
-        """Whether the cell's tuning has ended without a choice."""
+        """Whether the tuning of the cell has ended without a choice."""
         source = self.plan.cells[index].source
         if source is None or self.choice(index) is not None:
             return False
-        return all(
-            result is not None for runs in self.trials(self.plan.cells[source]) for result in runs
-        )
+        return all(result is not None for runs in self._trials(source) for result in runs)
 
-    def waiting(self) -> list[Config]:
-        """The configs of all runs to come; of the first trial where the choice is open."""
-        return [self.plan.runs[name].config for name in self.names() if self._is_new(name)]
+    def _trials(self, source: int) -> list[list[Result | None]]:
+        trials = self.plan.cells[source].trials
+        return [[self.results.get(name) for name in trial.tuning] for trial in trials]
 
-    def names(self) -> list[str]:
-        """All runs that this sweep will have made in the end, as far as that is known."""
-        names = list(self._tuning)
-        for seed, index in self._confirming:
-            if not self.blocked(index):
-                names.append(
-                    self.plan.cells[index].trials[self.choice(index) or 0].confirming[seed]
-                )
-        return list(dict.fromkeys(names))
+    def _names(self, guess: bool) -> Iterator[str]:
+        """Tuning runs, then the confirmation runs of chosen trials; ``guess``: of open ones too."""
+        yield from self.plan.tuning
+        choices = [self.choice(index) for index in range(len(self.plan.cells))]
+        for seed, index in self.plan.confirming:
+            chosen = choices[index]
+            if chosen is None and guess and not self.blocked(index):
+                chosen = 0
+            if chosen is not None:
+                yield self.plan.cells[index].trials[chosen].confirming[seed]
 
-    def _ready(self) -> Iterator[str]:
-        yield from filter(self._is_new, self._tuning)
-        for seed, index in self._confirming:
-            chosen = self.choice(index)
-            if chosen is not None and self._is_new(
-                name := self.plan.cells[index].trials[chosen].confirming[seed]
-            ):
-                yield name
+    def document(self) -> dict[str, Any]:
+        """The content of sweep.json (docs/sweep.md): what was planned, tried, chosen and done."""
+        spec = self.plan.spec
+        ended = {name: self.results[name] for name in self.plan.runs if name in self.results}
+        return {
+            "version": conadv.__version__,
+            "name": spec.name,
+            "spec": spec.model_dump(mode="json"),
+            "spec_path": self.spec_file,
+            "baseline": spec.baseline,
+            "controls": list(spec.controls),
+            "axis": spec.axis,
+            "cells": [self._cell(index, cell) for index, cell in enumerate(self.plan.cells)],
+            "failed": [
+                # without a traceback
+                {"run": f"runs/{n}", "error": r.error.split("\n")[0], "diverged": r.diverged}
+                for n, r in ended.items()
+                if r.error is not None
+            ],
+        }
 
-    def _is_new(self, name: str) -> bool:
-        return name not in self.results and name not in self._running
+    def _cell(self, index: int, cell: Cell) -> dict[str, Any]:
+        tried = [self._plain(trial.confirming[0], trial.settings) for trial in cell.trials]
+        chosen = self.choice(index)
+        best = {} if chosen is None else tried[chosen]
+        runs = () if chosen is None else cell.trials[chosen].confirming
+        own = zip(tried, cell.trials, strict=True) if cell.source == index else ()
+        return {
+            "arm": cell.arm,
+            "settings": self._plain(cell.trials[0].confirming[0], cell.settings),
+            "trials": [self._trial(settings, trial.tuning) for settings, trial in own],
+            "tuned_on": None if cell.source is None else self.plan.cells[cell.source].arm,
+            "chosen": best,
+            "at_edge": at_edge(tried, best),
+            "runs": [f"runs/{name}" for name in runs],
+            "seeds": list(self.plan.spec.confirm.seeds),
+        }
+
+    def _trial(self, settings: Settings, runs: tuple[str, ...]) -> dict[str, Any]:
+        results = [self.results.get(name, Result()) for name in runs]
+        validation = [result.validation_accuracy for result in results]
+        known = [value for value in validation if value is not None]
+        return {
+            "settings": settings,
+            "runs": [f"runs/{name}" for name in runs],
+            "validation": validation,
+            "mean": sum(known) / len(known) if len(known) == len(validation) else None,
+            "validation_loss": [result.validation_loss for result in results],
+        }
+
+    def _plain(self, run: str, settings: Settings) -> Settings:
+        """The settings with the values that the config of ``run`` has: 0.0078 for "2/255"."""
+        flat = flatten(self.plan.runs[run].config.model_dump(mode="json"))
+        return {name: flat[name] for name in settings}
+
+
+def forecast(
+    runs: Iterable[Run],
+    results: Mapping[str, Result],
+    going: Mapping[str, tuple[float, float]],
+    workers: int,
+) -> tuple[float, float | None]:
+    """(share that is done, seconds left), by the relative costs of runs and the speed so far.
+
+    ``going``: (share done, seconds) of runs under way. No speed is known before one has advanced.
+    """
+    cost = seconds = total = 0.0
+    left = [0.0]
+    for run in runs:
+        share, took = going.get(run.name, (0.0, 0.0))
+        if (result := results.get(run.name)) is not None:
+            share, took = 1.0, result.seconds
+        if result is None or result.error is None:  # a failed run tells no time
+            cost, seconds = cost + share * run.cost, seconds + took
+        total += run.cost
+        left.append((1 - share) * run.cost)
+    speed = seconds / cost if cost else None
+    longest = max(sum(left) / workers, max(left))
+    return 1 - sum(left) / total, None if speed is None else longest * speed

@@ -1,0 +1,182 @@
+"""``conadv sweep``: run a spec, write sweep.json and the report."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from conadv.cli.watch import RunState, duration
+from conadv.errors import ConadvError, printable
+from conadv.sweep.cells import Run, expand
+from conadv.sweep.folder import Folder
+from conadv.sweep.pool import Outcome, Source, cores, measure, run_pool, train_run
+from conadv.sweep.schedule import Schedule, forecast
+from conadv.sweep.spec import load_spec
+
+
+@dataclass
+class SweepArgs:
+    """A grid of runs: settings tuned on validation images, confirmed on other seeds, reported.
+
+    The same command continues where a sweep stopped, however it stopped.
+    """
+
+    spec: tyro.conf.Positional[Path]
+    """The YAML file that says what is run (docs/sweep.md)."""
+    out: Path | None = None
+    """Folder for sweep.json, report.html and the runs (default: runs/NAME)."""
+    jobs: int | None = None
+    """Runs at a time, one thread each (default: one per core)."""
+    dry_run: bool = False
+    """Show what would be run and how long it takes, and run nothing."""
+    quiet: bool = False
+    """Show nothing but errors."""
+    report: bool = True
+    """Write the report at the end and show its table."""
+    retry_failed: bool = False
+    """Run again what failed before, from its newest checkpoint unless it diverged."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of finished runs (`conadv analyze` needs them)."""
+    data: Path | None = None
+    """Folder of the images, in place of the spec's data.dir."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def sweep(args: SweepArgs) -> None:
+    """Run the sweep. Raises ConadvError for a wrong spec, option or OUT before any run starts."""
+    spec = load_spec(args.spec)
+    folder = Folder(args.out or Path("runs") / spec.name)
+    schedule = Schedule(expand(spec, args.data), folder, args.spec.name)
+    runs, workers = folder.out / "runs", args.jobs or cores()
+    if args.dry_run:
+        schedule.load()
+        show_plan(schedule, workers, args.device)
+        return
+    with folder.lock() as lock:
+        lock.take()
+        schedule.load(forget_failed=args.retry_failed)
+        folder.write(schedule.document())
+        keep = args.keep_checkpoints
+        work = functools.partial(train_run, runs=runs, keep_checkpoints=keep, device=args.device)
+        try:
+            display = Display(schedule, workers, runs, args.quiet)
+            with display.bars:
+                run_pool(schedule, work, workers, display)
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt("; the same command continues the sweep") from error
+    if not args.quiet:
+        show_troubles(schedule)
+    if args.report:
+        from conadv.report import show_study, write_sweep_report
+
+        summary = write_sweep_report(folder.out, command=f"conadv sweep {args.spec}")
+        if not args.quiet:
+            show_study(summary)
+            _say(f"report: {printable(folder.out / 'report.html')}")
+
+
+class Display:
+    """A line for each run that ended; on a terminal also bars with the time left.
+
+    ``folder``: where the run directories are, whose records tell how far runs are.
+    """
+
+    def __init__(self, source: Source, workers: int, folder: Path, quiet: bool) -> None:
+        self._source, self._workers, self._folder = source, workers, folder
+        self._states: dict[str, tuple[TaskID, RunState, float]] = {}
+        self._shares: dict[str, tuple[float, float]] = {}
+        console = Console(quiet=quiet, highlight=False)
+        name = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self.bars = Progress(
+            TextColumn("{task.description}", markup=False, table_column=name),
+            BarColumn(bar_width=16),
+            TextColumn("{task.percentage:3.0f} %", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            console=console,
+            disable=quiet or not console.is_terminal,
+            expand=True,
+        )
+        self._all = self.bars.add_task("", total=1.0, left="")
+
+    def going(self, runs: list[Run]) -> None:
+        for run in runs:
+            if run.name not in self._states:
+                task = self.bars.add_task(f"  {run.name}", total=1.0, left="")
+                state = RunState(self._folder / run.name)
+                self._states[run.name] = task, state, time.monotonic()
+            task, state, begun = self._states[run.name]
+            with suppress(ConadvError):  # an unreadable record stops its own run and nothing else
+                state.update()
+            share = state.done / (state.total or 1)
+            self._shares[run.name] = share, time.monotonic() - begun
+            self.bars.update(task, completed=share)
+        self._update()
+
+    def ended(self, run: Run, outcome: Outcome) -> None:
+        self._shares.pop(run.name, None)
+        if run.name in self._states:
+            self.bars.remove_task(self._states.pop(run.name)[0])
+        error = (outcome.error or "").partition("\n")[0]
+        how = f"failed: {error}" if error else f"{outcome.seconds:.1f} s"
+        text = printable(f"{run.name}: {how}, {self._update()}")
+        self.bars.console.print(text, markup=False, soft_wrap=True)
+
+    def _update(self) -> str:
+        """Draw the uppermost bar; returns what it says."""
+        runs, results = self._source.runs(), self._source.results
+        share, seconds = forecast(runs, results, self._shares, self._workers)
+        ended = f"{sum(run.name in results for run in runs)} of {len(runs)} runs"
+        left = f"left {duration(seconds)}" if seconds else ""
+        self.bars.update(self._all, description=ended, completed=share, left=left)
+        return f"{ended} {left}".strip()
+
+
+def show_troubles(schedule: Schedule) -> None:
+    """What of a finished sweep a user may want to act on."""
+    errors = {name: result for name, result in schedule.results.items() if result.error is not None}
+    failed = [name for name, result in errors.items() if not result.diverged]
+    if len(errors) > len(failed):
+        _say(f"{len(errors) - len(failed)} run(s) diverged; as trials they count as worst.")
+    if failed:
+        _say(f"{len(failed)} run(s) failed, first {failed[0]}; see sweep.json, or --retry-failed.")
+    for index, cell in enumerate(schedule.plan.cells):
+        if schedule.blocked(index):
+            _say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")
+
+
+def show_plan(schedule: Schedule, workers: int, device: str) -> None:
+    """Runs, their share of the time by arm, and the total time."""
+    runs, plan = schedule.runs(), schedule.plan
+    total = sum(run.cost for run in runs)
+    for arm in plan.spec.arms:
+        cells = [cell for cell in plan.cells if cell.arm == arm]
+        tuning = [plan.runs[name] for cell in cells for t in cell.trials for name in t.tuning]
+        confirming = [plan.runs[name] for cell in cells for name in cell.trials[0].confirming]
+        share = 100 * sum(run.cost for run in tuning + confirming) / total
+        counts = f"{len(cells)} cell(s), {len(tuning)} tuning and {len(confirming)} confirming runs"
+        _say(f"{arm}: {counts}, {share:.0f} % of the time")
+    done = sum(run.name in schedule.results for run in runs)
+    _say(f"{len(runs)} runs in all, {done} of them done; in {printable(schedule.folder.out)}")
+    _, seconds = forecast(runs, schedule.results, {}, workers)
+    if seconds is None:
+        try:
+            measured = {runs[0].name: measure(runs[0], device)}
+            _, seconds = forecast(runs, schedule.results, measured, workers)
+        except ConadvError as error:
+            _say(f"time left unknown: {error}")
+    if seconds is not None:
+        _say(f"about {duration(seconds)} left with --jobs {workers}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
