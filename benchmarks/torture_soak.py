@@ -77,7 +77,7 @@ def turns_of(period: int) -> Any:
     ``busy``: the seconds that the display computed, on the training's thread and on its own, while it was shown for
     ``wall``: under one interpreter lock, the most that it can take from the steps.
     """
-    from conadv.training.observer import Live
+    from conadv.cli.progress import Live
 
     class Turns(Live):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Read files that a stranger may have written: runs, checkpoints, configs, profiles.
+"""Read files that a stranger may have written: runs, checkpoints, configs, profiles; write files as a whole.
 
 No file's code runs, no link leads out of a run, and memory stays in proportion to the file's size.
 """
@@ -214,12 +214,19 @@ def checked(kind: type[D], values: Any, path: Path, remedy: str) -> D:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = printable(".".join(map(str, first["loc"])) or "the whole")[:200]
-        problem = f"{field} is {printable(repr(first.get('input'))[:80])}: {first['msg']}"
         raise ConadvError(
-            f"{printable(path)} is not what conadv writes: {problem}. {remedy}"
+            f"{printable(path)} is not what conadv writes: {first_problem(error)}. {remedy}"
         ) from error
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first wrong field, its value and what is wrong with it, on one short line."""
+    first = error.errors()[0]
+    field = printable(".".join(map(str, first["loc"])))[:200]
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{field} is {printable(repr(first['input']))[:80]}: {message}" if field else message
 
 
 # Folders
@@ -319,3 +326,32 @@ def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
         if opcode.name == "GLOBAL" and not _GLOBAL.fullmatch(str(argument)):
             return f"it asks for {argument!r}; only tensors and plain values are read"
     return None
+
+
+# Writing
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file as a whole: a reader or a crash sees the old or the new content, never a part of it.
+
+    Text that UTF-8 cannot hold (bytes of an odd file name) is written as escapes.
+    """
+    if isinstance(content, str):
+        content = content.encode("utf-8", "backslashreplace")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a killed run, or a link that leads elsewhere
+    with temporary.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

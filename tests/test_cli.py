@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conadv.cli import program as cli
 from conadv.cli.program import given_settings, main
+from conadv.cli.progress import Live, Plain, for_terminal
 from conadv.config import recipes
-from conadv.training.observer import Live, Plain, for_terminal
 from conadv.types import StepRecord
 
 SMALL = [

@@ -30,7 +30,7 @@ def failing(error: BaseException) -> Any:
 FAULTS: dict[str, tuple[BaseException, int, str]] = {
     "user": (ConadvError("the reason"), 2, "conadv: the reason\n"),
     "escape codes": (ConadvError("a\x1b[2Jb\nc\udcff"), 2, "conadv: a\\x1b[2Jb\nc\\xff\n"),
-    "bug": (KeyError("x"), 70, "Unexpected KeyError in cli.py, line"),
+    "bug": (KeyError("x"), 70, "Unexpected KeyError in program.py, line"),
     "assertion": (AssertionError("x"), 70, "please report it with what --debug shows"),
     "disk": (
         OSError(28, "No space left on device", "run"),

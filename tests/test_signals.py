@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 from conadv.config.schema import dump_yaml
+from conadv.engine.stop import INTERRUPT, TERMINATE
 from conadv.errors import ConadvError
 from conadv.training.checkpoint import steps
 from conadv.training.observer import Silent
 from conadv.training.record import read_lines
 from conadv.training.signals import (
-    INTERRUPT,
-    TERMINATE,
     Patience,
     Signals,
     Stopped,

@@ -23,13 +23,14 @@ from hypothesis import strategies as st
 
 from conadv import safe_io
 from conadv.cli.program import main
+from conadv.cli.progress import Live
 from conadv.config.schema import Config, dump_yaml, load_yaml, parse, replace, resolve
 from conadv.errors import ConadvError, printable
 from conadv.report.load import load_run as load_report_run
+from conadv.safe_io import write_atomic
 from conadv.training import checkpoint
 from conadv.training.export import load_plain_model
-from conadv.training.observer import Live
-from conadv.training.record import read_lines, write_atomic
+from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
 from conadv.training.trainer import load_run, train
 

@@ -12,7 +12,8 @@ import pytest
 
 from conadv import ConadvError
 from conadv.cli.program import main
-from conadv.training import observer as progress
+from conadv.training import loggers
+from conadv.training.observer import Guarded
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
 from conadv.types import StepRecord
@@ -36,11 +37,11 @@ def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fake = SimpleNamespace(Settings=dict, init=lambda **options: started.update(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    board = progress.TensorBoard(tmp_path / "tensorboard")
+    board = loggers.TensorBoard(tmp_path / "tensorboard")
     board._open = lambda: SimpleNamespace(  # type: ignore[assignment]
         add_scalar=lambda *values: seen["tensorboard"].append(values), close=lambda: None
     )
-    both = progress.Together([board, progress.WandB(tmp_path / "wandb", {"seed": 3})])
+    both = Guarded(board, loggers.WandB(tmp_path / "wandb", {"seed": 3}))
     both.finish()  # before the start there is nothing to close
     both.start("digits conadv", 0, 4)
     both.step(RECORD)
@@ -66,7 +67,7 @@ def test_without_wandb_the_message_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConadvError, match=r"pip install '\.\[wandb\]'"):
-        progress.WandB(tmp_path, {})
+        loggers.WandB(tmp_path, {})
 
 
 def test_a_run_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

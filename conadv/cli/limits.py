@@ -33,7 +33,7 @@ def check_numbers(options: Any) -> None:
     for name, value in _numbers(options):
         option = f"--{name.replace('_', '-')} {str(value)[:30]}"
         least, most = BOUNDS.get(name, (-MOST, MOST))
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConadvError(f"{option} must be a finite number, or be left out.")
         if value < least:
             raise ConadvError(f"{option} must be {least} or more.")

@@ -31,7 +31,6 @@ from conadv.config.schema import (
 )
 from conadv.errors import ConadvError, printable, printable_lines, unknown
 from conadv.training.allocator import keep_freed_memory
-from conadv.training.signals import EXIT_INTERRUPTED, Stopped
 
 if TYPE_CHECKING:
     from conadv.engine.execution import Execution
@@ -71,6 +70,7 @@ T = TypeVar("T")
 
 EXIT_FOUND = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_PIPE = 141  # 128 + SIGPIPE, as a shell reports a program that SIGPIPE ends
 
@@ -184,9 +184,9 @@ def _explained(error: BaseException) -> tuple[int, str]:
         error, ValidationError
     ):  # tyro explains those of nested settings, not those of the top level
         return EXIT_USER_ERROR, str(explain(error, "options"))
-    if isinstance(error, Stopped):
+    if (code := getattr(error, "code", None)) is not None:  # training.signals.Stopped
         said = os.environ.get("RANK", "0") != "0"  # all ranks stop together
-        return error.code, "" if said else f"stopped{error}"
+        return code, "" if said else f"stopped{error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, f"interrupted{''.join(map(str, error.args))}"
     if isinstance(error, OSError):
@@ -333,10 +333,10 @@ def _check_dry_run(options: RunOptions) -> None:
 
 def _dry_run(config: Config, out: Path, options: RunOptions, execution: Execution) -> None:
     """Everything up to the first step. Ranks: rank 0 speaks."""
+    from conadv.cli.progress import for_terminal
     from conadv.distributed.comm import Comm
     from conadv.preflight.dryrun import draw, preview
     from conadv.preflight.show import show
-    from conadv.training.observer import for_terminal
 
     observer = for_terminal(options.quiet)
     comm = Comm.from_environment(options.device, options.comm_timeout)
@@ -458,7 +458,9 @@ def _set_threads(threads: int | None) -> None:
 
 
 def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
-    from conadv.training.observer import TensorBoard, Together, WandB, for_terminal
+    from conadv.cli.progress import for_terminal
+    from conadv.training.loggers import TensorBoard, WandB
+    from conadv.training.observer import Guarded
     from conadv.training.run_dir import RunDir
 
     run = RunDir(out)
@@ -467,7 +469,7 @@ def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
         shown.append(TensorBoard(run.tensorboard))
     if options.wandb:
         shown.append(WandB(run.wandb, config.model_dump(mode="json")))
-    return Together(shown) if len(shown) > 1 else shown[0]
+    return Guarded(*shown)
 
 
 def _result_line(summary: dict[str, object]) -> str:

@@ -23,12 +23,12 @@ from conadv.engine.guard import Guard, NonFiniteError
 from conadv.engine.lookahead import LookAhead
 from conadv.engine.pending import Expected, Pending
 from conadv.engine.precision import LossScale, amplify, autocast, low_type
+from conadv.engine.stop import TERMINATE
 from conadv.engine.validate import check_count, check_keys
 from conadv.errors import ConadvError, unknown
 from conadv.methods.base import Method
 from conadv.methods.vanilla import Vanilla
 from conadv.nn import split_batchnorm as norm
-from conadv.training.signals import TERMINATE
 from conadv.types import Attack, Batch, ExtraBatch, Forward, MicroBatch, Schedule, StepRecord
 
 RawBatch = Batch | Sequence[Tensor]

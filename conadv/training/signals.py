@@ -1,8 +1,8 @@
 """Signals that ask a run to stop: at the next step boundary, with a checkpoint.
 
 SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
-SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own sum (see
-``TrainStep.stop_request``). After it SIGINT has the system's own action again, so that a second Ctrl-C leaves at once,
+SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own all-reduce
+(``TrainStep.stop_request``). After it SIGINT has the system's own action again: a second Ctrl-C leaves at once,
 whatever the process waits for.
 """
 
@@ -14,14 +14,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
+from conadv.engine.stop import INTERRUPT, TERMINATE
 from conadv.errors import ConadvError, printable
-
-INTERRUPT, TERMINATE = 1, 2
-"""Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -35,18 +32,17 @@ class Stopped(KeyboardInterrupt):
     """A run has stopped because a signal asked it to, and its checkpoint is written. ``code``: the exit code."""
 
     def __init__(self, request: int, steps: int) -> None:
-        super().__init__(
-            f" by {_NAMES[request]} after {steps} steps; --resume goes on from step {steps}"
-        )
         self.signal = _NAMES[request]
         self.code = EXIT_TERMINATED if request == TERMINATE else EXIT_INTERRUPTED
+        resume = f"--resume goes on from step {steps}"
+        super().__init__(f" by {self.signal} after {steps} steps; {resume}")
 
 
 class Signals:
     """Inside the block SIGTERM, SIGHUP and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
 
     A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a script's ``&``.
-    ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The handlers of before
+    ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The earlier handlers
     come back at the end. Off the main thread, where Python takes no handlers, nothing changes.
     """
 
@@ -58,18 +54,11 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            heard = [
-                number for number in _REQUESTS if signal.getsignal(number) is not signal.SIG_IGN
-            ]
+            heard = [n for n in _REQUESTS if signal.getsignal(n) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -78,40 +67,43 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        first, self.request = not self.request, max(self.request, _REQUESTS[signal.Signals(number)])
+        first = not self.request
+        self.request = max(self.request, _REQUESTS[signal.Signals(number)])
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if first and self._tell is not None:
-            text = f"{_NAMES[self.request]}: stopping after this step with a checkpoint; Ctrl-C leaves at once"
+            name = _NAMES[self.request]
+            text = f"{name}: stopping after this step with a checkpoint; Ctrl-C leaves at once"
             threading.Thread(target=self._tell, args=(text,), daemon=True).start()
 
 
 def granted_seconds() -> float | None:
-    """How long after SIGTERM this process is killed, None where nobody has said so.
+    """How long after SIGTERM this process is killed; None where nobody has said so.
 
     CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30 seconds, newer ones
-    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is no number of seconds.
+    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is not a number of seconds.
     """
-    names = ["CONADV_GRACE_SECONDS"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        names.append("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-    for name in names:
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    for name in ("CONADV_GRACE_SECONDS", *["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] * torchrun):
         if text := os.environ.get(name):
-            with suppress(ValueError):
-                if 0 <= (seconds := float(text)) < math.inf:
-                    return seconds
-            raise ConadvError(
-                f"The environment variable {name} is {printable(text)[:80]!r}, not a number of seconds."
-            )
-    return 30.0 if len(names) > 1 else None
+            try:
+                seconds = float(text)
+            except ValueError:
+                seconds = math.nan
+            if not 0 <= seconds < math.inf:
+                raise ConadvError(
+                    f"The environment variable {name} is {printable(text)[:80]!r}, not a number of seconds."
+                )
+            return seconds
+    return 30.0 if torchrun else None
 
 
 class Patience:
     """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved itself.
 
-    ``granted``: seconds from the request to the kill, None if they are not known. A request may come just after a step
-    has begun: what counts is the longest time between two moments at which it is looked for (:meth:`turn`), the first
-    step with its compilation left out, then what saving last took (:meth:`saved`, and ``writing`` in the background).
+    ``granted``: seconds from the request to the kill, None if unknown. A request may come just after a step has begun:
+    what counts is the longest time between two moments at which the run looks for it (:meth:`turn`), the first step
+    with its compilation left out, then what saving last took (:meth:`saved`, and ``writing`` in the background).
     """
 
     def __init__(self, granted: float | None, tell: Callable[[str], None]) -> None:
@@ -140,9 +132,9 @@ class Patience:
         needed = self._longest + self._saving + writing
         if needed > self._granted:
             self._tell(
-                f"to stop takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but this process is "
-                f"killed {self._granted:g} s after SIGTERM: what is new since the last checkpoint would be lost. Have "
-                "it signalled earlier (Slurm: --signal=TERM@SECONDS and CONADV_GRACE_SECONDS) or killed later "
-                "(torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
+                f"to stop takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but this "
+                f"process is killed {self._granted:g} s after SIGTERM: what is new since the last checkpoint "
+                "would be lost. Have it signalled earlier (Slurm: --signal=TERM@SECONDS and "
+                "CONADV_GRACE_SECONDS) or killed later (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
             )
             self._granted = None

@@ -40,6 +40,7 @@ from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Executor, TrainStep
 from conadv.engine.execution import Choice, Execution, choose
 from conadv.engine.pending import Expected, gather, shard
+from conadv.engine.stop import INTERRUPT, TERMINATE
 from conadv.engine.validate import load_optimizer, load_weights
 from conadv.errors import ConadvError, printable
 from conadv.methods import METHODS
@@ -60,8 +61,6 @@ from conadv.training.observer import Guarded, Observer, Silent
 from conadv.training.probe import Probe, check_duration
 from conadv.training.run_dir import RunDir
 from conadv.training.signals import (
-    INTERRUPT,
-    TERMINATE,
     Patience,
     Signals,
     Stopped,

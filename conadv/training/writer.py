@@ -1,4 +1,4 @@
-"""Writing checkpoints, beside the training if asked."""
+"""Write checkpoints, beside the training if asked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Writer:
     ``before`` is called before each checkpoint gets its name: what a resumed run needs besides it (the record up to
     its step) must be on disk first.
     In flight: with ``background`` at most one checkpoint, a copy of the state in the CPU's memory; the next one waits
-    for it. What goes wrong is raised by the next :meth:`save` or :meth:`wait`; ``failed`` says so at once.
+    for it. The next :meth:`save` or :meth:`wait` raises its error; ``failed`` says so at once.
     """
 
     def __init__(
@@ -31,13 +31,9 @@ class Writer:
     ) -> None:
         self._folder, self._keep, self._background, self._before = folder, keep, background, before
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._seconds: float | None = None
-
-    @property
-    def background_seconds(self) -> float | None:
-        """What the last write beside the training took: 0 if there is none such, None before the first has ended."""
-        return self._seconds if self._background else 0.0
+        self._error: ConadvError | None = None
+        self.background_seconds: float | None = None if background else 0.0
+        """What the last write beside the training took: None before the first has ended, 0 if there are none."""
 
     @property
     def failed(self) -> bool:
@@ -45,7 +41,7 @@ class Writer:
         return self._error is not None
 
     def save(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
-        """Write ``state`` as the checkpoint after ``step`` updates; returns before that is done with ``background``.
+        """Write ``state`` as the checkpoint after ``step`` updates; with ``background`` return before that is done.
 
         Raises ConadvError if this checkpoint or the one before it cannot be written.
         """
@@ -53,10 +49,9 @@ class Writer:
         if not self._background:
             self._write(step, state, best)
             return
-        copied = checkpoint.snapshot(state)
-        self._thread = threading.Thread(
-            target=self._try, args=(step, copied, best), name=f"checkpoint {step}"
-        )
+        # a copy: the next step changes the tensors while the thread still writes
+        arguments = step, checkpoint.snapshot(state), best
+        self._thread = threading.Thread(target=self._try, args=arguments, name=f"checkpoint {step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -76,12 +71,9 @@ class Writer:
         begin = time.monotonic()
         try:
             self._write(step, state, best)
-            self._seconds = time.monotonic() - begin
+            self.background_seconds = time.monotonic() - begin
         except ConadvError as error:
             self._error = error
-        except (
-            BaseException
-        ) as error:  # a thread's traceback would go unseen, and the run on without checkpoints
-            self._error = ConadvError(
-                f"Cannot write the checkpoint of step {step}: {type(error).__name__}: {error}."
-            )
+        except BaseException as error:  # nobody would see a thread's traceback
+            problem = f"{type(error).__name__}: {error}"
+            self._error = ConadvError(f"Cannot write the checkpoint of step {step}: {problem}.")
