@@ -46,7 +46,7 @@ from conadv.report.study import StudySummary, load_sweep, write_sweep_report
 from conadv.report.summary import Summary
 from conadv.training import checkpoint, record
 from conadv.training.card import _constructor, model_card
-from conadv.training.export import _image_shape, export
+from conadv.training.export import export, image_shape
 from conadv.training.run_dir import RunDir
 from conadv.training.trainer import Parts, _deal, build, restore, train
 
@@ -226,7 +226,7 @@ def fuzz_state(data: bytes) -> None:
 
 def _exported(run: RunDir, state: dict[str, Any]) -> None:
     export(run.path)
-    _image_shape(config.resolve(run.open()), state)  # as the other kinds do
+    image_shape(config.resolve(run.open()), state)  # as the other kinds do
 
 
 def _go_on(state: dict[str, Any]) -> None:

@@ -19,9 +19,9 @@ from conadv.engine.validate import load_weights
 from conadv.errors import ConadvError, install, unknown
 from conadv.nn.ema import evaluated_state
 from conadv.nn.split_batchnorm import strip
+from conadv.safe_io import write_atomic
 from conadv.training.card import model_card
-from conadv.training.checkpoint import giving
-from conadv.training.record import sync_folder, write_atomic
+from conadv.training.checkpoint import restoring
 from conadv.training.run_dir import RunDir
 from conadv.training.trainer import load_state, make_model
 
@@ -41,13 +41,12 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
-    with giving(state):
+    with restoring(state):
         model = make_model(config, state["channels"], len(state["class_names"]))
         load_weights(model, evaluated_state(state))
-        if config.data.image_size not in (None, state.get("image_size", config.data.image_size)):
-            raise ValueError(
-                f"its images have {state['image_size']} pixels, those of the config {config.data.image_size}"
-            )
+        size, said = config.data.image_size, state.get("image_size", config.data.image_size)
+        if size is not None and said != size:
+            raise ValueError(f"its images have {said} pixels, those of the config {size}")
     return strip(model).eval(), config, state
 
 
@@ -67,29 +66,21 @@ def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path
     run = RunDir(path)
     model, config, state = _load(path, best)
     about = {"conadv": __version__, "model": config.model.name, "method": config.method}
-    if kind != "safetensors":
-        about |= {
-            "mean": json.dumps(config.data.mean),
-            "std": json.dumps(config.data.std),
-            "class_names": json.dumps(state["class_names"]),
-        }
-    target = {"safetensors": run.weights, "torch-export": run.program, "onnx": run.onnx}[kind]
-    card = (
-        model_card(run, state) if kind == "safetensors" else ""
-    )  # reads the record, before anything is written
-    content = _WRITERS[kind](
-        model, about, _image_shape(config, state) if kind != "safetensors" else ()
-    )
-    temporary = target.with_suffix(".tmp")  # open() has made sure that it is no link and no pipe
-    temporary.write_bytes(content)
-    temporary.replace(target)
     if kind == "safetensors":
+        card = model_card(run, state)  # reads the record, before anything is written
+        write_atomic(run.weights, _safetensors(model, about))
         write_atomic(run.card, card)
-    sync_folder(path)
+        return run.weights
+    for name in ("mean", "std"):
+        about[name] = json.dumps(getattr(config.data, name))
+    about["class_names"] = json.dumps(state["class_names"])
+    write, target = _WRITERS[kind], run.program if kind == "torch-export" else run.onnx
+    write_atomic(target, write(model, about, image_shape(config, state)))
     return target
 
 
-def _image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
+def image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
+    """(C, H, W) of the images that a checkpoint's network takes."""
     size = state.get("image_size", config.data.image_size)
     if size is None:
         raise ConadvError(
@@ -98,7 +89,7 @@ def _image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
     return (int(state["channels"]), int(size), int(size))
 
 
-def _safetensors(model: nn.Module, about: dict[str, str], _: tuple[int, ...]) -> bytes:
+def _safetensors(model: nn.Module, about: dict[str, str], shape: tuple[int, ...] = ()) -> bytes:
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     content: bytes = save(tensors, metadata={"format": "pt", **about})
     return content
@@ -157,7 +148,7 @@ def _compare(model: nn.Module, traced: Callable[[Tensor], Tensor], shape: tuple[
     off = float((found - want).abs().max() / want.abs().max().clamp_min(1e-12))
     if not off <= TOLERANCE:
         raise ConadvError(
-            f"The exported network computes something else: logits differ by {off:.2g} of the largest."
+            f"The exported network differs from the trained one: logits by {off:.2g} of the largest."
         )
 
 
