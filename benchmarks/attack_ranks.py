@@ -15,7 +15,7 @@ from typing import Any
 
 from points import Json, read, write
 
-from conadv.bench.stats import median_interval
+from conadv.planning.timing import median_interval
 
 
 def combine(out: str, *files: str) -> None:

@@ -9,13 +9,13 @@
 # (default runs/attack_ranks) has a JSON per split and repeat, which is left out if it is there, unless --force is given,
 # and attack_ranks.json with all of them.
 #
-# Within a split every case is compared with noise on the same learners: "noise" while the attack ranks' cores are idle,
-# "noise, attack ranks busy" while they attack for nobody. Between splits the honest figure is images per second and core.
+# Within a split every case is compared with noise on the same learners, while the attack ranks' cores are idle. Between
+# splits the honest figure is images per second and core.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
-BENCH=(--model resnet20 --batches 8 32 --rounds 4 --burst 5 --dropped 2 --threads 1)
+BENCH=(--model resnet20 --batches 8 32 --rounds 4 --burst 3 --threads 1)
 
 out=runs/attack_ranks
 repeats=2
@@ -49,7 +49,6 @@ mkdir -p "$out"
 
 measure() { # N M FILE
     local ranks=$(($1 + $2)) methods=(noise disadv conadv conadv-lookahead) pin=()
-    [ "$2" = 0 ] || methods+=(noise-busy)
     [ $ranks -gt ${#cores[@]} ] || pin=("${cores[@]}")
     # shellcheck disable=SC2016
     "$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks" --no-python bash -c '

@@ -28,8 +28,8 @@ import torch
 from torchvision.models import resnet18
 
 from conadv import FGSM, LARS, Concurrent, PixelSpace, TrainStep, split_batchnorm
-from conadv.bench.stats import median_interval
-from conadv.training import record
+from conadv.planning.timing import median_interval
+from conadv.training import provenance
 from conadv.training.allocator import keep_freed_memory
 from conadv.training.writer import Writer
 
@@ -92,10 +92,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     turns = {arm: found[1:] for arm, found in turns.items()}  # the first round warms up
     return {
         "bench": "checkpoint_cost",
-        "time": record.now(),
-        "versions": record.versions(),
-        "machine": record.machine("cpu", options.threads),
-        "git": record.git_state(),
+        "time": provenance.now(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine("cpu", options.threads),
+        "git": provenance.git_state(),
         "every": options.every,
         "steps_of_a_turn": options.turn,
         "rounds": options.rounds,
@@ -128,9 +128,9 @@ def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[s
             arm: statistics.median(each.total for each in found) / steps
             for arm, found in turns.items()
         },
-        "added_to_a_step": {arm: asdict(interval) for arm, interval in shares.items()},
+        "added_to_a_step": {arm: interval._asdict() for arm, interval in shares.items()},
         "seconds_of_a_checkpoint": {
-            arm: asdict(median_interval(values)) for arm, values in added.items()
+            arm: median_interval(values)._asdict() for arm, values in added.items()
         },
         "call_seconds": {
             arm: statistics.median(each.call for each in turns[arm]) for arm in ARMS[1:]

@@ -5,8 +5,8 @@
 #
 # Every piece has a time limit and a file of its own in OUT; a piece whose file is there is left out, so that a run that
 # was cut off goes on where it was. First come the tests that need CUDA, then step times: ResNet-50 at 224 and ResNet-18
-# at 32, bf16, channels_last, local batches 4 to 256; vanilla against a plain loop, attacks inline and on a second stream;
-# what torch.compile and its CUDA graphs (reduce-overhead) change; optimizers; a timeline with each executor; and one
+# at 32, bf16, channels_last, local batches 4 to 256; attacks inline and on a second stream; what torch.compile changes;
+# the engine against a plain loop; optimizers; a timeline with each executor; and one
 # run with an automatic micro-batch, compiled, with mixup, an average of the weights and precise batch norm.
 set -uo pipefail
 
@@ -58,8 +58,8 @@ features() { # what else has a part of its own on CUDA, in one run
 export -f pictures features
 export OUT PYTHON
 
-methods=(plain vanilla noise disadv conadv conadv-lookahead recycle)
-common=(--precision bf16 --channels-last --rounds 6 --burst 6 --dropped 2)
+methods=(vanilla noise disadv conadv conadv-lookahead recycle)
+common=(--precision bf16 --channels-last --rounds 6 --burst 4)
 photos=(--model resnet50 --image-size 224 --classes 1000 "${common[@]}")
 small=(--model resnet18 --image-size 32 "${common[@]}")
 
@@ -67,9 +67,9 @@ piece tests.xml 110 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$OUT/
     tests/test_cuda.py tests/test_optim.py tests/test_norm.py tests/test_compile.py
 bench resnet18-32.json 80 attack-cost "${small[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
 bench resnet50-224.json 130 attack-cost "${photos[@]}" --batches 4 16 64 256 --methods "${methods[@]}" --executors inline stream
-bench resnet50-224-graphs.json 60 attack-cost "${photos[@]}" --batches 16 --methods plain vanilla noise conadv \
-    --compile reduce-overhead
-bench resnet50-224-compile.json 60 attack-cost "${photos[@]}" --batches 64 --methods plain vanilla noise conadv --compile default
-bench optim.json 30 optim
+bench resnet50-224-compile.json 60 attack-cost "${photos[@]}" --batches 64 --methods vanilla noise conadv --compile
+for what in engine optim; do
+    piece "$what.json" 40 "$PYTHON" benchmarks/micro.py "$what" --device cuda --out "$OUT/$what.json"
+done
 piece timelines.done 25 bash -c pictures
 piece features.json 45 bash -c features

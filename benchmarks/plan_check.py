@@ -21,15 +21,29 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from conadv.distributed.comm import Comm
+from conadv.distributed.teams import make_teams
+from conadv.engine import Ranks
+from conadv.planning.cost_model import Layout, Planner, Prediction
+from conadv.planning.measure import build_trial
+from conadv.planning.profile import Workload, link_of, load
+from conadv.planning.timing import WARMUP, burst
+from conadv.safe_io import write_atomic
+from conadv.training.allocator import keep_freed_memory
+from conadv.training.provenance import git_state, machine, now, versions
+
 ROOT = Path(__file__).resolve().parent.parent
-WARMUP_STEPS, BURSTS, LONGEST_BURST = 3, 5, 6
-SECONDS_PER_BURST = 2.0
+BURSTS, STEPS = 5, 4
+PHASES = ("gradient", "attack", "wait", "receive", "rest")
+TWO = ("vanilla 24", "noise 12", "disadv 24", "conadv 12", "conadv 24", "conadv-lookahead 6 2")
+SPLIT = ("2 conadv 12 1 1", "2 conadv 12 2 1", "2 conadv-lookahead 24 1 1", "3 conadv 12 1 1")
+LINKED = ("noise", "disadv", "conadv", "conadv-lookahead")
 
 
 @dataclass(frozen=True)
@@ -44,11 +58,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        split = (
-            f" {self.processes - self.attack_ranks}:{self.attack_ranks}"
-            if self.attack_ranks
-            else ""
-        )
+        learners = self.processes - self.attack_ranks
+        split = f" {learners}:{self.attack_ranks}" if self.attack_ranks else ""
         where = f"{self.place} process(es)" if self.place.isdigit() else f"2 hosts, {self.place}"
         return f"{self.method}{split}, {self.micro_batch} x {self.accumulation}, {where}"
 
@@ -56,320 +67,144 @@ class Case:
     def processes(self) -> int:
         return int(self.place) if self.place.isdigit() else 2
 
+    @property
+    def profile(self) -> str:
+        return f"profile-{1 if self.place == '1' else 2}.json"
+
 
 def cases(rates: list[str]) -> list[Case]:
     """No batch is one of the profiles', and no profile has seen a link with a limit or an attack rank."""
-    alone = [Case("1", "noise", 24), Case("1", "conadv", 12), Case("1", "recycle", 12, 2)]
-    loopback = [
-        Case("2", "vanilla", 24),
-        Case("2", "noise", 12),
-        Case("2", "disadv", 24),
-        Case("2", "conadv", 12),
-        Case("2", "conadv", 24),
-        Case("2", "conadv-lookahead", 6, 2),
-    ]
-    split = [
-        Case("2", "conadv", 12, 1, attack_ranks=1),
-        Case("2", "conadv", 12, 2, attack_ranks=1),
-        Case("2", "conadv-lookahead", 24, 1, attack_ranks=1),
-        Case("3", "conadv", 12, 1, attack_ranks=1),
-    ]
-    limited = [
-        Case(rate, method, 12)
-        for rate in rates
-        for method in ("noise", "disadv", "conadv", "conadv-lookahead")
-    ]
-    return [*alone, *loopback, *split, *limited]
+    texts = ["1 noise 24", "1 conadv 12", "1 recycle 12 2", *(f"2 {case}" for case in TWO), *SPLIT]
+    texts += [f"{rate}mbit {method} 12" for rate in rates for method in LINKED]
+    words = (text.split() for text in texts)
+    return [Case(place, method, *map(int, numbers)) for place, method, *numbers in words]
 
 
-# ---- one process of a place
+def measure(case: Case, workload: Workload, world: Comm) -> list[float]:
+    """Mean step time of each burst, on rank 0, which is a learner."""
+    teams = make_teams(world, case.attack_ranks)
+    trial = build_trial(
+        workload,
+        case.method,
+        teams.comm,
+        case.micro_batch,
+        numbers=teams.micro_batches(case.accumulation),
+        executor=Ranks(teams) if case.attack_ranks else None,
+    )
+    if teams.attacking:
+        steps, ahead = BURSTS * (WARMUP + STEPS), trial.engine.ahead
+        trial.engine.serve(map(trial.batch, range(ahead, steps + ahead)))
+    seconds = [] if teams.attacking else [burst(trial.step, STEPS).seconds for _ in range(BURSTS)]
+    trial.engine.executor.close()
+    return seconds
 
 
-def worker(profile_path: Path, out: Path, chosen: list[Case]) -> None:
-    """Measure the cases that ``out`` lacks in this process, one of torchrun's; rank 0 writes after each of them."""
-    import torch
-
-    from conadv.distributed.comm import Comm
-    from conadv.plan import load
-    from conadv.training.allocator import keep_freed_memory
-    from conadv.training.record import write_atomic
-
+def worker(options: argparse.Namespace, here: list[Case]) -> None:
+    """Measure the cases of a place in this process, one of torchrun's; rank 0 writes."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    workload = load(profile_path).workload
     world = Comm.from_environment("cpu", 120.0)
-    found = world.broadcast_object(read(out) if world.is_main else None)
-    for case in (case for case in chosen if case.name not in found):
-        seconds = measure(case, workload, world)
-        if world.is_main:
-            found[case.name] = {"case": asdict(case), "step_seconds": seconds}
-            write_atomic(out, json.dumps(found, indent=1) + "\n")
-            print(f"  {case.name}: {1e3 * statistics.median(seconds):.1f} ms", flush=True)
+    workload = load(options.out / here[0].profile).workload
+    found = {case.name: measure(case, workload, world) for case in here}
+    if world.is_main:
+        path = options.out / f"cases-{options.place}.json"
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
     world.close()
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The cases that are measured already."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+def predict(case: Case, folder: Path, processors: int) -> tuple[Planner, Prediction]:
+    """By the profile in ``folder`` alone; the rate of a limited link is given."""
+    profile = load(folder / case.profile)
+    rate = None if case.place.isdigit() else float(case.place.removesuffix("mbit")) * 1e-3
+    link = link_of(profile, rate, None) if case.processes > 1 else None
+    planner = Planner(profile, link, processors=processors)
+    learners = case.processes - case.attack_ranks
+    layout = Layout(learners, case.attack_ranks, case.micro_batch, case.accumulation)
+    return planner, planner.predict(case.method, layout)
 
 
-def measure(case: Case, workload: Any, world: Any) -> list[float]:
-    """Mean step time of each burst, on rank 0, which is a learner."""
-    from conadv.distributed.teams import make_teams
-    from conadv.plan.workload import batches, build_step
-    from conadv.types import Batch
-
-    teams = make_teams(world, case.attack_ranks) if case.attack_ranks else None
-    comm, executor = world, None
-    numbers = range(world.rank * case.accumulation, (world.rank + 1) * case.accumulation)
-    if teams is not None:
-        from conadv.engine import Ranks
-
-        comm, executor, numbers = teams.comm, Ranks(teams), teams.micro_batches(case.accumulation)
-    engine = build_step(workload, case.method, comm, executor)
-    source = batches(workload, numbers, case.micro_batch, engine.device, engine.ahead)
-    if teams is not None and teams.attacking:
-        engine.serve(source)
-        engine.executor.close()
-        return []
-    micro = next(source).micro
-
-    def step(last: bool = False) -> None:
-        t = engine.version
-        engine(
-            Batch(t, micro), Batch(t + engine.ahead, micro) if engine.ahead and not last else None
-        )
-
-    seconds = bursts(step, comm)
-    step(last=True)
-    if teams is not None:
-        engine.executor.close()
-    return seconds
-
-
-def bursts(step: Callable[[], None], comm: Any) -> list[float]:
-    """Mean seconds of a step in each burst; slow steps have shorter bursts."""
-    for _ in range(WARMUP_STEPS):
-        begin = time.perf_counter()
-        step()
-    once = time.perf_counter() - begin
-    steps = comm.broadcast_object(max(2, min(LONGEST_BURST, round(SECONDS_PER_BURST / once))))
-    seconds = []
-    for _ in range(BURSTS):
-        begin = time.perf_counter()
-        for _ in range(steps):
-            step()
-        seconds.append((time.perf_counter() - begin) / steps)
-    return seconds
-
-
-# ---- the check
-
-
-def main() -> None:
-    options = _options()
-    chosen = [
-        case for case in cases(options.rates) if not options.only or case.place in options.only
-    ]
-    if options.worker is not None:
-        worker(
-            options.profile,
-            options.worker,
-            [case for case in chosen if case.place == options.place],
-        )
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    profiles = {number: profile(options, number) for number in (1, 2)}
-    measured: dict[str, Any] = {}
-    for place in dict.fromkeys(case.place for case in chosen):
-        here = [case for case in chosen if case.place == place]
-        measured |= run_place(options, place, here, profiles[1 if place == "1" else 2])
-    rows = [compare(case, measured[case.name], profiles) for case in chosen]
-    show(rows)
-    write(options, rows)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--rates", default="1600,800,400", help="of the link between two hosts, Mbit/s; needs root"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="*",
-        default=[],
-        help="places: 1, 2 or 3 processes, or a rate such as 400mbit",
-    )
-    parser.add_argument("--rounds", type=int, default=4, help="of the profiles")
-    parser.add_argument("--model", default="resnet18")
-    parser.add_argument("--two-hosts", type=Path, default=ROOT / "benchmarks" / "two_hosts.sh")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--place", help=argparse.SUPPRESS)
-    parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.rates = [f"{rate}mbit" for rate in options.rates.split(",") if rate]
-    options.out = options.out.resolve()
-    return options
-
-
-def profile(options: argparse.Namespace, processes: int) -> Path:
-    """The profile with that many busy processes, measured if it is not there."""
-    path: Path = options.out / f"profile-{processes}.json"
-    if not path.exists():
-        print(f"profile with {processes} process(es)", flush=True)
-        asked = ["-m", "conadv", "plan", str(path), "--measure", "all", "--workload.threads", "1"]
-        asked += ["--workload.model", options.model, "--workload.batches", "4,8,16,32"]
-        torchrun(processes, [*asked, "--workload.rounds", str(options.rounds)])
-    return path
-
-
-def run_place(
-    options: argparse.Namespace, place: str, here: list[Case], profile_path: Path
-) -> dict[str, Any]:
-    """All cases of one place, in one launch for those that are not measured yet."""
-    path = options.out / f"cases-{place}.json"
-    if missing(path, here):
-        print(
-            f"cases on {place} process(es)"
-            if place.isdigit()
-            else f"cases between two hosts at {place}",
-            flush=True,
-        )
-        asked = [
-            str(Path(__file__).resolve()),
-            "--out",
-            str(options.out),
-            "--rates",
-            ",".join(rate.removesuffix("mbit") for rate in options.rates),
-        ]
-        asked += [
-            "--worker",
-            str(path.resolve()),
-            "--place",
-            place,
-            "--profile",
-            str(profile_path.resolve()),
-        ]
-        if place.isdigit():
-            torchrun(int(place), asked)
-        else:
-            two_hosts(options, place, asked, lambda: not missing(path, here))
-    return read(path)
-
-
-def missing(path: Path, here: list[Case]) -> bool:
-    return not read(path).keys() >= {case.name for case in here}
-
-
-def torchrun(processes: int, arguments: list[str]) -> None:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    subprocess.run([*launcher, *arguments], check=True, env=environment(), cwd=ROOT)
-
-
-def two_hosts(
-    options: argparse.Namespace, place: str, arguments: list[str], done: Callable[[], bool]
-) -> None:
-    """Run a worker on each of two hosts with a link of that rate between them: benchmarks/two_hosts.sh makes them."""
-    node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
-    launcher = f'{shlex.quote(sys.executable)} -m torch.distributed.run --node-rank "$HOST" --master-addr "$MASTER"'
-    command = f"{launcher} {shlex.join([*node, *arguments])}"
-    scratch = options.out / f"hosts-{place}"
-    given = environment() | {"CONADV_TWO_HOSTS_COMMAND": command, "PYTHON": sys.executable}
-    asked = [
-        "bash",
-        str(options.two_hosts),
-        "--out",
-        str(scratch),
-        "--force",
-        place.removesuffix("mbit"),
-    ]
-    ran = subprocess.run(asked, env=given, cwd=ROOT, capture_output=True, text=True)
-    if not done():  # what the script says of its own benchmark, which did not run, does not matter
-        logs = [f"{log}:\n{log.read_text()[-1500:]}" for log in scratch.glob("*.log")]
-        raise SystemExit("\n".join([f"{shlex.join(asked)} failed:", ran.stdout, ran.stderr, *logs]))
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-
-
-def compare(case: Case, found: Any, profiles: dict[int, Path]) -> dict[str, Any]:
+def compare(case: Case, folder: Path, bursts: list[float]) -> dict[str, Any]:
     """Predicted and measured step time of a case."""
-    from conadv.plan import Layout, Planner, load
-    from conadv.plan.command import link_of
-
-    loaded = load(profiles[1 if case.place == "1" else 2])
-    rate = None if case.place.isdigit() else gbit(case.place)
-    link = link_of(loaded, rate, None) if case.processes > 1 else None
-    planner = Planner(loaded, link, processors=os.cpu_count())
-    layout = Layout(
-        case.processes - case.attack_ranks, case.attack_ranks, case.micro_batch, case.accumulation
-    )
-    predicted = planner.predict(case.method, layout)
-    measured = statistics.median(found["step_seconds"])
+    planner, found = predict(case, folder, os.cpu_count() or 1)
+    measured = statistics.median(bursts)
     return {
         "name": case.name,
         "case": asdict(case),
         "measured_ms": 1e3 * measured,
-        "predicted_ms": 1e3 * predicted.step,
-        "error": predicted.step / measured - 1,
-        "limit": planner.limit(predicted),
-        "bursts_ms": [1e3 * value for value in found["step_seconds"]],
-        "phases_ms": {
-            name: 1e3 * getattr(predicted, name)
-            for name in ("gradient", "attack", "wait", "receive", "rest")
-        },
+        "predicted_ms": 1e3 * found.step,
+        "error": found.step / measured - 1,
+        "limit": planner.limit(found),
+        "bursts_ms": [1e3 * value for value in bursts],
+        "phases_ms": {name: 1e3 * getattr(found, name) for name in PHASES},
     }
 
 
-def gbit(rate: str) -> float:
-    """ "400mbit" in Gbit/s."""
-    return float(rate.removesuffix("mbit")) * 1e-3
+# ---- launching
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHON": sys.executable}
+
+
+def torchrun(processes: int, arguments: list[str]) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", str(processes), *arguments]
+    subprocess.run(command, check=True, env=environment(), cwd=ROOT)
+
+
+def two_hosts(out: Path, place: str, arguments: list[str]) -> None:
+    """Run a worker on each of two hosts with a link of that rate: benchmarks/two_hosts.sh makes them."""
+    node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
+    launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
+    host = '--node-rank "$HOST" --master-addr "$MASTER"'
+    command = f"{launcher} {host} {shlex.join([*node, *arguments])}"
+    given = environment() | {"CONADV_TWO_HOSTS_COMMAND": command}
+    script, scratch = ROOT / "benchmarks" / "two_hosts.sh", out / f"hosts-{place}"
+    asked = ["bash", str(script), "--out", str(scratch), "--force", place.removesuffix("mbit")]
+    subprocess.run(asked, env=given, cwd=ROOT, check=False)  # it misses its own benchmark's result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rates", default="1600,800,400", help="of the link, Mbit/s; needs root")
+    parser.add_argument("--only", nargs="*", default=[], help="places: 1, 2, 3, or such as 400mbit")
+    parser.add_argument("--rounds", default="4", help="of the profiles")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--place", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    rates = [rate for rate in options.rates.split(",") if rate]
+    chosen = [case for case in cases(rates) if not options.only or case.place in options.only]
+    if options.place is not None:
+        worker(options, [case for case in chosen if case.place == options.place])
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    workload = f"--workload.threads 1 --workload.model {options.model} --workload.batches 4,8,16,32"
+    for count in (1, 2):
+        path = options.out / f"profile-{count}.json"
+        asked = ["-m", "conadv", "plan", str(path), "--measure", "all", *workload.split()]
+        if not path.exists():
+            torchrun(count, [*asked, "--workload.rounds", options.rounds])
+    measured: dict[str, list[float]] = {}
+    for place in dict.fromkeys(case.place for case in chosen):
+        path = options.out / f"cases-{place}.json"
+        asked = [__file__, "--out", str(options.out), "--rates", options.rates, "--place", place]
+        if not path.exists():
+            print(f"cases of {place}", flush=True)
+            torchrun(int(place), asked) if place.isdigit() else two_hosts(options.out, place, asked)
+        measured |= json.loads(path.read_text())
+    rows = [compare(case, options.out, measured[case.name]) for case in chosen]
     errors = [abs(row["error"]) for row in rows]
-    return {
-        "cases": len(rows),
-        "median_error": statistics.median(errors),
-        "worst_error": max(errors),
-    }
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    width = max(len(row["name"]) for row in rows)
-    print(f"{'':{width}} {'measured ms':>12} {'predicted ms':>13} {'error':>8}  limit")
     for row in rows:
-        numbers = (
-            f"{row['measured_ms']:12.1f} {row['predicted_ms']:13.1f} {100 * row['error']:+7.1f}%"
-        )
-        print(f"{row['name']:{width}} {numbers}  {row['limit']}")
-    found = summary(rows)
-    print(
-        f"median error {100 * found['median_error']:.1f} %, worst {100 * found['worst_error']:.1f} %"
-    )
-
-
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    from conadv.training.record import git_state, machine, now, versions
-
-    facts = {
-        "machine": machine("cpu", 1),
-        "versions": versions(),
-        "git": git_state(),
-        "measured_at": now(),
-    }
-    content = facts | {"summary": summary(rows), "rows": rows}
+        times = f"{row['measured_ms']:10.1f} {row['predicted_ms']:10.1f} {row['error']:+8.1%}"
+        print(f"{row['name']:<48}{times}  {row['limit']}")
+    print(f"median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
+    summary = {"cases": len(rows), "median_error": statistics.median(errors)}
+    facts = {"machine": machine("cpu", 1), "versions": versions(), "git": git_state()}
+    content = facts | {"measured_at": now(), "rows": rows}
+    content["summary"] = summary | {"worst_error": max(errors)}
     (options.out / "plan_check.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -22,8 +22,9 @@ import study_answers
 import study_prose
 import study_tables
 import two_hosts as link
+from scipy.stats import binom
 
-from conadv.bench.options import CONCURRENT
+from conadv.planning.attack_cost import CONCURRENT
 from conadv.report import words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,8 @@ def made_by(file: str, command: str) -> str:
         for row in p["tables"]["attack-cost"]
     ]
     count = f"{min(rounds)} to {max(rounds)}" if min(rounds) < max(rounds) else f"{min(rounds)}"
-    coverage = 100 * splitting.median_interval([float(n) for n in range(min(rounds))]).coverage
+    low = splitting.median_interval(range(min(rounds))).low
+    coverage = 100 * (1 - 2 * binom.cdf(low, min(rounds), 0.5))
     options = facts.get("options") or point["options"]
     what = f"{options['model']} at {options['image_size']}x{options['image_size']}, {options['precision']}"
     return (

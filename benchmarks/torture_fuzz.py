@@ -374,7 +374,7 @@ def _state() -> Any:
 
 def fuzz_profile(data: bytes) -> None:
     """A profile of `conadv plan`."""
-    from conadv.plan.profile import load
+    from conadv.planning.profile import load
 
     file = _scratch() / "profile.json"
     file.write_bytes(data)
@@ -652,7 +652,7 @@ def worker(name: str, count: int, seed: int, result: Path, guided: bool) -> None
 def _functions() -> list[Any]:
     """What tells libFuzzer of new code: functions and methods of the modules that read what somebody else wrote."""
     from conadv.engine import validate as fits
-    from conadv.plan import profile
+    from conadv.planning import profile
     from conadv.report import load
     from conadv.sweep import spec
     from conadv.training import documents

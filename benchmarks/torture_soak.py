@@ -287,7 +287,7 @@ def display_cost(turns: Mapping[str, Any]) -> dict[str, Any]:
 
     The ratio holds whatever it does to a step, and the machine's noise; the first pair warms up.
     """
-    from conadv.bench.stats import median_interval
+    from conadv.planning.timing import median_interval
 
     means = turns["means"]
     pairs = list(zip(means[2::2], means[3::2], strict=False))
@@ -300,7 +300,6 @@ def display_cost(turns: Mapping[str, Any]) -> dict[str, Any]:
         "ratio": found.median,
         "ratio_low": found.low,
         "ratio_high": found.high,
-        "coverage": found.coverage,
     }
 
 

@@ -18,8 +18,8 @@ PYTHON=${PYTHON:-python3}
 ADDRESS=(10.213.77.1 10.213.77.2) # seen inside the namespaces only
 PORT=29500
 DEVICE=conadv0
-BENCH=(--model resnet18 --batches 16 --overlap both --methods vanilla noise disadv conadv conadv-lookahead ddp
-    --rounds 6 --seconds 40 --burst 3 --dropped 1 --threads 1)
+BENCH=(--model resnet18 --batches 16 --overlap both --methods vanilla noise disadv conadv conadv-lookahead
+    --rounds 15 --burst 2 --threads 1)
 
 out=runs/two_hosts
 per_host=1

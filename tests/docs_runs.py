@@ -40,7 +40,7 @@ LAST: dict[str, str] = {
     "conadv analyze runs/sharpness": "--at-loss 2.4",  # that of a run of a few steps
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
     "conadv sweep": "--dry-run",  # whole: tests/test_sweep.py
-    "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2 --dropped 1",
+    "conadv bench attack-cost": "--model resnet8 --width 4 --image-size 8 --batches 4 --rounds 1 --burst 2",
     "conadv bench data": "--images 16 --batch 8 --accumulation 1 --pause 0 --rounds 1 --photo-size 32 --image-size 32 "
     "--num-workers 0",
     "python benchmarks/repeat_folder.py": "--images 16",
@@ -58,10 +58,9 @@ NOT_RUN: dict[str, str] = {
     "make": "the gate's own steps, and the demo: tests/test_demo.py::test_demo_ends_in_a_report",
     "pip install": "needs an index of packages; tests/test_package.py::test_it_runs_in_an_environment_of_its_own",
     "conadv demo": "takes minutes; tests/test_demo.py::test_demo_ends_in_a_report",
-    "conadv bench engine": BENCHES,
-    "conadv bench norm": BENCHES,
-    "conadv bench optim": BENCHES,
-    "torchrun --nproc-per-node 2 -m conadv bench attack-cost --methods vanilla noise disadv conadv ddp": (
+    "python benchmarks/micro.py": BENCHES,
+    "torchrun --nproc-per-node 2 benchmarks/micro.py": "needs two ranks; its parts: tests/test_bench.py",
+    "torchrun --nproc-per-node 2 -m conadv bench attack-cost --methods vanilla noise disadv conadv": (
         "needs two ranks; tests/test_bench.py::test_attack_cost_on_two_learners"
     ),
     "torchrun --nproc-per-node 2 -m conadv bench attack-cost --attack-ranks 1": (

@@ -273,7 +273,7 @@ WRONG = {
     ),
     "workers": (["check", "nowhere-at-all", "--workers", "-1"], "--workers -1 must be 1 or more"),
     "jobs": (["sweep", "x.yaml", "--jobs", str(10**9)], "--jobs 1000000000 must be 1024 or less"),
-    "rounds": (["bench", "norm", "--rounds", str(2**64)], "--rounds 18446744073709551616 must be"),
+    "rounds": (["bench", "data", "--rounds", str(2**64)], "--rounds 18446744073709551616 must be"),
     "no images": (
         ["bench", "attack-cost", "--image-size", "0"],
         "--image-size 0 must be 1 or more",

@@ -25,11 +25,12 @@ import torch
 import tyro
 import yaml
 
-from conadv import bench
+from conadv.cli import bench
 from conadv.cli import program as cli
 from conadv.cli.analyze import AnalyzeArgs
 from conadv.cli.demo import DemoArgs
 from conadv.cli.doctor import DoctorArgs
+from conadv.cli.plan import PlanArgs
 from conadv.cli.staleness import StalenessArgs
 from conadv.cli.sweep import SweepArgs
 from conadv.cli.timeline import TimelineArgs
@@ -39,7 +40,6 @@ from conadv.config.schema import Config, dump_yaml, override, resolve
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models.small import SmallResNet
-from conadv.plan.command import PlanArgs
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import parse_spec
 
@@ -153,7 +153,7 @@ def parse(words: list[str]) -> Config | None:
     if name in PARSED:
         tyro.cli(PARSED[name], args=args)
     if name == "bench" and args:
-        bench.parse(args)[1].check()
+        tyro.cli(bench.BENCHES[args[0]][0], args=args[1:]).check()
     if name != "train":
         return None
     if args[:1] == ["--config"]:  # a run that the reader has and we have not

@@ -689,7 +689,7 @@ def test_a_recipe_with_brackets_is_no_markup() -> None:
 
 
 def test_profiles_are_checked(tmp_path: Path) -> None:
-    from conadv.plan.profile import load
+    from conadv.planning.profile import load
 
     file = tmp_path / "profile.json"
     for content in (

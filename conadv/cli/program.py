@@ -56,7 +56,7 @@ Large-batch training with concurrent adversarial learning.
   watch RUN                a live view of a run, a sweep or a folder of runs in the terminal
   doctor                   what is installed, what devices and links are seen, and what would be slow or wrong
   demo                     the main comparison on the embedded digits, a few minutes on 2 cores
-  bench WHAT [options]     timings: attack-cost, engine, norm, optim, data
+  bench WHAT [options]     timings: attack-cost, data
   check DIR                read every image of an image folder and list those that training would stumble over
 
   --version, --help        `conadv COMMAND --help` has the details
@@ -282,6 +282,7 @@ def _train(args: Sequence[str]) -> None:
     keep_freed_memory()
     from conadv.distributed.comm import Comm
     from conadv.engine.execution import Execution
+    from conadv.planning.micro_batch import settle
     from conadv.training.trainer import train
 
     execution = Execution(
@@ -297,14 +298,23 @@ def _train(args: Sequence[str]) -> None:
         return
     observer = _observer(config, options, out)
     comm = Comm.from_environment(options.device, options.comm_timeout)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     try:
+        config = settle(
+            config,
+            comm,
+            out,
+            attack_ranks=options.attack_ranks,
+            goes_on=options.resume or options.auto_resume or restarted,
+            tell=observer.message if comm.is_main else lambda line: None,
+        )
         summary = train(
             config,
             out,
             resume=options.resume,
             overwrite=options.overwrite,
             auto_resume=options.auto_resume,
-            restarted=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0",
+            restarted=restarted,
             observer=observer,
             comm=comm,
             execution=execution,
@@ -333,26 +343,38 @@ def _check_dry_run(options: RunOptions) -> None:
 
 def _dry_run(config: Config, out: Path, options: RunOptions, execution: Execution) -> None:
     """Everything up to the first step. Ranks: rank 0 speaks."""
+    from conadv.cli.dry_run import draw, show
     from conadv.cli.progress import for_terminal
     from conadv.distributed.comm import Comm
-    from conadv.preflight.dryrun import draw, preview
-    from conadv.preflight.show import show
+    from conadv.planning.cost_model import Planner
+    from conadv.planning.dry_run import preview
+    from conadv.planning.micro_batch import settle
+    from conadv.planning.profile import link_of, load
 
     observer = for_terminal(options.quiet)
     comm = Comm.from_environment(options.device, options.comm_timeout)
+    link = options.link_gbit, options.latency_us
     try:
+        with comm.agreed():
+            planner = None
+            if options.profile is not None:
+                profile = load(options.profile)
+                planner = Planner(profile, link_of(profile, *link), config.staleness or 1)
+        goes_on = options.resume or options.auto_resume
+        ranks = options.attack_ranks
+        tell = observer.message if comm.is_main else lambda line: None
+        config = settle(config, comm, out, attack_ranks=ranks, goes_on=goes_on, tell=tell)
         found = preview(
             config,
             out,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            auto_resume=options.auto_resume,
             comm=comm,
             execution=execution,
             observer=observer,
-            profile=options.profile,
-            link_gbit=options.link_gbit,
-            latency_us=options.latency_us,
+            planner=planner,
+            link_given=link != (None, None),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            auto_resume=options.auto_resume,
         )
         with comm.agreed():
             if comm.is_main and options.figure is not None:
@@ -361,7 +383,7 @@ def _dry_run(config: Config, out: Path, options: RunOptions, execution: Executio
         observer.finish()
         comm.close()
     if comm.is_main and not options.quiet:
-        show(found)
+        show(found, f"{config.recipe} {config.method}")
 
 
 _ALIASES = {
@@ -596,7 +618,7 @@ def _staleness(args: Sequence[str]) -> None:
 
 
 def _plan(args: Sequence[str]) -> None:
-    from conadv.plan.command import PlanArgs, command
+    from conadv.cli.plan import PlanArgs, command
 
     command(_parsed(PlanArgs, args, "conadv plan"))
 
@@ -626,12 +648,17 @@ def _demo(args: Sequence[str]) -> None:
 
 
 def _bench(args: Sequence[str]) -> None:
-    from conadv import bench
+    from conadv.cli import bench
 
     if not args or args[0] in ("-h", "--help"):
         _say(bench.overview())
-    else:
-        bench.run(args)
+        return
+    if args[0] not in bench.BENCHES:
+        raise unknown("benchmark", args[0], bench.BENCHES)
+    kind, run, _ = bench.BENCHES[args[0]]
+    options = _parsed(kind, args[1:], f"conadv bench {args[0]}")
+    bench.prepare(options)
+    run(options)
 
 
 def _check(args: Sequence[str]) -> int:

@@ -365,7 +365,8 @@ def micro_batch(config: Config) -> int:
     """Clean images per forward pass. ConadvError where "auto" has not been settled yet: that needs the device."""
     if config.micro_batch_size == "auto":
         raise ConadvError(
-            "micro_batch_size auto is found out by `conadv train` on the device itself. Give a number here."
+            "micro_batch_size auto is settled on the device before a run. `conadv train` does it; elsewhere "
+            "call conadv.planning.micro_batch.settle(config, comm), or give a number."
         )
     return config.micro_batch_size or config.global_batch_size
 

@@ -183,28 +183,15 @@ def admit(
     """
     with comm.agreed():
         config = resolve(config)
+        micro_batch(config)  # "auto" must be settled by now: see conadv.planning.micro_batch
     _check_same_settings(comm, config, execution or Execution())
     with comm.agreed():
         if comm.is_main:
-            if config.micro_batch_size == "auto" and (resume or auto_resume or restarted):
-                config = _as_it_was_settled(config, run)
             again = auto_resume or (restarted and run.is_of_this_launcher())
             if again and not resume and run.holds(config):
                 resume, overwrite = _after_restart(run, observer)
             run.check(config, resume=resume, overwrite=overwrite)
-    return replace(
-        config, micro_batch_size=comm.broadcast_object(config.micro_batch_size)
-    ), comm.broadcast_object(resume)
-
-
-def _as_it_was_settled(config: Config, run: RunDir) -> Config:
-    """With the micro-batch that "auto" came to when the run began: another one would not be the same run."""
-    found: Config = (
-        replace(config, micro_batch_size=run.open().micro_batch_size)
-        if run.config.is_file()
-        else config
-    )
-    return found
+    return config, comm.broadcast_object(resume)
 
 
 def _with_probe(parts: Parts) -> Parts:
@@ -375,10 +362,6 @@ def build(
     comm = teams.comm
     with world.agreed():
         source = load_source(config, observer.loading)
-    if config.micro_batch_size == "auto":
-        from conadv.preflight.microbatch import settle  # tries engines that this module builds
-
-        config = settle(config, teams, source, observer.message)
     with world.agreed():
         mine = teams.micro_batches(accumulation(config, len(teams.learners)))
         data = load_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)

@@ -18,7 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from conadv import bench
+from conadv.cli import bench
 from conadv.cli import program as cli
 
 ROOT = Path(__file__).resolve().parents[2]

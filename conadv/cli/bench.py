@@ -1,0 +1,296 @@
+"""``conadv bench WHAT``: interleaved timings, as JSON and as a table. docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from conadv.config.schema import (
+    AugmentName,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+)
+from conadv.errors import ConadvError, printable
+from conadv.safe_io import write_atomic
+from conadv.training.provenance import git_state, machine, now, versions
+
+if TYPE_CHECKING:
+    from conadv.distributed.comm import Comm
+    from conadv.planning.timing import Row
+
+MethodName = Literal[
+    "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle"
+]
+
+
+@dataclass
+class BenchArgs:
+    """What all benchmarks have in common."""
+
+    rounds: int = 10
+    """Each runs every case once, in a random order; 6 or more for a 95 % interval."""
+    threads: int = 1
+    """CPU threads of torch in each process."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    out: Path | None = None
+    """Write the result as JSON here."""
+
+    def check(self) -> None:
+        """Raise ConadvError for options that cannot be meant."""
+        if self.out is not None and self.out.is_dir():
+            raise ConadvError(f"--out {printable(self.out)} is a folder. Name a file.")
+
+
+@dataclass
+class AttackCostArgs(BenchArgs):
+    """Time of a training step by method, beside `noise`: the same views and gradients without an attack.
+
+    Under torchrun each rank trains on its share; with --attack-ranks M, M of the ranks only attack. A case is
+    timed in bursts of consecutive steps, since an adversarial batch is made steps ahead of its use.
+    """
+
+    methods: tuple[MethodName, ...] = (
+        *("vanilla", "noise", "disadv", "conadv", "conadv-lookahead", "recycle"),
+    )
+    batches: tuple[int, ...] = (64,)
+    """Clean images per rank and step."""
+    executors: tuple[Literal["inline", "stream", "ranks"], ...] | None = None
+    """How conadv's attack runs: inline, stream (CUDA), ranks. Default: inline, and ranks if there are attack ranks."""
+    attack_ranks: int = 0
+    """Ranks of the world that only attack; the others learn, and noise runs on these learners alone."""
+    overlap: Literal["on", "off", "both"] = "on"
+    """Whether gradients leave for the other ranks while backward still runs."""
+    model: str = "resnet20"
+    """A network for small images (resnet8 to resnet56) or a torchvision classifier."""
+    width: int | None = None
+    """Channels of the first stage of the networks for small images."""
+    image_size: int = 32
+    channels: int = 3
+    classes: int = 10
+    optimizer: OptimizerName = "sgd"
+    staleness: int = 1
+    """tau of conadv."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    burst: int = 4
+    """Consecutive steps of one case that are timed, after two that are not."""
+    comm_timeout: float = 120.0
+    """Seconds after which a rank that does not answer ends the others."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.methods or not self.batches:
+            raise ConadvError("Name at least one method (--methods) and one batch (--batches).")
+        if min(self.staleness, self.burst, *self.batches) < 1 or self.attack_ranks < 0:
+            raise ConadvError("--staleness, --burst and --batches must be 1 or more.")
+
+    def config(self) -> Config:
+        """The settings of the measured runs, but for the method."""
+        return Config(
+            steps=10**6,
+            staleness=self.staleness,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            compile=self.compile,
+            model=ModelConfig(name=self.model, width=self.width),
+            optim=OptimConfig(name=self.optimizer, lr=1.0),
+        )
+
+
+@dataclass
+class DataArgs(BenchArgs):
+    """Images per second of the loader, beside a plain DataLoader with the same torchvision transforms.
+
+    Without --data it reads images made at random in a temporary folder. To see what a training step leaves of
+    it, give the step's --accumulation and the seconds that it computes as --pause: workers read on meanwhile.
+    """
+
+    rounds: int = 5
+    data: Path | None = None
+    """Image folder DIR/{train,test}/<class>/*."""
+    augment: AugmentName = "basic"
+    batch: int = 64
+    """Images of a micro-batch."""
+    accumulation: int = 1
+    """Micro-batches that are taken at once, as a training step takes those of one rank."""
+    pause: float = 0.0
+    """Seconds after each accumulation in which nothing is taken, as while a step computes; part of the time."""
+    images: int = 1024
+    """Images that are timed in each round, once the loader is running."""
+    image_size: int = 224
+    num_workers: int = 0
+    photo_size: int = 256
+    """Height and width of the images made where no --data is given."""
+
+    def check(self) -> None:
+        super().check()
+        if min(self.accumulation, self.batch, self.images) < 1 or self.num_workers < 0:
+            raise ConadvError("--accumulation, --batch and --images must be 1 or more.")
+
+
+def attack_cost(options: AttackCostArgs) -> None:
+    """Measure; rank 0 prints and writes. Ranks: all of torchrun's processes call it."""
+    from conadv.distributed.comm import Comm
+    from conadv.distributed.teams import make_teams
+    from conadv.planning.attack_cost import Question, attack_cost
+    from conadv.planning.trial import Shape
+
+    world = Comm.from_environment(options.device, options.comm_timeout)
+    try:
+        teams = make_teams(world, options.attack_ranks)
+        executors: Sequence[str] = ["inline", "ranks"][: 1 + bool(options.attack_ranks)]
+        executors = options.executors or executors
+        shape = Shape(options.channels, options.image_size, options.classes)
+        asked = (options.methods, options.batches, executors, options.overlap, options.burst)
+        rows = attack_cost(Question(options.config(), shape, *asked), options.rounds, teams)
+        ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers)}
+        if world.is_main:
+            complete = [asdict(row) | _rates(row) for row in rows]
+            show(complete)
+            about = {"ranks": ranks | {"backend": world.backend}}
+            write("attack-cost", options, world, complete, **about)
+    finally:
+        world.close()
+
+
+def _rates(row: Row) -> dict[str, float]:
+    """Clean images per second at the median step, of all learners and per rank in use."""
+    per_second = 1e3 * row.labels["images"] / row.median_ms
+    per_rank = per_second / row.labels["ranks"]
+    return {"images_per_second": per_second, "images_per_second_per_rank": per_rank}
+
+
+def data(options: DataArgs) -> None:
+    """Measure, print a table, write JSON."""
+    from conadv.distributed.comm import Comm
+    from conadv.planning import data_loading
+
+    step = options.batch * options.accumulation
+    photographs = data_loading.random_photographs(options.photo_size, step)
+    with photographs if options.data is None else nullcontext(options.data) as folder:
+        settings = DataConfig(
+            source="folder",
+            dir=folder,
+            image_size=options.image_size,
+            augment=options.augment,
+            num_workers=options.num_workers,
+        )
+        sizes = (options.batch, options.accumulation, options.images, options.pause)
+        rows = data_loading.loader_speed(data_loading.Loading(settings, *sizes), options.rounds)
+    complete = [asdict(row) | {"images_per_second": 1e3 * step / row.median_ms} for row in rows]
+    show(complete)
+    write("data", options, Comm(), complete)
+
+
+BENCHES: dict[str, tuple[type[BenchArgs], Callable[[Any], None], str]] = {
+    "attack-cost": (
+        AttackCostArgs,
+        attack_cost,
+        "a step of each method beside noise, on 1 to N ranks",
+    ),
+    "data": (DataArgs, data, "the loader beside torchvision's transforms in a plain DataLoader"),
+}
+
+
+def overview() -> str:
+    """The benchmarks with one line each."""
+    lines = [f"  {name:<12} {summary}" for name, (_, _, summary) in BENCHES.items()]
+    head = ["usage: conadv bench WHAT [options]", ""]
+    return "\n".join([*head, *lines, "", "`conadv bench WHAT --help` has the options"])
+
+
+def prepare(options: BenchArgs) -> None:
+    """Check the options, and set threads and the allocator of this process."""
+    import torch
+
+    from conadv.training.allocator import keep_freed_memory
+
+    options.check()
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The rows as a table: median step, throughput, ratio to the yardstick, phases."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "": lambda row: str(row["name"]),
+        "ms": lambda row: f"{row['median_ms']:.2f}",
+        "images/s": lambda row: f"{row['images_per_second']:.0f}",
+        "ratio": lambda row: (
+            f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        ),
+        "to": lambda row: str(row["yardstick"]),
+        "phases, ms": lambda row: _phases(row["phases_ms"]),
+        "of attack ranks": lambda row: _phases(row["server_phases_ms"]),
+    }
+    unknown = {
+        "images/s": "images_per_second" not in rows[0],
+        "phases, ms": not any(row["phases_ms"] for row in rows),
+        "of attack ranks": not any(row["server_phases_ms"] for row in rows),
+    }
+    names = [name for name in columns if not unknown.get(name)]
+    table = Table(box=SIMPLE_HEAD, header_style="bold")
+    for name in names:
+        table.add_column(
+            name, justify="right" if name in ("ms", "images/s") else "left", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(columns[name](row) for name in names))
+    console = Console(highlight=False, width=200)  # a narrower terminal wraps the lines
+    console.print(table)
+    count = len(rows[0]["samples_ms"])
+    bracket = "95 % interval of the median" if count >= 6 else "range"
+    text = f"ratio: in the same round, {count} rounds; [ ]: {bracket}"
+    console.print(text, markup=False)
+
+
+def _phases(phases: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {ms:.1f}" for name, ms in phases.items() if ms >= 0.05)
+
+
+def write(
+    name: str, options: BenchArgs, world: Comm, rows: Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Write the rows with what they depend on as JSON, if a file was asked for."""
+    import torch
+
+    if options.out is None:
+        return
+    cuda = world.device.type == "cuda"
+    device = torch.cuda.get_device_name(world.device) if cuda else "cpu"
+    chosen = {key: value for key, value in asdict(options).items() if key != "out"}
+    content = {
+        "bench": name,
+        "command": shlex.join(["conadv", *without_out(sys.argv[1:])]),
+        "date": now(),
+        "machine": machine(device, torch.get_num_threads()),
+        "versions": versions(),
+        "git": git_state(),
+        # folders belong to one machine: of a path only its name
+        "options": {k: v.name if isinstance(v, Path) else v for k, v in chosen.items()},
+        **more,
+        "tables": {name: rows},
+    }
+    write_atomic(options.out, json.dumps(content, indent=1) + "\n")
+
+
+def without_out(args: Sequence[str]) -> list[str]:
+    """The arguments without --out and its value."""
+    values = {i + 1 for i, arg in enumerate(args) if arg == "--out"}
+    return [a for i, a in enumerate(args) if i not in values and a.partition("=")[0] != "--out"]

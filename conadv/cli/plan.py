@@ -1,0 +1,336 @@
+"""``conadv plan``: measure a profile, and plan by it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from conadv.cli.format import duration
+from conadv.errors import ConadvError, printable
+from conadv.planning.cost_model import KINDS, Planner, kind_of
+from conadv.planning.profile import Profile, Workload, link_of, load, save
+from conadv.planning.search import Row, Rules, make_plan
+from conadv.safe_io import write_atomic
+
+LARGEST = 2**22
+"""Devices, and images per update: the search through the splits of more takes minutes."""
+GIB = 2**30
+
+
+@dataclass
+class WorkloadArgs:
+    """What --measure runs: synthetic images through the real engine."""
+
+    model: str = "resnet18"
+    width: int | None = None
+    """Channels of the first stage of the small-image networks."""
+    args: tuple[str, ...] = ()
+    """More arguments of the network's constructor, as the training's --model.args."""
+    image_size: int = 32
+    channels: int = 3
+    num_classes: int = 10
+    optimizer: Literal["lars", "lamb", "sgd", "adamw"] = "lars"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    batches: str = "4,8,16,32,64"
+    """Clean images per forward pass to measure, with commas."""
+    rounds: int = 4
+    """Bursts of steps for every method and batch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """CPU threads of each process."""
+
+
+@dataclass
+class PlanArgs:
+    """Predict step time, images per second, cost and the best executor and split for any number of devices.
+
+    First measure, on a quiet machine, with as many processes per host as the training will run:
+
+      torchrun --nproc-per-node 2 -m conadv plan PROFILE.json --measure all --workload.threads 1
+
+    then plan: conadv plan PROFILE.json --method conadv,noise --devices 1,8,64 --global-batch-size 8192
+    """
+
+    profile: tyro.conf.Positional[Path]
+    """The profile, a JSON file: read, or written by --measure."""
+    measure: Literal["no", "phases", "link", "all"] = "no"
+    """Measure instead of plan: the phases of a step (makes the file), the link between the ranks (adds it), or both."""
+    workload: WorkloadArgs = field(default_factory=WorkloadArgs)
+    method: str = "all"
+    """Methods with commas, or all: vanilla, multiview, noise, disadv, conadv, conadv-lookahead, recycle."""
+    devices: str = "1,8,64,512,4096"
+    """Numbers of devices, with commas."""
+    global_batch_size: str = "32768"
+    """Clean images per update; several with commas."""
+    micro_batch_size: int | None = None
+    """Clean images per forward pass, which batch norm sees (default: the largest measured one that divides)."""
+    staleness: int = 1
+    """tau of conadv."""
+    executor: Literal["auto", "inline", "ranks"] = "auto"
+    attack_ranks: int | None = None
+    """Fix the number of attack ranks (default: the best)."""
+    objective: Literal["speed", "cost"] = "speed"
+    """Choose the layout with the most images per second, or with the fewest device-seconds per image."""
+    link_gbit: float | None = None
+    """Plan for a link of this many Gbit/s per rank instead of the measured one."""
+    latency_us: float | None = None
+    """Plan for this latency per step of an all-reduce, in microseconds."""
+    memory_gib: float | None = None
+    """Memory of a device (default: as measured)."""
+    price: float | None = None
+    """Of one device for one hour, in any currency: adds the cost of an epoch."""
+    images_per_epoch: int = 1_281_167
+    """Training images (default: ImageNet's)."""
+    steps: int | None = None
+    """Updates of the whole training: adds the time that they take, loading, evaluation and checkpoints not counted."""
+    figure: Path | None = None
+    """Write images per second and overhead over devices as PNG."""
+    json: Path | None = None
+    """Write the rows as JSON."""
+
+
+def command(args: PlanArgs) -> None:
+    """Run ``conadv plan``."""
+    if args.measure != "no":
+        _measure(args)
+        return
+    planner, rows, omitted = plan_of(args)
+    show(planner, rows, omitted, args)
+    if args.figure is not None:
+        draw(rows, args.figure)
+    if args.json is not None:
+        content = {
+            "profile": planner.profile.model_dump(mode="json"),
+            "rows": [row.as_json(args.steps) for row in rows],
+            "omitted": omitted,
+        }
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.json, json.dumps(content, indent=1) + "\n")
+
+
+def plan_of(args: PlanArgs) -> tuple[Planner, list[Row], list[dict[str, Any]]]:
+    """Read the profile and search. Raises ConadvError for what cannot be planned."""
+    profile = load(args.profile)
+    if args.staleness < 1:
+        raise ConadvError(
+            "--staleness must be 1 or more; for staleness 0 plan disadv, which it is."
+        )
+    if args.attack_ranks is not None and args.attack_ranks < 0:
+        raise ConadvError("--attack-ranks must be 0 or more.")
+    for name in ("price", "memory_gib"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= 1e12:
+            option = name.replace("_", "-")
+            raise ConadvError(f"--{option} {value} must be more than 0 and at most 10^12.")
+    methods = list(KINDS) if args.method == "all" else [x.strip() for x in args.method.split(",")]
+    for method in methods:
+        kind_of(method)
+    memory = profile.sizes.memory if args.memory_gib is None else round(args.memory_gib * GIB)
+    rules = Rules(args.micro_batch_size, args.executor, args.attack_ranks, memory, args.objective)
+    link = link_of(profile, args.link_gbit, args.latency_us)
+    planner = Planner(profile, link, args.staleness)
+    devices = numbers("--devices", args.devices)
+    batches = numbers("--global-batch-size", args.global_batch_size)
+    given = (args.link_gbit, args.latency_us) != (None, None)
+    return planner, *make_plan(planner, methods, devices, batches, rules, given)
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """``"1,8,64"`` -> [1, 8, 64], in rising order, each once."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConadvError(f"{name} {text!r} is not a list of numbers such as 1,8,64.") from error
+    if not 1 <= found[0] <= found[-1] <= LARGEST:
+        raise ConadvError(f"{name} {text[:60]!r}: every number must be 1 to {LARGEST}.")
+    return found
+
+
+def _measure(args: PlanArgs) -> None:
+    """Measure what was asked for; rank 0 writes the file. Collective."""
+    import torch
+
+    from conadv.distributed.comm import Comm
+    from conadv.models.own import trust
+    from conadv.planning.measure import measure_link, measure_phases
+    from conadv.training.allocator import keep_freed_memory
+
+    work = args.workload
+    trust(work.model)
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+    keep_freed_memory()
+    comm = Comm.from_environment(work.device)
+    try:
+        with comm.agreed():
+            profile = load(args.profile) if args.measure == "link" and comm.is_main else None
+        if args.measure != "link":
+            names = Workload.model_fields
+            chosen = {name: value for name, value in asdict(work).items() if name in names}
+            sizes = numbers("--workload.batches", work.batches)
+            profile = measure_phases(Workload.model_validate(chosen), sizes, work.rounds, comm)
+        link = None
+        if args.measure == "link" or (args.measure == "all" and comm.ranks > 1):
+            link = measure_link(comm)
+        if profile is not None:
+            save(profile.model_copy(update={"link": link}), args.profile)
+    finally:
+        comm.close()
+
+
+# ---- the table
+
+DROPPED = (
+    "GiB",
+    "micro-batch",
+    "batch",
+    "device-s\nper epoch",
+    "hidden",
+    "overhead",
+    "limit",
+    "basis",
+)
+"""Columns that a terminal too narrow for all goes without, in this order."""
+LEFT = ("method", "executor", "micro-batch", "limit", "basis")
+LEGEND = (
+    "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the number of "
+    "ranks, L the link.",
+    "executor: learners, or learners:attack ranks. Devices beyond them would make no step faster.",
+    "overhead: step time over that of noise on as many learners; hidden: the share of the attack's time that "
+    "the step does not pay for.",
+    "limit: what the step would gain most by, were it free; memory, where it made the micro-batch smaller.",
+)
+
+
+def show(
+    planner: Planner,
+    rows: Sequence[Row],
+    omitted: Sequence[dict[str, Any]],
+    args: PlanArgs,
+    console: Console | None = None,
+) -> None:
+    """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
+    console = console or Console(highlight=False)
+    console.print(printable(about(planner)), markup=False)
+    names, unlimited = list(cells(rows[0], args)), console.options.update(width=1000)
+    table = table_of(rows, names, args)
+    for name in DROPPED:
+        if console.measure(table, options=unlimited).maximum > console.width:
+            names.remove(name)
+            table = table_of(rows, names, args)
+    console.print(table)
+    for line in (*LEGEND, *_stream(planner.profile, rows), *_left_out(omitted)):
+        console.print(f"- {line}", markup=False)
+
+
+def table_of(rows: Sequence[Row], names: Sequence[str], args: PlanArgs) -> Table:
+    """One line per row, a section for each number of devices."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        here = row.global_batch, row.devices
+        ends = following is not None and here != (following.global_batch, following.devices)
+        values = cells(row, args)
+        table.add_row(*(values[name] for name in names), end_section=ends)
+    return table
+
+
+def cells(row: Row, args: PlanArgs) -> dict[str, str]:
+    """Column -> text."""
+    found, layout = row.prediction, row.prediction.layout
+    epoch = found.device_seconds_per_image * args.images_per_epoch
+    split = f"ranks {layout.learners}:{layout.attack_ranks}"
+    values = {
+        "devices": f"{row.devices}",
+        "batch": f"{row.global_batch}",
+        "method": row.method,
+        "executor": split if layout.attack_ranks else f"inline {layout.learners}",
+        "micro-batch": f"{layout.micro_batch} x {layout.accumulation}",
+        "step": duration(found.step),
+        "total": duration(found.step * (args.steps or 0)),
+        "images/s": f"{found.images_per_second:,.0f}",
+        "overhead": f"{row.overhead:.2f}",
+        "hidden": "-" if row.hidden is None else f"{100 * row.hidden:.0f} %",
+        "device-s\nper epoch": f"{epoch:,.0f}",
+        "GiB": f"{row.memory / GIB:.2f}",
+        "limit": row.limit,
+        "basis": "".join(name[0].upper() for name in row.extrapolated) or "m",
+        "cost": f"{epoch / 3600 * (args.price or 0):,.2f}",
+    }
+    unasked = {"total": args.steps, "cost": args.price}
+    return {name: text for name, text in values.items() if unasked.get(name, 0) is not None}
+
+
+def about(planner: Planner) -> str:
+    """The workload, the machine and the link on one line."""
+    profile, work, link = planner.profile, planner.profile.workload, planner.link
+    device = "device" if profile.device == "cuda" else "processor"
+    rate = (
+        "none"
+        if link is None
+        else f"{8e-9 / link.seconds_per_byte:.3g} Gbit/s and {1e6 * link.latency:.3g} us per step of an "
+        "all-reduce"
+    )
+    return (
+        f"{work.model}, {work.image_size}x{work.image_size}, {work.precision}, {work.optimizer}; measured on "
+        f"{profile.machine.get(device, profile.device)}, {profile.processes} process(es) of "
+        f"{profile.threads} thread(s); link: {rate}"
+    )
+
+
+def _stream(profile: Profile, rows: Sequence[Row]) -> Iterator[str]:
+    found = [(row, row.prediction) for row in rows if row.prediction.lower < row.prediction.step]
+    if profile.device == "cuda" and found:
+        gains = "; ".join(
+            f"{row.method} on {row.devices}: {duration(each.lower)} to {duration(each.step)}"
+            for row, each in found
+        )
+        yield f"stream executor, bounds of a step, not measured: {gains}."
+
+
+def _left_out(omitted: Sequence[dict[str, Any]]) -> Iterator[str]:
+    reasons: dict[str, list[str]] = {}
+    for each in omitted:
+        reasons.setdefault(each["reason"], []).append(f"{each['method']} on {each['devices']}")
+    for reason, which in reasons.items():
+        yield f"left out: {', '.join(which)}: {reason}"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Images per second and overhead over devices for the first global batch, as a picture.
+
+    Filled markers are within what was measured, empty ones beyond.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.global_batch == rows[0].global_batch]
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    values = (lambda row: row.prediction.images_per_second, lambda row: row.overhead)
+    titles = ("Images per second (clean images)", "Overhead: step time over that of noise")
+    for axes, value, title in zip(panels, values, titles, strict=True):
+        for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+            mine = [row for row in rows if row.method == method]
+            x, y = [row.devices for row in mine], list(map(value, mine))
+            axes.plot(x, y, color=f"C{number}", label=method, linewidth=1.4)
+            for a, b, row in zip(x, y, mine, strict=True):
+                fill = "white" if row.extrapolated else f"C{number}"
+                axes.plot(a, b, "o", color=f"C{number}", markerfacecolor=fill, markersize=5)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="devices (empty marker: beyond what was measured)", title=title)
+        axes.set_xticks(ticks := sorted({row.devices for row in rows}), [f"{n}" for n in ticks])
+        axes.grid(alpha=0.25)
+    panels[0].set_yscale("log")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

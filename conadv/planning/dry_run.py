@@ -1,0 +1,282 @@
+"""``conadv train --dry-run``: everything up to the first step, and what the run is going to be."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conadv.config.schema import Config, accumulation, micro_batch
+from conadv.data.images import BadImage
+from conadv.data.splits import PhotoSplit
+from conadv.distributed.comm import Comm
+from conadv.distributed.environment import processes_here
+from conadv.engine.execution import Execution
+from conadv.errors import ConadvError, printable
+from conadv.models.small import WIDTH
+from conadv.optim.groups import describe
+from conadv.planning import memory
+from conadv.planning.cost_model import KINDS, Layout, Planner
+from conadv.planning.memory import gib
+from conadv.planning.timing import burst
+from conadv.planning.trial import Shape, Trial
+from conadv.training import checkpoint
+from conadv.training.observer import Observer, Silent
+from conadv.training.run_dir import RunDir
+from conadv.training.trainer import Parts, admit, build, overview
+
+SAMPLE = 512
+"""So many image files of a split are read; `conadv check` reads all."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step and where they come from. notes: how the run may differ."""
+
+    step: float
+    source: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run is going to be. Sizes in bytes.
+
+    schedule: step -> learning rate. groups: the optimizer's (:func:`conadv.optim.describe`).
+    files_read, bad_files: of the sample of image files. memory_free: None if it is not known.
+    gradient_images: per clean image (docs/record.md).
+    waiting: the part of a checkpoint that is images for later steps. checkpoints: files at a time.
+    """
+
+    overview: tuple[str, ...]
+    first_step: int
+    steps: int
+    steps_per_epoch: int
+    images: dict[str, int]
+    files_read: int
+    bad_files: tuple[str, ...]
+    schedule: Callable[[int], float]
+    groups: list[dict[str, Any]]
+    gradient_images: float
+    device: str
+    memory_needed: int
+    memory_free: int | None
+    checkpoint: int
+    waiting: int
+    checkpoints: int
+    disk_free: int
+    time: Time
+
+
+def preview(
+    config: Config,
+    out: Path,
+    *,
+    comm: Comm,
+    execution: Execution | None = None,
+    observer: Observer | None = None,
+    planner: Planner | None = None,
+    link_given: bool = False,
+    **existing: bool,
+) -> Preview:
+    """Check data, settings, memory and disk as a run into ``out`` would need them; no step is made.
+
+    Writes nothing (data.download aside) and leaves ``out`` as it is. ``planner``: predicts the time by
+    a measured profile; without it a few steps of one micro-batch of random images are timed.
+    ``existing``: resume, overwrite, auto_resume, as in training. The micro-batch must be settled.
+    Raises ConadvError for all that :func:`conadv.training.trainer.train` would stop at before its
+    first step, and where image files in the sample cannot be read, or memory or disk are too small.
+    Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
+    """
+    observer = observer if observer and comm.is_main else Silent()
+    run = RunDir(out)
+    config, resume = admit(config, run, comm, observer, execution, **existing)
+    parts = build(config, comm.device, observer, comm, execution)
+    data, micro = parts.data, micro_batch(config)
+    learners, attackers = len(parts.teams.learners), len(parts.teams.attackers)
+    shape = Shape(data.channels, data.image_size, data.num_classes)
+    with comm.agreed():
+        read, bad = read_sample(parts) if comm.is_main else (0, [])
+        trial = Trial(config, shape, Comm(device=comm.device), min(2, micro))
+        needed = trial.run_bytes(learners, attackers, micro)
+        free = memory.available(comm.device)
+    comm.all_reduce(
+        torch.zeros(1, device=comm.device)
+    )  # a barrier: none takes memory while others look
+    with comm.agreed():
+        if free is not None and needed - trial.sizes.weights > free:  # the run's model is there
+            raise ConadvError(
+                f"A step needs at least {gib(needed)} and {comm.device} has {gib(free)} left. Use "
+                "--micro-batch-size auto or a smaller one, bf16, a smaller image_size or model, or "
+                "more ranks."
+            )
+        saved, waiting = checkpoint_bytes(parts, trial)
+        count, disk_free = checkpoints_at_a_time(parts), free_disk(out)
+        if comm.is_main and saved * count > disk_free:
+            raise ConadvError(
+                f"The checkpoints take {gib(saved * count)} ({count} of {gib(saved)}), and "
+                f"{printable(out)} has {gib(disk_free)} left. Free some space, choose another --out, or "
+                f"a smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
+                "(--pending-dtype)."
+            )
+        if planner is None:
+            time = trial_time(parts, shape)
+        else:
+            time = predicted_time(parts, planner, link_given)
+    slowest = max(comm.gather_objects(time.step), default=0.0)
+    everyones = [value for value in comm.gather_objects(free) if value is not None]
+    done = checkpoint.steps(run.checkpoints) if resume and comm.is_main else []
+    held_out = data.source.validation
+    extra = (("aug", config.data.aug_view), ("adv", parts.method.route))
+    views = ["clean", *(name for name, there in extra if there is not None)]
+    return Preview(
+        overview=tuple(overview(parts)),
+        first_step=done[-1] if done else 0,
+        steps=parts.num_steps,
+        steps_per_epoch=data.order.steps_per_epoch,
+        images={
+            "training": data.train_size,
+            "validation": 0 if held_out is None else len(held_out.labels),
+            "test": data.test_size,
+        },
+        files_read=read,
+        bad_files=tuple(bad),
+        schedule=parts.schedule,
+        groups=describe(parts.groups),
+        gradient_images=parts.method.gradient_images(views, micro),
+        device=str(comm.device),
+        memory_needed=needed,
+        memory_free=min(everyones, default=None),
+        checkpoint=saved,
+        waiting=waiting,
+        checkpoints=count,
+        disk_free=disk_free,
+        time=Time(slowest, time.source, time.notes),
+    )
+
+
+def read_sample(parts: Parts) -> tuple[int, list[str]]:
+    """Image files that were read, and those of them that are broken.
+
+    Raises ConadvError where the run would stop at one of them.
+    """
+    source, bad, read = parts.data.source, [], 0
+    for split in (source.train, source.validation, source.test):
+        if not isinstance(split, PhotoSplit):
+            continue
+        count = len(split.labels)
+        for index in sorted({index * count // SAMPLE for index in range(SAMPLE)}):  # of every class
+            read += 1
+            try:
+                split.listing.read(index)
+            except BadImage as error:
+                bad.append(printable(": ".join(split.listing.bad(index, error))))
+    if bad and not parts.data.skip_bad:
+        raise ConadvError(
+            f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}. "
+            "`conadv check DIR` lists all; replace or remove them, or train with --on-bad-image skip."
+        )
+    return read, bad
+
+
+# ---- disk
+
+
+def checkpoint_bytes(parts: Parts, trial: Trial) -> tuple[int, int]:
+    """Bytes of a checkpoint, and what of it is images, with labels, that wait on all ranks.
+
+    The rest: weights and buffers, their average, and the optimizer's state.
+    """
+    config, method = parts.config, parts.method
+    batches = method.ahead or int(method.needs_input_gradient)
+    dtype: torch.dtype = getattr(torch, config.pending_dtype or "float32")
+    image = trial.sizes.image // 4 * dtype.itemsize + 8
+    waiting = int(config.global_batch_size * batches * config.attack.share * image)
+    tensors = (x for x in parts.model.state_dict().values() if isinstance(x, Tensor))
+    model = sum(x.nbytes for x in tensors) * (1 + (config.ema.decay is not None))
+    return model + trial.sizes.optimizer_state + waiting, waiting
+
+
+def checkpoints_at_a_time(parts: Parts) -> int:
+    """A new checkpoint is complete before an older one is removed."""
+    settings, planned = parts.config.checkpoint, 1
+    if settings.every_epochs is not None:
+        period = max(1, round(settings.every_epochs * parts.data.order.steps_per_epoch))
+        planned = -(-parts.num_steps // period)
+    return min(settings.keep + 1, planned) + settings.keep_best
+
+
+def free_disk(out: Path) -> int:
+    folders = (out.absolute(), *out.absolute().parents)
+    return shutil.disk_usage(next(folder for folder in folders if folder.exists())).free
+
+
+# ---- time
+
+
+def trial_time(parts: Parts, shape: Shape) -> Time:
+    """From steps of one micro-batch on this device, times the accumulation. Each rank for itself."""
+    config = parts.config
+    count = accumulation(config, len(parts.teams.learners))
+    trial = Trial(config, shape, Comm(device=parts.engine.device), micro_batch(config))
+    seconds = burst(trial.phases, 1).seconds or 0.0
+    notes = ["without loading images"]
+    if parts.teams.world.ranks > 1:
+        notes.append("without communication between ranks")
+    if count > 1:
+        notes.append("the optimizer's update is counted once per micro-batch")
+    return Time(seconds * count, "of random images on this device", tuple(notes))
+
+
+def predicted_time(parts: Parts, planner: Planner, link_given: bool = False) -> Time:
+    """By the cost model, for as many ranks as there are now.
+
+    Raises ConadvError for what a profile cannot predict, and for several ranks without a link.
+    """
+    config, teams = parts.config, parts.teams
+    method = config.method + ("-lookahead" if config.lookahead else "")
+    if method == "conadv" and config.staleness == 0:
+        method = "disadv"
+    if method not in KINDS:
+        raise ConadvError(
+            f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out."
+        )
+    learners, attackers = len(teams.learners), len(teams.attackers)
+    layout = Layout(learners, attackers, micro_batch(config), accumulation(config, learners))
+    found = planner.predict(method, layout)
+    outside = planner.extrapolated(found, link_given)
+    notes = ["without loading images", *differences(parts, planner)]
+    if outside:
+        notes.append(f"extrapolated: {', '.join(outside)} beyond what was measured")
+    return Time(found.step, "predicted from the profile", tuple(notes))
+
+
+def differences(parts: Parts, planner: Planner) -> Iterator[str]:
+    """Where the profile was measured on something else than this run."""
+    config, data, profile = parts.config, parts.data, planner.profile
+    work = profile.workload
+    pairs = {
+        "model": (work.model, config.model.name),
+        "model width": (work.width or WIDTH, config.model.width or WIDTH),
+        "model.args": (sorted(work.args), sorted(config.model.args)),
+        "classes": (work.num_classes, data.num_classes),
+        "image size": (work.image_size, data.image_size),
+        "channels": (work.channels, data.channels),
+        "precision": (work.precision, config.precision),
+        "optimizer": (work.optimizer, config.optim.name),
+        "channels_last": (work.channels_last, config.channels_last),
+        "compile": (False, config.compile),
+        "attack steps": (1, config.attack.num_steps),
+        "attack.share": (1, config.attack.share),
+        "third view": (None, config.data.aug_view),
+        "device": (profile.device, parts.engine.device.type),
+        "processes per host": (profile.processes, processes_here()),
+    }
+    for name, (measured, mine) in pairs.items():
+        if measured != mine:
+            yield f"the profile is of {name} {measured}, the run has {mine}: measure one of its own"
