@@ -4,19 +4,19 @@
 #   benchmarks/timelines.sh [--out DIR] [RATE]
 #
 # single    one process
-# disadv    two hosts with a link of RATE Mbit/s (default 800) between them: the attack inside the step
+# disadv    two hosts with a link of RATE Mbit/s (default 400) between them: the attack inside the step
 # inline    the same link: the attack beside the gradients' sum
 # ranks     one learner and one attack rank on this machine
 #
 # Needs root for the two hosts, like benchmarks/two_hosts.sh, and 2 cores; about 3 minutes. DIR (default runs/timelines)
-# gets the runs, a picture and a trace of each, and shares.txt.
+# gets the runs, of each a picture, a trace and the record that it is drawn from (NAME.jsonl), and shares.txt.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 out=runs/timelines
 [ "${1:-}" != --out ] || { out=${2:?--out needs a folder} && shift 2; }
-rate=${1:-800}
+rate=${1:-400}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export PYTHON PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1 OUT=$out
@@ -46,4 +46,5 @@ for run in single disadv inline ranks; do
     echo "== $run"
     "$PYTHON" -m conadv timeline "$out/$run" --out "$out/$run/timeline"
     cp "$out/$run/timeline/timeline.png" "$out/$run.png"
+    grep -E '^\{"type": "(header|step|timeline)"' "$out/$run/record.jsonl" >"$out/$run.jsonl"
 done | grep -v -E "^(trace|picture): " | tee "$out/shares.txt"

@@ -1,4 +1,4 @@
-"""Models at equal training loss: which of a run's checkpoints to analyse, so that sharpness can be compared."""
+"""Which checkpoint of a run to analyse, so that runs are compared at equal training loss."""
 
 from __future__ import annotations
 
@@ -14,50 +14,42 @@ from conadv.errors import ConadvError, printable
 from conadv.nn.ema import evaluated_state
 from conadv.training import checkpoint
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import Parts, load_run
+from conadv.training.trainer import load_run
 
 FACTOR = 2.0
-"""Losses further apart than this are not called equal: Hessian and gradient go with the loss (docs/analysis.md)."""
+"""Losses further apart than this are not equal: Hessian and gradient go with the loss."""
 
 
 def step_at_loss(path: Path, target: float, count: int, device: torch.device) -> int:
-    """The step of the kept checkpoint whose training loss is nearest to ``target`` by its logarithm; the later of two.
+    """The step of the checkpoint whose loss on ``count`` training images is nearest to ``target``.
 
-    The loss is the one that the analysis has: clean route, eval mode, ``count`` images, float32. Damaged checkpoints
-    are passed over. Ranks: one process.
+    Nearest by the logarithm; of two equally near ones the later. The loss is that of the analysis:
+    clean route, eval mode, float32. Damaged checkpoints are passed over. Ranks: one process.
 
-    Raises ConadvError where no checkpoint's loss lies within ``FACTOR`` of the target.
+    Raises ConadvError where no checkpoint's loss is within ``FACTOR`` of the target.
     """
-    parts, losses = load_run(path, device), {}
-    folder = RunDir(path).checkpoints
+    parts, folder = load_run(path, device), RunDir(path).checkpoints
+    x, y = images(parts.data, "train", count)
+    losses = {}
     for step in checkpoint.steps(folder):
         try:
-            losses[step] = _loss(parts, checkpoint.load_step(folder, step, device), count)
+            state = checkpoint.load_step(folder, step, device)
+            with checkpoint.giving(state):
+                load_weights(parts.model, evaluated_state(state))
         except checkpoint.DamagedCheckpoint:
             continue
-    apart = {
-        step: abs(math.log(loss / target)) for step, loss in losses.items() if 0 < loss < math.inf
-    }
+        try:
+            train = clean_objective(parts.model, x, y, parts.space)
+            losses[step] = train.value(train.theta).loss
+        except ConadvError:  # training had diverged by this step
+            losses[step] = math.nan
+    apart = {step: abs(math.log(loss / target)) for step, loss in losses.items() if loss > 0}
     best = min(apart, key=lambda step: (apart[step], -step), default=None)
     if best is None or apart[best] > math.log(FACTOR):
-        nearest = (
-            "none has a loss above 0"
-            if best is None
-            else f"the nearest is {losses[best]:.3g}, at step {best}"
-        )
+        nearest = "" if best is None else f": the nearest has {losses[best]:.3g}, at step {best}"
         raise ConadvError(
-            f"{printable(path)} has no checkpoint with a training loss within a factor of {FACTOR:g} of {target:g} "
-            f"among {len(losses)}: {nearest}. Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose "
-            "another loss, one that all runs pass."
+            f"None of the {len(losses)} checkpoints of {printable(path)} has a training loss within a "
+            f"factor of {FACTOR:g} of {target:g}{nearest}. Train with --checkpoint.every-epochs 1 "
+            "--checkpoint.keep 1000, or choose a loss that all runs pass."
         )
     return best
-
-
-def _loss(parts: Parts, state: dict[str, object], count: int) -> float:
-    with checkpoint.giving(state):
-        load_weights(parts.model, evaluated_state(state))
-    try:
-        train = clean_objective(parts.model, *images(parts.data, "train", count), parts.space)
-        return train.value(train.theta).loss
-    except ConadvError:  # diverged at this step
-        return math.nan

@@ -1,138 +1,118 @@
-"""Top eigenvalues (Lanczos) and trace (Hutchinson) of a matrix that is known by its products with vectors."""
+"""Largest eigenvalues and trace of the loss's Hessian, by products with vectors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from torch import nn
 
-from conadv.errors import ConadvError
+from conadv.analysis.objective import Objective
+from conadv.errors import ConadvError, install
 
-Product = Callable[[Tensor], Tensor]
-"""v (P) -> H v (P), H symmetric."""
+Vectors = npt.NDArray[np.float64]
+
+# ARPACK keeps pairs that miss its tolerance to itself. We want all: the residuals say how good they are.
+_ANY_ACCURACY = 1e30
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What Lanczos found.
+    """The algebraically largest eigenvalues, descending.
 
-    eigenvalues: the algebraically largest, descending. residuals: |H u - lambda u| for each with its unit Ritz vector
-    u: a true eigenvalue lies within this distance. iterations: products with H. ``basis``: the orthonormal Lanczos
-    vectors; ``captured``: the trace of H on their span.
+    residuals: |H u - lambda u|; a true eigenvalue is no further than this from lambda. vectors_PK:
+    unit vectors of these and of all others that Lanczos saw, the best first; captured: the trace of H
+    on their span.
     """
 
     eigenvalues: list[float]
     residuals: list[float]
-    iterations: int
-    basis: list[Tensor]
+    vectors_PK: Vectors
     captured: float
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Estimate of tr H and its standard error (nan for a single probe) over ``probes`` random vectors."""
+def hessian(objective: Objective) -> LinearOperator:
+    """H of L at the trained weights: ``hessian(objective) @ v``, v in float64 on the host.
 
-    value: float
-    stderr: float
-    probes: int
-
-
-def lanczos(
-    product: Product,
-    like: Tensor,
-    count: int,
-    iterations: int,
-    generator: torch.Generator,
-    tolerance: float = 1e-3,
-) -> Spectrum:
-    """The ``count`` largest eigenvalues of H by at most ``iterations`` products.
-
-    beta_{j+1} q_{j+1} = H q_j - alpha_j q_j - beta_j q_{j-1}; the eigenvalues of the tridiagonal matrix (alpha, beta)
-    approach the outer ones of H. Every new vector is orthogonalised twice against all before it, so that no eigenvalue
-    shows up more than once. Ends early when all residuals are at most ``tolerance`` times the largest |eigenvalue|, and
-    where the space is exhausted; there may then be fewer than ``count``.
-
-    ``like``: a vector with the size, dtype and device of H's; ``generator`` (CPU) draws the first vector, normal.
-    Memory: one vector per iteration. Raises ConadvError unless 1 <= count <= iterations.
-
-    Source: Lanczos 1950; Golub & Van Loan, Matrix Computations, 4th ed., section 10.1 (residuals: 10.1.4), with full
-    reorthogonalisation, 10.3.1.
+    Products are made in the model's dtype on its device. Memory: the graph of one chunk's gradient.
+    Raises ConadvError where curvlinops is not installed.
     """
-    if not 1 <= count <= iterations:
+    try:
+        with warnings.catch_warnings(record=True):  # torch deprecates what these use themselves
+            torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+            from curvlinops import HessianLinearOperator
+    except ImportError as error:
         raise ConadvError(
-            f"{count} eigenvalues in {iterations} iterations: ask for at least 1, at most 1 an iteration."
-        )
-    first = torch.randn(len(like), generator=generator, dtype=torch.float64).to(like)
-    basis = [first / first.norm()]
-    alphas: list[float] = []
-    betas: list[float] = []
-    while True:
-        w = product(basis[-1])
-        alphas.append(_dot(w, basis[-1]))
-        w = _without(_without(w, basis), basis)
-        beta = float(w.double().norm())
-        values, residuals = _ritz(alphas, betas, beta)
-        scale = max(abs(float(values[0])), abs(float(values[-1])))
-        found = values[:count].tolist(), residuals[:count].tolist()
-        good = len(alphas) >= count and max(found[1]) <= tolerance * scale
-        exhausted = len(alphas) == len(like) or beta <= 10 * torch.finfo(like.dtype).eps * scale
-        if good or exhausted or len(alphas) == iterations:
-            return Spectrum(*found, len(alphas), basis, math.fsum(alphas))
-        betas.append(beta)
-        basis.append(w / beta)
-
-
-def _ritz(alphas: list[float], betas: list[float], beta: float) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of the tridiagonal matrix, descending, and their residuals |beta * last component|."""
-    off = torch.tensor(betas, dtype=torch.float64)
-    matrix = (
-        torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        + torch.diag(off, 1)
-        + torch.diag(off, -1)
+            f"The Hessian needs curvlinops: {install('analysis')}. "
+            "Or leave the Hessian out: --eigenvalues 0 --probes 0."
+        ) from error
+    weights: list[Any] = list(objective.model.parameters())
+    operator = HessianLinearOperator(
+        objective.model,
+        nn.CrossEntropyLoss(),
+        weights,
+        objective,
+        num_data=len(objective.y_N),
+        check_deterministic=False,
     )
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), (beta * vectors[-1].abs()).flip(0)
+    return operator.to_scipy(np.float64)
+
+
+def spectrum(
+    operator: LinearOperator, count: int, iterations: int, generator: torch.Generator
+) -> Spectrum:
+    """The ``count`` largest eigenvalues by one Lanczos run of ``iterations`` products.
+
+    ``generator`` (CPU) draws the first vector, normal. Of a multiple eigenvalue Lanczos sees one copy.
+    Memory: a vector per iteration. The residuals take ``count`` more products.
+
+    Raises ConadvError unless 1 <= count < iterations <= P.
+    Source: Lanczos 1950; ARPACK (Lehoucq, Sorensen, Yang 1998), with full reorthogonalisation.
+    """
+    size = operator.shape[0]
+    if not 1 <= count < iterations <= size:
+        raise ConadvError(
+            f"{count} eigenvalues by {iterations} iterations of {size} weights: "
+            "there must be fewer eigenvalues than iterations, and no more iterations than weights."
+        )
+    start = torch.randn(size, generator=generator, dtype=torch.float64).numpy()
+    once = {"v0": start, "ncv": iterations, "maxiter": 1, "tol": _ANY_ACCURACY}
+    try:
+        values, vectors = eigsh(operator, iterations - 1, which="LA", **once)
+    except ArpackError:
+        if (operator @ start).any():
+            raise
+        values, vectors = np.zeros(count), np.zeros((size, count))  # H is zero: a loss of exactly 0
+    order = np.argsort(-values)
+    values, vectors = values[order], vectors[:, order]
+    pairs = zip(values[:count], vectors.T, strict=False)
+    residuals = [float(np.linalg.norm(operator @ u - value * u)) for value, u in pairs]
+    return Spectrum(values[:count].tolist(), residuals, vectors, float(values.sum()))
 
 
 def trace(
-    product: Product,
-    like: Tensor,
-    probes: int,
-    generator: torch.Generator,
-    known: Spectrum | None = None,
-) -> Trace:
-    """tr H = E z^T H z over Rademacher vectors z (entries +-1).
+    operator: LinearOperator, probes: int, generator: torch.Generator, known: Spectrum | None = None
+) -> tuple[float, float]:
+    """tr H and its standard error (nan for one probe) by ``probes`` >= 1 random vectors.
 
-    With ``known``, the part of the trace on Lanczos' span Q is taken as it is and only the rest is sampled:
-    tr H = tr Q^T H Q + E y^T H y with y = (I - Q Q^T) z. Unbiased all the same, and with much less variance where few
-    eigenvalues dominate. Reduces to: Hutchinson's estimator without ``known``.
+    tr H = E z^T H z with z of entries +-1 (Hutchinson's estimator). With ``known``, the trace on the
+    span of its vectors U is exact and only the rest is sampled: tr H = tr U^T H U + E y^T H y with
+    y = (I - U U^T) z. Unbiased all the same, and with less variance where few eigenvalues dominate.
 
-    ``generator`` (CPU) draws the probes and must not repeat what drew ``known``'s first vector.
-    Raises ConadvError for probes < 1.
-
-    Source: Hutchinson 1990; with deflation, Meyer, Musco, Musco, Woodruff, "Hutch++", arXiv 2010.09649 (theirs spans Q
-    by H times random vectors).
+    ``generator`` (CPU) draws z and must not repeat the draws of ``known``.
+    Source: Hutchinson 1990; deflation as in Hutch++ (Meyer et al., arXiv 2010.09649).
     """
-    if probes < 1:
-        raise ConadvError(f"{probes} probes: the trace needs at least 1.")
-    basis, samples = known.basis if known else [], torch.empty(probes, dtype=torch.float64)
-    for i in range(probes):
-        sign = 2 * torch.randint(0, 2, (len(like),), generator=generator, dtype=torch.int8) - 1
-        vector = _without(sign.to(like), basis)
-        samples[i] = _dot(vector, product(vector))
-    error = float(samples.std()) / math.sqrt(probes) if probes > 1 else math.nan
-    return Trace((known.captured if known else 0.0) + float(samples.mean()), error, probes)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double())
-
-
-def _without(vector: Tensor, basis: list[Tensor]) -> Tensor:
-    """``vector`` minus its part in the span of the orthonormal ``basis``."""
-    for q in basis:
-        vector = vector - (vector @ q) * q
-    return vector
+    size, samples = operator.shape[0], []
+    for _ in range(probes):
+        y = 2.0 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.int8).numpy() - 1.0
+        if known:
+            y -= known.vectors_PK @ (known.vectors_PK.T @ y)
+        samples.append(y @ (operator @ y))
+    error = float(np.std(samples, ddof=1)) / math.sqrt(probes) if probes > 1 else math.nan
+    return float(np.mean(samples)) + (known.captured if known else 0.0), error

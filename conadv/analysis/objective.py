@@ -1,27 +1,22 @@
-"""The training objective as a function of the weights: what sharpness, Hessian and landscape are properties of."""
+"""The training loss as a function of the weights: what sharpness, Hessian and landscape measure."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
 
 from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
-
-Tick = Callable[[float], None]
-"""Hears of work done, in forward passes of one image."""
-
-GRADIENT, HVP = 3.5, 13.0
-"""Cost of a gradient and of a Hessian-vector product in forward passes: a small ResNet on one CPU core."""
 
 
 class Value(NamedTuple):
@@ -31,22 +26,16 @@ class Value(NamedTuple):
     accuracy: float
 
 
-def _ignore(work: float) -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Objective:
-    """L(theta) = mean over the images of the cross-entropy, as a function of the flat weight vector theta (P).
+    """L(theta): the mean cross-entropy over the images, as a function of the flat weights theta (P).
 
-    Made by :func:`clean_objective`: ``model`` is a plain copy of the clean route in eval mode, so batch norm uses its
-    running statistics, which do not move with theta, and L is a smooth function that does not depend on how the
-    images are cut into chunks. No label smoothing, no weight decay.
+    Made by :func:`clean_objective`. ``model`` is a plain copy of the clean route in eval mode: batch
+    norm uses its running statistics, so L is smooth and does not depend on how the images are cut
+    into chunks. No label smoothing, no weight decay. Every method leaves the copy's weights alone.
 
-    ``x_NCHW`` uint8 pixels (or floats in model space), ``y_N`` labels; ``chunk`` images go through the model at a
-    time. theta and all vectors are 1-D tensors of the model's dtype on its device, in the order of ``parameters()``.
-    ``tick`` hears of the work done. Every method is pure: the copy's own weights never change.
-
+    ``x_NCHW``: uint8 pixels, or floats in model space. ``chunk``: images in one forward pass. Vectors
+    are 1-D, in the model's dtype, on its device, in the order of ``parameters()``.
     Ranks: one process; nothing is reduced.
     """
 
@@ -55,16 +44,11 @@ class Objective:
     y_N: Tensor
     space: PixelSpace
     chunk: int = 125
-    tick: Tick = field(default=_ignore, compare=False)
 
     @property
     def theta(self) -> Tensor:
-        """The weights that the run has."""
-        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
-
-    @property
-    def images(self) -> int:
-        return len(self.y_N)
+        """The trained weights."""
+        return parameters_to_vector(self.model.parameters()).detach()
 
     def on(self, x_NCHW: Tensor, y_N: Tensor) -> Objective:
         """The same model on other images."""
@@ -73,62 +57,42 @@ class Objective:
     @torch.no_grad()
     def value(self, theta: Tensor) -> Value:
         """Loss and accuracy at theta. A sync point."""
-        weights, loss, correct = self.named(theta), 0.0, 0
-        for x, y in self._chunks():
-            logits_NK = self._logits(weights, x)
+        loss, correct = 0.0, 0
+        for x, y in self:
+            logits_NK = self._logits(theta, x)
             loss += float(F.cross_entropy(logits_NK, y, reduction="sum"))
             correct += int((logits_NK.argmax(1) == y).sum())
-            self.tick(len(y))
-        return Value(loss / self.images, correct / self.images)
+        return Value(loss / len(self.y_N), correct / len(self.y_N))
 
     def gradient(self, theta: Tensor) -> tuple[float, Tensor]:
         """(L(theta), dL/dtheta). A sync point."""
         loss, total = 0.0, torch.zeros_like(theta)
-        for x, y in self._chunks():
+        for x, y in self:
             leaf = theta.detach().requires_grad_()
-            part = self._mean_loss(leaf, x, y)
-            (gradient,) = torch.autograd.grad(part, leaf)
-            loss, total = loss + float(part.detach()), total.add_(gradient)
-            self.tick(GRADIENT * len(y))
+            # a sum over all images, not a mean of chunk means: the last chunk may be smaller
+            part = F.cross_entropy(self._logits(leaf, x), y, reduction="sum") / len(self.y_N)
+            total += torch.autograd.grad(part, leaf)[0]
+            loss += float(part.detach())
         return loss, total
 
-    def hvp(self, theta: Tensor, vector: Tensor) -> Tensor:
-        """H v, H the Hessian of L at theta, by double backward: the gradient of (dL/dtheta . v).
-
-        Memory: the graph of one chunk's gradient. Source: Pearlmutter 1994.
-        """
-        total = torch.zeros_like(theta)
-        for x, y in self._chunks():
-            leaf = theta.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self._mean_loss(leaf, x, y), leaf, create_graph=True)
-            total.add_(torch.autograd.grad(gradient @ vector, leaf)[0])
-            self.tick(HVP * len(y))
-        return total
-
-    def _mean_loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """This chunk's part of L."""
-        logits_NK = self._logits(self.named(theta), x)
-        return F.cross_entropy(logits_NK, y, reduction="sum") / self.images
-
-    def _logits(self, weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        # float64 logits cost nothing and keep the rounding of the loss far below what its differences measure
-        logits: Tensor = functional_call(self.model, weights, (x,)).double()
-        return logits
-
     def named(self, theta: Tensor) -> dict[str, Tensor]:
-        """theta in pieces: the parameters' names and shapes."""
+        """theta by parameter name, in the parameters' shapes."""
         names, like = zip(*self.model.named_parameters(), strict=True)
         pieces = theta.split([p.numel() for p in like])
-        return {
-            name: piece.view(p.shape) for name, piece, p in zip(names, pieces, like, strict=True)
-        }
+        return {n: piece.view(p.shape) for n, piece, p in zip(names, pieces, like, strict=True)}
 
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images as the model sees them, chunk by chunk, with their labels."""
         like = next(self.model.parameters())
         for x, y in zip(self.x_NCHW.split(self.chunk), self.y_N.split(self.chunk), strict=True):
             pixels = x.dtype == torch.uint8
             x = x.to(like.device, like.dtype)
             yield self.space.normalize(x / 255) if pixels else x, y.to(like.device)
+
+    def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
+        # float64 logits keep the loss's rounding far below the differences that sharpness is made of
+        logits: Tensor = functional_call(self.model, self.named(theta), (x,)).double()
+        return logits
 
 
 def clean_objective(
@@ -139,24 +103,21 @@ def clean_objective(
     *,
     dtype: torch.dtype = torch.float32,
     chunk: int = 125,
-    tick: Tick = _ignore,
 ) -> Objective:
     """The objective of the model's clean route on these images, in ``dtype``.
 
-    Works on a copy: parameters, buffers, modes, requires_grad and .grad of ``model`` stay as they are. theta holds all
-    parameters of the clean route, also frozen ones, and none of the extra routes', which the clean loss does not
-    depend on: so a model trained with and one trained without an adversarial route have the same weight space.
+    Works on a copy: parameters, buffers, modes, requires_grad and .grad of ``model`` stay as they are.
+    theta holds the clean route's parameters, frozen ones included, and none of the other routes':
+    models trained with and without an adversarial route have the same weight space.
 
-    ``space``: the normalisation, for uint8 images. Raises ConadvError without images or without weights, and for a
-    loss that is not finite at the model's own weights.
+    ``space``: the normalisation of uint8 images. Raises ConadvError without images or weights, and
+    where the loss of the trained weights is not finite.
     """
     plain = norm.strip(copy.deepcopy(model)).eval().to(dtype)
     if not len(y_N) or not any(True for _ in plain.parameters()):
         raise ConadvError("The analysis needs at least one image and a model with weights.")
-    for parameter in plain.parameters():
-        parameter.grad = None
-    found = Objective(plain, x_NCHW, y_N, space or PixelSpace(), chunk, tick)
+    found = Objective(plain, x_NCHW, y_N, space or PixelSpace(), chunk)
     loss = found.value(found.theta).loss
     if not math.isfinite(loss):
-        raise ConadvError(f"The loss of the trained model is {loss}: there is nothing to analyse.")
+        raise ConadvError(f"The trained model's loss is {loss}: there is nothing to analyse.")
     return found

@@ -1,4 +1,4 @@
-"""What an analysis of a trained model computes; two analyses with the same options can be compared."""
+"""What an analysis computes; two analyses with the same options can be compared."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Literal
 
 from conadv.errors import ConadvError
 
+_LEAST = {"images": 1, "eigenvalues": 0, "probes": 0, "keskar_steps": 1, "grid": 3}
+_LEAST |= {"robust_images": 0, "robust_steps": 1, "seed": 0}
+
 
 @dataclass(frozen=True)
 class Options:
-    """Raises ConadvError for values that contradict each other."""
+    """Raises ConadvError for values out of range and for those that contradict each other."""
 
     images: int = 500
     """Training images that everything is computed on (the landscape also on as many test images)."""
     eigenvalues: int = 5
     """How many of the largest Hessian eigenvalues; 0 leaves them out."""
     iterations: int = 20
-    """Lanczos iterations at most: Hessian-vector products; fewer where the eigenvalues have converged."""
+    """Lanczos iterations: Hessian-vector products for the eigenvalues."""
     probes: int = 10
     """Random vectors for the Hessian's trace; 0 leaves it out."""
     rho: float = 0.05
@@ -26,10 +29,10 @@ class Options:
     """Half width of Keskar's box, relative to |weight| + 1."""
     keskar_steps: int = 10
     """Gradient steps towards the box's maximum."""
-    landscape: Literal["none", "1d", "2d"] = "1d"
-    """Loss along one filter-normalised random direction; 2d adds the plane of two."""
+    landscape: Literal["none", "1d"] = "1d"
+    """Loss along one filter-normalised random direction."""
     grid: int = 21
-    """Points per direction from -1 to 1; an odd number."""
+    """Points of the landscape from -1 to 1; an odd number."""
     robust_images: int = 500
     """Test images under PGD, with the run's eval.robust_eps; 0 leaves it out."""
     robust_steps: int = 10
@@ -40,26 +43,21 @@ class Options:
     """Of every random draw; the images do not depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "keskar_steps", "robust_steps"):
-            if getattr(self, name) < 1:
-                raise ConadvError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more."
-                )
-        for name in ("eigenvalues", "probes", "robust_images", "seed"):
-            if getattr(self, name) < 0:
-                raise ConadvError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
-                )
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConadvError(f"{_option(name)} {getattr(self, name)} must be {least} or more.")
         for name in ("rho", "keskar_eps"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConadvError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} must be a number above 0."
+                    f"{_option(name)} {getattr(self, name)} must be a number above 0."
                 )
-        if self.eigenvalues > self.iterations:
+        if 0 < self.eigenvalues >= self.iterations:
             raise ConadvError(
-                f"--eigenvalues {self.eigenvalues} needs as many --iterations at least; there are {self.iterations}."
+                f"--eigenvalues {self.eigenvalues} needs more --iterations than {self.iterations}."
             )
-        if self.landscape != "none" and (self.grid < 3 or self.grid % 2 == 0):
-            raise ConadvError(
-                f"--grid {self.grid} must be an odd number, 3 or more, so that 0 is one of the points."
-            )
+        if self.grid % 2 == 0:
+            raise ConadvError(f"--grid {self.grid} must be an odd number, so that 0 is a point.")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

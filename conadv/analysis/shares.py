@@ -1,40 +1,38 @@
-"""What a step's time went into, and which part of communication and attack was hidden behind other work.
+"""What a step's time went into, and which part of communication and attack other work hid.
 
-All of it is read off one run's timeline: it says what ran beside what. It cannot say how much slower two things became
-by running side by side; only the step time of a run without the attack can (``noise``, in the same benchmark).
+All of it is read off one run's timeline: it says what ran beside what. It cannot say how much slower
+two things became by running side by side; only the step time of a run without the attack can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from conadv.analysis import phases
-from conadv.analysis.intervals import (
-    Intervals,
-    difference,
-    intersection,
-    length,
-    lengths_by_group,
-    union,
-)
-from conadv.analysis.timeline import Lane, Steps, Timeline
+from conadv.analysis.timeline import Timeline, extents
 from conadv.training.record import BESIDE
 
-Column = npt.NDArray[np.float64]
+Intervals = npt.NDArray[np.float64]
+"""(n, 2): rows of (start, end) in seconds, in any order; they may overlap."""
+
+BLOCKED = ("receive", "wait")
+"""Phases in which a process does nothing but wait for another one."""
+
+NEGLIGIBLE = 1e-3  # of a step: an "attack" phase in which nothing was attacked
 
 
 @dataclass(frozen=True)
 class Hidden:
     """How much of something lay beside other work.
 
-    seconds: what it took, per step, the mean over ranks. exposed: what of it was beside nothing and so lengthened the
-    step; with attack ranks it may be more than ``seconds``. beside: for each kind of work, the part beside it. delay:
-    seconds per step that were only beside, or only waiting for, learners who were late. share: in [0, 1], 1 - exposed /
-    seconds. by_rank: the share of each learner's own.
+    seconds: what it took per step, the mean over ranks. exposed: the part that lay beside nothing and
+    so lengthened the step; with attack ranks it may be more than ``seconds``. beside: for each kind
+    of work, the part beside it. delay: seconds per step beside, or waiting for, slower learners only.
+    by_rank: each learner's own share.
     """
 
     seconds: float
@@ -45,236 +43,157 @@ class Hidden:
 
     @property
     def share(self) -> float:
-        return _share(self.exposed, self.seconds)
+        """In [0, 1]: 1 - exposed / seconds."""
+        return min(max(1 - self.exposed / self.seconds, 0.0), 1.0)
+
+
+def covered(*sets: Intervals) -> float:
+    """Seconds in at least one interval of the sets; where intervals overlap they count once."""
+    spans = np.concatenate(sets)
+    spans = spans[np.argsort(spans[:, 0])]
+    start, end = spans.T
+    # each interval adds what reaches beyond all that began before it
+    before = np.maximum.accumulate(np.append(-np.inf, end))[:-1]
+    return float(np.maximum(end - np.maximum(start, before), 0.0).sum())
+
+
+def overlap(a: Intervals, *others: Intervals) -> float:
+    """Seconds of ``a`` beside at least one interval of the others."""
+    return max(covered(a) + covered(*others) - covered(a, *others), 0.0)
 
 
 def hidden_communication(timeline: Timeline) -> Hidden | None:
-    """The part of the gradients' communication beside which the learner computed; None if there was none.
+    """The part of the gradients' communication beside which the learner computed; None without any.
 
-    Per learner, over the steady steps: C is the time in which gradients were on the network (:func:`on_network`), W the
-    union of its phases other than "wait" and "receive". share = |C and W| / |C|. Moments in no phase count as exposed.
-    ``delay`` is its time in "wait" outside C: for slower learners. Over learners: the sum of hidden over the sum of C.
+    Per learner, over the steady steps: C is the time in which gradients were on the network
+    (:func:`on_network`), W the union of its phases other than "wait" and "receive".
+    share = |C and W| / |C|. ``delay`` is its time in "wait" outside C: for slower learners.
+    Learners are pooled: the sum of hidden over the sum of C.
     """
-    busy = [name for name in _own_phases(timeline) if name not in phases.BLOCKED]
-    gradients = on_network(timeline, timeline.steady)
-    parts = {}
-    for lane in timeline.of("learner"):
-        made, sent = lane.only(timeline.steady), gradients[lane.rank]
-        delay = length(difference(made.of("wait"), sent))
-        parts[lane.rank] = _split(made, sent, {"work": lane.of(*busy)}, delay)
-    return _pool(parts)
+    steady = timeline.within(timeline.steady)
+    gradients = on_network(steady)
+    busy = set(timeline.spans["phase"]) - {*BLOCKED, *BESIDE}
+    rows = {}
+    for rank in timeline.ranks("learner"):
+        sent, waits = _of(gradients, rank, "network"), _of(steady, rank, "wait")
+        work = overlap(sent, _of(timeline.spans, rank, *busy))
+        delay = covered(waits) - overlap(waits, sent)
+        rows[rank] = {"seconds": covered(sent), "delay": delay, "work": work}
+    return _pooled(rows, steady)
 
 
 def hidden_attack(timeline: Timeline) -> Hidden | None:
     """The part of the attack that did not lengthen the learners' steps; None if nobody attacked.
 
-    *Learners that attack themselves.* Per learner, over the steady steps: A is the union of its "attack" spans, C the
-    time in which gradients were on the network (:func:`on_network`), G the union of "gradient". share = |A and (C or
-    G)| / |A|. On one thread G never meets A, so this is the share of the attack during which gradients were on the
-    network, and the thread would have waited for them otherwise; the exposed rest, |A without C|, is at least the time
-    by which this rank would have come to its update earlier, had the attack taken no time and the network just as long.
-    It is that time exactly without ``delay``: the part of A in which this learner's gradients were under way, but those
-    of a slower one were not. Such a part counts as exposed, because the other may be slower by its own attack. On a
-    single process all of the attack is exposed. On a second stream "beside the gradient" means the same device: it is
-    no saving as such, because either may have slowed the other.
+    *Learners that attack themselves.* Per learner, over the steady steps: A is the union of its
+    "attack" spans, C the time in which gradients were on the network (:func:`on_network`), G the union
+    of "gradient". share = |A and (C or G)| / |A|. On one thread G never meets A, and the thread would
+    have waited for C otherwise; the exposed rest bounds from above by how much this rank would have
+    come to its update earlier without an attack. It is a bound because of ``delay``: the part of A in
+    which only a slower learner's gradients were missing. On a second stream G is the same device, where
+    either may slow the other.
 
-    *Attack ranks.* T is their "attack" time per step (the mean over them), E_i learner i's time per step in "receive",
-    "send" and "attack". share = 1 - E / T with E the mean of E_i, not below 0. "send" counts because a learner that has
-    to wait for its last weights to leave, on a slow link or behind a slow attack rank, waits there.
+    *Attack ranks.* T is their mean "attack" time per step, E the learners' mean time per step in
+    "receive", "send" and "attack": share = 1 - E / T, not below 0. "send" counts because a learner
+    waits there for its last weights to leave.
     """
-    if timeline.of("attack"):
-        return _on_attack_ranks(timeline)
-    gradients = on_network(timeline, timeline.steady)
-    parts = {}
-    for lane in timeline.of("learner"):
-        made = lane.only(timeline.steady)
-        attack, beside = (
-            made.of("attack"),
-            {"network": gradients[lane.rank], "gradient": lane.of("gradient")},
-        )
-        delay = length(
-            intersection(difference(attack, union(*beside.values())), lane.of("network"))
-        )
-        parts[lane.rank] = _split(made, attack, beside, delay)
-    return _pool(parts)
+    steady = timeline.within(timeline.steady)
+    if timeline.ranks("attack"):
+        return _on_attack_ranks(timeline, steady)
+    gradients, rows = on_network(steady), {}
+    for rank in timeline.ranks("learner"):
+        attack, sent = _of(steady, rank, "attack"), _of(gradients, rank, "network")
+        gradient, launched = (_of(timeline.spans, rank, name) for name in ("gradient", "network"))
+        network, both = overlap(attack, sent), overlap(attack, sent, gradient)
+        delay = overlap(attack, sent, gradient, launched) - both
+        rows[rank] = {"seconds": covered(attack), "delay": delay}
+        rows[rank] |= {"network": network, "gradient": max(both - network, 0.0)}
+    found, steps = _pooled(rows, steady), extents(steady)
+    whole = float((steps["end"] - steps["start"]).mean())
+    return found if found and found.seconds > NEGLIGIBLE * whole else None
 
 
-def on_network(timeline: Timeline, steps: range | None = None) -> dict[int, Intervals]:
-    """learner -> when gradients of these steps (all) were on the network: all had launched, the sum was not there.
+def on_network(spans: pd.DataFrame) -> pd.DataFrame:
+    """The learners' "network" spans, cut to when all learners had launched that bucket.
 
-    A rank's "network" span of a bucket begins with its own launch, but nothing can be summed before the last rank's. So
-    here it begins with the latest launch of that bucket (the n-th of the step, in the order of launches, which is the
-    same on all ranks) and ends with its completion on this rank. Depends on the clocks of different hosts agreeing.
+    A rank's own span begins with its own launch, but nothing can be summed before the last rank's. So
+    here it begins with the latest launch of that bucket (the n-th of the step; buckets leave in the
+    same order on all ranks). Depends on the clocks of different hosts agreeing.
     """
-    spans, keys = {}, {}
-    for lane in timeline.of("learner"):
-        some = lane if steps is None else lane.only(steps)
-        chosen = some.phase_n == "network"
-        spans[lane.rank], keys[lane.rank] = some.span_n2[chosen], _numbered(some.step_n[chosen])
-    if not spans:
-        return {}
-    bucket, place = np.unique(np.concatenate(list(keys.values())), return_inverse=True)
-    latest = np.full(len(bucket), -np.inf)
-    np.maximum.at(latest, place, np.concatenate(list(spans.values()))[:, 0])
-    return {rank: _from(latest[np.searchsorted(bucket, keys[rank])], spans[rank]) for rank in spans}
+    sent = spans[(spans["phase"] == "network") & (spans["role"] == "learner")]
+    bucket = sent.groupby(["rank", "step"]).cumcount()
+    latest = sent.groupby([sent["step"], bucket])["start"].transform("max")
+    return sent.assign(start=np.minimum(latest, sent["end"]))
 
 
-def _numbered(step_n: Steps) -> Steps:
-    """A key for each span, from its step and its number within the step; spans come in the order of their starts."""
-    order = np.argsort(step_n, kind="stable")
-    steps, first = np.unique(step_n[order], return_index=True)
-    number = np.empty(len(step_n), dtype=np.int64)
-    number[order] = np.arange(len(step_n)) - first[np.searchsorted(steps, step_n[order])]
-    keys: Steps = step_n * 2**32 + number
-    return keys
+def summary(timeline: Timeline) -> pd.DataFrame:
+    """What the steady steps' time went into: rows by (role, phase), columns ``median`` and ``share``.
 
-
-def _from(start: Column, spans: Intervals) -> Intervals:
-    return np.stack([np.minimum(start, spans[:, 1]), spans[:, 1]], axis=1)
-
-
-def _on_attack_ranks(timeline: Timeline) -> Hidden | None:
-    seconds = float(
-        np.mean([_per_step(lane.only(timeline.steady), "attack") for lane in timeline.of("attack")])
+    median: seconds per step, where overlapping spans count once. share: of the step's time, the mean
+    over steps and ranks. The row "step" is from the first own span's start to the last one's end.
+    "network" and "transfer" run beside the step; on CUDA with a second stream own phases overlap too,
+    and shares add up to more than 1.
+    """
+    steady = timeline.within(timeline.steady)
+    steps = extents(steady)
+    seconds = _covered_by(steady, ["role", "rank", "step", "phase"]).unstack(fill_value=0.0)
+    seconds = seconds.reindex(steps.index, fill_value=0.0)
+    seconds["step"] = steps["end"] - steps["start"]
+    shares = seconds.div(seconds["step"], axis=0)
+    table = pd.DataFrame(
+        {
+            "median": seconds.groupby("role").median().stack(),
+            "share": shares.groupby("role").mean().stack(),
+        }
     )
-    learners = [lane.only(timeline.steady) for lane in timeline.of("learner")]
-    cost = {lane.rank: _per_step(lane, *phases.FOR_ATTACK) for lane in learners}
-    if not seconds:
+    there = steady.groupby(["role", "phase"]).size().unstack(fill_value=0) > 0
+    there["step"] = True
+    order = sorted(seconds, key=lambda name: (name in BESIDE, name == "step", phases.rank(name)))
+    roles = [role for role in ("learner", "attack") if role in there.index]
+    return table.loc[[(role, name) for role in roles for name in order if there.loc[role, name]]]
+
+
+def _covered_by(spans: pd.DataFrame, keys: list[str]) -> pd.Series:
+    """:func:`covered` of the spans of each group."""
+    ordered = spans.sort_values([*keys, "start"])
+    group = [ordered[key] for key in keys]
+    before = ordered.groupby(keys)["end"].cummax().groupby(group).shift(fill_value=-np.inf)
+    more = (ordered["end"] - np.maximum(ordered["start"], before)).clip(lower=0.0)
+    return more.groupby(group).sum()
+
+
+def _of(spans: pd.DataFrame, rank: int, *names: str) -> Intervals:
+    mine = spans[(spans["rank"] == rank) & spans["phase"].isin(names)]
+    found: Intervals = mine[["start", "end"]].to_numpy(dtype=np.float64)
+    return found
+
+
+def _on_attack_ranks(timeline: Timeline, steady: pd.DataFrame) -> Hidden | None:
+    def per_step(role: str, *names: str) -> pd.Series:
+        mine = steady[steady["role"] == role].groupby("rank")
+        return pd.Series(
+            {rank: covered(_of(of, rank, *names)) / of["step"].nunique() for rank, of in mine},
+            dtype=float,
+        )
+
+    seconds = float(per_step("attack", "attack").mean())
+    cost = per_step("learner", "attack", "receive", "send")
+    exposed = float(cost.mean()) if len(cost) else 0.0
+    if not seconds > 0:
         return None
-    exposed = float(np.mean(list(cost.values()) or [0.0]))
-    beside = {"learners": max(seconds - exposed, 0.0)}
-    return Hidden(
-        seconds, exposed, beside, {rank: _share(value, seconds) for rank, value in cost.items()}
-    )
+    by_rank = (1 - cost / seconds).clip(0, 1).to_dict()
+    return Hidden(seconds, exposed, {"learners' work": max(seconds - exposed, 0.0)}, by_rank)
 
 
-def _per_step(lane: Lane, *names: str) -> float:
-    """Mean seconds per step of the lane in these phases."""
-    return length(lane.of(*names)) / max(len(np.unique(lane.step_n)), 1)
-
-
-def _split(lane: Lane, what: Intervals, beside: dict[str, Intervals], delay: float) -> Hidden:
-    """Per step of the lane; where two kinds of work overlap, the first of them counts."""
-    steps = max(len(np.unique(lane.step_n)), 1)
-    seconds, parts, rest = length(what), {}, what
-    for name, work in beside.items():
-        parts[name] = length(intersection(rest, work)) / steps
-        rest = difference(rest, work)
-    exposed = length(rest) / steps
-    return Hidden(
-        seconds / steps,
-        exposed,
-        parts,
-        {lane.rank: _share(exposed, seconds / steps)},
-        delay / steps,
-    )
-
-
-def _pool(parts: dict[int, Hidden]) -> Hidden | None:
-    """The mean over ranks of seconds, so that the share is that of all seconds; ranks without any do not count."""
-    some = [part for part in parts.values() if part.seconds > 0]
-    if not some:
+def _pooled(rows: dict[int, dict[str, float]], spans: pd.DataFrame) -> Hidden | None:
+    """Means over the ranks that have any, per step. Of a row all but seconds and delay is beside."""
+    table = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+    table = table.div(spans.groupby("rank")["step"].nunique(), axis=0)
+    table = table[table["seconds"] > 0] if rows else table
+    if table.empty:
         return None
-    return Hidden(
-        seconds=float(np.mean([part.seconds for part in some])),
-        exposed=float(np.mean([part.exposed for part in some])),
-        beside={
-            name: float(np.mean([part.beside[name] for part in some])) for name in some[0].beside
-        },
-        by_rank={rank: share for part in some for rank, share in part.by_rank.items()},
-        delay=float(np.mean([part.delay for part in some])),
-    )
-
-
-def _share(exposed: float, seconds: float) -> float:
-    return min(max(1 - exposed / seconds, 0.0), 1.0) if seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    """One phase of one role. median: seconds per step; share: of the step's time, the mean over steps and ranks."""
-
-    role: str
-    phase: str
-    median: float
-    share: float
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """The steps of one role. median: seconds from the first own span's start to the last one's end.
-
-    between: median seconds from there to the next step's start (writing the record, evaluation, checkpoints).
-    """
-
-    role: str
-    ranks: int
-    steps: int
-    median: float
-    between: float
-    phases: tuple[PhaseRow, ...]
-
-
-def summary(timeline: Timeline) -> list[StepRow]:
-    """What the steady steps' time went into, per role.
-
-    A phase's time in a step is the length of the union of its spans. A process's own phases follow each other, so that
-    their shares and the rest (nothing of the step, such as the program between phases) are the step; "network" and
-    "transfer" run beside them. On CUDA with a second stream the phases overlap, and shares add up to more.
-    """
-    return [
-        _step_row(role, lanes, timeline.steady)
-        for role in ("learner", "attack")
-        if (lanes := timeline.of(role))
-    ]
-
-
-def _step_row(role: str, lanes: Sequence[Lane], steady: range) -> StepRow:
-    tables = [_seconds(lane.only(steady)) for lane in lanes]
-    whole = np.concatenate([extent[:, 1] - extent[:, 0] for _, extent, _ in tables])
-    between = np.concatenate([_gaps(steps, extent) for steps, extent, _ in tables])
-    names = sorted(
-        {name for _, _, seconds in tables for name in seconds},
-        key=lambda name: (phases.rank(name), name),
-    )
-    rows = []
-    for name in names:
-        column = np.concatenate(
-            [seconds.get(name, np.zeros(len(steps))) for steps, _, seconds in tables]
-        )
-        share = np.divide(column, whole, out=np.zeros_like(whole), where=whole > 0)
-        rows.append(
-            PhaseRow(role, name, _median(column), float(np.mean(share)) if len(share) else 0.0)
-        )
-    return StepRow(
-        role,
-        len(lanes),
-        max(len(t[0]) for t in tables),
-        _median(whole),
-        _median(between),
-        tuple(rows),
-    )
-
-
-def _seconds(lane: Lane) -> tuple[Steps, Intervals, dict[str, Column]]:
-    """The lane's steps, their extents, and seconds per step of each phase."""
-    steps, extent = lane.extents()
-    found = {}
-    for name in np.unique(lane.phase_n):
-        chosen = (lane.phase_n == name) & np.isin(lane.step_n, steps)
-        place = np.searchsorted(steps, lane.step_n[chosen])
-        found[str(name)] = lengths_by_group(lane.span_n2[chosen], place, len(steps))
-    return steps, extent, found
-
-
-def _gaps(steps: Steps, extent: Intervals) -> Column:
-    gaps: Column = np.maximum(extent[1:, 0] - extent[:-1, 1], 0.0)[np.diff(steps) == 1]
-    return gaps
-
-
-def _median(values: Column) -> float:
-    return float(np.median(values)) if len(values) else 0.0
-
-
-def _own_phases(timeline: Timeline) -> set[str]:
-    return {str(name) for lane in timeline.lanes for name in np.unique(lane.phase_n)} - set(BESIDE)
+    beside = table.drop(columns=["seconds", "delay"])
+    exposed = (table["seconds"] - beside.sum(axis=1)).clip(lower=0.0)
+    by_rank = (1 - exposed / table["seconds"]).clip(0, 1).to_dict()
+    seconds, delay = (float(table[name].mean()) for name in ("seconds", "delay"))
+    return Hidden(seconds, float(exposed.mean()), beside.mean().to_dict(), by_rank, delay)

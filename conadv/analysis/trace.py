@@ -1,46 +1,57 @@
-"""A timeline -> the Trace Event Format (JSON object form) that chrome://tracing and ui.perfetto.dev open.
+"""A timeline -> the Trace Event Format (JSON) that ui.perfetto.dev and chrome://tracing open.
 
-A process per rank. Complete events ("X") of one thread must nest, so what overlaps lies on threads of its own: one for
-what the process does, one for an attack on a second stream, and as many for the network as messages overlap.
+A process per rank. Complete events ("X") of one thread must nest, so what overlaps lies on threads of
+its own: one for what the process does, one for an attack on a second stream, and as many for the
+network as messages overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from conadv.analysis.intervals import intersection
-from conadv.analysis.phases import BLOCKED
-from conadv.analysis.timeline import Lane, Timeline
+from conadv.analysis.shares import BLOCKED, overlap
+from conadv.analysis.timeline import Timeline
 from conadv.training.record import BESIDE
 
 Event = dict[str, Any]
-Place = tuple[str, int]
-"""(track, number): a row of a track on which no two spans overlap."""
 
 MICROSECONDS = 1e6
 TRACKS = ("compute", "attack stream", *BESIDE)
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
-    """The trace: metadata events first, then spans by start, in whole microseconds from the earliest span on."""
-    origin = min(float(lane.span_n2[:, 0].min()) for lane in timeline.lanes)
+    """The trace: metadata first, then spans by start, in whole microseconds from the earliest one."""
+    origin = float(timeline.spans["start"].min())
     names: list[Event] = []
     events: list[Event] = []
-    taken = 0  # viewers may take thread ids for unique, whatever the process
-    for lane in timeline.lanes:
-        places = rows(lane)
-        order = sorted(set(places), key=lambda place: (TRACKS.index(place[0]), place[1]))
-        threads = {place: taken + number for number, place in enumerate(order, 1)}
+    taken = 0  # thread ids are unique: viewers may ignore the process
+    for rank, lane in timeline.spans.groupby("rank"):
+        pid = rank + 1  # viewers take process 0 for the idle one
+        role = "learner" if lane["role"].iloc[0] == "learner" else "attack rank"
+        names += _names("process", f"rank {rank} ({role})", rank, pid=pid)
+        places = list(zip(tracks(lane), rows(lane), strict=True))
+        used = sorted(set(places), key=lambda place: (TRACKS.index(place[0]), place[1]))
+        threads = {place: taken + number for number, place in enumerate(used, 1)}
         taken += len(threads)
-        events += _spans(lane, places, threads, origin, timeline.staleness)
-        names += _names(lane, threads)
+        for order, ((track, row), tid) in enumerate(threads.items()):
+            names += _names(
+                "thread", f"{track} {row + 1}" if row else track, order, pid=pid, tid=tid
+            )
+        micro = np.rint((lane[["start", "end"]].to_numpy() - origin) * MICROSECONDS).astype(int)
+        columns = lane["phase"], lane["step"], micro.tolist(), places
+        for name, step, (start, end), place in zip(*columns, strict=True):
+            kind = "network" if name in BESIDE else "blocked" if name in BLOCKED else "work"
+            args = {"step": step}
+            if step in timeline.staleness:
+                args["staleness"] = timeline.staleness[step]
+            time = {"ts": start, "dur": end - start, "pid": pid, "tid": threads[place]}
+            events.append({"name": name, "cat": kind, "ph": "X", **time, "args": args})
     events.sort(
-        key=itemgetter("ts")
-    )  # stable: of those that start together, a rank's longest stays first
+        key=lambda event: event["ts"]
+    )  # stable: a rank's longest stays before what it holds
     return {
         "traceEvents": names + events,
         "displayTimeUnit": "ms",
@@ -48,82 +59,34 @@ def trace(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def tracks(lane: Lane) -> list[str]:
-    """The track of each of the n spans: "compute", "attack stream", "network" or "transfer".
+def tracks(lane: pd.DataFrame) -> list[str]:
+    """The track of each span of one rank: "compute", "attack stream", "network" or "transfer".
 
     An attack has a track of its own where it runs beside the gradient, which one thread cannot do.
     """
-    names = lane.phase_n.tolist()
-    apart = len(intersection(lane.of("attack"), lane.of("gradient"))) > 0
-    return [
-        name if name in BESIDE else "attack stream" if apart and name == "attack" else "compute"
-        for name in names
-    ]
+    times = lane[["start", "end"]].to_numpy()
+    attack, gradient = (times[lane["phase"] == name] for name in ("attack", "gradient"))
+    known = dict(zip(BESIDE, BESIDE, strict=True))
+    if overlap(attack, gradient) > 1 / MICROSECONDS:
+        known["attack"] = "attack stream"
+    return [known.get(name, "compute") for name in lane["phase"]]
 
 
-def rows(lane: Lane) -> list[Place]:
-    """The place of each of the n spans: the first row of its track that is free."""
-    taken: dict[str, list[float]] = {}
+def rows(lane: pd.DataFrame) -> list[int]:
+    """For each span of one rank the first row of its track that is free, from 0."""
+    ends: dict[str, list[float]] = {}
     found = []
-    starts, ends = lane.span_n2.T.tolist()
-    for track, start, end in zip(tracks(lane), starts, ends, strict=True):
-        used = taken.setdefault(track, [])
-        number = 0
-        while number < len(used) and used[number] > start:
-            number += 1
-        used[number : number + 1] = [end]
-        found.append((track, number))
+    for track, start, end in zip(tracks(lane), lane["start"], lane["end"], strict=True):
+        used = ends.setdefault(track, [])
+        row = next((row for row, last in enumerate(used) if last <= start), len(used))
+        used[row : row + 1] = [end]
+        found.append(row)
     return found
 
 
-def _spans(
-    lane: Lane,
-    places: list[Place],
-    threads: dict[Place, int],
-    origin: float,
-    staleness: dict[int, int],
-) -> Iterator[Event]:
-    micro = np.rint((lane.span_n2 - origin) * MICROSECONDS).astype(np.int64)
-    args = {step: {"step": step} for step in np.unique(lane.step_n).tolist()}
-    for step in args.keys() & staleness.keys():
-        args[step]["staleness"] = staleness[step]
-    starts, durations = micro[:, 0].tolist(), (micro[:, 1] - micro[:, 0]).tolist()
-    for name, start, duration, step, place in zip(
-        lane.phase_n.tolist(), starts, durations, lane.step_n.tolist(), places, strict=True
-    ):
-        yield {
-            "name": name,
-            "cat": _category(name),
-            "ph": "X",
-            "ts": start,
-            "dur": duration,
-            "pid": lane.rank + 1,  # viewers take process 0 for the idle one
-            "tid": threads[place],
-            "args": args[step],
-        }
-
-
-def _category(name: str) -> str:
-    return "network" if name in BESIDE else "blocked" if name in BLOCKED else "work"
-
-
-def _names(lane: Lane, threads: dict[Place, int]) -> Iterator[Event]:
-    pid = lane.rank + 1
-    role = "learner" if lane.role == "learner" else "attack rank"
-    yield {
-        "name": "process_name",
-        "ph": "M",
-        "pid": pid,
-        "args": {"name": f"rank {lane.rank} ({role})"},
-    }
-    yield {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": lane.rank}}
-    for order, ((track, number), tid) in enumerate(threads.items()):
-        name = track if number == 0 else f"{track} {number + 1}"
-        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
-        yield {
-            "name": "thread_sort_index",
-            "ph": "M",
-            "pid": pid,
-            "tid": tid,
-            "args": {"sort_index": order},
-        }
+def _names(what: str, name: str, order: int, **place: int) -> list[Event]:
+    event = {"ph": "M", **place}
+    return [
+        {**event, "name": f"{what}_name", "args": {"name": name}},
+        {**event, "name": f"{what}_sort_index", "args": {"sort_index": order}},
+    ]

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from conadv.analysis.shares import Hidden, StepRow, hidden_attack, hidden_communication, summary
-from conadv.analysis.timeline import Timeline, timeline
-from conadv.analysis.trace import trace
 from conadv.errors import ConadvError, printable
 from conadv.methods import METHODS
 from conadv.safe_io import refuse_links
 from conadv.training.record import BESIDE, read_lines, write_atomic
 from conadv.training.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from conadv.analysis.shares import Hidden
+    from conadv.analysis.timeline import Timeline
+
 TRACE, PICTURE = "trace.json", "timeline.png"
 EXECUTORS = ("inline", "stream", "ranks")
-NEGLIGIBLE = 1e-3  # of a step: an attack phase in which nothing was attacked
 EVEN = 0.05  # shares of ranks that lie within this are one share
 
 
@@ -33,32 +34,34 @@ class TimelineArgs:
     run: tyro.conf.Positional[Path]
     """Run directory."""
     steps: str | None = None
-    """The picture's steps as FIRST:END, END left out (default: 4 typical steps after the warm-up)."""
+    """The picture's steps as FIRST:END, END left out (default: 3 typical steps after the warm-up)."""
     out: Path | None = None
     """Folder for trace.json and timeline.png (default: RUN/timeline)."""
 
 
 def command(args: TimelineArgs) -> None:
-    """Write both files and say what they show. Raises ConadvError where the record has no spans, or bad ones."""
+    """Write both files and print what they show. Raises ConadvError for a record without valid spans."""
     steps = None if args.steps is None else parse_steps(args.steps)
     record = RunDir(args.run).record
     if not record.is_file():
         raise ConadvError(f"{printable(args.run)} is not a run: it holds no {record.name}.")
     refuse_links(args.run)
-    found = timeline(read_lines(record), str(record))
+    from conadv.analysis.timeline import timeline
+
+    found = timeline(read_lines(record), printable(record))
     out = args.out or RunDir(args.run).timeline
     _write(found, steps, out)
-    for line in text(found):
-        sys.stdout.write(line + "\n")
-    sys.stdout.write(
-        f"trace:   {printable(out / TRACE)} (open it at ui.perfetto.dev)\npicture: {printable(out / PICTURE)}\n"
-    )
+    sys.stdout.write("\n".join(text(found)) + "\n")
+    sys.stdout.write(f"trace:   {printable(out / TRACE)} (open it at ui.perfetto.dev)\n")
+    sys.stdout.write(f"picture: {printable(out / PICTURE)}\n")
 
 
 def _write(found: Timeline, steps: range | None, out: Path) -> None:
-    from conadv.analysis.picture import picture, to_png, window  # only this needs matplotlib
+    from conadv.analysis.picture import picture, window
+    from conadv.analysis.style import to_png
+    from conadv.analysis.trace import trace
 
-    image = to_png(picture(found, steps or window(found), title(found)))
+    image = to_png(picture(found, steps or window(found), title(found)), dpi=200)
     events = json.dumps(trace(found), separators=(",", ":"), allow_nan=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -74,106 +77,69 @@ def parse_steps(value: str) -> range:
     """ "40:44" -> steps 40 to 43."""
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", value, re.ASCII)
     if match is None or int(match[1]) >= int(match[2]):
-        raise ConadvError(
-            f"--steps {value} must be FIRST:END with FIRST < END, such as 40:44 for steps 40 to 43."
-        )
+        raise ConadvError(f"--steps {value} must be FIRST:END with FIRST < END, such as 40:44.")
     return range(int(match[1]), int(match[2]))
 
 
 def title(found: Timeline) -> str:
-    """The method, the executor and who takes part. Only words that this version knows: a record may hold anything."""
-    method, executor = found.setting("config", "method"), found.setting("execution", "executor")
+    """Method, executor, ranks; of what the record says only names that this version knows."""
+    method, executor = found.config.get("method"), found.execution.get("executor")
     known = (
         [method] if method in list(METHODS) else []
-    )  # a list: what is asked for may be unhashable
+    )  # a list: a record's value may be unhashable
     known += [f"executor {executor}"] if executor in EXECUTORS else []
-    roles = [
-        _count(found, role, name)
-        for role, name in (("learner", "learner"), ("attack", "attack rank"))
-    ]
-    return ", ".join([*known, " + ".join(filter(None, roles))])
-
-
-def _count(found: Timeline, role: str, name: str) -> str:
-    count = len(found.of(role))
-    return f"{count} {name}{'s' if count > 1 else ''}" if count else ""
+    counts = {"learner": len(found.ranks("learner")), "attack rank": len(found.ranks("attack"))}
+    ranks = [f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n]
+    return ", ".join([*known, " + ".join(ranks)])
 
 
 def text(found: Timeline) -> Iterator[str]:
     """The table of phases and the hidden shares in words, line by line."""
-    all_steps, steady, rows = found.steps, found.steady, summary(found)
-    part = "" if found.resumed is None else f", the part since the resume at step {found.resumed}"
+    from conadv.analysis.shares import hidden_attack, hidden_communication, summary
+
+    part = "" if found.resumed is None else f", since the resume at step {found.resumed}"
+    recorded = f"recorded: {found.steps.start} to {found.steps.stop - 1}{part}"
     yield title(found)
-    yield f"steps {steady.start} to {steady.stop - 1} (recorded: {all_steps.start} to {all_steps.stop - 1}{part})"
+    yield f"steps {found.steady.start} to {found.steady.stop - 1} ({recorded})"
     yield ""
     yield f"{'role':<9}{'phase':<12}{'median ms':>10}{'share':>9}"
-    for row in rows:
-        yield from _table(row)
+    for row in summary(found).itertuples():
+        role, phase = row.Index
+        beside = "   beside it" if phase in BESIDE else ""
+        yield f"{role:<9}{phase:<12}{_ms(row.median):>10}{_percent(row.share):>9}{beside}"
     yield ""
-    yield _communication_text(found)
-    yield from _attack_text(found, rows)
-
-
-def _table(row: StepRow) -> Iterator[str]:
-    """The step's own phases, the step, and what the network did beside it."""
-    own = [phase for phase in row.phases if phase.phase not in BESIDE]
-    for phase in own:
-        yield f"{row.role:<9}{phase.phase:<12}{_ms(phase.median):>10}{_percent(phase.share):>9}"
-    yield f"{row.role:<9}{'step':<12}{_ms(row.median):>10}{'':>9}   and {_ms(row.between)} to the next one"
-    for phase in row.phases:
-        if phase not in own:
-            yield f"{row.role:<9}{phase.phase:<12}{_ms(phase.median):>10}{_percent(phase.share):>9}   beside it"
-
-
-def _communication_text(found: Timeline) -> str:
-    hidden, learners = hidden_communication(found), found.setting("execution", "learners")
-    if hidden is None:
-        return "Communication: none; no gradients were on a network."
-    missing = isinstance(learners, int) and learners > len(found.of("learner"))
-    return (
-        f"Communication: {_percent(hidden.share)} hidden. Gradients were on the network for {_ms(hidden.seconds)} ms "
-        f"of a step, {_ms(hidden.exposed)} ms of it while the learner did nothing else{_range(hidden)}. "
-        f"For slower learners it waited {_ms(hidden.delay)} ms."
-        + (
-            " Learners are missing in the record, so that all waiting for them counts as network."
-            if missing
-            else ""
-        )
-    )
-
-
-def _attack_text(found: Timeline, rows: Sequence[StepRow]) -> Iterator[str]:
-    hidden = hidden_attack(found)
-    expected = found.setting("execution", "attack_ranks")
-    if isinstance(expected, int) and expected > len(found.of("attack")):
-        yield "Attack: unknown. The record lacks spans of attack ranks; they are written when training ends."
-    elif hidden is None or hidden.seconds < NEGLIGIBLE * rows[0].median:
-        yield "Attack: none."
-    elif found.of("attack"):
-        yield from _attack_ranks_text(found, hidden)
+    yield _hidden("Communication", hidden_communication(found))
+    if _missing(found, "learners", "learner"):
+        yield "Learners are missing in the record: waiting for them counts as communication."
+    if _missing(found, "attack_ranks", "attack"):
+        yield "Attack: unknown. Attack ranks write their spans when training ends."
     else:
-        yield _own_attack_text(hidden)
+        yield _hidden("Attack", hidden_attack(found))
+    if late := sum(step in found.late for step in found.steady):
+        yield f"{late} of {len(found.steady)} steps went without adversarial images: they came too late."
 
 
-def _own_attack_text(hidden: Hidden) -> str:
-    gradient = hidden.beside["gradient"]
-    stream = f" and {_ms(gradient)} ms beside the gradient on the same device, where each may slow the other"
-    late = f", {_ms(hidden.delay)} ms of it while slower learners were still at their gradients"
+def _missing(found: Timeline, setting: str, role: str) -> bool:
+    expected = found.execution.get(setting)
+    return isinstance(expected, int) and expected > len(found.ranks(role))
+
+
+def _hidden(name: str, hidden: Hidden | None) -> str:
+    if hidden is None:
+        return f"{name}: none."
+    beside = ", ".join(f"{_ms(value)} ms beside {work}" for work, value in hidden.beside.items())
+    shares = hidden.by_rank.values() or [0.0]
+    low, high = min(shares), max(shares)
+    spread = f" (by learner: {_percent(low)} to {_percent(high)})" if high - low > EVEN else ""
+    delay = (
+        f" Only slower learners were missing for {_ms(hidden.delay)} ms."
+        if hidden.delay > 1e-5
+        else ""
+    )
     return (
-        f"Attack: {_percent(hidden.share)} hidden. Of {_ms(hidden.seconds)} ms per step, "
-        f"{_ms(hidden.beside['network'])} ms were beside gradients on the network{stream if gradient else ''}; "
-        f"{_ms(hidden.exposed)} ms were exposed{_range(hidden)}{late if hidden.delay > 0.01 * hidden.seconds else ''}."
+        f"{name}: {_percent(hidden.share)} hidden{spread}. "
+        f"{_ms(hidden.seconds)} ms per step, {beside}, {_ms(hidden.exposed)} ms exposed.{delay}"
     )
-
-
-def _attack_ranks_text(found: Timeline, hidden: Hidden) -> Iterator[str]:
-    yield (
-        f"Attack: {_percent(hidden.share)} hidden. An attack rank attacked for {_ms(hidden.seconds)} ms per step, and "
-        f"a learner spent {_ms(hidden.exposed)} ms on it: on sending weights and on waiting for images{_range(hidden)}."
-    )
-    late = sum(step in found.late for step in found.steady)
-    if late:
-        yield f"{late} of {len(found.steady)} steps went without adversarial images, which came too late."
 
 
 def _ms(seconds: float) -> str:
@@ -182,9 +148,3 @@ def _ms(seconds: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _range(hidden: Hidden) -> str:
-    """The learners' own shares where they differ."""
-    low, high = min(hidden.by_rank.values(), default=0.0), max(hidden.by_rank.values(), default=0.0)
-    return f" (by learner: {_percent(low)} to {_percent(high)})" if high - low > EVEN else ""

@@ -1,13 +1,13 @@
-"""The staleness probe: during training, what stale and predicted weights are worth to the attack.
+"""The staleness probe: what stale and predicted weights are worth to the attack, during training.
 
-Before a probed step t it compares, on the same clean training images, the attack at theta_t with attacks at
-theta_{t-tau} and at predictions of theta_t made at step t - tau. docs/staleness.md says what it measures. Training is
-not touched: a run with the probe has the bits of a run without.
+Before a probed step t it compares, on the same clean training images, the attack at theta_t with
+attacks at theta_{t-tau} and at predictions of theta_t made at step t - tau (docs/staleness.md).
+Training is not touched: a run with the probe has the bits of a run without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,31 +38,26 @@ def period(probe: ProbeConfig, steps_per_epoch: int) -> int:
 
 
 def check_duration(probe: ProbeConfig, num_steps: int, steps_per_epoch: int) -> None:
-    """ConadvError where a run of ``num_steps`` steps is too short for what the probe is to measure."""
+    """ConadvError where ``num_steps`` steps are too few for what the probe is to measure."""
     if probe.every_epochs is None:
         return
     every = period(probe, steps_per_epoch)
     last = (num_steps - 1) // every * every
-    if not last:
+    if not last or max(probe.staleness) > last:
         raise ConadvError(
-            f"probe.every_epochs {probe.every_epochs:g} is {every} steps, but there are only {num_steps}: nothing "
-            "would be measured. Probe more often, or train longer."
-        )
-    if max(probe.staleness) > last:
-        raise ConadvError(
-            f"probe.staleness {max(probe.staleness)} has no effect: the last probed step is step {last}. "
-            "Train longer, or leave it out."
+            f"The probe measures every {every} of {num_steps} steps, the last time before step {last}: "
+            f"too early for probe.staleness {max(probe.staleness)}. Probe more often, or train longer."
         )
 
 
 class Probe:
     """Measures before steps every, 2 every, 3 every, ... of a run.
 
-    The images are a fixed subset of the training images, unaugmented, the same for all steps, points, methods and
-    seeds, in forward passes of the run's micro-batch size (batch norm sees what it sees in training).
+    The images are a fixed subset of the training images, unaugmented, the same for all steps, methods
+    and seeds, in forward passes of the run's micro-batch size: batch norm sees what it sees in training.
 
-    Memory, on the host: for each probed step and tau that lie ahead, the weights at t - tau and one prediction of each
-    predictor; on the device what the predictors need. Only steps that a probe refers to are kept.
+    Memory: on the host, for each probed step and tau that lie ahead, the weights at t - tau and one
+    prediction per predictor; on the device what the predictors need.
     Ranks: one rank measures on its own; the others wait for it at the next sum of gradients.
     """
 
@@ -80,77 +75,54 @@ class Probe:
             name: LookAhead(engine.model, engine.optimizer, lr_at, name, keep=True)
             for name in config.probe.predictors
         }
-        self._waiting: dict[
-            int, dict[int, dict[str, Weights]]
-        ] = {}  # [t][tau][predictor]: made at step t - tau
-        self._micro = list(_images(data, config))
+        # [t][tau][predictor]: weights for the probe of step t, stored or predicted at step t - tau
+        self._waiting: dict[int, dict[int, dict[str, Weights]]] = {}
+        # as many whole micro-batches as fit, or one smaller pass; the same whatever the ranks
+        wanted = min(config.probe.images, data.train_size)
+        size = min(micro_batch(config), wanted)
+        batches = replace(data, rank=0, ranks=1).eval_batches("train", wanted // size * size, size)
+        self._micro = [MicroBatch(i, y, {"clean": x}) for i, (x, y) in enumerate(batches)]
 
     def before_step(self) -> list[Line]:
         """Call before each step, at its weights: the lines of this step's probe, if it has one."""
         step = self._engine.version
         lines = self._measure(step) if self._probes(step) else []
-        self._keep(step)
-        if self._serves(step + 1):
+        for tau in filter(lambda tau: self._probes(step + tau), self._taus):
+            made = {STALE: self._engine.trainable()}
+            made |= {name: ahead.predict(step, tau) for name, ahead in self._ahead.items()}
+            on_host = {name: _on_host(weights, copy=True) for name, weights in made.items()}
+            self._waiting.setdefault(step + tau, {})[tau] = on_host
+        if any(self._probes(step + 1 + tau) for tau in self._taus):
             for ahead in self._ahead.values():
                 ahead.remember()
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """What waits for coming probes, and what they remember."""
-        return {
-            "waiting": self._waiting,
-            "ahead": {name: ahead.state_dict() for name, ahead in self._ahead.items()},
-        }
+        """What waits for coming probes, and what the predictors remember."""
+        ahead = {name: ahead.state_dict() for name, ahead in self._ahead.items()}
+        return {"waiting": self._waiting, "ahead": ahead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. Raises ConadvError where it is not this probe's."""
         check_keys(state, ("waiting", "ahead"), "its probe")
         check_keys(state["ahead"], self._ahead, "its probe's look-ahead")
-        self._check_waiting(state["waiting"])
-        self._waiting = {
-            step: {
-                tau: {name: _on_host(weights) for name, weights in made.items()}
-                for tau, made in taus.items()
-            }
-            for step, taus in state["waiting"].items()
-        }
+        own, self._waiting = self._engine.trainable(), {}
+        for step, taus in check_mapping(state["waiting"], "its probe").items():
+            check_count(step, "its probe's step", self._num_steps)
+            for tau, made in check_mapping(taus, "its probe").items():
+                check_count(tau, "its probe's staleness", step)
+                for name, weights in check_keys(made, (STALE, *self._ahead), "its probe").items():
+                    for part, value in check_keys(weights, own, f"its probe's {name}").items():
+                        check_like(value, own[part], f"{part} of its probe's {name}")
+                on_host = {name: _on_host(weights) for name, weights in made.items()}
+                self._waiting.setdefault(step, {})[tau] = on_host
         for name, ahead in self._ahead.items():
             ahead.load_state_dict(state["ahead"][name])
-
-    def _check_waiting(self, waiting: Any) -> None:
-        what, own = "its probe", self._engine.trainable()
-        for step, taus in check_mapping(waiting, what).items():
-            check_count(step, f"{what}'s step", self._num_steps)
-            for tau, made in check_mapping(taus, what).items():
-                check_count(tau, f"{what}'s staleness", step)
-                for name, weights in check_keys(made, (STALE, *self._ahead), what).items():
-                    for part, value in check_keys(weights, own, f"{what}'s {name}").items():
-                        check_like(value, own[part], f"{part} of {what}'s {name}")
-
-    # ---- when
 
     def _probes(self, step: int) -> bool:
         return 0 < step < self._num_steps and step % self._every == 0
 
-    def _serves(self, step: int) -> bool:
-        """Whether a probe needs the weights or predictions of this step."""
-        return any(self._probes(step + tau) for tau in self._taus)
-
-    def _keep(self, step: int) -> None:
-        now: Weights | None = None
-        for tau in self._taus:
-            if self._probes(step + tau):
-                now = now or _on_host(self._engine.trainable(), copy=True)
-                made: dict[str, Weights] = {STALE: now}
-                for name, ahead in self._ahead.items():
-                    made[name] = _on_host(ahead.predict(step, tau), copy=True)
-                self._waiting.setdefault(step + tau, {})[tau] = made
-
-    # ---- what
-
     def _measure(self, step: int) -> list[Line]:
-        waiting = sorted(self._waiting.pop(step, {}).items())
-        points = [(tau, name, weights) for tau, made in waiting for name, weights in made.items()]
-        true = [self._gradient(step, micro, None) for micro in self._micro]
         clean = self._loss(step, [self._engine.images(micro, "clean") for micro in self._micro])
         common = {
             "step": step,
@@ -161,33 +133,40 @@ class Probe:
             "images": sum(len(micro.y_N) for micro in self._micro),
             "eps": self._config.eps,
         }
-        found: list[tuple[int, str, float | None, float]] = [
-            (0, CURRENT, 1.0, self._loss(step, self._attacked(step, None))),
-            (0, NOISE, *self._noise(step, true)),
+        true, attacked = self._attacked(step, None)
+        signs, noisy = self._noise(step)
+        found: list[tuple[int, str, float | None, float, float | None]] = [
+            (0, CURRENT, 1.0, self._loss(step, attacked), None),
+            (0, NOISE, mean_cosine(signs, true), self._loss(step, noisy), None),
         ]
-        found += [(tau, name, *self._at(step, weights, true)) for tau, name, weights in points]
-        stale = {tau: weights for tau, name, weights in points if name == STALE}
-        errors = {(tau, name): self._error(weights, stale[tau]) for tau, name, weights in points}
+        for tau, made in sorted(self._waiting.pop(step, {}).items()):
+            for name, weights in made.items():
+                gradients, attacked = self._attacked(step, weights)
+                error = self._error(weights, made[STALE])
+                cosine = mean_cosine(gradients, true)
+                found.append((tau, name, cosine, self._loss(step, attacked), error))
+        names = ("tau", "predictor", "cosine", "loss_increase", "relative_error")
         return [
-            {
-                **common,
-                "tau": tau,
-                "predictor": name,
-                "cosine": cosine,
-                "loss_increase": loss - clean,
-                "relative_error": errors.get((tau, name)),
-            }
-            for tau, name, cosine, loss in found
+            {**common, **dict(zip(names, (tau, name, cosine, loss - clean, error), strict=True))}
+            for tau, name, cosine, loss, error in found
         ]
 
-    def _at(self, step: int, weights: Weights, true: list[Tensor]) -> tuple[float | None, float]:
-        """(cosine with the gradient at theta_t, loss at theta_t) of the attack made at other weights."""
-        there = {name: w.to(self._engine.device) for name, w in weights.items()}
-        found = [self._gradient(step, micro, there) for micro in self._micro]
-        return mean_cosine(found, true), self._loss(step, self._attacked(step, there))
+    def _attacked(self, step: int, weights: Weights | None) -> tuple[list[Tensor], list[Tensor]]:
+        """(grad_x of every image's loss, attacked images) at given weights, None for theta_t."""
+        there = weights and {name: w.to(self._engine.device) for name, w in weights.items()}
+        gradients: list[Tensor] = []
+        images: list[Tensor] = []
+        for micro in self._micro:
+            x, y_N = self._engine.images(micro, "clean").detach(), self._engine.labels(micro)
+            with self._pass(step, micro, there) as (forward, _):
+                leaf = x.clone().requires_grad_()
+                gradients += torch.autograd.grad(ascent_loss(forward(leaf), y_N, 1), leaf)
+            with self._pass(step, micro, there) as (forward, draws):
+                images.append(self._attack(forward, x, y_N, draws))
+        return gradients, images
 
-    def _noise(self, step: int, true: list[Tensor]) -> tuple[float | None, float]:
-        """The same for random signs, scaled as the attack scales its gradient."""
+    def _noise(self, step: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Random signs, and the images that they make, scaled as the attack scales its gradient."""
         space, eps, kind = self._engine.space, self._config.eps, self._config.norm
         signs, images = [], []
         for micro in self._micro:
@@ -198,36 +177,7 @@ class Probe:
                 )
                 signs.append(coins.mul_(2).sub_(1))
                 images.append(space.project(space.ascend(x, signs[-1], eps, kind), x, eps, kind))
-        return mean_cosine(signs, true), self._loss(step, images)
-
-    def _error(self, predicted: Weights, stale: Weights) -> float | None:
-        """|prediction - theta_t| / |theta_t - theta_{t-tau}|; None where nothing has moved."""
-        now = _on_host(self._engine.trainable())
-        moved = _distance(now, stale)
-        return _distance(predicted, now) / moved if moved else None
-
-    def _pass(self, step: int, micro: MicroBatch, weights: Weights | None) -> Any:
-        """All points of a probe get the same draws, so that they differ by their weights alone."""
-        return self._engine.attack_pass(
-            "probe", step, micro.index, weights=weights, route=self._route
-        )
-
-    def _gradient(self, step: int, micro: MicroBatch, weights: Weights | None) -> Tensor:
-        """grad_x of the loss of every image, like the images."""
-        x = self._engine.images(micro, "clean").detach().requires_grad_()
-        with self._pass(step, micro, weights) as (forward, _):
-            (gradient,) = torch.autograd.grad(
-                ascent_loss(forward(x), self._engine.labels(micro), 1), x
-            )
-        return gradient
-
-    def _attacked(self, step: int, weights: Weights | None) -> list[Tensor]:
-        images = []
-        for micro in self._micro:
-            with self._pass(step, micro, weights) as (forward, draws):
-                x, y_N = self._engine.images(micro, "clean"), self._engine.labels(micro)
-                images.append(self._attack(forward, x, y_N, draws))
-        return images
+        return signs, images
 
     @torch.no_grad()
     def _loss(self, step: int, images: list[Tensor]) -> float:
@@ -238,11 +188,22 @@ class Probe:
                 total += ascent_loss(forward(x), self._engine.labels(micro), 1).item() / len(x)
         return total / len(images)
 
+    def _error(self, predicted: Weights, stale: Weights) -> float | None:
+        """|prediction - theta_t| / |theta_t - theta_{t-tau}|; None where nothing has moved."""
+        now = _on_host(self._engine.trainable())
+        moved = _distance(now, stale)
+        return _distance(predicted, now) / moved if moved else None
+
+    def _pass(self, step: int, micro: MicroBatch, weights: Weights | None) -> Any:
+        """The attack's mode. All points get the same draws, so that they differ by weights alone."""
+        path = ("probe", step, micro.index)
+        return self._engine.attack_pass(*path, weights=weights, route=self._route)
+
 
 def mean_cosine(a: list[Tensor], b: list[Tensor]) -> float | None:
-    """Mean over images of cos(a_i, b_i), (N, ...) tensors; images with a zero gradient are left out, None if all are.
+    """Mean over images of cos(a_i, b_i), (N, ...) tensors; zero gradients are left out, None if all are.
 
-    In float64: gradients of images that are classified with certainty are far smaller than any fixed floor.
+    In float64: gradients of images that are classified with certainty are smaller than any fixed floor.
     """
     x, y = (torch.cat([part.detach().flatten(1) for part in parts]).double() for parts in (a, b))
     lengths = x.norm(dim=1) * y.norm(dim=1)
@@ -257,12 +218,3 @@ def _distance(a: Weights, b: Weights) -> float:
 
 def _on_host(weights: Weights, *, copy: bool = False) -> Weights:
     return {name: w.detach().to("cpu", copy=copy) for name, w in weights.items()}
-
-
-def _images(data: Data, config: Config) -> Iterator[MicroBatch]:
-    """The same images whatever the ranks: as many whole micro-batches as fit, or one smaller pass."""
-    wanted = min(config.probe.images, data.train_size)
-    size = min(micro_batch(config), wanted)
-    batches = replace(data, rank=0, ranks=1).eval_batches("train", wanted // size * size, size)
-    for index, (x, y) in enumerate(batches):
-        yield MicroBatch(index, y, {"clean": x})

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from conadv.analysis import Timeline, hidden_attack, hidden_communication, timeline
-from conadv.analysis.intervals import length
-from conadv.analysis.shares import on_network
+from conadv.analysis.shares import covered, hidden_attack, hidden_communication, on_network
+from conadv.analysis.timeline import Timeline, timeline
 from conadv.training.record import read_lines
 
 from . import jobs
@@ -40,14 +40,19 @@ def test_an_attack_before_the_gradient_is_not_hidden(two: Ranks, tmp_path: Path)
 def test_both_ranks_tell_of_the_same_buckets(two: Ranks, tmp_path: Path) -> None:
     # Red when: `on_network` takes each rank's own launch (the two lengths are then equal).
     found = timeline_of(two, tmp_path, "conadv")
-    assert [(lane.rank, lane.role) for lane in found.lanes] == [(0, "learner"), (1, "learner")]
-    first, second = (lane.step_n[lane.phase_n == "network"].tolist() for lane in found.lanes)
+    assert (found.ranks("learner"), found.ranks("attack")) == ([0, 1], [])
+    own = found.spans[found.spans["phase"] == "network"]
+    first, second = (own.loc[own["rank"] == rank, "step"].tolist() for rank in (0, 1))
     assert first == second  # the n-th bucket of a step is the same one on all ranks
     assert set(first) == set(range(6))
-    together = on_network(found)
-    launched = sum(length(lane.of("network")) for lane in found.lanes)
-    assert 0 < sum(map(length, together.values())) < launched
-    ends = [together[lane.rank][:, 1] for lane in found.lanes]
+    together = on_network(found.spans)
+
+    def total(spans: pd.DataFrame) -> float:
+        times = ["start", "end"]
+        return sum(covered(mine[times].to_numpy()) for _, mine in spans.groupby("rank"))
+
+    assert 0 < total(together) < total(own)
+    ends = [together.loc[together["rank"] == rank, "end"].to_numpy() for rank in (0, 1)]
     assert np.abs(ends[0] - ends[1]).max() < 0.5  # seconds: one clock
     communication = hidden_communication(found)
     assert communication is not None
