@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from conadv.config.schema import replace
 from conadv.errors import ConadvError, printable
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
-from conadv.sweep.pool import Outcome, cores, run_pool
+from conadv.sweep.pool import cores, run_pool
 
 BASELINE = "full batch, LARS"
 
@@ -61,10 +62,7 @@ def demo(args: DemoArgs) -> None:
 
     runs = plan(args.seeds, args.epochs)
     workers = args.jobs or min(8, cores())
-    source = Listed([run for _, run in runs])
-    display = Display(source, workers, args.out, args.quiet)
-    with display.bars:
-        run_pool(source, functools.partial(_train, args.out), workers, display)
+    _run_all([run for _, run in runs], args.out, workers, args.quiet)
     command = f"conadv demo --seeds {args.seeds}"
     command += f" --epochs {args.epochs:g}" if args.epochs else ""
     summary = write_report(
@@ -92,23 +90,17 @@ def plan(seeds: int, epochs: float | None = None) -> list[tuple[str, Run]]:
     return runs
 
 
-class Listed:
-    """A source of runs for the pool: one after the other, and every one must go well."""
-
-    def __init__(self, runs: list[Run]) -> None:
-        self._runs, self._waiting = runs, iter(runs)
-        self.results: dict[str, Result] = {}
-
-    def runs(self) -> list[Run]:
-        return self._runs
-
-    def next(self) -> Run | None:
-        return next(self._waiting, None)
-
-    def done(self, run: Run, outcome: Outcome) -> None:
-        if outcome.error is not None:
-            raise ConadvError(f"{run.name}: {outcome.error}")
-        self.results[run.name] = Result(seconds=outcome.seconds)
+def _run_all(runs: list[Run], out: Path, workers: int, quiet: bool) -> None:
+    """Train every run; the first error stops the rest."""
+    display, results, waiting = Display(out, workers, quiet), dict[str, Result](), iter(runs)
+    pool = run_pool(lambda: next(waiting, None), functools.partial(_train, out), workers)
+    with display.bars, closing(pool):
+        for going, ended in pool:
+            results |= {run.name: result for run, result in ended}
+            display.show(going, ended, runs, results)
+            for run, result in ended:
+                if result.error is not None:
+                    raise ConadvError(f"{run.name}: {result.error}")
 
 
 def _train(out: Path, run: Run) -> None:

@@ -76,7 +76,6 @@ class Facts:
 def look(folder: Path) -> Facts:
     """The facts of this machine. ``folder``: where runs will go, for the free disk."""
     info = get_env_info()
-    shm = Path("/dev/shm")
     backends = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
     return Facts(
         environment={name: str(getattr(info, name)) for name in ENVIRONMENT},
@@ -88,14 +87,14 @@ def look(folder: Path) -> Facts:
         cuda=tuple(_devices()),
         backends=tuple(name for name, there in backends.items() if dist.is_available() and there()),
         interfaces=dict(_interfaces()),
-        shm_gib=_free(shm) if shm.is_dir() else 0.0,
+        shm_gib=_free(Path("/dev/shm")),
         disk_gib=_free(folder),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
     )
 
 
 def _free(folder: Path) -> float:
-    return round(shutil.disk_usage(folder).free / GIB, 2)
+    return round(shutil.disk_usage(folder).free / GIB, 2) if folder.is_dir() else 0.0
 
 
 def _text(path: str) -> str:
@@ -204,17 +203,14 @@ def _network(f: Facts) -> Found:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         asked = f.variables.get(variable, "")
         # NCCL: all but these, and exactly these
-        if asked and not asked.startswith(("^", "=")) and not _starts(names, asked.split(",")):
+        exact = asked and not asked.startswith(("^", "="))
+        if exact and not any(name.startswith(tuple(asked.split(","))) for name in names):
             what = f"{variable} names {asked}, which is not an interface"
             yield "wrong", what, f"choose one of {', '.join(names)}"
     speeds = [speed or 10_000 for speed in f.interfaces.values()]
     if speeds and max(speeds) < 10_000:
         what = f"the fastest interface has {max(speeds) / 1000:g} Gbit/s"
         yield "note", what, "conadv plan tells what that costs on several hosts"
-
-
-def _starts(names: tuple[str, ...], prefixes: list[str]) -> bool:
-    return any(name.startswith(tuple(prefixes)) for name in names)
 
 
 RULES = (_cuda_missing, _cuda_devices, _processor, _room, _network)
@@ -239,7 +235,8 @@ def show(facts: Facts, found: list[tuple[str, str, str]], console: Console) -> N
     table.add_column(overflow="fold")
     values = asdict(facts)
     for name, value in {**values.pop("environment"), **values}.items():
-        table.add_row(Text(name.replace("_", " "), "bold"), Text(printable(value)))
+        text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        table.add_row(Text(name.replace("_", " "), "bold"), Text(printable(text)))
     for level, what, todo in found:
         text = printable(f"{what}: {todo}")
         table.add_row(Text(level, LEVELS[level]), Text(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,8 +18,9 @@ from rich.table import Column
 from conadv.cli.watch import RunState, duration
 from conadv.errors import ConadvError, printable
 from conadv.sweep.cells import Run, expand
+from conadv.sweep.choose import Result
 from conadv.sweep.folder import Folder
-from conadv.sweep.pool import Outcome, Source, cores, measure, run_pool, train_run
+from conadv.sweep.pool import Ended, cores, measure, run_pool, train_run
 from conadv.sweep.schedule import Schedule, forecast
 from conadv.sweep.spec import load_spec
 
@@ -65,13 +66,16 @@ def sweep(args: SweepArgs) -> None:
     with folder.lock() as lock:
         lock.take()
         schedule.load(forget_failed=args.retry_failed)
-        folder.write(schedule.document())
+        schedule.save()
         keep = args.keep_checkpoints
         work = functools.partial(train_run, runs=runs, keep_checkpoints=keep, device=args.device)
+        display = Display(runs, workers, args.quiet)
         try:
-            display = Display(schedule, workers, runs, args.quiet)
-            with display.bars:
-                run_pool(schedule, work, workers, display)
+            with display.bars, closing(run_pool(schedule.next, work, workers)) as pool:
+                for going, ended in pool:
+                    for run, result in ended:
+                        schedule.done(run, result)
+                    display.show(going, ended, schedule.runs(), schedule.results)
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("; the same command continues the sweep") from error
     if not args.quiet:
@@ -91,64 +95,63 @@ class Display:
     ``folder``: where the run directories are, whose records tell how far runs are.
     """
 
-    def __init__(self, source: Source, workers: int, folder: Path, quiet: bool) -> None:
-        self._source, self._workers, self._folder = source, workers, folder
+    def __init__(self, folder: Path, workers: int, quiet: bool) -> None:
+        self._folder, self._workers = folder, workers
         self._states: dict[str, tuple[TaskID, RunState, float]] = {}
-        self._shares: dict[str, tuple[float, float]] = {}
         console = Console(quiet=quiet, highlight=False)
-        name = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        name = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # cut, so that no number is
         self.bars = Progress(
             TextColumn("{task.description}", markup=False, table_column=name),
-            BarColumn(bar_width=16),
-            TextColumn("{task.percentage:3.0f} %", table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            *(
+                BarColumn(16),
+                TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("{task.fields[left]}"),
+            ),
             console=console,
             disable=quiet or not console.is_terminal,
             expand=True,
         )
         self._all = self.bars.add_task("", total=1.0, left="")
 
-    def going(self, runs: list[Run]) -> None:
-        for run in runs:
-            if run.name not in self._states:
-                task = self.bars.add_task(f"  {run.name}", total=1.0, left="")
-                state = RunState(self._folder / run.name)
-                self._states[run.name] = task, state, time.monotonic()
-            task, state, begun = self._states[run.name]
-            with suppress(ConadvError):  # an unreadable record stops its own run and nothing else
-                state.update()
-            share = state.done / (state.total or 1)
-            self._shares[run.name] = share, time.monotonic() - begun
-            self.bars.update(task, completed=share)
-        self._update()
-
-    def ended(self, run: Run, outcome: Outcome) -> None:
-        self._shares.pop(run.name, None)
-        if run.name in self._states:
-            self.bars.remove_task(self._states.pop(run.name)[0])
-        error = (outcome.error or "").partition("\n")[0]
-        how = f"failed: {error}" if error else f"{outcome.seconds:.1f} s"
-        text = printable(f"{run.name}: {how}, {self._update()}")
-        self.bars.console.print(text, markup=False, soft_wrap=True)
-
-    def _update(self) -> str:
-        """Draw the uppermost bar; returns what it says."""
-        runs, results = self._source.runs(), self._source.results
-        share, seconds = forecast(runs, results, self._shares, self._workers)
-        ended = f"{sum(run.name in results for run in runs)} of {len(runs)} runs"
+    def show(
+        self, going: list[Run], ended: Ended, runs: list[Run], results: dict[str, Result]
+    ) -> None:
+        """``runs``: all that there will be, ``results``: of those that ended."""
+        for run, _ in ended:
+            if run.name in self._states:
+                self.bars.remove_task(self._states.pop(run.name)[0])
+        shares = {run.name: self._share(run) for run in going}
+        share, seconds = forecast(runs, results, shares, self._workers)
+        count = f"{sum(run.name in results for run in runs)} of {len(runs)} runs"
         left = f"left {duration(seconds)}" if seconds else ""
-        self.bars.update(self._all, description=ended, completed=share, left=left)
-        return f"{ended} {left}".strip()
+        self.bars.update(self._all, description=count, completed=share, left=left)
+        for run, result in ended:
+            error = (result.error or "").partition("\n")[0]
+            how = f"failed: {error}" if error else f"{result.seconds:.1f} s"
+            text = printable(f"{run.name}: {how}, {count} {left}".rstrip())
+            self.bars.console.print(text, markup=False, soft_wrap=True)
+
+    def _share(self, run: Run) -> tuple[float, float]:
+        """(share done, seconds) of a run under way."""
+        if run.name not in self._states:
+            task = self.bars.add_task(f"  {run.name}", total=1.0, left="")
+            self._states[run.name] = task, RunState(self._folder / run.name), time.monotonic()
+        task, state, begun = self._states[run.name]
+        with suppress(ConadvError):  # an unreadable record stops its own run and nothing else
+            state.update()
+        if not state.total:  # it is loading its data
+            self._states[run.name] = task, state, time.monotonic()
+        share = state.done / (state.total or 1)
+        self.bars.update(task, completed=share)
+        return share, time.monotonic() - begun
 
 
 def show_troubles(schedule: Schedule) -> None:
     """What of a finished sweep a user may want to act on."""
-    errors = {name: result for name, result in schedule.results.items() if result.error is not None}
-    failed = [name for name, result in errors.items() if not result.diverged]
-    if len(errors) > len(failed):
-        _say(f"{len(errors) - len(failed)} run(s) diverged; as trials they count as worst.")
+    failed = [result.diverged for result in schedule.results.values() if result.error is not None]
     if failed:
-        _say(f"{len(failed)} run(s) failed, first {failed[0]}; see sweep.json, or --retry-failed.")
+        count = f"{len(failed)} run(s) failed, {sum(failed)} of them diverged (the worst trials)"
+        _say(f"{count}: see sweep.json; --retry-failed tries again.")
     for index, cell in enumerate(schedule.plan.cells):
         if schedule.blocked(index):
             _say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")

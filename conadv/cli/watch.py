@@ -24,15 +24,8 @@ from conadv.training.documents import read_sweep
 
 DEPTH = 4
 """Levels of folders in which runs are looked for."""
-STATES = {
-    "running": "green",
-    "waiting": "cyan",
-    "silent": "yellow",
-    "failed": "bold red",
-    "stopped": "bold red",
-    "finished": "bold green",
-}
-"""How a run stands -> its colour, in the order of the table."""
+STATES = ("running", "waiting", "silent", "failed", "stopped", "finished")
+"""How a run may stand, in the order of the table."""
 SLOW_PHASES = {
     "data": "use more --data.num-workers, smaller files or a faster disk",
     "wait": "ranks wait for the network or for each other, see conadv timeline",
@@ -70,7 +63,7 @@ class WatchArgs:
 def number(values: Values, key: str) -> float | None:
     """The number below ``key``; None where a hostile or older file has something else there."""
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     return value if abs(value) < 1e100 else None
 
@@ -80,6 +73,13 @@ def mapping(values: Values, key: str) -> Values:
     found = values.get(key)
     entries = list(found.items())[:12] if isinstance(found, dict) else []
     return {printable(name[:20]): value for name, value in entries}
+
+
+def shown(values: Values, key: str, percent: bool = False) -> str:
+    value = number(values, key)
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f} %" if percent else f"{value:.{10 if value == int(value) else 4}g}"
 
 
 class RunState:
@@ -136,18 +136,15 @@ class RunState:
             line = {"type": "broken"}
         kind = str(line.get("type"))
         self.counts[kind] += 1
-        if kind == "step":
-            self.ended = None
-            self.recent.append(line)
-            self.counts["skipped"] += bool(line.get("skipped"))
-            self.counts["late"] += line.get("late") is True
-            if (loss := number(line, "loss")) is not None:
-                self.losses.append(loss)
-        elif kind == "header":
+        if kind == "header":
             self.header = line
+        elif kind == "step":
+            self.recent.append(line)
+            self.losses += [loss for loss in [number(line, "loss")] if loss is not None]
+            self.counts.update(name for name in ("skipped", "late") if line.get(name))
         elif kind == "eval":
             self.evals[printable(str(line.get("split"))[:20])] = line
-        elif kind in ("stop", "error", "resume"):
+        if kind in ("step", "stop", "error", "resume"):
             self.ended = {"stop": "stopped", "error": "failed"}.get(kind)
         if kind in ("stop", "error", "resume", "bad_image") or line.get("skipped"):
             names = ("step", "skipped", "signal", "message", "path", "reason", "damaged")
@@ -173,6 +170,11 @@ class RunState:
         known = [number(step, "seconds") or 0.0 for step in self.recent]
         return median(known[1:] or known) if known else 0.0
 
+    def left(self) -> str:
+        """The time that the steps to come take; empty unless the run is going."""
+        seconds = self.step_seconds() * max(0, self.total - self.done)
+        return duration(seconds) if self.state() == "running" else ""
+
     def phase_shares(self) -> dict[str, float]:
         """Phase -> its share of the recent steps, the largest first."""
         sums: Counter[str] = Counter()
@@ -183,9 +185,11 @@ class RunState:
 
     def age(self) -> float:
         """Seconds since the run wrote something."""
-        return time.time() - max(
-            file.lstat().st_mtime for file in (self.path, *self.path.iterdir())
-        )
+        times = [0.0]
+        for path in (self.path, self.path / "record.jsonl"):
+            with suppress(OSError):
+                times.append(path.lstat().st_mtime)
+        return time.time() - max(times)
 
     def state(self) -> str:
         """One of STATES."""
@@ -210,39 +214,25 @@ class RunState:
         """(label, value) of everything that is shown in numbers."""
         config = self.header.get("config")
         config = config if isinstance(config, dict) else {}
-        names = " ".join(str(config.get(key, "-")) for key in ("recipe", "method"))
+        names = (f"{key} {config.get(key, '-')}"[:40] for key in ("recipe", "method", "seed"))
         ranks = shown(self.header, "ranks")
-        yield (
-            "run",
-            printable(f"{self.name}  {names[:80]}  seed {shown(config, 'seed')}  ranks {ranks}"),
-        )
+        yield "run", printable("  ".join([self.name, *names, f"ranks {ranks}"]))
         share = f"{100 * self.done / self.total:.0f} %  " if self.total else ""
-        seconds, steps = self.step_seconds(), max(0, self.total - self.done)
-        left = f"  left {duration(seconds * steps)}" if self.state() == "running" else ""
-        epoch = shown(self.last, "epoch")
-        yield "step", f"{self.done}/{self.total or '?'}  {share}epoch {epoch}{left}"
+        progress = f"{self.done}/{self.total or '?'}  {share}epoch {shown(self.last, 'epoch')}"
+        yield "step", f"{progress}  left {self.left() or '-'}"
         views = mapping(self.last, "losses")
         losses = "  ".join(f"{name} {shown(views, name)}" for name in views)
         yield "loss", f"{shown(self.last, 'loss')}  {losses}"
         yield "", curve(self.losses, columns)
         norm, staleness = shown(self.last, "grad_norm"), shown(self.last, "staleness")
         yield "lr", f"{shown(self.last, 'lr')}  gradient norm {norm}  staleness {staleness}"
+        seconds = self.step_seconds()
         rate = (number(config, "global_batch_size") or 0) / (seconds or 1)
         yield "step time", f"{1000 * seconds:.4g} ms  {rate:,.0f} images/s"
         for split, found in list(self.evals.items())[:6]:
-            yield split, f"{percent(found, 'accuracy')}  at step {shown(found, 'step')}"
+            yield split, f"{shown(found, 'accuracy', percent=True)}  at step {shown(found, 'step')}"
         shares = self.phase_shares().items()
         yield "phases", "  ".join(f"{name} {100 * part:.1f} %" for name, part in shares)
-
-
-def shown(values: Values, key: str) -> str:
-    value = number(values, key)
-    return "-" if value is None else f"{value:.10g}" if value == int(value) else f"{value:.4g}"
-
-
-def percent(values: Values, key: str) -> str:
-    value = number(values, key)
-    return "-" if value is None else f"{100 * value:.2f} %"
 
 
 def curve(values: list[float], columns: int) -> str:
@@ -266,7 +256,7 @@ def detail(run: RunState, width: int) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True, max_width=10, overflow="ellipsis")
     table.add_column(overflow="fold")
-    table.add_row("state", Text(run.state(), STATES[run.state()]))
+    table.add_row("state", run.state())
     for label, value in run.rows(max(1, width - 12)):
         table.add_row(label, Text(value))
     for warning in run.warnings():
@@ -281,13 +271,12 @@ def overview(runs: list[RunState], planned: int | None, width: int, height: int)
     counts = Counter(run.state() for run in runs)
     of = "" if planned is None else f" of {planned}"
     head = Text(f"{counts['finished'] + counts['failed']}{of} runs ended", "bold")
-    for state in filter(counts.get, STATES):
-        head.append(f"  {state} {counts[state]}", STATES[state])
+    head.append("".join(f"  {state} {counts[state]}" for state in STATES if counts[state]))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     names = ("run", "state", "step", "loss", "test", "left")
     for name in names:
         table.add_column(name, no_wrap=True, justify="left" if name in names[:2] else "right")
-    ordered = sorted(runs, key=lambda run: (list(STATES).index(run.state()), run.age()))
+    ordered = sorted(runs, key=lambda run: (STATES.index(run.state()), run.age()))
     room = max(1, height - 4)
     rows = [cells(run) for run in ordered[:room]]
     # the names get what the numbers leave; what tells runs apart stands at both ends of a name
@@ -296,20 +285,21 @@ def overview(runs: list[RunState], planned: int | None, width: int, height: int)
     for run, row in zip(ordered, rows, strict=False):
         name = run.name.removeprefix("runs/")
         short = name if len(name) <= 2 * half + 2 else f"{name[:half]}..{name[-half:]}"
-        table.add_row(Text(short), Text(row[0], STATES[row[0]]), *row[1:])
+        bad = row[0] in ("silent", "failed", "stopped")
+        table.add_row(Text(short), *row, style="red" if bad else "")
     more = [Text(f"and {len(runs) - room} more", "dim")] if len(runs) > room else []
     return Group(head, table, *more)
 
 
 def cells(run: RunState) -> tuple[str, ...]:
     """State, step, loss, test accuracy and time left of one run, as text."""
-    steps, left = f"{run.done}/{run.total or '?'}", run.step_seconds() * (run.total - run.done)
     if run.summary is not None:
-        test = percent(run.summary, "test_accuracy")
-        return run.state(), steps, shown(run.summary, "train_loss"), test, ""
-    test = percent(run.evals.get("test", {}), "accuracy")
-    time_left = duration(max(0.0, left)) if run.state() == "running" else ""
-    return run.state(), steps, shown(run.last, "loss"), test, time_left
+        loss = shown(run.summary, "train_loss")
+        test = shown(run.summary, "test_accuracy", percent=True)
+    else:
+        loss = shown(run.last, "loss")
+        test = shown(run.evals.get("test", {}), "accuracy", percent=True)
+    return run.state(), f"{run.done}/{run.total or '?'}", loss, test, run.left()
 
 
 class View:

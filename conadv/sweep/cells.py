@@ -11,7 +11,7 @@ from conadv.config import recipes
 from conadv.config.schema import Config, flatten, home, override, parse, replace, resolve
 from conadv.errors import ConadvError, unknown
 from conadv.methods import METHODS
-from conadv.sweep.spec import Settings, Spec
+from conadv.sweep.spec import Seeds, Settings, Spec
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,19 @@ class Plan:
     runs: dict[str, Run]
 
     @cached_property
-    def tuning(self) -> list[str]:
-        """Tuning runs by seed, point and trial, so that the arms of one seed run close together."""
-        order = sorted(
-            (seed, self._place(cell), number, index, name)
+    def order(self) -> list[tuple[int, int, str, int, int, str]]:
+        """(phase, seed, point, trial, cell, name) of every run that may be needed, as they go.
+
+        Phase 0 is tuning, 1 confirming. Arms of a seed run close together, so that a slow hour of
+        the machine does not hit one of them only. The integers are indices.
+        """
+        return sorted(
+            (phase, seed, repr(cell.settings), number, index, name)
             for index, cell in enumerate(self.cells)
-            if cell.source == index
             for number, trial in enumerate(cell.trials)
-            for seed, name in enumerate(trial.tuning)
+            for phase, names in enumerate((trial.tuning, trial.confirming))
+            for seed, name in enumerate(names)
         )
-        return list(dict.fromkeys(name for *_, name in order))
-
-    @cached_property
-    def confirming(self) -> list[tuple[int, int]]:
-        """(index of the seed, index of the cell) of every confirmation run, in the same order."""
-        seeds = range(len(self.spec.confirm.seeds))
-        cells = sorted((self._place(cell), index) for index, cell in enumerate(self.cells))
-        return [(seed, index) for seed in seeds for _, index in cells]
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        points = dict.fromkeys(repr(cell.settings) for cell in self.cells)
-        return {point: place for place, point in enumerate(points)}
-
-    def _place(self, cell: Cell) -> int:
-        return self._places[repr(cell.settings)]
 
 
 def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
@@ -108,36 +96,23 @@ def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
         return name
 
     def trials(arm: str, point: Settings) -> tuple[Trial, ...]:
-        seeds = spec.tune.seeds if spec.tune and spec.source(arm) == arm else ()
-        return tuple(
-            Trial(
-                trial,
-                tuple(run(arm, point, trial, seed) for seed in seeds),
-                tuple(run(arm, point, trial, seed) for seed in spec.confirm.seeds),
-            )
-            for trial in spec.trials(arm, point)
-        )
+        def runs(trial: Settings, seeds: Seeds) -> tuple[str, ...]:
+            return tuple(run(arm, point, trial, seed) for seed in seeds)
 
-    cells = [Cell(*place, trials(*place), _source(spec, *place, places)) for place in places]
+        tuning, confirm = spec.tuning_seeds(arm), spec.confirm.seeds
+        tried = spec.trials(arm, point)
+        return tuple(Trial(each, runs(each, tuning), runs(each, confirm)) for each in tried)
+
+    def source(arm: str, point: Settings) -> int | None:
+        chooses = spec.source(arm)
+        return None if chooses is None else places.index((chooses, point))
+
+    cells = [Cell(*place, trials(*place), source(*place)) for place in places]
     plan = Plan(spec, tuple(cells), runs)
-    for name in plan.tuning:
-        if runs[name].config.data.validation_images is None:
+    for phase, *_, name in plan.order:
+        if phase == 0 and runs[name].config.data.validation_images is None:
             raise ConadvError(f"{name}: nothing to choose by. Give data.validation_images.")
     return plan
-
-
-def _source(
-    spec: Spec, arm: str, point: Settings, places: list[tuple[str, Settings]]
-) -> int | None:
-    source = spec.source(arm)
-    if source is None:
-        return None
-    if (source, point) not in places:
-        raise ConadvError(
-            f"arm {arm!r} at {point}: tune_on names {source!r}, which has no cell there. Give "
-            f"{source!r} the same grid, or {arm!r} a tune of its own."
-        )
-    return places.index((source, point))
 
 
 def _base(spec: Spec, data_dir: Path | None) -> Config:

@@ -12,8 +12,9 @@ from typing import Any
 class Result:
     """What a sweep needs to know of a run that has ended. Accuracies in [0, 1].
 
-    ``seconds``: of its steps. ``error``: what stopped it, None for a finished run. ``diverged``: a
-    loss or gradient that was not finite stopped it.
+    ``seconds``: by the clock, or of its steps where it ended in an earlier sweep. ``error``: what
+    stopped it (a traceback follows if that was unexpected), None for a finished run. ``diverged``:
+    a loss or gradient that was not finite stopped it.
     """
 
     validation_accuracy: float | None = None

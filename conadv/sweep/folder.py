@@ -9,7 +9,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import Document, read_document, refuse_links
@@ -37,6 +36,9 @@ class Folder:
     def run_dir(self, name: str) -> RunDir:
         return RunDir(self.out / "runs" / name)
 
+    def failed(self, name: str) -> Path:
+        return self.run_dir(name).path / "failed.json"
+
     def lock(self) -> Lock:
         """Two sweeps in one folder would write over each other's runs."""
         refuse_links(self.out)
@@ -50,7 +52,7 @@ class Folder:
         Raises ConadvError where its folder holds a link (it would be written, or read, elsewhere)
         or a run with other settings.
         """
-        directory, failed = self.run_dir(run.name), self._failed(run.name)
+        directory, failed = self.run_dir(run.name), self.failed(run.name)
         refuse_links(directory.path)
         remedy = f"Delete {printable(directory.path)} to run it again."
         if directory.config.is_file() and (changed := directory.changes(run.config)):
@@ -71,20 +73,9 @@ class Folder:
     def fail(self, name: str, error: str, diverged: bool) -> None:
         """Record why a run failed. A diverged one loses its checkpoints: they lead to the same end."""
         self.run_dir(name).path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self._failed(name), json.dumps({"error": error, "diverged": diverged}) + "\n")
+        write_atomic(self.failed(name), json.dumps({"error": error, "diverged": diverged}) + "\n")
         if diverged:
             tidy(self.run_dir(name))
-
-    def forget_failure(self, name: str) -> None:
-        """Let the run be tried again, from its newest checkpoint where it has one."""
-        self._failed(name).unlink(missing_ok=True)
-
-    def write(self, document: dict[str, Any]) -> None:
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        write_atomic(self.out / "sweep.json", text)
-
-    def _failed(self, name: str) -> Path:
-        return self.run_dir(name).path / "failed.json"
 
 
 def tidy(run: RunDir) -> None:

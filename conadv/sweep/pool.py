@@ -7,14 +7,13 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 from conadv.config.schema import ProbeConfig, replace
 from conadv.errors import ConadvError
@@ -23,59 +22,30 @@ from conadv.sweep.choose import Result
 from conadv.sweep.folder import tidy
 from conadv.training.run_dir import RunDir
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: wall seconds, and what stopped it (with a traceback if unexpected)."""
-
-    seconds: float
-    error: str | None = None
-    diverged: bool = False
-
-
-class Source(Protocol):
-    """Where runs come from and where their outcomes go, both in the parent process.
-
-    ``next``: a run that can start now, or None; asked again after every outcome. ``done``: stops
-    everything by an exception. ``runs``: all that there will be; ``results``: of those that ended.
-    """
-
-    results: dict[str, Result]
-
-    def runs(self) -> list[Run]: ...
-    def next(self) -> Run | None: ...
-    def done(self, run: Run, outcome: Outcome) -> None: ...
-
-
-class Display(Protocol):
-    """Hears of runs under way, several times a second, and of every one that ended."""
-
-    def going(self, runs: list[Run]) -> None: ...
-    def ended(self, run: Run, outcome: Outcome) -> None: ...
-
-
 Work = Callable[[Run], None]
 """Trains a run; workers import it."""
+Ended = list[tuple[Run, Result]]
 
 
-def run_pool(source: Source, work: Work, workers: int, display: Display) -> None:
-    """Run what ``source`` hands out, ``workers`` at a time, until all of it has ended.
+def run_pool(
+    next_run: Callable[[], Run | None], work: Work, workers: int
+) -> Generator[tuple[list[Run], Ended], None, None]:
+    """Run what ``next_run`` hands out, ``workers`` at a time, until it has nothing left.
 
-    An exception in a run is its outcome. On Ctrl-C, and on any other exception here, all workers
-    end at once and leave what a killed run leaves. Raises ConadvError when a worker dies.
+    Yields several times a second (runs under way, runs that ended), and asks for the next runs
+    after that. An exception in a run is its result. On Ctrl-C, and when the iterator is closed, all
+    workers end at once and leave what a killed run leaves. Raises ConadvError when a worker dies.
     """
-    going: dict[Future[Outcome], Run] = {}
+    going: dict[Future[Result], Run] = {}
     with _executor(workers) as executor:
         while True:
-            while len(going) < workers and (run := source.next()) is not None:
-                going[executor.submit(_outcome, work, run)] = run
+            while len(going) < workers and (run := next_run()) is not None:
+                going[executor.submit(_result, work, run)] = run
             if not going:
                 return
-            display.going(list(going.values()))
-            for future in wait(going, timeout=0.25, return_when=FIRST_COMPLETED).done:
-                run, outcome = going.pop(future), future.result()
-                source.done(run, outcome)
-                display.ended(run, outcome)
+            done = wait(going, timeout=0.25, return_when=FIRST_COMPLETED).done
+            ended = [(going.pop(future), future.result()) for future in done]
+            yield list(going.values()), ended
 
 
 def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> None:
@@ -150,7 +120,7 @@ def _start_worker() -> None:
     end_with_parent()
 
 
-def _outcome(work: Work, run: Run) -> Outcome:
+def _result(work: Work, run: Run) -> Result:
     """Exceptions become text here: not every one can be sent between processes."""
     from conadv.engine.guard import NonFiniteError
 
@@ -161,4 +131,4 @@ def _outcome(work: Work, run: Run) -> Outcome:
         error, diverged = str(caught), isinstance(caught, NonFiniteError)
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}\n{traceback.format_exc()}"
-    return Outcome(time.monotonic() - begin, error, diverged)
+    return Result(seconds=time.monotonic() - begin, error=error, diverged=diverged)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +13,13 @@ from conadv.safe_io import refuse_links
 from conadv.sweep.cells import Cell, Plan, Run
 from conadv.sweep.choose import Result, at_edge, choose
 from conadv.sweep.folder import Folder
-from conadv.sweep.pool import Outcome
 from conadv.sweep.spec import Settings
+from conadv.training.record import write_atomic
 
 
 @dataclass
 class Schedule:
-    """A source of runs for the pool, which rewrites sweep.json after every run.
+    """What has been done and what is next; sweep.json is rewritten after every run.
 
     ``results``: of all runs that have ended, by name. ``spec_file``: how sweep.json calls the spec.
     """
@@ -35,7 +36,7 @@ class Schedule:
         for name, run in self.plan.runs.items():
             result = self.folder.result(run) if self.folder.run_dir(name).path.is_dir() else None
             if forget_failed and result is not None and result.error is not None:
-                self.folder.forget_failure(name)
+                self.folder.failed(name).unlink()
             elif result is not None:
                 self.results[name] = result
 
@@ -46,13 +47,18 @@ class Schedule:
                 return self.plan.runs[name]
         return None
 
-    def done(self, run: Run, outcome: Outcome) -> None:
-        if outcome.error is not None:
-            self.folder.fail(run.name, outcome.error, outcome.diverged)
-        result = self.folder.result(run)
-        assert result is not None, f"{run.name} ended without a summary"
-        self.results[run.name] = replace(result, seconds=outcome.seconds)
-        self.folder.write(self.document())
+    def done(self, run: Run, result: Result) -> None:
+        """Take in the result of a run that the pool has made."""
+        if result.error is not None:
+            self.folder.fail(run.name, result.error, result.diverged)
+        elif (found := self.folder.result(run)) is not None:
+            result = replace(found, seconds=result.seconds)
+        self.results[run.name] = result
+        self.save()
+
+    def save(self) -> None:
+        text = json.dumps(self.document(), indent=1, allow_nan=False) + "\n"
+        write_atomic(self.folder.out / "sweep.json", text)
 
     def runs(self) -> list[Run]:
         """All runs the sweep will have made in the end; of the first trial where it is open."""
@@ -76,14 +82,13 @@ class Schedule:
 
     def _names(self, guess: bool) -> Iterator[str]:
         """Tuning runs, then the confirmation runs of chosen trials; ``guess``: of open ones too."""
-        yield from self.plan.tuning
         choices = [self.choice(index) for index in range(len(self.plan.cells))]
-        for seed, index in self.plan.confirming:
-            chosen = choices[index]
-            if chosen is None and guess and not self.blocked(index):
-                chosen = 0
-            if chosen is not None:
-                yield self.plan.cells[index].trials[chosen].confirming[seed]
+        for index, choice in enumerate(choices):
+            if choice is None and guess and not self.blocked(index):
+                choices[index] = 0
+        for phase, _, _, trial, index, name in self.plan.order:
+            if phase == 0 or trial == choices[index]:
+                yield name
 
     def document(self) -> dict[str, Any]:
         """The content of sweep.json (docs/sweep.md): what was planned, tried, chosen and done."""
@@ -141,26 +146,22 @@ class Schedule:
         return {name: flat[name] for name in settings}
 
 
-def forecast(
-    runs: Iterable[Run],
-    results: Mapping[str, Result],
-    going: Mapping[str, tuple[float, float]],
-    workers: int,
-) -> tuple[float, float | None]:
-    """(share that is done, seconds left), by the relative costs of runs and the speed so far.
+Progress = Mapping[str, tuple[float, float]]
+"""(share done, seconds) of runs under way."""
 
-    ``going``: (share done, seconds) of runs under way. No speed is known before one has advanced.
+
+def forecast(
+    runs: list[Run], results: Mapping[str, Result], going: Progress, workers: int
+) -> tuple[float, float | None]:
+    """(share that is done, seconds left), by the costs of ``runs`` and the speed so far.
+
+    No speed is known before a run has advanced; a failed one tells none.
     """
-    cost = seconds = total = 0.0
-    left = [0.0]
-    for run in runs:
-        share, took = going.get(run.name, (0.0, 0.0))
-        if (result := results.get(run.name)) is not None:
-            share, took = 1.0, result.seconds
-        if result is None or result.error is None:  # a failed run tells no time
-            cost, seconds = cost + share * run.cost, seconds + took
-        total += run.cost
-        left.append((1 - share) * run.cost)
-    speed = seconds / cost if cost else None
-    longest = max(sum(left) / workers, max(left))
-    return 1 - sum(left) / total, None if speed is None else longest * speed
+    known = {name: (1.0, result.seconds) for name, result in results.items()}
+    told = {name for name in known if results[name].error is None} | going.keys()
+    known |= going
+    left = [run.cost * (1 - known.get(run.name, (0.0, 0.0))[0]) for run in runs]
+    cost = sum(run.cost * known[run.name][0] for run in runs if run.name in told)
+    seconds = sum(known[run.name][1] for run in runs if run.name in told)
+    work = max(sum(left) / workers, max(left))
+    return 1 - sum(left) / sum(run.cost for run in runs), work * seconds / cost if cost else None

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -21,10 +21,9 @@ MAX_RUNS = 10_000
 """Runs of one sweep. All are planned and checked before the first; a few lines can ask for billions."""
 Settings = dict[str, Any]
 """Dotted config names and their values."""
-T = TypeVar("T", bound=Sequence[Any])
 
 
-def _different(values: T) -> T:
+def _different(values: Any) -> Any:
     if len(set(map(repr, values))) < len(values):
         raise ValueError("a value is given twice")
     return values
@@ -89,10 +88,9 @@ class Spec(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Spec:
-        self._check_arms()
-        self._check_settings()
-        self._check_seeds()
-        self._check_trials()
+        problems = (self._bad_arms, self._bad_settings, self._bad_trials)
+        for problem in itertools.chain.from_iterable(find() for find in problems):
+            raise ConadvError(problem)
         return self
 
     def points(self, arm: str) -> Iterator[Settings]:
@@ -128,61 +126,53 @@ class Spec(Section):
         own = self.arms[arm].tune
         return own if own is not None else self.tune.settings if self.tune else {}
 
-    def _check_arms(self) -> None:
+    def _bad_arms(self) -> Iterator[str]:
         named = [("baseline", self.baseline), *(("control", name) for name in self.controls)]
         named += [("tune_on", self.tune.tune_on)] if self.tune else []
         for kind, name in named:
             if name is not None and name not in self.arms:
-                raise unknown(f"{kind} arm", name, self.arms)
+                yield str(unknown(f"{kind} arm", name, self.arms))
         if self.tune is None and any(arm.tune is not None for arm in self.arms.values()):
-            raise ConadvError("An arm has a tune but the sweep has none. Give tune.seeds.")
+            yield "An arm has a tune but the sweep has none. Give tune.seeds."
         if self.grid and self.axis not in self.grid:
-            raise ConadvError(f"axis {self.axis!r} is not in the grid. Name one of {[*self.grid]}.")
+            yield f"axis {self.axis!r} is not in the grid. Name one of {[*self.grid]}."
+        # results on the seeds that chose the settings are too good
+        for seed in set(self.tune.seeds if self.tune else ()) & set(self.confirm.seeds):
+            yield f"Seed {seed} is in tune.seeds and in confirm.seeds. Confirm on other seeds."
 
-    def _check_settings(self) -> None:
+    def _bad_settings(self) -> Iterator[str]:
         """Each setting is given in one place. Whether it exists, cells.expand finds."""
         for name, arm in self.arms.items():
             grid = {**self.grid, **arm.grid}
             places = {"settings": arm.settings, "grid": grid, "tune": self._tuned(name)}
             for (first, left), (second, right) in itertools.combinations(places.items(), 2):
-                if both := left.keys() & right.keys():
-                    where = f"arms.{name}: {min(both)}"
-                    raise ConadvError(f"{where} is in {first} and in {second}. Give it once.")
+                for both in left.keys() & right.keys():
+                    yield f"arms.{name}: {both} is in {first} and in {second}. Give it once."
             for values in (self.base, *places.values()):
-                if reserved := values.keys() & {"seed", "recipe"}:
-                    raise ConadvError(
-                        f"{min(reserved)} is no setting of an arm: give tune.seeds, confirm.seeds "
-                        "and recipe at the top of the spec."
+                for reserved in values.keys() & {"seed", "recipe"}:
+                    yield (
+                        f"{reserved} cannot be a setting. Give tune.seeds, confirm.seeds, and recipe "
+                        "at the top."
                     )
 
-    def _check_seeds(self) -> None:
-        shared = set(self.tune.seeds if self.tune else ()) & set(self.confirm.seeds)
-        if shared:
-            raise ConadvError(
-                f"Seed {min(shared)} is in tune.seeds and in confirm.seeds. Results on the seeds "
-                "that chose the settings are too good; confirm on other seeds."
-            )
-
-    def _check_trials(self) -> None:
+    def _bad_trials(self) -> Iterator[str]:
         """Not too many runs, and equally many trials everywhere: more trials alone would win."""
         runs, counts = 0, dict[int, str]()
         for arm in self.arms:
             tuning = len(self.tuning_seeds(arm))
             for point in self.points(arm):
+                source = self.source(arm) or arm
+                if source != arm and point not in self.points(source):
+                    yield f"arm {arm!r} at {point}: {source!r}, which tune_on names, has no cell there."
                 trials = math.prod(map(len, self._tried(arm, point).values()))
                 runs += trials * (tuning + len(self.confirm.seeds))
                 if runs > MAX_RUNS:
-                    raise ConadvError(
-                        f"More than {MAX_RUNS:,} runs (cells x trials x seeds). Divide the sweep."
-                    )
+                    yield f"More than {MAX_RUNS:,} runs (cells x trials x seeds). Divide the sweep."
                 if tuning:
                     counts.setdefault(trials, f"arm {arm!r} at {point}")
         if len(counts) > 1:
             (few, one), (many, other) = min(counts.items()), max(counts.items())
-            raise ConadvError(
-                f"Unequal trials: {one} has {few}, {other} has {many}. Give every arm the same "
-                "number at every point, or the comparison favours the one that tries more."
-            )
+            yield f"Unequal trials: {one} has {few}, {other} has {many}. Give all arms as many."
 
 
 def _product(lists: Mapping[str, Sequence[Any]]) -> Iterator[Settings]:
