@@ -20,7 +20,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["benchmarks.lives", "conadv.training.trainer", "conadv.cli.program", "sklearn.datasets"]
+    ["benchmarks.lives", "conadv.training.loop", "conadv.cli.program", "sklearn.datasets"]
 )
 Fault = tuple[str, float]
 LIMIT = 180.0

@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from conadv.config.schema import Config, dump_yaml
+from conadv.config.files import dump_yaml
+from conadv.config.schema import Config
 from conadv.report.study import write_sweep_report
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import parse_spec

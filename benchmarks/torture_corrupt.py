@@ -126,7 +126,7 @@ def trial(number: int, whole: Path, folder: Path) -> dict[str, Any]:
     import torch
 
     from conadv.training.checkpoint import find_newest, load_step
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     choices = random.Random(f"{SEED}/{number}")
     out = folder / "cut"
@@ -147,7 +147,7 @@ def trial(number: int, whole: Path, folder: Path) -> dict[str, Any]:
 
 
 def run(short: bool, out: Path) -> dict[str, Any]:
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     progress, whole = Progress(out), out / "whole"
     if not (whole / "summary.json").exists():

@@ -45,10 +45,14 @@ from conadv.report import compare, load_run, write_report
 from conadv.report.study import StudySummary, load_sweep, write_sweep_report
 from conadv.report.summary import Summary
 from conadv.training import checkpoint, record
+from conadv.training.build import Run as Parts
+from conadv.training.build import build
 from conadv.training.card import _constructor, model_card
 from conadv.training.export import export, image_shape
+from conadv.training.loop import train
+from conadv.training.resume import restore
+from conadv.training.resume import scatter as _deal
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import Parts, _deal, build, restore, train
 
 from . import fuzz_structure as structure
 
@@ -235,7 +239,7 @@ def _go_on(state: dict[str, Any]) -> None:
     restore(parts, _deal(state, Comm()))
     for parameter in parts.model.parameters():
         parameter.grad = parameter.detach().clone()
-    parts.optimizer.step()
+    parts.step.optimizer.step()
 
 
 @functools.cache

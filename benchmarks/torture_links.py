@@ -102,7 +102,8 @@ def restore(names: list[str]) -> None:
 def arguments(who: str, out: Path) -> list[str]:
     """The program's options for two ranks, both of which learn or one of which attacks."""
     from conadv.config import recipes
-    from conadv.config.schema import dump_yaml, replace
+    from conadv.config.files import dump_yaml
+    from conadv.config.schema import replace
 
     changes = {"method": "conadv", "staleness": 2, "steps": STEPS, "eval__every_epochs": None}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,8 @@ LEARNERS_SITES = {
 def arguments(setup: str, out: Path, policy: str) -> list[str]:
     """The program's options for a run of ``setup`` in ``out``; its config lies beside it."""
     from conadv.config import recipes
-    from conadv.config.schema import dump_yaml, replace
+    from conadv.config.files import dump_yaml
+    from conadv.config.schema import replace
 
     _, attackers, changes = SETUPS[setup]
     out.parent.mkdir(parents=True, exist_ok=True)

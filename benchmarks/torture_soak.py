@@ -155,7 +155,7 @@ def _train(form: Form, steps: int, out: str, terminal: str, leaked: int) -> None
     import torch
 
     from conadv.training.allocator import keep_freed_memory
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     keep_freed_memory()  # as the program does
     torch.set_num_threads(1)

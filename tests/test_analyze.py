@@ -31,7 +31,8 @@ from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.schema import replace
 from conadv.training import checkpoint
-from conadv.training.trainer import load_run, train
+from conadv.training.loop import train
+from conadv.training.resume import load_run
 from tests.helpers import images, same, state, tiny_resnet
 
 F64 = torch.float64

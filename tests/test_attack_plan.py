@@ -9,21 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conadv import (
-    FGSM,
-    ConadvError,
-    Concurrent,
-    MultiView,
-    Sequential,
-    windows,
-)
-from conadv.config.schema import replace, resolve
+from conadv import FGSM, ConadvError, Concurrent, MultiView, Sequential, windows
+from conadv.config.resolve import resolve
+from conadv.config.schema import replace
 from conadv.nn.split_batchnorm import frozen_stats, route, running_stats, split_batchnorm
-from conadv.training.trainer import build
+from conadv.training.build import build
 
 from .helpers import no_norm_net, parameters, same, state, tiny_resnet
 from .test_methods import ATTACK, EPS, SPACE, as_batch, make, run
-from .test_trainer import CPU, config
+from .test_training import CPU, config
 
 
 @pytest.mark.parametrize("fuse", [False, True])
@@ -124,9 +118,9 @@ def test_costs_count_what_ran(changes: dict[str, Any], want: float) -> None:
         )
         counted = 0.0
         batches = parts.data.train_batches(0, 6, ("clean",))
-        for batch, future in windows(batches, parts.engine.ahead):
-            record = parts.engine(batch, future)
-            counted += parts.engine.method.gradient_images(record.losses, 8)
+        for batch, future in windows(batches, parts.step.ahead):
+            record = parts.step(batch, future)
+            counted += parts.step.method.gradient_images(record.losses, 8)
         assert counted / 6 == pytest.approx(want)
         assert pixels[0] / (6 * 8 * 64) == pytest.approx(
             want
@@ -138,9 +132,9 @@ def test_costs_count_what_ran(changes: dict[str, Any], want: float) -> None:
 def test_adv_routes_train_with_every_method(method: str, adv_route: str) -> None:
     # Red when: a model is split although the clean route serves both views.
     parts = build(resolve(replace(config(method=method), adv_route=adv_route)), CPU)
-    batches = parts.data.train_batches(0, 3, ("clean", *parts.method.data_views))
-    for batch, future in windows(batches, parts.engine.ahead):
-        parts.engine(batch, future)
+    batches = parts.data.train_batches(0, 3, ("clean", *parts.step.method.data_views))
+    for batch, future in windows(batches, parts.step.ahead):
+        parts.step(batch, future)
     names = list(parts.model.state_dict())
     assert any(".routes.adv.running_mean" in name for name in names) == (adv_route != "clean")
     own = [name for name in parameters(parts.model) if ".routes.adv." in name]

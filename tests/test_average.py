@@ -26,11 +26,13 @@ from conadv.nn.ema import evaluated_state
 from conadv.nn.split_batchnorm import layers_on
 from conadv.training.checkpoint import load_newest, steps
 from conadv.training.export import load_plain_model
-from conadv.training.trainer import load_run, measure, train
+from conadv.training.loop import train
+from conadv.training.results import measure
+from conadv.training.resume import load_run
 
 from .helpers import images, no_norm_net, same, state, tiny_resnet
 from .test_methods import CASES, EPS, SPACE, as_batch, make
-from .test_trainer import CPU, config
+from .test_training import CPU, config
 
 # ---- averages
 

@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 
 from conadv.cli.program import main
-from conadv.config.schema import Config, replace, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.data.check import check_folder
 from conadv.data.folder import scan_split
 from conadv.data.images import BadImage, read_rgb, stand_ins
 from conadv.errors import ConadvError
 from conadv.training.data import load_data
+from conadv.training.loop import train
 from conadv.training.record import read_lines, truncate
-from conadv.training.trainer import train
 
 CLASSES = ("cat", "dog", "owl")
 

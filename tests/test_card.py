@@ -12,14 +12,16 @@ import pytest
 import torch
 import yaml
 
-from conadv.config.schema import load_yaml, parse, replace
+from conadv.config.files import load_yaml, parse
+from conadv.config.schema import replace
 from conadv.errors import ConadvError
 from conadv.training.card import escape, fenced, model_card
 from conadv.training.export import export, load_plain_model
+from conadv.training.loop import train
+from conadv.training.resume import load_state
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import load_state, train
 
-from .test_trainer import config
+from .test_training import config
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,9 @@ import torch
 
 from conadv import ConadvError
 from conadv.cli.program import main
-from conadv.config.schema import dump_yaml, replace, resolve
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve
+from conadv.config.schema import replace
 from conadv.distributed.comm import Comm
 from conadv.training import checkpoint
 from conadv.training.checkpoint import (
@@ -27,12 +29,14 @@ from conadv.training.checkpoint import (
     save,
     steps,
 )
+from conadv.training.loop import train
 from conadv.training.record import Record, read_lines, truncate
+from conadv.training.resume import load_run
+from conadv.training.resume import scatter as _deal
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import _deal, load_run, train
 from conadv.training.writer import Writer
 
-from .test_trainer import config, weights, without_times
+from .test_training import config, weights, without_times
 
 CPU = torch.device("cpu")
 SEAL = checkpoint.SEAL_BYTES
@@ -318,7 +322,7 @@ def test_the_best_checkpoint_is_chosen_by_held_out_images(tmp_path: Path) -> Non
     best = next(line["step"] for line in held_out if line["accuracy"] == top)
     assert load_newest(tmp_path / "checkpoints", CPU)["best"] == {"step": best, "accuracy": top}
     assert steps(tmp_path / "checkpoints") == sorted({best, 8})
-    assert load_run(tmp_path, CPU, best=True).engine.version == best
+    assert load_run(tmp_path, CPU, best=True).step.version == best
     assert main(["export", str(tmp_path), "--best"]) == 0
 
 

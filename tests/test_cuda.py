@@ -21,11 +21,11 @@ from conadv import (
     windows,
 )
 from conadv.models.small import SmallResNet
-from conadv.training.trainer import train
+from conadv.training.loop import train
 
 from .helpers import same, state, tiny_resnet
 from .test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
-from .test_trainer import config
+from .test_training import config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 

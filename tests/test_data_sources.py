@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 
-from conadv.config.schema import Config, DataConfig, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, DataConfig
 from conadv.data.images import read_rgb
 from conadv.data.splits import MemorySplit, PhotoSplit, Split, choose
 from conadv.errors import ConadvError

@@ -15,7 +15,7 @@ import pytest
 from conadv.cli import demo
 from conadv.cli.demo import ARMS, plan
 from conadv.cli.program import main
-from conadv.config.schema import resolve
+from conadv.config.resolve import resolve
 
 
 def test_plan() -> None:

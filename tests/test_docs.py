@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -25,18 +26,10 @@ import torch
 import tyro
 import yaml
 
-from conadv.cli import bench
-from conadv.cli import program as cli
-from conadv.cli.analyze import AnalyzeArgs
-from conadv.cli.demo import DemoArgs
-from conadv.cli.doctor import DoctorArgs
-from conadv.cli.plan import PlanArgs
-from conadv.cli.staleness import StalenessArgs
-from conadv.cli.sweep import SweepArgs
-from conadv.cli.timeline import TimelineArgs
-from conadv.cli.watch import WatchArgs
+from conadv.cli.program import COMMANDS
 from conadv.config import recipes
-from conadv.config.schema import Config, dump_yaml, override, resolve
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models.small import SmallResNet
@@ -53,19 +46,6 @@ TOP = [
 ]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *TOP]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-PARSED = {
-    "eval": cli.EvalArgs,
-    "analyze": AnalyzeArgs,
-    "export": cli.ExportArgs,
-    "report": cli.ReportArgs,
-    "timeline": TimelineArgs,
-    "staleness": StalenessArgs,
-    "plan": PlanArgs,
-    "demo": DemoArgs,
-    "sweep": SweepArgs,
-    "watch": WatchArgs,
-    "doctor": DoctorArgs,
-}
 RUN = ("python", "sh", "console")
 TWO_RANKS = "<!-- tests: two ranks -->"
 READERS = """import torch
@@ -144,24 +124,23 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def parse(words: list[str]) -> Config | None:
-    """Parse a `conadv` command as the program does; the config for `conadv train`. ConadvError or SystemExit if not."""
+def parse(words: list[str]) -> None:
+    """Parse a `conadv` command as the program does. ConadvError or SystemExit if it cannot be."""
     name, *args = words[1:]
     if name in OPTIONS_ALONE:
-        return None
-    assert name in cli.COMMANDS, f"unknown command {name}"
-    if name in PARSED:
-        tyro.cli(PARSED[name], args=args)
-    if name == "bench" and args:
-        tyro.cli(bench.BENCHES[args[0]][0], args=args[1:]).check()
-    if name != "train":
-        return None
-    if args[:1] == ["--config"]:  # a run that the reader has and we have not
-        Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
-        Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
-    base, _, rest = cli._base_config(args, recipes.get)
-    parsed = tyro.cli(cli.TrainArgs, default=cli.TrainArgs(base, cli.RunOptions()), args=rest)
-    return resolve(override(base, parsed.config, cli.given_settings(rest)))
+        return
+    assert name in COMMANDS, f"unknown command {name}"
+    module = import_module(f"conadv.cli.{COMMANDS[name][0]}")
+    if name == "train":
+        if args[:1] == ["--config"]:  # a run that the reader has and we have not
+            Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
+        if args and "--help" not in args:
+            module.read_options(args)
+    elif hasattr(module, "Args"):
+        tyro.cli(module.Args, args=args)
+    elif args:
+        module.read_options(args)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,9 @@ from conadv import ConadvError
 from conadv.cli.format import bars, plot
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.schema import Config, load_yaml, replace, resolve
+from conadv.config.files import load_yaml
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.distributed.comm import Comm
 from conadv.planning import dry_run, memory, micro_batch
 from conadv.planning.cost_model import Layout, Planner
@@ -32,8 +34,10 @@ from conadv.planning.timing import Sample
 from conadv.planning.trial import Shape, Trial
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
+from conadv.training.build import Run as Parts
+from conadv.training.build import build
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import Parts, build, train
 
 CPU = torch.device("cpu")
 DIGITS = Shape(1, 8, 10)

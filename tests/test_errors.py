@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conadv.cli import program as cli
+from conadv.cli import recipes
 from conadv.cli.program import main
 from conadv.data.loader import _stream
 from conadv.errors import ConadvError
@@ -21,7 +21,7 @@ from conadv.training import signals
 
 
 def failing(error: BaseException) -> Any:
-    def command(_: Sequence[str]) -> None:
+    def command(_: object) -> None:
         raise error
 
     return command
@@ -54,7 +54,7 @@ def test_errors_have_a_code_and_one_message(
 ) -> None:
     # Red when: an error gets through main; a traceback is shown unasked, or not when asked for.
     error, code, message = FAULTS[name]
-    monkeypatch.setitem(cli.COMMANDS, "recipes", failing(error))
+    monkeypatch.setattr(recipes, "command", failing(error))
     monkeypatch.setenv("CONADV_DEBUG", "1" if debug == "environment" else "0")
     args = {"option": ["recipes", "--debug"], "option first": ["--debug", "recipes"]}.get(
         debug, ["recipes"]
@@ -74,7 +74,7 @@ def test_the_codes_are_documented() -> None:
     }
     assert codes.keys() > {"EXIT_BUG", "EXIT_TERMINATED"}
     for name, code in codes.items():
-        assert f"{code} " in cli.HELP.partition("exit codes")[2], name
+        assert f"{code} " in cli.help_text().partition("exit codes")[2], name
         assert f"| {code} |" in page, name
 
 
@@ -182,7 +182,7 @@ def test_a_broken_config_of_a_run_is_an_error_for_every_command(
 
 
 def test_output_that_was_closed_from_the_start_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: _open_closed_output does nothing (conadv recipes >&-).
+    # Red when: _prepare_output does nothing (conadv recipes >&-).
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     assert (main(["recipes"]), main(["nothing"])) == (0, 2)

@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from conadv import ConadvError
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.schema import dump_yaml, replace, resolve
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve
+from conadv.config.schema import replace
 from conadv.models.small import SmallResNet
 from conadv.training import checkpoint
 from conadv.training import export as exporting
+from conadv.training.build import make_model
 from conadv.training.export import export, load_plain_model
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import make_model
 
 from .helpers import images
 

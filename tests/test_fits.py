@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from conadv.config.schema import Config, replace, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.engine.precision import LossScale
 from conadv.engine.validate import check_tensor
 from conadv.errors import ConadvError
@@ -19,8 +20,9 @@ from conadv.optim.lamb import LAMB
 from conadv.optim.lars import LARS
 from conadv.optim.trust_ratio import flat_alike
 from conadv.training import checkpoint
+from conadv.training.loop import train
+from conadv.training.resume import load_run
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import load_run, train
 
 State = dict[str, Any]
 CPU = torch.device("cpu")

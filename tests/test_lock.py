@@ -14,13 +14,13 @@ import pytest
 
 from conadv import ConadvError
 from conadv.config.schema import Config
-from conadv.training import trainer
+from conadv.training import loop as trainer
 from conadv.training.lock import Lock
+from conadv.training.loop import train
 from conadv.training.observer import Silent
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import train
 
-from .test_trainer import config
+from .test_training import config
 
 fcntl = pytest.importorskip("fcntl")
 

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 
 from conadv import FGSM, Batch, ConadvError, MicroBatch, rng, windows
 from conadv.attacks.targets import random_other_class
-from conadv.config.schema import Config, replace, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.data.mix import Mix
 from conadv.nn.split_batchnorm import frozen_stats, route
 from conadv.training.data import load_data
 
 from .helpers import images, tiny_resnet
 from .test_methods import CASES, EPS, SPACE, as_batch, make
-from .test_trainer import config
+from .test_training import config
 
 
 def pixels(seed: int, n: int = 6) -> torch.Tensor:
@@ -127,8 +128,8 @@ def test_a_targeted_attack_leaves_both_classes_of_a_mixed_image_out() -> None:
 
 
 def test_a_run_with_both_learns_and_repeats(tmp_path: Any) -> None:
+    from conadv.training.loop import train
     from conadv.training.record import read_lines
-    from conadv.training.trainer import train
 
     losses = []
     for name in ("a", "b"):

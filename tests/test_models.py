@@ -16,14 +16,18 @@ from torchvision.models import get_model
 from conadv import ConadvError, route, split_batchnorm, strip
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.schema import Config, ModelConfig, OptimConfig, override, parse, replace, resolve
+from conadv.config.files import parse
+from conadv.config.overrides import override
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, ModelConfig, OptimConfig, replace
 from conadv.models import own
 from conadv.models.make import arguments, build_model
 from conadv.models.own import trust
 from conadv.models.trial import check_model
 from conadv.nn.split_batchnorm import routes_of
 from conadv.optim.groups import MODEL_RULES, parameter_groups
-from conadv.training.trainer import NO_BATCH_NORM, build, overview, train
+from conadv.training.build import NO_BATCH_NORM, build, overview
+from conadv.training.loop import train
 
 from .helpers import same, state, tiny_resnet
 

@@ -28,11 +28,11 @@ from conadv.config.schema import Config, replace
 from conadv.engine.precision import LossScale
 from conadv.report import write_report
 from conadv.training.checkpoint import load_newest
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import train
 
 from .helpers import batches, images, parameters, same, state, tiny_resnet
-from .test_trainer import config, weights, without_times
+from .test_training import config, weights, without_times
 
 SPACE = PixelSpace((0.0,), (1.0,))
 NAN = float("nan")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from conadv.cli.program import main
 from conadv.training.checkpoint import load_newest
 from conadv.training.export import load_plain_model
+from conadv.training.loop import train
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import train
 
 DATA = Path(__file__).parent / "data" / "v01"
 CPU = torch.device("cpu")

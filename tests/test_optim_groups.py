@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from conadv.config.schema import Config, OptimConfig, optimizer_settings, resolve
+from conadv.config.resolve import optimizer_settings, resolve
+from conadv.config.schema import Config, OptimConfig
 from conadv.errors import ConadvError
 from conadv.nn.split_batchnorm import split_batchnorm
 from conadv.optim import OPTIMIZERS

@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plan_check import Case, predict
-from conadv.cli.plan import PlanArgs, cells, plan_of
+from conadv.cli.plan import Args, cells, plan_of
 from conadv.cli.program import main
 from conadv.distributed.comm import Comm
 from conadv.distributed.reducer import MIB, GradientReducer
@@ -642,7 +642,7 @@ def test_predictions_are_as_accurate_as_when_they_were_checked() -> None:
 def test_rows_say_what_is_extrapolated_and_what_is_hidden() -> None:
     # Red when: a side of the measured range is not asked, or hidden counts what the step still waits for.
     options = {"devices": "1,2,4", "global_batch_size": "64", "executor": "inline"}
-    args = PlanArgs(EXAMPLE, method="noise,conadv,disadv", **options)
+    args = Args(EXAMPLE, method="noise,conadv,disadv", **options)
     by = {(row.method, row.devices): row for row in plan_of(args)[1]}
     assert [by["noise", count].extrapolated for count in (1, 2, 4)] == [(), (), ("ranks",)]
     given = plan_of(replace(args, link_gbit=1.0, micro_batch_size=4))[1]
@@ -684,7 +684,7 @@ def test_the_command_prints_a_table_and_writes_figure_and_rows(
 
 
 def test_columns_are_there_when_they_are_asked_for() -> None:
-    args = PlanArgs(EXAMPLE, method="noise", devices="1", global_batch_size="64")
+    args = Args(EXAMPLE, method="noise", devices="1", global_batch_size="64")
     row = plan_of(args)[1][0]
     assert not {"total", "cost"} & set(cells(row, args))
     assert {"total", "cost"} <= set(cells(row, replace(args, steps=10, price=1.0)))

@@ -17,33 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tyro
 from PIL import Image
 
-from conadv.cli.program import RunOptions, TrainArgs, _base_config, given_settings
+from conadv.cli.train import read_options
 from conadv.config import recipes
-from conadv.config.schema import (
-    Config,
-    ModelConfig,
-    accumulation,
-    override,
-    replace,
-    resolve,
-    scaled_lr,
-)
-from conadv.data.order import Order
+from conadv.config.resolve import accumulation, derive, resolve, scaled_lr
+from conadv.config.schema import Config, ModelConfig, replace
 from conadv.data.workers import GRACE_SECONDS
 from conadv.methods import METHODS
 from conadv.optim.schedules import WarmupDecay
+from conadv.training.build import make_schedule
 from conadv.training.checkpoint import steps
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import _schedule, train
 
 from .ranks.launch import started, until, workers
 from .test_two_hosts import load
 
 ROOT = Path(__file__).parent.parent
-SLURM = ROOT / "conadv" / "recipes" / "slurm_imagenet.sh"
+SLURM = ROOT / "conadv" / "config" / "recipes" / "slurm_imagenet.sh"
 IMAGENET_PAGE = ROOT / "docs" / "imagenet.md"
 
 TRAIN_IMAGES = 1_281_167
@@ -78,9 +70,7 @@ POINTS = {
 def schedule_of(name: str) -> tuple[Config, WarmupDecay]:
     """The schedule as the trainer builds it for ImageNet's number of images."""
     config = resolve(recipes.get(name))
-    per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
-    steps = config.steps or round((config.epochs or 0) * per_epoch)
-    return config, _schedule(config, steps, per_epoch)
+    return config, make_schedule(config, derive(config, TRAIN_IMAGES))
 
 
 def mlperf_lr(point: Point, warmup_steps: int, step: int) -> float:
@@ -267,8 +257,7 @@ def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
     )
     at_64 = str(accumulation(config, 64)) if several == 64 else "-"
     assert f"| {accumulation(config, 8)} / {at_64} |" in row
-    per_epoch = Order(TRAIN_IMAGES, config.global_batch_size, 0).steps_per_epoch
-    assert row.split(" | ")[3] == f"{config.steps or round((config.epochs or 0) * per_epoch):,}"
+    assert row.split(" | ")[3] == f"{derive(config, TRAIN_IMAGES).steps:,}"
 
 
 def test_the_plan_of_the_page_is_for_the_steps_of_its_recipe() -> None:
@@ -343,9 +332,7 @@ def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> N
     )
     args = words[words.index("train") + 1 : -1]
     text = SLURM.read_text()
-    base, _, rest = _base_config(args, recipes.get)
-    parsed = tyro.cli(TrainArgs, default=TrainArgs(base, RunOptions()), args=rest)
-    config = resolve(override(base, parsed.config, given_settings(rest)))
+    config, _ = read_options(args)
     nodes, tasks, gpus = (int(re.findall(rf"#SBATCH --{what}=(\d+)", text)[0]) for what in SIZES)
     assert tasks == gpus == 8
     assert accumulation(config, tasks * nodes) == 4

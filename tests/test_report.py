@@ -18,7 +18,9 @@ import pytest
 from rich.console import Console
 from scipy import stats as scipy_stats
 
-from conadv.config.schema import Config, dump_yaml, replace, resolve
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.errors import ConadvError
 from conadv.report import (
     arms_table,

@@ -630,7 +630,7 @@ def test_an_unknown_baseline_is_an_error(folder: Path) -> None:
 
 def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
     """Red when: magnify() does not centre at grey, or the attack is left out."""
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     config = replace(
         Config(),

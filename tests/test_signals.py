@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from conadv.config.schema import dump_yaml
+from conadv.config.files import dump_yaml
 from conadv.engine.stop import INTERRUPT, TERMINATE
 from conadv.errors import ConadvError
 from conadv.training.checkpoint import steps
+from conadv.training.loop import train
 from conadv.training.observer import Silent
 from conadv.training.record import read_lines
 from conadv.training.signals import (
@@ -26,11 +27,10 @@ from conadv.training.signals import (
     Stopped,
     granted_seconds,
 )
-from conadv.training.trainer import train
 
 from .ranks.launch import started, until
 from .test_nonfinite import same
-from .test_trainer import config, weights, without_times
+from .test_training import config, weights, without_times
 
 
 class Sends(Silent):
@@ -86,15 +86,15 @@ def test_a_signal_during_an_evaluation_counts_at_that_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: what came during the evaluation is seen after one more step.
-    import conadv.training.trainer
+    import conadv.training.results
 
-    original = conadv.training.trainer.evaluate
+    original = conadv.training.results.evaluate
 
     def evaluate(*args: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **options)
 
-    monkeypatch.setattr(conadv.training.trainer, "evaluate", evaluate)
+    monkeypatch.setattr(conadv.training.results, "evaluate", evaluate)
     with pytest.raises(Stopped, match="after 3 steps"):
         train(config(checkpoint__every_epochs=None), tmp_path)
     assert steps(tmp_path / "checkpoints") == [3]
@@ -322,9 +322,9 @@ def test_the_program_and_its_loader_workers_under_a_signal_to_their_group(tmp_pa
 
 SLEEPS = """
 import sys, time
-import conadv.training.trainer
+import conadv.training.results
 from conadv.cli.program import main
-conadv.training.trainer.evaluate = lambda *_, **__: time.sleep(60)
+conadv.training.results.evaluate = lambda *_, **__: time.sleep(60)
 sys.exit(main())
 """
 

@@ -10,25 +10,22 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from conadv import (
-    Batch,
-    ConadvError,
-    frozen_stats,
-    route,
-)
+from conadv import Batch, ConadvError, frozen_stats, route
 from conadv.analysis.staleness import draw, table, text
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.schema import Config, replace, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.engine.lookahead import LookAhead
+from conadv.training.build import build
 from conadv.training.checkpoint import load, load_newest
 from conadv.training.data import load_data
+from conadv.training.loop import train
 from conadv.training.probe import Probe, mean_cosine
 from conadv.training.record import read_lines
-from conadv.training.trainer import build, train
 
 from .helpers import no_norm_net, parameters
-from .test_trainer import config, weights
+from .test_training import config, weights
 
 CPU = torch.device("cpu")
 PREDICTORS = ("momentum", "last-update")
@@ -147,8 +144,8 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     # Red when: the probe's route is "clean", its mode eval, or its attack another one; weights of theta_t
     # give another answer than theta_t itself.
     parts = build(resolve(probed(method="disadv", attack__num_steps=2)), CPU)
-    engine = parts.engine
-    probe = Probe(parts.config, engine, parts.data, parts.num_steps, parts.schedule)
+    engine = parts.step
+    probe = Probe(parts.config, engine, parts.data, parts.derived.steps, parts.step._lr_at)
     for _ in range(2):
         engine(next(parts.data.train_batches(engine.version, 6)))
     (micro,) = probe._micro
@@ -165,7 +162,7 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     assert mean_cosine(again, gradients) == pytest.approx(1)
     assert torch.equal(moved_again, moved)
     monkeypatch.setattr("conadv.engine.step.rng.derive", lambda *_: 1)  # the same draws for all
-    want = engine.craft(parts.method.attack, Batch(2, (micro,))).images
+    want = engine.craft(parts.step.method.attack, Batch(2, (micro,))).images
     assert torch.equal(probe._attacked(2, None)[1][0], want[0])
 
 

@@ -19,7 +19,8 @@ import yaml
 
 from conadv.cli import sweep as command
 from conadv.cli.program import main
-from conadv.config.schema import Config, dump_yaml
+from conadv.config.files import dump_yaml
+from conadv.config.schema import Config
 from conadv.errors import ConadvError
 from conadv.sweep import pool
 from conadv.sweep.cells import Plan, Run, expand

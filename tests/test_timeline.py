@@ -22,15 +22,15 @@ from PIL import Image
 from conadv.analysis.picture import headline, picture, shown, window
 from conadv.analysis.shares import covered, hidden_attack, hidden_communication, overlap, summary
 from conadv.analysis.style import to_png
-from conadv.analysis.timeline import Timeline, timeline
+from conadv.analysis.timeline import timeline
 from conadv.analysis.trace import trace
 from conadv.cli import program
 from conadv.cli.timeline import text
 from conadv.errors import ConadvError
+from conadv.training.loop import train
 from conadv.training.record import BESIDE, read_lines
-from conadv.training.trainer import train
 
-from .test_trainer import config
+from .test_training import config
 
 Spans = list[tuple[str, float, float]]
 STEP = 100.0  # milliseconds from one step to the next

@@ -24,15 +24,18 @@ from hypothesis import strategies as st
 from conadv import safe_io
 from conadv.cli.program import main
 from conadv.cli.progress import Live
-from conadv.config.schema import Config, dump_yaml, load_yaml, parse, replace, resolve
+from conadv.config.files import dump_yaml, load_yaml, parse
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.errors import ConadvError, printable
 from conadv.report.load import load_run as load_report_run
 from conadv.safe_io import write_atomic
 from conadv.training import checkpoint
 from conadv.training.export import load_plain_model
+from conadv.training.loop import train
 from conadv.training.record import read_lines
+from conadv.training.resume import load_run
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import load_run, train
 
 from . import hostile
 
@@ -321,7 +324,7 @@ def test_waiting_images_that_do_not_fit_end_a_resume(copy: Path) -> None:
     state = checkpoint.load_newest(copy / "checkpoints", CPU)
     _set(state, ("engine", "pending"), {"2": {"images": 3}})
     checkpoint.save(copy / "checkpoints", state["step"], state, 1)
-    assert len(load_run(copy, CPU).engine.pending) == 0
+    assert len(load_run(copy, CPU).step.pending) == 0
     with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
         train(RunDir(copy).open(), copy, resume=True)
 

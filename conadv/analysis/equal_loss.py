@@ -13,8 +13,8 @@ from conadv.engine.validate import load_weights
 from conadv.errors import ConadvError, printable
 from conadv.nn.ema import evaluated_state
 from conadv.training import checkpoint
+from conadv.training.resume import load_run
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import load_run
 
 FACTOR = 2.0
 """Losses further apart than this are not equal: Hessian and gradient go with the loss."""

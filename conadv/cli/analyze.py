@@ -44,7 +44,7 @@ class Written(Analysis):
 
 
 @dataclass
-class AnalyzeArgs:
+class Args:
     """Write RUN/analysis.json and a picture: Hessian, sharpness, loss landscape and robust accuracy.
 
     All of the clean route. Runs that have the same analysis already are skipped.
@@ -64,7 +64,7 @@ class AnalyzeArgs:
     """Only for runs whose model is code of yours: repeat its module:function, to say that it may run."""
 
 
-def command(args: AnalyzeArgs) -> None:
+def command(args: Args) -> None:
     """Analyse every run in turn and show all as one table.
 
     Raises ConadvError before any computation for a folder that is not a run or has no checkpoint, and
@@ -86,7 +86,7 @@ def command(args: AnalyzeArgs) -> None:
         sys.stdout.write(f"{printable(RunDir(path).analysis_file)}: {state}\n")
 
 
-def _settings(path: Path, args: AnalyzeArgs) -> dict[str, Any]:
+def _settings(path: Path, args: Args) -> dict[str, Any]:
     """What an analysis that need not be repeated agrees in."""
     from conadv.training.checkpoint import steps
 
@@ -121,7 +121,7 @@ def read(path: Path) -> Written:
     return read_document(Written, RunDir(path).analysis_file, remedy)
 
 
-def _write(path: Path, settings: dict[str, Any], args: AnalyzeArgs) -> None:
+def _write(path: Path, settings: dict[str, Any], args: Args) -> None:
     """Compute, then write the picture and, last, analysis.json: a run with that file has everything."""
     from conadv.analysis.equal_loss import step_at_loss
     from conadv.analysis.landscape import line_figure
@@ -129,7 +129,7 @@ def _write(path: Path, settings: dict[str, Any], args: AnalyzeArgs) -> None:
     from conadv.analysis.style import to_png
     from conadv.distributed.environment import pick_device
     from conadv.training.allocator import keep_freed_memory
-    from conadv.training.trainer import load_run
+    from conadv.training.resume import load_run
 
     def announce(part: str) -> None:
         sys.stdout.write(f"{printable(path)}: {part}\n")
@@ -140,7 +140,7 @@ def _write(path: Path, settings: dict[str, Any], args: AnalyzeArgs) -> None:
     if args.at_loss is not None:
         step = step_at_loss(path, args.at_loss, args.options.images, device)
     parts = load_run(path, device, step=step)
-    found = {**settings, "step": parts.engine.version, "split": "train"}
+    found = {**settings, "step": parts.step.version, "split": "train"}
     found |= analyze(parts.model, parts.data, parts.space, parts.config, args.options, announce)
     run = RunDir(path)
     try:

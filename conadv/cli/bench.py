@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from conadv.cli.options import parse, say
 from conadv.config.schema import (
     AugmentName,
     Config,
@@ -23,7 +24,7 @@ from conadv.config.schema import (
     OptimConfig,
     OptimizerName,
 )
-from conadv.errors import ConadvError, printable
+from conadv.errors import ConadvError, printable, unknown
 from conadv.safe_io import write_atomic
 from conadv.training.provenance import git_state, machine, now, versions
 
@@ -294,3 +295,23 @@ def without_out(args: Sequence[str]) -> list[str]:
     """The arguments without --out and its value."""
     values = {i + 1 for i, arg in enumerate(args) if arg == "--out"}
     return [a for i, a in enumerate(args) if i not in values and a.partition("=")[0] != "--out"]
+
+
+def main(args: Sequence[str]) -> None:
+    """Run a benchmark, or list them all."""
+    if not args or args[0] in ("-h", "--help"):
+        say(overview())
+        return
+    run, options = read_options(args)
+    prepare(options)
+    run(options)
+
+
+def read_options(args: Sequence[str]) -> tuple[Callable[[Any], None], BenchArgs]:
+    """The benchmark that is named first, and its options. Raises ConadvError for what cannot be meant."""
+    if args[0] not in BENCHES:
+        raise unknown("benchmark", args[0], BENCHES)
+    kind, run, _ = BENCHES[args[0]]
+    options = parse(kind, args[1:], f"conadv bench {args[0]}")
+    options.check()
+    return run, options

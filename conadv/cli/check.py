@@ -18,7 +18,7 @@ from conadv.errors import ConadvError, printable
 
 
 @dataclass
-class CheckArgs:
+class Args:
     """Read every image of DIR/{train,test or val}/<class>/, in parallel, and list what is wrong with it.
 
     Exit code 0: nothing is wrong; 1: something is listed; 2: DIR cannot be checked. Notes (images that are read, but
@@ -37,7 +37,7 @@ class CheckArgs:
     """No progress."""
 
 
-def command(args: CheckArgs) -> bool:
+def command(args: Args) -> bool:
     """Check, show, write; returns whether nothing is wrong."""
     from conadv.data.check import check_folder  # imports torch
     from conadv.training.record import write_atomic

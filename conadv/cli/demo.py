@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DemoArgs:
+class Args:
     """Train the digits network at a small batch and at the full batch with every method, and compare."""
 
     out: Path = Path("runs/demo")
@@ -56,7 +56,7 @@ class DemoArgs:
     """Show the final table only."""
 
 
-def demo(args: DemoArgs) -> None:
+def command(args: Args) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
     from conadv.report import show, write_report
 
@@ -104,7 +104,7 @@ def _run_all(runs: list[Run], out: Path, workers: int, quiet: bool) -> None:
 
 
 def _train(out: Path, run: Run) -> None:
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     train(run.config, out / run.name, overwrite=True)
 

@@ -33,7 +33,7 @@ VARIABLES = (
 
 
 @dataclass
-class DoctorArgs:
+class Args:
     """Show what is installed, which devices and links are seen, and what would be slow or wrong.
 
     Exit code 0: nothing is wrong (some of it may be slow); 1: something is. Changes nothing, and
@@ -216,7 +216,7 @@ def _network(f: Facts) -> Found:
 RULES = (_cuda_missing, _cuda_devices, _processor, _room, _network)
 
 
-def doctor(args: DoctorArgs, console: Console | None = None) -> bool:
+def command(args: Args, console: Console | None = None) -> bool:
     """Look and show; returns whether nothing is wrong."""
     facts = look(Path.cwd())
     found = findings(facts)

@@ -50,7 +50,7 @@ class WorkloadArgs:
 
 
 @dataclass
-class PlanArgs:
+class Args:
     """Predict step time, images per second, cost and the best executor and split for any number of devices.
 
     First measure, on a quiet machine, with as many processes per host as the training will run:
@@ -98,7 +98,7 @@ class PlanArgs:
     """Write the rows as JSON."""
 
 
-def command(args: PlanArgs) -> None:
+def command(args: Args) -> None:
     """Run ``conadv plan``."""
     if args.measure != "no":
         _measure(args)
@@ -117,7 +117,7 @@ def command(args: PlanArgs) -> None:
         write_atomic(args.json, json.dumps(content, indent=1) + "\n")
 
 
-def plan_of(args: PlanArgs) -> tuple[Planner, list[Row], list[dict[str, Any]]]:
+def plan_of(args: Args) -> tuple[Planner, list[Row], list[dict[str, Any]]]:
     """Read the profile and search. Raises ConadvError for what cannot be planned."""
     profile = load(args.profile)
     if args.staleness < 1:
@@ -155,7 +155,7 @@ def numbers(name: str, text: str) -> list[int]:
     return found
 
 
-def _measure(args: PlanArgs) -> None:
+def _measure(args: Args) -> None:
     """Measure what was asked for; rank 0 writes the file. Collective."""
     import torch
 
@@ -215,7 +215,7 @@ def show(
     planner: Planner,
     rows: Sequence[Row],
     omitted: Sequence[dict[str, Any]],
-    args: PlanArgs,
+    args: Args,
     console: Console | None = None,
 ) -> None:
     """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
@@ -232,7 +232,7 @@ def show(
         console.print(f"- {line}", markup=False)
 
 
-def table_of(rows: Sequence[Row], names: Sequence[str], args: PlanArgs) -> Table:
+def table_of(rows: Sequence[Row], names: Sequence[str], args: Args) -> Table:
     """One line per row, a section for each number of devices."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
     for name in names:
@@ -245,7 +245,7 @@ def table_of(rows: Sequence[Row], names: Sequence[str], args: PlanArgs) -> Table
     return table
 
 
-def cells(row: Row, args: PlanArgs) -> dict[str, str]:
+def cells(row: Row, args: Args) -> dict[str, str]:
     """Column -> text."""
     found, layout = row.prediction, row.prediction.layout
     epoch = found.device_seconds_per_image * args.images_per_epoch

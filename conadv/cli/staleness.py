@@ -16,14 +16,14 @@ from conadv.training.run_dir import RunDir
 
 
 @dataclass
-class StalenessArgs:
+class Args:
     """Show what stale and predicted weights are worth to the attack, measured by --probe.every-epochs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; each gets its staleness.png."""
 
 
-def command(args: StalenessArgs) -> None:
+def command(args: Args) -> None:
     """Print each run's table and write its picture. Raises ConadvError for a run without probe lines."""
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv staleness RUN...")

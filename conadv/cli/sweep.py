@@ -26,7 +26,7 @@ from conadv.sweep.spec import load_spec
 
 
 @dataclass
-class SweepArgs:
+class Args:
     """A grid of runs: settings tuned on validation images, confirmed on other seeds, reported.
 
     The same command continues where a sweep stopped, however it stopped.
@@ -53,7 +53,7 @@ class SweepArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
-def sweep(args: SweepArgs) -> None:
+def command(args: Args) -> None:
     """Run the sweep. Raises ConadvError for a wrong spec, option or OUT before any run starts."""
     spec = load_spec(args.spec)
     folder = Folder(args.out or Path("runs") / spec.name)

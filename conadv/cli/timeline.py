@@ -28,7 +28,7 @@ EVEN = 0.05  # shares of ranks that lie within this are one share
 
 
 @dataclass
-class TimelineArgs:
+class Args:
     """Show what ran beside what in a run: a trace for ui.perfetto.dev, a picture, and the hidden shares."""
 
     run: tyro.conf.Positional[Path]
@@ -39,7 +39,7 @@ class TimelineArgs:
     """Folder for trace.json and timeline.png (default: RUN/timeline)."""
 
 
-def command(args: TimelineArgs) -> None:
+def command(args: Args) -> None:
     """Write both files and print what they show. Raises ConadvError for a record without valid spans."""
     steps = None if args.steps is None else parse_steps(args.steps)
     record = RunDir(args.run).record

@@ -44,7 +44,7 @@ Values = dict[str, Any]
 
 
 @dataclass
-class WatchArgs:
+class Args:
     """Show a run as it goes: progress, losses, accuracies, where the time goes, events, warnings.
 
     RUN may also be the folder of a sweep, or any folder of runs. Only files are read, so a run on
@@ -355,7 +355,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
                     yield from _below(child, depth - 1)
 
 
-def watch(args: WatchArgs, console: Console | None = None) -> None:
+def command(args: Args, console: Console | None = None) -> None:
     """Show frames until the last one."""
     if not args.interval > 0:
         raise ConadvError(f"--interval {args.interval:g} must be more than 0 seconds.")

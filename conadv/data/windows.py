@@ -93,7 +93,11 @@ class WindowedLoader(Generic[T]):
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: tuple[Any, ...] = (loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    owners: tuple[Any, ...] = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(batch_sampler, "sampler", None),
+    )
     for owner in owners:
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)

@@ -21,7 +21,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from conadv.config.schema import AugmentName, Config, DataConfig, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import AugmentName, Config, DataConfig
 from conadv.data import augment as augments
 from conadv.distributed.comm import Comm
 from conadv.planning.timing import Case, Row, Sample, measure

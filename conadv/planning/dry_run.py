@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conadv.config.schema import Config, accumulation, micro_batch
+from conadv.config.resolve import accumulation, micro_batch
+from conadv.config.schema import Config
 from conadv.data.images import BadImage
 from conadv.data.splits import PhotoSplit
 from conadv.distributed.comm import Comm
@@ -26,9 +27,11 @@ from conadv.planning.memory import gib
 from conadv.planning.timing import burst
 from conadv.planning.trial import Shape, Trial
 from conadv.training import checkpoint
+from conadv.training.build import Run as Parts
+from conadv.training.build import build, make_schedule, overview
 from conadv.training.observer import Observer, Silent
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import Parts, admit, build, overview
+from conadv.training.start import admit
 
 SAMPLE = 512
 """So many image files of a split are read; `conadv check` reads all."""
@@ -89,7 +92,7 @@ def preview(
     Writes nothing (data.download aside) and leaves ``out`` as it is. ``planner``: predicts the time by
     a measured profile; without it a few steps of one micro-batch of random images are timed.
     ``existing``: resume, overwrite, auto_resume, as in training. The micro-batch must be settled.
-    Raises ConadvError for all that :func:`conadv.training.trainer.train` would stop at before its
+    Raises ConadvError for all that :func:`conadv.training.loop.train` would stop at before its
     first step, and where image files in the sample cannot be read, or memory or disk are too small.
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
     """
@@ -132,12 +135,12 @@ def preview(
     everyones = [value for value in comm.gather_objects(free) if value is not None]
     done = checkpoint.steps(run.checkpoints) if resume and comm.is_main else []
     held_out = data.source.validation
-    extra = (("aug", config.data.aug_view), ("adv", parts.method.route))
+    extra = (("aug", config.data.aug_view), ("adv", parts.step.method.route))
     views = ["clean", *(name for name, there in extra if there is not None)]
     return Preview(
         overview=tuple(overview(parts)),
         first_step=done[-1] if done else 0,
-        steps=parts.num_steps,
+        steps=parts.derived.steps,
         steps_per_epoch=data.order.steps_per_epoch,
         images={
             "training": data.train_size,
@@ -146,9 +149,9 @@ def preview(
         },
         files_read=read,
         bad_files=tuple(bad),
-        schedule=parts.schedule,
-        groups=describe(parts.groups),
-        gradient_images=parts.method.gradient_images(views, micro),
+        schedule=make_schedule(config, parts.derived),
+        groups=describe(parts.step.optimizer.param_groups),
+        gradient_images=parts.step.method.gradient_images(views, micro),
         device=str(comm.device),
         memory_needed=needed,
         memory_free=min(everyones, default=None),
@@ -192,7 +195,7 @@ def checkpoint_bytes(parts: Parts, trial: Trial) -> tuple[int, int]:
 
     The rest: weights and buffers, their average, and the optimizer's state.
     """
-    config, method = parts.config, parts.method
+    config, method = parts.config, parts.step.method
     batches = method.ahead or int(method.needs_input_gradient)
     dtype: torch.dtype = getattr(torch, config.pending_dtype or "float32")
     image = trial.sizes.image // 4 * dtype.itemsize + 8
@@ -207,7 +210,7 @@ def checkpoints_at_a_time(parts: Parts) -> int:
     settings, planned = parts.config.checkpoint, 1
     if settings.every_epochs is not None:
         period = max(1, round(settings.every_epochs * parts.data.order.steps_per_epoch))
-        planned = -(-parts.num_steps // period)
+        planned = -(-parts.derived.steps // period)
     return min(settings.keep + 1, planned) + settings.keep_best
 
 
@@ -223,7 +226,7 @@ def trial_time(parts: Parts, shape: Shape) -> Time:
     """From steps of one micro-batch on this device, times the accumulation. Each rank for itself."""
     config = parts.config
     count = accumulation(config, len(parts.teams.learners))
-    trial = Trial(config, shape, Comm(device=parts.engine.device), micro_batch(config))
+    trial = Trial(config, shape, Comm(device=parts.step.device), micro_batch(config))
     seconds = burst(trial.phases, 1).seconds or 0.0
     notes = ["without loading images"]
     if parts.teams.world.ranks > 1:
@@ -274,7 +277,7 @@ def differences(parts: Parts, planner: Planner) -> Iterator[str]:
         "attack steps": (1, config.attack.num_steps),
         "attack.share": (1, config.attack.share),
         "third view": (None, config.data.aug_view),
-        "device": (profile.device, parts.engine.device.type),
+        "device": (profile.device, parts.step.device.type),
         "processes per host": (profile.processes, processes_here()),
     }
     for name, (measured, mine) in pairs.items():

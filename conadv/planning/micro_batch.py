@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from conadv.config.schema import Config, replace, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError
 from conadv.nn.split_batchnorm import has_batchnorm

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conadv import rng
-from conadv.config.schema import Config, OptimConfig, optimizer_settings, replace, resolve
+from conadv.config.resolve import optimizer_settings, resolve
+from conadv.config.schema import Config, OptimConfig, replace
 from conadv.distributed.comm import Comm
 from conadv.engine import Executor
 from conadv.models.trial import check_model
@@ -21,8 +22,8 @@ from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.planning.cost_model import step_bytes
 from conadv.planning.profile import Sizes
-from conadv.training.build import method_of
-from conadv.training.trainer import make_engine, make_model
+from conadv.training.build import make_model, method_of
+from conadv.training.build import make_step as make_engine
 from conadv.types import Batch, MicroBatch, StepRecord
 
 LEARNING_RATE = 1e-6  # random labels must not blow the weights up

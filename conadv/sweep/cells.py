@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from conadv.config import recipes
-from conadv.config.schema import Config, flatten, home, override, parse, replace, resolve
+from conadv.config.files import home, parse
+from conadv.config.overrides import override
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, flatten, replace
 from conadv.errors import ConadvError, unknown
 from conadv.methods import METHODS
 from conadv.sweep.spec import Seeds, Settings, Spec

@@ -51,7 +51,7 @@ def run_pool(
 def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> None:
     """Train one run of a sweep, from its newest checkpoint where it was interrupted."""
     from conadv.engine.execution import Execution
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     out = RunDir(runs / run.name)
     # spans are most of a record, and no sweep needs them
@@ -65,7 +65,7 @@ def measure(run: Run, device: str, steps: int = 8) -> tuple[float, float]:
     """(share of ``run``, its seconds) of a few steps without evaluations, on one thread."""
     import torch
 
-    from conadv.training.trainer import train
+    from conadv.training.loop import train
 
     few: dict[str, Any] = {"steps": steps, "epochs": None, "schedule__warmup_epochs": 0.0}
     few |= {"eval__every_epochs": None, "eval__robust_images": 0, "probe": ProbeConfig()}
@@ -109,7 +109,7 @@ def _executor(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _start_worker() -> None:
     import torch
 
-    import conadv.training.trainer  # noqa: F401 -- not at the cost of the first run's seconds
+    import conadv.training.loop  # noqa: F401 -- not at the cost of the first run's seconds
     from conadv.data.workers import end_with_parent
     from conadv.training.allocator import keep_freed_memory
 

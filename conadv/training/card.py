@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from conadv.config.schema import Config, dump_yaml, replace, resolve, scaled_lr
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve, scaled_lr
+from conadv.config.schema import Config, replace
 from conadv.errors import printable
 from conadv.methods import METHODS
 from conadv.models import family

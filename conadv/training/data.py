@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from conadv.config.schema import Config, ModelConfig, accumulation, home, micro_batch
+from conadv.config.files import home
+from conadv.config.resolve import accumulation, micro_batch
+from conadv.config.schema import Config, ModelConfig
 from conadv.data.loader import Data, build_data
 from conadv.data.source import Progress, Source, build_source
 from conadv.errors import ConadvError

@@ -14,16 +14,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from conadv import __version__
-from conadv.config.schema import Config, resolve
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config
 from conadv.engine.validate import load_weights
 from conadv.errors import ConadvError, install, unknown
 from conadv.nn.ema import evaluated_state
 from conadv.nn.split_batchnorm import strip
 from conadv.safe_io import write_atomic
+from conadv.training.build import make_model
 from conadv.training.card import model_card
 from conadv.training.checkpoint import restoring
+from conadv.training.resume import load_state
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import load_state, make_model
 
 TOLERANCE = 1e-3  # of the largest logit: another order of sums, not another network
 

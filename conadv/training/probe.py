@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from conadv.attacks.targets import ascent_loss
-from conadv.config.schema import Config, ProbeConfig, micro_batch
+from conadv.config.resolve import micro_batch
+from conadv.config.schema import Config, ProbeConfig
 from conadv.data.loader import Data
 from conadv.engine import TrainStep
 from conadv.engine.lookahead import LookAhead
@@ -23,12 +24,12 @@ from conadv.engine.validate import check_count, check_keys, check_like, check_ma
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 from conadv.optim.schedules import WarmupDecay
-from conadv.training.build import attack_of
-from conadv.types import MicroBatch
+from conadv.types import Attack, MicroBatch
 
 Weights = Mapping[str, Tensor]
 Line = dict[str, Any]
 STALE, CURRENT, NOISE = "stale", "current", "noise"
+PREDICTORS = ("momentum", "last-update")  # of look-ahead, measured beside stale weights
 
 
 def period(probe: ProbeConfig, steps_per_epoch: int) -> int:
@@ -62,18 +63,24 @@ class Probe:
     """
 
     def __init__(
-        self, config: Config, engine: TrainStep, data: Data, num_steps: int, lr_at: WarmupDecay
+        self,
+        config: Config,
+        attack: Attack,
+        engine: TrainStep,
+        data: Data,
+        num_steps: int,
+        lr_at: WarmupDecay,
     ) -> None:
         self._engine, self._num_steps, self._lr_at = engine, num_steps, lr_at
         self._per_epoch = data.order.steps_per_epoch
         self._every = period(config.probe, self._per_epoch)
         self._taus = sorted(config.probe.staleness)
         self._config = config.attack
-        self._attack = attack_of(config.attack, engine.space)
+        self._attack = attack
         self._route = "adv" if "adv" in norm.routes_of(engine.model) else norm.CLEAN
         self._ahead = {
             name: LookAhead(engine.model, engine.optimizer, lr_at, name, keep=True)
-            for name in config.probe.predictors
+            for name in PREDICTORS
         }
         # [t][tau][predictor]: weights for the probe of step t, stored or predicted at step t - tau
         self._waiting: dict[int, dict[int, dict[str, Weights]]] = {}

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from conadv import __version__
-from conadv.config.schema import Config, differences, dump_yaml, load_yaml, parse, replace
+from conadv.config.files import dump_yaml, load_yaml, parse
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, differences, replace
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import refuse_links, write_atomic
 from conadv.training.lock import Lock
@@ -188,8 +190,11 @@ class RunDir:
 
 
 def _moved(config: Config, to: Config) -> Config:
-    """``config`` with the data where ``to`` has it: the same data may lie elsewhere now, and be there already."""
-    moved: Config = replace(config, data__dir=to.data.dir, data__download=to.data.download)
+    """``config`` with the data where ``to`` has it: the same data may lie elsewhere now, and be there already.
+
+    Resolved: a config of an earlier version may lack settings that this one has.
+    """
+    moved: Config = replace(resolve(config), data__dir=to.data.dir, data__download=to.data.download)
     return moved
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from conadv import __version__
-from conadv.config.schema import accumulation, micro_batch, scaled_lr
+from conadv.training.build import Run
 from conadv.training.evaluate import Result
 from conadv.training.record import finite
 
-if TYPE_CHECKING:
-    from conadv.training.trainer import Parts
-
 
 def summarize(
-    parts: Parts, results: dict[str, Result | None], lines: list[dict[str, Any]]
+    run: Run, results: dict[str, Result | None], lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The fields that docs/record.md lists."""
     steps = [line for line in lines if line["type"] == "step"]
@@ -24,8 +21,9 @@ def summarize(
     )
     assert train is not None
     assert test is not None
+    failed = {line.get("attack_rank") for line in lines if line["type"] == "attack_loss"}
     return {
-        **_settings(parts),
+        **_settings(run),
         "train_loss": finite(train.loss),
         "train_accuracy": train.accuracy,
         "validation_loss": None if validation is None else finite(validation.loss),
@@ -33,52 +31,50 @@ def summarize(
         "test_loss": finite(test.loss),
         "test_accuracy": test.accuracy,
         "robust_accuracy": None if robust is None else robust.accuracy,
-        "robust_eps": None if robust is None else parts.config.eval.robust_eps,
-        **_costs(steps, parts),
-        "attack_ranks_lost": len(
-            {line.get("attack_rank") for line in lines if line["type"] == "attack_loss"}
-        ),
+        "robust_eps": None if robust is None else run.config.eval.robust_eps,
+        **_costs(steps, run),
+        "attack_ranks_lost": len(failed),
         "bad_images": sum(line["type"] == "bad_image" for line in lines),
         "version": __version__,
     }
 
 
-def _settings(parts: Parts) -> dict[str, Any]:
-    config = parts.config
+def _settings(run: Run) -> dict[str, Any]:
+    config, derived = run.config, run.derived
+    # a second set of batch norm is not a larger network
+    sizes = [p.numel() for name, p in run.model.named_parameters() if ".routes." not in name]
     return {
         "recipe": config.recipe,
         "method": config.method,
         "staleness": config.staleness,
         "lookahead": config.lookahead,
         "optimizer": config.optim.name,
-        "lr": scaled_lr(config.optim, config.global_batch_size),
+        "lr": derived.lr,
         "eps": config.attack.eps,
         "augment": config.data.augment,
         "aug_view": config.data.aug_view,
         "global_batch_size": config.global_batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "batchnorm_batch_size": config.micro_batch_size,
-        "accumulation": accumulation(config, parts.comm.ranks),
-        "ranks": parts.comm.ranks,
-        "attack_ranks": len(parts.teams.attackers),
-        "executor": parts.choice.name,
+        "micro_batch_size": derived.micro_batch_size,
+        "batchnorm_batch_size": derived.micro_batch_size,
+        "accumulation": derived.accumulation,
+        "ranks": run.comm.ranks,
+        "attack_ranks": len(run.teams.attackers),
+        "executor": run.choice.name,
         "seed": config.seed,
-        "steps": parts.num_steps,
-        "epochs": parts.num_steps / parts.data.order.steps_per_epoch,
+        "steps": derived.steps,
+        "epochs": derived.epochs,
         "model": config.model.name,
-        "parameters": sum(
-            p.numel() for name, p in parts.model.named_parameters() if ".routes." not in name
-        ),
+        "parameters": sum(sizes),
     }
 
 
-def _costs(steps: list[dict[str, Any]], parts: Parts) -> dict[str, Any]:
+def _costs(steps: list[dict[str, Any]], run: Run) -> dict[str, Any]:
     """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
     totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)
-    batch, micro = parts.config.global_batch_size, micro_batch(parts.config)
-    gradients = sum(parts.method.gradient_images(line["losses"], micro) for line in steps)
+    batch, micro = run.config.global_batch_size, run.derived.micro_batch_size
+    gradients = sum(run.step.method.gradient_images(line["losses"], micro) for line in steps)
     return {
         "seconds": seconds,
         "step_seconds_median": median(totals[1:] or totals),

@@ -20,11 +20,11 @@ from conadv.distributed.offset import clock_offset
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine import Inline, Ranks
 from conadv.engine.execution import Execution
-from conadv.training.trainer import train
+from conadv.training.loop import train
 
 from ..helpers import no_norm_net, state, tiny_resnet
 from ..test_methods import ATTACK, CASES, SEED, SPACE, as_batch, sgd
-from ..test_trainer import config
+from ..test_training import config
 
 MODELS = {
     "batchnorm": lambda seed: tiny_resnet("adv", seed=seed),

@@ -36,12 +36,12 @@ from conadv.engine.pending import gather
 from conadv.nn.precise_bn import recalibrate
 from conadv.nn.split_batchnorm import check_sync, frozen_stats, route
 from conadv.training.evaluate import evaluate
+from conadv.training.loop import train
 from conadv.training.signals import Stopped
-from conadv.training.trainer import train
 
 from ..helpers import images, no_norm_net, parameters, state, tiny_resnet
 from ..test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
-from ..test_trainer import config
+from ..test_training import config
 
 Answer = tuple[list[dict[str, Any]], dict[str, Tensor]]
 OPTIMIZERS = {"sgd": sgd, "lars": lambda model: LARS(model.parameters(), 5.0)}

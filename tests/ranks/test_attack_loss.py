@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 
 from conadv import Comm, ConadvError
-from conadv.config.schema import dump_yaml
+from conadv.config.files import dump_yaml
 from conadv.distributed.teams import make_teams
 from conadv.engine.attack_ranks.failed import FailedRank
 from conadv.engine.execution import Execution
 from conadv.training.checkpoint import steps
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import train
 
 from ..helpers import same, state
-from ..test_trainer import METHODS, config, without_times
+from ..test_training import METHODS, config, without_times
 from . import attack_jobs as jobs
 from .launch import TORCHRUN, kill, started, until, workers
 from .pool import Ranks, free_port

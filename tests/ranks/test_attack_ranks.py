@@ -16,12 +16,12 @@ from conadv import Comm, ConadvError, Sequential, Vanilla
 from conadv.distributed.message import ALIGNMENT, Message
 from conadv.distributed.teams import Teams, make_teams, roles, shares
 from conadv.engine.execution import Choice, Execution, choose
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import train
 
 from ..helpers import same, state
 from ..test_methods import ATTACK, make
-from ..test_trainer import METHODS, config, without_times
+from ..test_training import METHODS, config, without_times
 from . import attack_jobs as jobs
 from .pool import Ranks
 from .test_runs import forget_after, same_weights

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import train
 
 from ..test_bad_images import config, picture
 from . import jobs

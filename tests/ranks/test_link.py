@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks.torture_links import HOSTS, hosts, silence
-from conadv.config.schema import dump_yaml
+from conadv.config.files import dump_yaml
 from conadv.training.checkpoint import load_newest, steps
 
-from ..test_trainer import config
+from ..test_training import config
 from .launch import TORCHRUN, started, until
 
 TIMEOUT = 8

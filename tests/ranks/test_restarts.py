@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from conadv import ConadvError
-from conadv.config.schema import dump_yaml, resolve
+from conadv.config.files import dump_yaml
+from conadv.config.resolve import resolve
 from conadv.distributed.rendezvous import rendezvous
 from conadv.training.checkpoint import steps
+from conadv.training.loop import train
 from conadv.training.record import read_lines
 from conadv.training.run_dir import RunDir
-from conadv.training.trainer import train
 
-from ..test_trainer import config, weights, without_times
+from ..test_training import config, weights, without_times
 from . import jobs
 from .launch import TORCHRUN, kill, started, until, workers
 from .pool import Ranks

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from conadv.config.schema import dump_yaml
+from conadv.config.files import dump_yaml
 from conadv.training.checkpoint import load_newest, steps
+from conadv.training.loop import train
 from conadv.training.record import read_lines
-from conadv.training.trainer import load_run, measure, train
+from conadv.training.results import measure
+from conadv.training.resume import load_run
 
-from ..test_trainer import METHODS, config, weights, without_times
+from ..test_training import METHODS, config, weights, without_times
 from . import jobs
 from .pool import Ranks
 

@@ -12,7 +12,7 @@ import pytest
 from conadv.training.checkpoint import steps
 from conadv.training.record import read_lines
 
-from ..test_trainer import without_times
+from ..test_training import without_times
 from . import jobs
 from .pool import Ranks
 from .test_runs import same_weights

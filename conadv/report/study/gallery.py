@@ -76,7 +76,7 @@ def _attack(
 
     from conadv import rng
     from conadv.training.build import attack_of
-    from conadv.training.trainer import load_run
+    from conadv.training.resume import load_run
 
     device = torch.device("cpu")
     parts = load_run(path, device)

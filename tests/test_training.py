@@ -23,16 +23,21 @@ from conadv import (
     WarmupDecay,
 )
 from conadv.config import recipes
-from conadv.config.schema import Config, load_yaml, replace, resolve
+from conadv.config.files import load_yaml
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
+from conadv.training.build import build
 from conadv.training.checkpoint import load, load_newest, save, steps
 from conadv.training.data import load_model, load_source
 from conadv.training.evaluate import Result
 from conadv.training.export import export, load_plain_model
+from conadv.training.loop import train
 from conadv.training.observer import Silent
 from conadv.training.record import read_lines
+from conadv.training.results import measure
+from conadv.training.resume import load_run
 from conadv.training.run_dir import RunDir
 from conadv.training.summary import summarize
-from conadv.training.trainer import build, load_run, measure, train
 
 FIELDS = set(
     "method staleness lookahead optimizer lr global_batch_size micro_batch_size batchnorm_batch_size seed steps epochs "
@@ -75,7 +80,7 @@ METHODS = {
     "noise": {"method": "noise"},
     "disadv": {"method": "disadv"},
     "conadv-tau2": {"method": "conadv", "staleness": 2, "pending_dtype": "uint8"},
-    "conadv-plan": {
+    "conadv-share": {
         "method": "conadv",
         "attack__share": 0.25,
         "attack__random_start": 0.5,
@@ -181,7 +186,7 @@ def test_the_seed_reaches_initialisation_order_and_draws() -> None:
     assert not torch.equal(a.model.conv1.weight, b.model.conv1.weight)
     assert not torch.equal(a.data.order.indices(0), b.data.order.indices(0))
     batch = next(a.data.train_batches(0, 1))
-    x, y = (parts.method.extra(parts.engine, batch).images[0] for parts in (a, b))
+    x, y = (run.step.method.extra(run.step, batch).images[0] for run in (a, b))
     assert not torch.equal(x, y)
 
 
@@ -203,34 +208,28 @@ def test_every_setting_reaches_what_it_is_for() -> None:
         "optim__weight_decay": 0.01,
     }
     method = {"method": "conadv", "staleness": 3, "lookahead": True}
-    parts = build(resolve(config(**pgd, **schedule, **views, **layout, **method)), CPU)
+    run = build(resolve(config(**pgd, **schedule, **views, **layout, **method)), CPU)
     space = PixelSpace((0.3053,), (0.3763,))
-    assert parts.method == Concurrent(PGD(0.3, 2, 0.1, "l2", True, 0.5, space), 3, lookahead=True)
-    assert parts.schedule == WarmupDecay(2.0, 6, 3, "cosine", 3.0, 0.5)
-    assert {group["weight_decay"] for group in parts.optimizer.param_groups} == {0.0, 0.01}
-    engine = parts.engine
+    assert run.step.method == Concurrent(
+        PGD(0.3, 2, 0.1, "l2", True, 0.5, space), 3, lookahead=True
+    )
+    assert run.step._lr_at == WarmupDecay(2.0, 6, 3, "cosine", 3.0, 0.5)
+    assert {group["weight_decay"] for group in run.step.optimizer.param_groups} == {0.0, 0.01}
+    engine = run.step
     assert (engine.space, engine.pending.dtype) == (space, torch.uint8)
     assert engine.view_weights == {"aug": 3.0, "adv": 2.0}
     assert (engine._low, engine._format) == (torch.bfloat16, torch.channels_last)
-    assert parts.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert run.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, y = torch.eye(10), torch.arange(10)
     assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(
         logits, y, label_smoothing=0.1
     )
-    assert build(resolve(config(method="disadv", **attack)), CPU).method == Sequential(
+    assert build(resolve(config(method="disadv", **attack)), CPU).step.method == Sequential(
         FGSM(0.3, "l2", True, space)
     )
-    assert build(resolve(config(method="noise", attack__eps=0.3)), CPU).method == Noise(
+    assert build(resolve(config(method="noise", attack__eps=0.3)), CPU).step.method == Noise(
         RandomSigns(0.3, space)
     )
-
-
-def test_fractions_of_an_epoch_are_rounded_to_steps() -> None:
-    for epochs, num_steps in ((1.7, 5), (0.4, 1)):
-        assert (
-            build(resolve(config(epochs=epochs, schedule__warmup_epochs=0)), CPU).num_steps
-            == num_steps
-        )
 
 
 def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +244,7 @@ def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -
             )
         )
 
-    monkeypatch.setattr("conadv.training.trainer.evaluate", evaluate)
+    monkeypatch.setattr("conadv.training.results.evaluate", evaluate)
     settings = config(method="disadv", eval__robust_eps=0.05, eval__train_images=100)
     measure(build(resolve(settings), CPU))
     assert calls == [(100, None), (899, None), (64, (0.05, 2, PixelSpace((0.3053,), (0.3763,))))]
@@ -322,13 +321,12 @@ def test_images_drawn_by_the_seed_are_the_same_when_a_run_is_read_again(tmp_path
         seed=3,
     )
     summary = train(own, tmp_path)
-    parts = load_run(tmp_path, torch.device("cpu"))
-    assert measure(parts)["train"].loss == summary["train_loss"]
+    run = load_run(tmp_path, torch.device("cpu"))
+    assert measure(run)["train"].loss == summary["train_loss"]
     given = load_source(replace(own, data__subset_seed=3))
     for name in ("train", "validation"):
-        found, want = getattr(parts.data.source, name), getattr(given, name)
-        first = torch.arange(80)
-        assert torch.equal(found.readable(first)[0], want.readable(first)[0])
+        found, want = getattr(run.data.source, name), getattr(given, name)
+        assert torch.equal(found.readable(torch.arange(80))[0], want.readable(torch.arange(80))[0])
 
 
 def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path) -> None:
@@ -337,12 +335,12 @@ def test_export_loads_into_the_plain_model_and_gives_its_accuracy(tmp_path: Path
     path = export(tmp_path)
     plain = load_model(config().model, 1, 10)
     plain.load_state_dict(load_file(path), strict=True)
-    parts = load_run(tmp_path, torch.device("cpu"))
-    x, _ = next(iter(parts.data.eval_batches("test", None, 100)))
-    parts.model.eval()
-    want = parts.model(parts.space.normalize(x))
-    assert torch.equal(plain.eval()(parts.space.normalize(x)), want)
-    assert torch.equal(load_plain_model(tmp_path)(parts.space.normalize(x)), want)
+    run = load_run(tmp_path, torch.device("cpu"))
+    x, _ = next(iter(run.data.eval_batches("test", None, 100)))
+    run.model.eval()
+    want = run.model(run.space.normalize(x))
+    assert torch.equal(plain.eval()(run.space.normalize(x)), want)
+    assert torch.equal(load_plain_model(tmp_path)(run.space.normalize(x)), want)
 
 
 def test_evaluation_repeats_the_summary(tmp_path: Path) -> None:
@@ -472,21 +470,6 @@ def test_resuming_a_finished_run_repeats_its_end_and_nothing_else(tmp_path: Path
     assert without_times(read_lines(tmp_path / "record.jsonl")) == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0.01}, "less than one step"),
-        ({"method": "conadv", "staleness": 6}, "staleness 6 has no effect in 6"),
-    ],
-)
-def test_durations_that_cannot_be_meant(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ConadvError, match=message):
-        train(config(**changes), tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConadvError, match="is a file"):
@@ -527,43 +510,11 @@ def test_observers_hear_of_every_step(tmp_path: Path) -> None:
     assert {split for _, split in seen.evaluations} == {"train", "test", "robust"}
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_every_recipe_resolves_for_every_method(name: str) -> None:
-    from conadv.methods import METHODS as ALL
-
-    for method in ALL:
-        resolved = resolve(replace(recipes.get(name), method=method))
-        assert resolve(resolved) == resolved
-    assert recipes.summary(name)
-
-
-def test_models_by_name() -> None:
-    from conadv.config.schema import ModelConfig
-
-    x = torch.zeros(2, 3, 32, 32)
-    assert load_model(ModelConfig(name="resnet20"), 3, 10)(x).shape == (2, 10)
-    assert (
-        sum(p.numel() for p in load_model(ModelConfig(name="resnet20"), 3, 10).parameters())
-        == 272_474
-    )
-    assert load_model(ModelConfig(name="resnet20"), 3, 10).blocks(
-        torch.zeros(1, 16, 32, 32)
-    ).shape == (1, 64, 8, 8)
-    assert load_model(ModelConfig(name="resnet8", width=4), 3, 10).fc.in_features == 16
-    assert load_model(ModelConfig(name="resnet18"), 3, 7).fc.out_features == 7
-    with pytest.raises(ConadvError, match="Did you mean 'resnet18'"):
-        load_model(ModelConfig(name="resnet18x"), 3, 10)
-    with pytest.raises(ConadvError, match="3 channels"):
-        load_model(ModelConfig(name="resnet18"), 1, 10)
-    with pytest.raises(ConadvError, match="no effect"):
-        load_model(ModelConfig(name="resnet18", width=4), 3, 10)
-
-
 def test_learning_rate_reaches_the_optimizer_as_the_schedule_says(tmp_path: Path) -> None:
     # Red when: warm-up counts epochs as steps, or the record has another step's lr.
-    parts = build(resolve(config()), torch.device("cpu"))
+    run = build(resolve(config()), torch.device("cpu"))
     train(config(), tmp_path)
     lrs = [line["lr"] for line in read_lines(tmp_path / "record.jsonl") if line["type"] == "step"]
-    assert lrs == [parts.schedule(t) for t in range(6)]
+    assert lrs == [run.step._lr_at(t) for t in range(6)]
     assert lrs[:3] == pytest.approx([2 / 3, 4 / 3, 2.0])
     assert lrs[3:] == pytest.approx([2.0 * (1 - s / 3) ** 2 for s in range(3)])

@@ -1,0 +1,353 @@
+"""``conadv train RECIPE``: a recipe with a user's options, trained into a run directory."""
+
+from __future__ import annotations
+
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+
+from conadv.cli.options import say, set_threads, trust
+from conadv.config import recipes
+from conadv.config.files import home, load_yaml
+from conadv.config.overrides import given_settings, override
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, Section, replace
+from conadv.errors import ConadvError, printable
+
+if TYPE_CHECKING:
+    from conadv.distributed.comm import Comm
+    from conadv.engine.execution import Execution
+    from conadv.training.observer import Observer
+
+
+class RunOptions(Section):
+    """Where a run goes and what it shows; none of this changes what is computed."""
+
+    out: Path | None = None
+    """Run directory (default: runs/RECIPE/METHOD-seedN)."""
+    resume: bool = False
+    """Continue the run in --out from its newest checkpoint."""
+    auto_resume: bool = False
+    """Continue the run of these settings in --out if there is one, else start it: one command for every start of a
+    job that may be pre-empted."""
+    overwrite: bool = False
+    """Delete the run that is in --out first."""
+    quiet: bool = False
+    """Show nothing but errors."""
+    dry_run: bool = False
+    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time, and end before
+    the first step. Writes nothing."""
+    profile: Path | None = None
+    """With --dry-run: take the time from this profile of `conadv plan`, instead of a few synthetic steps."""
+    link_gbit: float | None = Field(None, gt=0)
+    """With --profile: the link between ranks has this many Gbit/s per rank, instead of the measured one."""
+    latency_us: float | None = Field(None, ge=0)
+    """With --profile: this latency per step of an all-reduce, in microseconds."""
+    figure: Path | None = None
+    """With --dry-run: also write the schedule as this PNG."""
+    tensorboard: bool = False
+    """Also write TensorBoard scalars into OUT/tensorboard."""
+    wandb: bool = False
+    """Also log to Weights & Biases, into OUT/wandb; offline, unless WANDB_MODE says otherwise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1, le=4096)
+    """CPU threads that torch uses (bitwise repeatability needs the same number)."""
+    comm_timeout: float = 600.0
+    """Seconds after which a rank that does not answer ends the others (torchrun with several processes). With attack
+    ranks, which wait meanwhile, it must be longer than an evaluation and a checkpoint."""
+    executor: Literal["auto", "inline", "stream", "ranks"] = "auto"
+    """When and where the attack on a future batch runs; auto picks, and the record says why."""
+    attack_ranks: int = Field(0, le=2**20)
+    """How many of torchrun's processes do nothing but attack (conadv only)."""
+    late: Literal["wait", "skip"] = "wait"
+    """If attack ranks are late: wait (same bits as without them), or skip the adversarial images of that step."""
+    on_attack_loss: Literal["stop", "continue"] = "stop"
+    """When an attack rank dies or cannot be reached: end the run, or let the learners attack in its place (same bits;
+    attack ranks then need a torchrun of their own)."""
+    timeline_steps: int = Field(200, le=10**9)
+    """For so many steps the record says when each phase ran on each rank (conadv timeline)."""
+
+
+@dataclass
+class TrainArgs:
+    """Train by a recipe."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    run: Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+SET_FIRST = {  # option: what it is, short enough for 80 columns
+    "--data": "folder of images, or where a data set is kept",
+    "--model": "resnet8 to 56, torchvision, timm:NAME, your own",
+    "--method": "vanilla conadv disadv recycle noise multiview",
+    "--eps": "perturbation in [0, 1] pixels, such as 4/255",
+    "--lookahead": "attack at predicted weights (conadv)",
+    "--optimizer": "lars lamb sgd adamw",
+    "--lr": "peak learning rate",
+    "--global-batch-size": "clean images per update, over all ranks",
+    "--micro-batch-size": "images that batch norm sees; auto tries",
+    "--epochs": "passes over the training set",
+    "--augment": "none basic autoaugment randaugment ...",
+    "--seed": "of every random draw",
+    "--out": "run directory",
+    "--resume": "go on with the run in --out",
+    "--dry-run": "check everything, show cost and time",
+}
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse, resolve, train. A recipe's name or --config FILE comes first."""
+    if not args or args[0] in ("-h", "--help"):
+        say(_recipe_list())
+    elif any(arg in ("-h", "--help") for arg in args):
+        base, prog, _ = _base_config(list(args))
+        say(_first_settings(base, prog))
+    else:
+        _train(*read_options(args))
+
+
+def read_options(args: Sequence[str]) -> tuple[Config, RunOptions]:
+    """The resolved config of a command line, and how to run it. Raises ConadvError, or SystemExit as tyro does."""
+    base, prog, rest = _base_config(list(args))
+    rest = ["--help" if arg == "--help-all" else arg for arg in rest]
+    given = given_settings(rest)
+    about = recipes.RECIPES[base.recipe].__doc__ if base.recipe in recipes.RECIPES else None
+    parsed = tyro.cli(
+        TrainArgs, default=TrainArgs(base, RunOptions()), args=rest, prog=prog, description=about
+    )
+    config = resolve(override(base, _with_absolute_folder(parsed.config), given))
+    if "model.name" in given:
+        trust(config.model.name)
+    return config, parsed.run
+
+
+def _train(config: Config, options: RunOptions) -> None:
+    """Train, or show what training would need. Ranks: rank 0 speaks."""
+    out = options.out or default_out(config)
+    _check_dry_run(options)
+    set_threads(options.threads)
+    from conadv.distributed.comm import Comm
+    from conadv.engine.execution import Execution
+    from conadv.training.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    execution = Execution(
+        options.executor,
+        options.attack_ranks,
+        options.late,
+        options.on_attack_loss,
+        options.timeline_steps,
+    )
+    observer = _observer(config, options, out)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    comm = Comm.from_environment(options.device, options.comm_timeout)
+    try:
+        if config.micro_batch_size == "auto":
+            from conadv.planning.micro_batch import settle
+
+            config = settle(
+                config,
+                comm,
+                out,
+                attack_ranks=options.attack_ranks,
+                goes_on=options.resume or options.auto_resume or restarted,
+                tell=observer.message if comm.is_main else lambda line: None,
+            )
+        if options.dry_run:
+            _dry_run(config, out, options, execution, comm, observer)
+        else:
+            _run(config, out, options, execution, comm, observer, restarted)
+    finally:
+        comm.close()
+
+
+def _run(
+    config: Config,
+    out: Path,
+    options: RunOptions,
+    execution: Execution,
+    comm: Comm,
+    observer: Observer,
+    restarted: bool,
+) -> None:
+    from conadv.training.loop import train
+
+    summary = train(
+        config,
+        out,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        auto_resume=options.auto_resume,
+        restarted=restarted,
+        observer=observer,
+        comm=comm,
+        execution=execution,
+    )
+    if comm.is_main and not options.quiet:
+        say(_result_line(summary))
+        say(f"run directory: {printable(out)}")
+
+
+def _dry_run(
+    config: Config,
+    out: Path,
+    options: RunOptions,
+    execution: Execution,
+    comm: Comm,
+    observer: Observer,
+) -> None:
+    """Everything up to the first step."""
+    from conadv.cli.dry_run import draw, show
+    from conadv.planning.cost_model import Planner
+    from conadv.planning.dry_run import preview
+    from conadv.planning.profile import link_of, load
+
+    link = options.link_gbit, options.latency_us
+    try:
+        planner = None
+        with comm.agreed():
+            if options.profile is not None:
+                profile = load(options.profile)
+                planner = Planner(profile, link_of(profile, *link), config.staleness or 1)
+        found = preview(
+            config,
+            out,
+            comm=comm,
+            execution=execution,
+            observer=observer,
+            planner=planner,
+            link_given=link != (None, None),
+            resume=options.resume,
+            overwrite=options.overwrite,
+            auto_resume=options.auto_resume,
+        )
+        with comm.agreed():
+            if comm.is_main and options.figure is not None:
+                draw(found, options.figure)
+    finally:
+        observer.finish()
+    if comm.is_main and not options.quiet:
+        show(found, f"{config.recipe} {config.method}")
+
+
+def _recipe_list() -> str:
+    width = max(map(len, recipes.RECIPES))
+    rows = [f"  {name:<{width}}  {recipes.summary(name)}" for name in recipes.RECIPES]
+    usage = (
+        "usage: conadv train RECIPE [options], or conadv train --config RUN/config.yaml [options]"
+    )
+    return "\n".join([usage, "", *rows, "", "`conadv train RECIPE --help` shows the settings."])
+
+
+def _first_settings(base: Config, prog: str) -> str:
+    """The settings that matter, on one screen; --help-all has tyro's page of all."""
+    shown = {**base.model_dump(mode="json"), **RunOptions().model_dump(mode="json")}
+    values = {
+        "--data": base.data.dir,
+        "--model": base.model.name,
+        "--eps": f"{255 * base.attack.eps:g}/255",
+        "--optimizer": base.optim.name,
+        "--lr": f"{base.optim.lr:g}",
+        "--augment": base.data.augment,
+    }
+    rows = []
+    for option, about in SET_FIRST.items():
+        value = values.get(option, shown.get(option[2:].replace("-", "_")))
+        text = "" if value is None else "no" if value is False else value
+        rows.append(f"  {option:<20} {text!s:<9} {about}")
+    about = recipes.summary(base.recipe) if base.recipe in recipes.RECIPES else ""
+    head = [f"usage: {prog} [options]", *textwrap.wrap(about, 80), ""]
+    return "\n".join([*head, *rows, "", "--help-all lists every setting, in groups."])
+
+
+def _base_config(args: list[str]) -> tuple[Config, str, list[str]]:
+    """The config that options apply to: the recipe named first, or a saved file."""
+    named = not args[0].startswith("-")
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        if name == "--config":
+            path = value or (args[i + 1] if i + 1 < len(args) else "")
+            if named:
+                raise ConadvError(
+                    f"Give a recipe ({args[0]}) or --config, not both: the file holds every setting."
+                )
+            if not path:
+                raise ConadvError("--config needs a file, such as RUN/config.yaml.")
+            rest = args[:i] + args[i + (1 if value else 2) :]
+            # a stranger's file must not make this machine write somewhere: --download is given anew
+            base = replace(load_yaml(Path(path)), data__download=False)
+            return base, f"conadv train --config {path}", rest
+    if not named:
+        raise ConadvError(
+            "Name the recipe first: conadv train RECIPE [options]. `conadv recipes` lists them."
+        )
+    return recipes.get(args[0]), f"conadv train {args[0]}", args[1:]
+
+
+def _with_absolute_folder(config: Config) -> Config:
+    """The data folder as an absolute path: a run must find it from anywhere."""
+    if config.data.dir is None:
+        return config
+    moved: Config = replace(config, data__dir=home(config.data.dir).absolute())
+    return moved
+
+
+def default_out(config: Config) -> Path:
+    """runs/RECIPE/METHOD...; the recipe's name may come from somebody's file, and must not lead out of runs."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", config.recipe):
+        shown = printable(config.recipe)[:100]
+        raise ConadvError(f"The recipe's name {shown!r} cannot be a folder's. Give --out.")
+    tau = f"-tau{config.staleness}" if config.method == "conadv" else ""
+    method = config.method + tau + ("-lookahead" if config.lookahead else "")
+    name = f"{method}-{config.optim.name}-batch{config.global_batch_size}-seed{config.seed}"
+    return Path("runs") / config.recipe / name
+
+
+def _check_dry_run(options: RunOptions) -> None:
+    """ConadvError for options that have no effect without others."""
+    needs = {
+        "profile": "dry_run",
+        "figure": "dry_run",
+        "link_gbit": "profile",
+        "latency_us": "profile",
+    }
+    for name, needed in needs.items():
+        if getattr(options, name) is not None and not getattr(options, needed):
+            option, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
+            raise ConadvError(
+                f"{option} has no effect without {other}. Give it too, or leave {option} out."
+            )
+
+
+def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
+    from conadv.cli.progress import for_terminal
+    from conadv.training.loggers import TensorBoard, WandB
+    from conadv.training.observer import Guarded
+    from conadv.training.run_dir import RunDir
+
+    run_dir = RunDir(out)
+    shown: list[Observer] = [for_terminal(options.quiet)]
+    if options.tensorboard:
+        shown.append(TensorBoard(run_dir.tensorboard))
+    if options.wandb:
+        shown.append(WandB(run_dir.wandb, config.model_dump(mode="json")))
+    return Guarded(*shown)
+
+
+def _result_line(summary: dict[str, Any]) -> str:
+    def percent(name: str) -> str:
+        value = summary[name]
+        return f"{100 * value:.2f} %" if isinstance(value, float) else "-"
+
+    return (
+        f"test accuracy {percent('test_accuracy')}, under attack {percent('robust_accuracy')}, "
+        f"train accuracy {percent('train_accuracy')}; {summary['steps']} steps in {summary['seconds']:.1f} s, "
+        f"attack share {percent('attack_seconds_share')}"
+    )
