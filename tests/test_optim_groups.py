@@ -110,9 +110,6 @@ def test_an_uncovered_parameter_is_named_with_the_way_out() -> None:
     assert names_by_group(model, weight_decay=0.1, rules=(*DEFAULT_RULES, rule))["scale"] == {
         "1.gamma"
     }
-    clash = Rule("bias", lambda module, name, p: name == "gamma", decay=True, adapt=True)
-    with pytest.raises(ConadvError, match="Two rules named 'bias'"):
-        parameter_groups(model, weight_decay=0.1, rules=(*DEFAULT_RULES, clash))
 
 
 # ---------------------------------------------------------------- build_optimizer

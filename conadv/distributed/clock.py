@@ -25,7 +25,9 @@ def now(*, cuda: bool) -> Mark:
 
 
 class Phases(NamedTuple):
-    """What a process did: seconds by phase, all spans in the order they were noted, seconds in any phase."""
+    """What a process did: seconds by phase, all spans in the order they were noted, seconds in any
+    phase.
+    """
 
     by_name: dict[str, float]
     spans: list[Span]
@@ -37,7 +39,8 @@ class PhaseClock:
 
     Times are seconds of ``time.monotonic()``, which the processes of one host share, minus
     ``origin``; a run sets it so that the ranks of all hosts count from the same moment (see
-    :func:`conadv.distributed.offset.clock_offset`). On CUDA a phase lies between events on the current
+    :func:`conadv.distributed.offset.clock_offset`). On CUDA a phase lies between events on the
+    current
     stream: it is the device's time, not the time to queue the work.
     """
 
@@ -60,7 +63,9 @@ class PhaseClock:
         return now(cuda=self._cuda)
 
     def add(self, name: str, begin: Mark, end: Mark, *, beside: bool = False) -> None:
-        """Note a span that was measured elsewhere. ``beside``: beside this process's phases (the network)."""
+        """Note a span that was measured elsewhere. ``beside``: beside this process's phases (the
+        network).
+        """
         self._marks.append((name, begin, end, beside))
 
     def discard(self) -> None:
@@ -68,7 +73,7 @@ class PhaseClock:
         self._marks.clear()
 
     def collect(self) -> Phases:
-        """What was noted since the last call. On CUDA it waits for the last event (a sync point)."""
+        """What was noted since the last call. On CUDA a sync point: it waits for the last event."""
         seconds: dict[str, float] = {}
         spans, own = [], []
         for name, begin, end, beside in self._marks:

@@ -1,4 +1,4 @@
-"""Ranks: this process among those that the launcher started, and the few collectives that a run needs.
+"""This process among those that the launcher started, and the collectives that a run needs.
 
 One code path serves 1 to N ranks. A :class:`Comm` of one rank starts no process group; every method
 returns at once. The collectives are torch.distributed's own: gloo for what lies on the CPU, plain
@@ -123,7 +123,7 @@ class Comm:
             self._roll = RollCall(store, rank, ranks, lambda: self._place)
 
     def team(self, members: Sequence[int], group: dist.ProcessGroup | None = None) -> Comm:
-        """This process among some ranks of the world, by their numbers in the world. Not collective."""
+        """This process among some of the world's ranks, given by number. Not collective."""
         place = members.index(self.rank), len(members), self.device, self.backend
         return Comm(*place, members, group, self.timeout, world=self)
 
@@ -192,7 +192,7 @@ class Comm:
                 raise everyones from mine
 
     def close(self) -> None:
-        """Leave the process group. After a failed collective nothing is waited for: the process ends."""
+        """Leave the process group; after a failed collective, without waiting for anybody."""
         if self._roll is not None:
             self._roll.close()
         if self.ranks > 1 and not self.broken:
@@ -201,7 +201,7 @@ class Comm:
     # ---- tensors
 
     def all_reduce_async(self, tensor: Tensor) -> Handle:
-        """Start to replace ``tensor`` (dense, contiguous) by its sum over ranks. Needs several ranks."""
+        """Start to replace ``tensor`` (dense) by its sum over ranks. Needs several ranks."""
         assert self.ranks > 1
         start = partial(dist.all_reduce, group=self.group, async_op=True)
         return Handle(tensor, start, self.guard, self._stream)
@@ -264,7 +264,7 @@ class Comm:
     # ---- messages between two ranks of the world
 
     def new_group(self, members: Iterable[int]) -> Any:
-        """A process group of some of the world's ranks. Collective over the world, members or not."""
+        """A process group of some ranks. Collective over the world, members or not."""
         with self.guard():
             backend = None if self.backend is None else BACKENDS[self.backend]
             return dist.new_group(list(members), timedelta(seconds=self.timeout), backend)
@@ -280,7 +280,7 @@ class Comm:
         return len(self._channels) - 1
 
     def send(self, tensor: Tensor, peer: int, channel: int) -> Handle:
-        """Start to send ``tensor`` to rank ``peer``, which calls :meth:`receive` with the same size and channel.
+        """Start to send ``tensor`` to rank ``peer``, which receives one of the same size.
 
         Messages on one channel between two ranks arrive in their order.
         """

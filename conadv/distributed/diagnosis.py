@@ -2,9 +2,9 @@
 
 torch.distributed says that a collective failed, not because of whom; and a rank that waits for
 another one often does not know it yet. So every rank keeps one thread asleep at the store through
-which the ranks have met. The first rank whose collective fails calls the roll there, and the threads
-of all live ranks answer with the phase and step that they are in, even where their main thread is
-blocked. Ranks that do not answer in time are named.
+which the ranks have met. The first rank whose collective fails calls the roll there, and the
+threads of all live ranks answer with the phase and step that they are in, even where their main
+thread is blocked. Ranks that do not answer in time are named.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Answer(NamedTuple):
 class RollCall:
     """This rank's part in finding out who is missing.
 
-    store: a torch.distributed store that the ranks of this start share and no earlier start has used
-    (see conadv.distributed.rendezvous). place: the phase and step that this rank answers with.
+    store: a torch.distributed store that the ranks of this start share and no earlier start has
+    used (see conadv.distributed.rendezvous). place: the phase and step that this rank answers with.
     In flight: one thread and one connection to the store; nothing travels until a collective fails.
     """
 
@@ -57,14 +57,18 @@ class RollCall:
         self._thread = _in_thread(self._listen)
 
     def findings(self) -> str:
-        """A sentence or two on who is missing: calls the roll if nobody has. At most 5 s, the same answer each time."""
+        """A sentence or two on who is missing: calls the roll if nobody has. At most 5 s, the same
+        answer each time.
+        """
         if not self._done.is_set():
             _in_thread(self._call)
             self._done.wait(LIMIT_SECONDS)
         return self._result or NOBODY_KNOWS
 
     def close(self) -> None:
-        """Say that this rank has left, and end the thread; at most a second where the store is silent."""
+        """Say that this rank has left, and end the thread; at most a second where the store is
+        silent.
+        """
         _in_thread(self._leave)
         self._thread.join(1.0)
 

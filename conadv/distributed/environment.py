@@ -12,7 +12,7 @@ MOST_RANKS = 2**20
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this rank on its host; "auto" is CUDA where torch sees it, otherwise the CPU."""
+    """The device of this rank; "auto" is CUDA where torch sees it, otherwise the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name != "cuda":
@@ -34,7 +34,7 @@ def processes_here(default: int = 1) -> int:
 
 
 def variable(name: str, allowed: range, default: int | None = None) -> int:
-    """A whole number from the environment. Raises ConadvError if it is missing or not ``allowed``."""
+    """A number from the environment. Raises ConadvError if it is missing or not ``allowed``."""
     text = os.environ.get(name) or ("" if default is None else str(default))
     try:
         value = int(text)  # also an error beyond 4,300 digits

@@ -20,8 +20,8 @@ class Handle:
 
     start: puts the tensor on its way and returns torch's work.
     guard: a context that turns torch's errors into ConadvError. message: from one rank to another.
-    stream: on CUDA, a stream that carries nothing but events, so that the moment of arrival is known
-    whatever the current stream is busy with.
+    stream: on CUDA, a stream that carries nothing but events, so that the moment of arrival is
+    known whatever the current stream is busy with.
 
     ``begin`` and ``end`` say when the tensor was under way; ``end`` holds after ``wait``.
     """
@@ -60,7 +60,8 @@ class Handle:
         return bool(self._work.is_completed()) if self._stream else self._arrival.done()
 
     def wait(self) -> Tensor:
-        """The tensor. CPU: blocks until it is there. CUDA: the current stream waits, this thread does not.
+        """The tensor. CPU: blocks until it is there. CUDA: the current stream waits, this thread
+        does not.
 
         Raises ConadvError if another rank has ended or does not answer within the timeout.
         """
@@ -75,7 +76,8 @@ class Handle:
         return self._tensor
 
     def failure(self, seconds: float) -> BaseException | None:
-        """Why the message is not through ``seconds`` from now; None if it is. CPU only; does not raise.
+        """Why the message is not through ``seconds`` from now; None if it is. CPU only; does not
+        raise.
 
         TimeoutError: it is still under way. In place of :meth:`wait`, for a peer that may fail. A
         message that has not come through may hold its tensor until the process group's timeout.

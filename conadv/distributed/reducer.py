@@ -1,8 +1,9 @@
 """Summing gradients over ranks in buckets, while backward still runs.
 
 A step runs several backward passes (micro-batches times views) into the same ``.grad``. Only in the
-last of them do gradients become final, so only there do hooks watch for them, and a bucket leaves for
-the network as soon as all its gradients are final. Buckets leave in one order, the same on all ranks.
+last of them do gradients become final, so only there do hooks watch for them, and a bucket leaves
+for the network as soon as all its gradients are final. Buckets leave in one order, the same on all
+ranks.
 
 Which parameters the last pass touches is learnt in the first step: a clean batch-norm route gets
 nothing from an adversarial pass, so such parameters have buckets of their own, which leave when the
@@ -26,13 +27,16 @@ from conadv.errors import ConadvError
 
 MIB = 2**20
 BUCKET_MIB = 25.0
-"""Size at which a bucket is full. The first one that leaves during the last pass is full at 1 MiB, so
-that the network is busy early (the sizes of torch's DistributedDataParallel)."""
+"""Size at which a bucket is full. The first one that leaves during the last pass is full at 1 MiB,
+so that the network is busy early (the sizes of torch's DistributedDataParallel).
+"""
 Key = tuple[str, ...]
 
 
 class Bucket(NamedTuple):
-    """Parameters (by number) whose gradients travel together, and the flat buffer that they travel in."""
+    """Parameters (by number) whose gradients travel together, and the flat buffer that they travel
+    in.
+    """
 
     members: tuple[int, ...]
     flat: Tensor
@@ -41,7 +45,8 @@ class Bucket(NamedTuple):
 
 
 class GradientReducer:
-    """Sums the gradients of a model's trainable parameters over ranks. One per engine, for several ranks.
+    """Sums the gradients of a model's trainable parameters over ranks. One per engine, for several
+    ranks.
 
     In a step: ``last_pass(views)`` before the last backward pass, ``launch()`` after it, ``wait()``
     before anyone reads ``.grad``. The caller has scaled the loss, so that the sum is the mean over
@@ -51,7 +56,8 @@ class GradientReducer:
     Ranks: collective in the order of the buckets.
     In flight: from ``last_pass`` to ``wait`` the buckets, as large as the gradients together. After
     ``wait`` each ``.grad`` is a view into them, valid until the next step's gradients are launched.
-    Raises ConadvError where a step with the same views uses other parameters than the first one did.
+    Raises ConadvError where a step with the same views uses other parameters than the first one
+    did.
     """
 
     def __init__(self, comm: Comm, model: nn.Module, bucket_mib: float | None = None) -> None:
@@ -121,7 +127,8 @@ class GradientReducer:
         self._handles.clear()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The Euclidean norm of ``gradients`` together, with the bits of ``torch.nn.utils.get_total_norm``.
+        """The Euclidean norm of ``gradients`` together, with the bits of
+        ``torch.nn.utils.get_total_norm``.
 
         Uses the norms that :meth:`wait` took. Where somebody has changed gradients since (clipped
         them, or put others in their place), they are taken again; a change through ``.data`` hides.
@@ -142,7 +149,8 @@ class GradientReducer:
             return
         known = self._views == self._key
         place, view = self._slots.get(number, (-1, p)) if known else (0, p)
-        # once its bucket is on the network, a second gradient would be lost, or be another on each rank
+        # once its bucket is on the network, a second gradient would be lost, or be another on each
+        # rank
         if number in self._ready or place < len(self._handles):
             raise self._changed(number)
         self._ready.add(number)
@@ -174,7 +182,9 @@ class GradientReducer:
     # ---- which gradients travel together
 
     def _make_buckets(self) -> None:
-        """Agree between ranks on who takes part and who is touched by the last pass, and lay out the buckets."""
+        """Agree between ranks on who takes part and who is touched by the last pass, and lay out
+        the buckets.
+        """
         touched = [number in self._ready for number in range(len(self._params))]
         flags = torch.tensor([touched, [p.grad is not None for p in self._params]])
         late, takes_part = self._comm.any(flags).tolist()
@@ -214,6 +224,6 @@ class GradientReducer:
         return ConadvError(
             f"Rank {self._comm.rank}: parameter {self._names[number]!r} got a gradient in a pass "
             "that had none for it in the first step, or got it twice in one pass. On several ranks "
-            "a step must use the same parameters every time: freeze parameters before the engine is "
-            "built, and use no reentrant activation checkpointing."
+            "a step must use the same parameters every time: freeze parameters before the engine "
+            "is built, and use no reentrant activation checkpointing."
         )

@@ -1,7 +1,7 @@
 """A store for one start of the ranks.
 
-torchrun keeps one store for all attempts of ``--max-restarts``, and torch puts the same keys into it
-at each: a rank of the second attempt may then find the address of a process of the first, where
+torchrun keeps one store for all attempts of ``--max-restarts``, and torch puts the same keys into
+it at each: a rank of the second attempt may then find the address of a process of the first, where
 nobody answers. So the ranks first agree on a prefix of their own. The launcher's count of restarts
 would not do: agents on several hosts count differently.
 """
@@ -21,8 +21,8 @@ def rendezvous(store: Any, rank: int, ranks: int, limit: timedelta) -> Any:
     """``store`` under a prefix that all ranks of this start share, and no earlier start has used.
 
     Rank 0 announces a prefix. The others say there who they are, and go on once rank 0 repeats just
-    that: what an earlier rank 0 has seen was another process. Collective. Raises torch's DistError (a
-    RuntimeError) after ``limit``.
+    that: what an earlier rank 0 has seen was another process. Collective. Raises torch's DistError
+    (a RuntimeError) after ``limit``.
     """
     me, others = uuid4().hex, range(1, ranks)
     if rank == 0:

@@ -13,7 +13,8 @@ from conadv.errors import ConadvError
 
 @dataclass(frozen=True)
 class Teams:
-    """The ranks of ``world`` by what they do; ``learners`` and ``attackers`` are the world's numbers.
+    """The ranks of ``world`` by what they do; ``learners`` and ``attackers`` are the world's
+    numbers.
 
     ``comm``: on a learner that of the learners; on an attack rank a Comm of one, since attack ranks
     reduce nothing. ``may_lose``: learners go on without attack ranks that fail, so nothing that is
@@ -32,14 +33,16 @@ class Teams:
         return self.world.rank in self.attackers
 
     def feeder(self, number: int) -> int:
-        """The learner that gives weights to ``attackers[number]``: the owner of its first micro-batch."""
+        """The learner that gives weights to ``attackers[number]``: the owner of its first
+        micro-batch.
+        """
         return self.learners[number * len(self.learners) // len(self.attackers)]
 
     def micro_batches(self, accumulation: int) -> range:
         """The global numbers of the micro-batches that this process reads in a step.
 
-        A learner's own ``accumulation`` of them, or an attack rank's share of all. Raises ConadvError
-        if attack ranks are left without any.
+        A learner's own ``accumulation`` of them, or an attack rank's share of all. Raises
+        ConadvError if attack ranks are left without any.
         """
         if not self.attacking:
             return range(self.comm.rank * accumulation, (self.comm.rank + 1) * accumulation)
@@ -48,14 +51,15 @@ class Teams:
 
 
 def shares(micro_batches: int, attackers: int) -> list[range]:
-    """Which of a step's micro-batches each attack rank attacks: contiguous, and as even as possible.
+    """Which of a step's micro-batches each attack rank attacks: contiguous, and as even as
+    possible.
 
     A micro-batch is not divided: batch norm in the attack sees what it sees in training.
     """
     if attackers > micro_batches:
         raise ConadvError(
-            f"{attackers} attack ranks for {micro_batches} micro-batch(es) per step: some would have "
-            "nothing to do. Choose a smaller --micro-batch-size, or fewer attack ranks."
+            f"{attackers} attack ranks for {micro_batches} micro-batch(es) per step: some would "
+            "have nothing to do. Choose a smaller --micro-batch-size, or fewer attack ranks."
         )
     edges = [number * micro_batches // attackers for number in range(attackers + 1)]
     return [range(first, last) for first, last in pairwise(edges)]
@@ -64,15 +68,16 @@ def shares(micro_batches: int, attackers: int) -> list[range]:
 def roles(
     ranks: int, attack_ranks: int, ranks_per_host: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(learners, attackers): every host gives its last ranks, or the world does where they do not divide.
+    """(learners, attackers): every host gives its last ranks, or the world does where they do not
+    divide.
 
     Images then stay on their host as far as possible: learners and attack ranks share out
     micro-batches in rank order. Raises ConadvError where no learner would be left.
     """
     if not 0 <= attack_ranks < ranks:
         raise ConadvError(
-            f"{attack_ranks} attack rank(s) of {ranks} rank(s) in all: at least one rank must be left "
-            "to learn. Start more processes (torchrun --nproc-per-node), or ask for fewer attack ranks."
+            f"{attack_ranks} attack rank(s) of {ranks} rank(s) in all: at least one rank must be "
+            "left to learn. Start more processes (torchrun --nproc-per-node), or ask for fewer."
         )
     hosts, rest = divmod(ranks, ranks_per_host)
     if rest or attack_ranks % hosts:
@@ -93,8 +98,8 @@ def make_teams(world: Comm, attack_ranks: int, may_lose: bool = False) -> Teams:
     with world.agreed():
         if may_lose and world.device.type == "cuda":
             raise ConadvError(
-                "--on-attack-loss continue is for the CPU: NCCL ends every process whose peer is lost. "
-                "Use --on-attack-loss stop, and start all ranks again with --resume."
+                "--on-attack-loss continue is for the CPU: NCCL ends every process whose peer has "
+                "failed. Use --on-attack-loss stop, and start all ranks again with --resume."
             )
         learners, attackers = roles(
             world.ranks, attack_ranks, world.ranks if may_lose else per_host
@@ -118,7 +123,7 @@ def _check_launchers(world: Comm, learners: tuple[int, ...]) -> None:
         agents = [{agent for learns, agent in found if learns is kind} for kind in (True, False)]
         if (agents[0] & agents[1]) - {None}:
             raise ConadvError(
-                "--on-attack-loss continue has no effect where one torchrun starts learners and attack "
-                "ranks: when one of its processes dies, it ends all others. Start the attack ranks by a "
-                "torchrun of their own, with the higher --node-rank (docs/concurrency.md)."
+                "--on-attack-loss continue has no effect where one torchrun starts learners and "
+                "attack ranks: when one of its processes dies, it ends all others. Start the attack "
+                "ranks by a torchrun of their own, with the higher --node-rank (docs/concurrency.md)."
             )

@@ -1,6 +1,7 @@
-"""LARS: layer-wise adaptive rate scaling, the five formulas that are in use (plain form: conadv/reference/lars.py).
+"""LARS, layer-wise adaptive rate scaling: five formulas in use (conadv/reference/lars.py).
 
-You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888, Algorithm 1.
+You, Gitman, Ginsburg, "Large Batch Training of Convolutional Networks", arXiv 1708.03888,
+Algorithm 1.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from conadv.optim.trust_ratio import (
     norm,
     norms,
     per_tensor,
-    spread,
     trust_ratio,
 )
 
@@ -60,7 +60,7 @@ class Variant:
 
         return trust_ratio(w_norm, g_norm, formula)
 
-    def rates(self, lr: float, ratio: Scalar) -> tuple[float | Scalar, float | Scalar]:
+    def rates(self, lr: float, ratio: Any) -> tuple[Any, Any]:
         """The factors (into the buffer, out of the buffer); their product is lr * ratio."""
         inside = (lr if self.lr_inside else 1.0) * (ratio if self.ratio_inside else 1.0)
         outside = (1.0 if self.lr_inside else lr) * (1.0 if self.ratio_inside else ratio)
@@ -75,9 +75,12 @@ VARIANTS = {
     "no-wd-ratio": Variant(lr_inside=True, ratio_inside=True, decay_in_ratio=False),
 }
 
-# The fused kernel takes 1 - rate in double, off by up to 1.1e-16: for rates from here on that is 1e-8 of the rate,
-# less than float32 rounds. Smaller rates, and float64 parameters, take the loop form.
+# The fused kernel takes 1 - rate in double, off by up to 1.1e-16: for rates from here on that is
+# 1e-8 of the rate, less than float32 rounds. Smaller rates, and float64 parameters, take the loop
+# form.
 _SMALLEST_FUSED_RATE = 1e-8
+
+_FUSED: Any = {"fused": True, "foreach": False, "nesterov": False, "maximize": False}
 
 
 class LARS(TrustRatioOptimizer):
@@ -89,9 +92,10 @@ class LARS(TrustRatioOptimizer):
         v <- momentum * v + lr * ratio * (g + weight_decay * w)
         w <- w - v
 
-    Other variants: "timm" (ratio inside v, lr outside), "larc" ("timm" with ratio limited to min(ratio / lr, 1)),
-    "nus" (lr and ratio outside, ratio at most 50, decayed gradient clamped to +-10), "no-wd-ratio" ("tf" without
-    weight decay in the ratio). "timm" has no clip of its own here: that is "larc".
+    Other variants: "timm" (ratio inside v, lr outside), "larc" ("timm" with ratio limited to
+    min(ratio / lr, 1)), "nus" (lr and ratio outside, ratio at most 50, decayed gradient clamped to
+    +-10), "no-wd-ratio" ("tf" without weight decay in the ratio). "timm" has no clip of its own
+    here: that is "larc".
 
     Args:
         params: tensors, or groups as torch takes them (:func:`conadv.parameter_groups` makes them).
@@ -101,11 +105,12 @@ class LARS(TrustRatioOptimizer):
         trust_coefficient: eta, >= 0.
         eps: >= 0; None takes the variant's own (1e-8 for "timm" and "larc", else 0).
         foreach: None takes the fastest form for the device, True and False force foreach and loop.
-    Any of them, and ``adapt`` (default True), can be set per group. ``adapt=False`` leaves the ratio at 1 (the raw
-    lr); with ``weight_decay=0`` it is meant for norm and bias parameters.
+    Any of them, and ``adapt`` (default True), can be set per group. ``adapt=False`` leaves the
+    ratio at 1 (the raw lr); with ``weight_decay=0`` it is meant for norm and bias parameters.
 
     State: ``state[p]["momentum_buffer"]``, v, like the parameter.
-    Raises: ConadvError for bad options, sparse gradients and parameters that are not real floating-point.
+    Raises: ConadvError for bad options, sparse gradients and parameters that are not real
+    floating-point.
     Reduces to: torch's SGD with ``adapt=False`` under a constant lr.
     Source: arXiv 1708.03888, Algorithm 1; the variants' sources are in docs/methods/optimizers.md.
     """
@@ -122,17 +127,9 @@ class LARS(TrustRatioOptimizer):
         variant: str = "tf",
         foreach: bool | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "variant": variant,
-            "adapt": True,
-            "foreach": foreach,
-        }
-        super().__init__(params, defaults)
+        given: Group = {"momentum": momentum, "weight_decay": weight_decay, "eps": eps}
+        given |= {"trust_coefficient": trust_coefficient, "variant": variant, "foreach": foreach}
+        super().__init__(params, {"lr": lr, "adapt": True, **given})
 
     def _check(self, group: Group) -> None:
         if group["variant"] not in VARIANTS:
@@ -152,37 +149,35 @@ class LARS(TrustRatioOptimizer):
 
     def _fused(self, params: list[Tensor], group: Group) -> None:
         """Norms of one tensor, then its update in a single pass while it is in cache."""
-        variant, lr = VARIANTS[group["variant"]], group["lr"]
-        fusable, others = self._split(params, group)
-        if group["adapt"]:
-            for p, g, v in fusable:
-                _fused_kernel(
-                    [p], [g], [v], group, *variant.rates(lr, variant.ratio(norm(p), norm(g), group))
-                )
-        elif fusable:
-            weights, grads, buffers = (list(part) for part in zip(*fusable, strict=True))
-            _fused_kernel(weights, grads, buffers, group, *variant.rates(lr, 1.0))
-        if others:
-            self._loop(others, group)
+        variant = VARIANTS[group["variant"]]
+        together: list[tuple[Tensor, ...]] = []
+        fits = group["momentum"] > 0 and variant.max_gradient is None
+        fits = fits and params[0].dtype != torch.float64
+        for triple in zip(params, grads_of(params), self._buffers(params), strict=True):
+            p, g, _ = triple
+            if not (fits and flat_alike(*triple)):
+                self._foreach([p], group)
+            elif group["adapt"]:
+                ratio = variant.ratio(norm(p), norm(g), group)
+                self._sgd_kernel([triple], group, *variant.rates(group["lr"], ratio))
+            else:
+                together.append(triple)
+        if together:  # without a ratio one call serves all tensors
+            self._sgd_kernel(together, group, *variant.rates(group["lr"], 1.0))
 
-    def _split(
-        self, params: list[Tensor], group: Group
-    ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], list[Tensor]]:
-        """(weight, gradient, buffer) of those that torch's fused kernel updates exactly, and the other weights."""
-        clamps = VARIANTS[group["variant"]].max_gradient is not None
-        if group["momentum"] == 0 or clamps or params[0].dtype == torch.float64:
-            return [], params
-        triples = list(zip(params, grads_of(params), self._buffers(params), strict=True))
-        fusable = [triple for triple in triples if flat_alike(*triple)]
-        others = (
-            []
-            if len(fusable) == len(triples)
-            else [p for p, g, v in triples if not flat_alike(p, g, v)]
-        )
-        return fusable, others
+    def _sgd_kernel(
+        self, triples: list[tuple[Tensor, ...]], group: Group, inside: float, outside: float
+    ) -> None:
+        """In one pass: v <- momentum * v + inside * (g + weight_decay * w), w <- w - outside * v.
 
-    def _loop(self, params: list[Tensor], group: Group) -> None:
-        _plain(params, grads_of(params), self._buffers(params), group, *self._rates(params, group))
+        ``triples``: (w, g, v) of each tensor.
+        """
+        params, grads, buffers = ([triple[i] for triple in triples] for i in range(3))
+        if inside < _SMALLEST_FUSED_RATE:
+            self._foreach(params, group)
+            return
+        rates = {"weight_decay": group["weight_decay"], "momentum": group["momentum"]}
+        sgd(params, grads, buffers, lr=outside, dampening=1.0 - inside, **rates, **_FUSED)  # type: ignore[arg-type]
 
     def _foreach(self, params: list[Tensor], group: Group) -> None:
         limit, buffers = VARIANTS[group["variant"]].max_gradient, self._buffers(params)
@@ -194,57 +189,14 @@ class LARS(TrustRatioOptimizer):
         torch._foreach_mul_(updates, inside)
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
-        torch._foreach_sub_(params, torch._foreach_mul(buffers, outside))
+        if outside != 1.0:  # "tf" has everything inside: there a copy of the weights is saved
+            buffers = torch._foreach_mul(buffers, outside)  # type: ignore[assignment, arg-type]
+        torch._foreach_sub_(params, buffers)
 
     def _rates(self, params: list[Tensor], group: Group) -> tuple[Rate, Rate]:
         variant = VARIANTS[group["variant"]]
-        if not group["adapt"]:
-            return variant.rates(group["lr"], 1.0)
-        ratios = variant.ratio(norms(params), norms(grads_of(params)), group)
+        ratios: float | Tensor = 1.0
+        if group["adapt"]:
+            ratios = variant.ratio(norms(params), norms(grads_of(params)), group)
         inside, outside = variant.rates(group["lr"], ratios)
         return per_tensor(inside), per_tensor(outside)
-
-
-def _fused_kernel(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    group: Group,
-    inside: float,
-    outside: float,
-) -> None:
-    """v <- momentum * v + inside * (g + weight_decay * w); w <- w - outside * v, in one pass over memory."""
-    if inside < _SMALLEST_FUSED_RATE:
-        _plain(params, grads, buffers, group, inside, outside)
-        return
-    sgd(
-        params,
-        grads,
-        buffers,  # type: ignore[arg-type]
-        foreach=False,
-        fused=True,
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
-        lr=outside,
-        dampening=1.0 - inside,
-        nesterov=False,
-        maximize=False,
-    )
-
-
-def _plain(
-    params: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    group: Group,
-    inside: Rate,
-    outside: Rate,
-) -> None:
-    limit, count = VARIANTS[group["variant"]].max_gradient, len(params)
-    rates = zip(spread(inside, count), spread(outside, count), strict=True)
-    for p, g, v, (rate_in, rate_out) in zip(params, grads, buffers, rates, strict=True):
-        update = g.add(p, alpha=group["weight_decay"])
-        if limit is not None:
-            update.clamp_(-limit, limit)
-        v.mul_(group["momentum"]).add_(update.mul_(rate_in))
-        p.sub_(torch.mul(v, rate_out, out=update))

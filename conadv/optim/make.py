@@ -18,11 +18,12 @@ from conadv.optim.trust_ratio import flat_alike
 def build_optimizer(
     name: str, groups: Sequence[dict[str, Any]], lr: float, **settings: Any
 ) -> Optimizer:
-    """The optimizer ``name`` of the table over :func:`parameter_groups`, in its fastest form for the device.
+    """The optimizer ``name`` of the table over :func:`parameter_groups`, in its fastest form for
+    the device.
 
-    ``lr`` is the learning rate to start from (the caller's schedule decides it). ``settings``: those of the table's
-    row; one that is left out, or None, takes its default there. The groups carry the weight decay.
-    Raises ConadvError for a name that is not in the table.
+    ``lr`` is the learning rate to start from (the caller's schedule decides it). ``settings``:
+    those of the table's row; one that is left out, or None, takes its default there. The groups
+    carry the weight decay. Raises ConadvError for a name that is not in the table.
     """
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
@@ -45,11 +46,12 @@ def _fusable(p: Tensor) -> bool:
 
 
 def _prepare_fused(optimizer: Optimizer, *_: object) -> None:
-    """Give torch's fused CPU step what it takes for granted but does not check (seen in torch 2.14).
+    """Give torch's fused CPU step what it takes for granted but does not check (seen in torch
+    2.14).
 
-    It reads gradients and state in the memory order of the weights whatever their strides (wrong weights), and SGD
-    stops on a parameter whose first gradient comes in a later step, as a batch-norm route's may. A zero buffer is the
-    same arithmetic: 0 * momentum + gradient.
+    It reads gradients and state in the memory order of the weights whatever their strides (wrong
+    weights), and SGD stops on a parameter whose first gradient comes in a later step, as a
+    batch-norm route's may. A zero buffer is the same arithmetic: 0 * momentum + gradient.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -64,7 +66,7 @@ def _prepare_fused(optimizer: Optimizer, *_: object) -> None:
                 if isinstance(value, Tensor) and key != "step" and not flat_alike(p, value):
                     if value.shape != p.shape:
                         raise ConadvError(
-                            f"The optimizer's {key} has the shape {tuple(value.shape)}, its parameter "
-                            f"{tuple(p.shape)}: load the state of this model."
+                            f"The optimizer's {key} has the shape {tuple(value.shape)}, its "
+                            f"parameter {tuple(p.shape)}: load the state of this model."
                         )
                     state[key] = torch.empty_like(p).copy_(value)

@@ -1,10 +1,13 @@
-"""What LARS and LAMB share: norms, the rule for zero norms, and the choice of how a step is carried out.
+"""What LARS and LAMB share: norms, the rule for zero norms, and the choice of how a step is carried
+out.
 
-A step has three forms that compute the same numbers (docs/methods/optimizers.md has the measurements):
+A step has three forms that compute the same numbers (docs/methods/optimizers.md has the
+measurements):
 
-* fused: tensor by tensor through torch's fused CPU kernels, the weights still in cache from their norm. Default on CPU.
-* loop: tensor by tensor with plain operators. Any device, any memory layout; ``foreach=False``.
+* fused: tensor by tensor through torch's fused CPU kernels, the weights still in cache from their
+  norm. Default on CPU.
 * foreach: one operator over all tensors of a group. Default on CUDA; ``foreach=True``.
+* loop: the same operators, tensor by tensor. Any device, any memory layout; ``foreach=False``.
 
 On CUDA norms and ratios stay on the device, so a step never waits for the host.
 """
@@ -29,19 +32,19 @@ Rate = float | list[Tensor]
 """A factor for every tensor of a list: one number, or one 0-dim tensor each."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def norm_tensor(x: Tensor) -> Tensor:
     """|x|_2 as a 0-dim tensor; half precision is summed in float32.
 
-    Over rows first: in float32 one long sum of 2.4 million squares is off by 4e-5 and depends on the thread count,
-    the sum over rows is off by 2e-8 and does not.
+    Over rows first: in float32 one long sum of 2.4 million squares is off by 4e-5 and depends on
+    the thread count, the sum over rows is off by 2e-8 and does not.
     """
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else None
-    rows = (
-        torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype) if x.dim() > 1 else x
-    )
-    result: Tensor = torch.linalg.vector_norm(rows, dtype=dtype)
+    dtype = torch.float32 if x.dtype in _HALF else None
+    if x.dim() > 1:
+        x = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=dtype)
+    result: Tensor = torch.linalg.vector_norm(x, dtype=dtype)
     return result
 
 
@@ -51,17 +54,19 @@ def norm(x: Tensor) -> float:
 
 
 def norms(tensors: list[Tensor]) -> Tensor:
-    """|x|_2 of every tensor as one float64 vector: on the device for CUDA, on the host otherwise."""
+    """|x|_2 of every tensor as one float64 vector: on the device for CUDA, else on the host."""
     if not tensors[0].is_cuda:
         return torch.tensor([norm(x) for x in tensors], dtype=torch.float64)
-    half = tensors[0].dtype in (torch.float16, torch.bfloat16)
-    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if half else None)).double()
+    dtype = torch.float32 if tensors[0].dtype in _HALF else None
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).double()
 
 
 def trust_ratio(
     w_norm: Scalar, other_norm: Scalar, formula: Callable[[Scalar, Scalar], Scalar]
 ) -> Scalar:
-    """``formula(w_norm, other_norm)``, or 1 where either norm is 0: for numbers and for vectors of norms."""
+    """``formula(w_norm, other_norm)``, or 1 where either norm is 0: for numbers and for vectors of
+    norms.
+    """
     if isinstance(w_norm, Tensor):
         return torch.where((w_norm > 0) & (other_norm > 0), formula(w_norm, other_norm), 1.0)
     return formula(w_norm, other_norm) if w_norm > 0 and other_norm > 0 else 1.0
@@ -77,30 +82,20 @@ def per_tensor(rate: float | Tensor) -> Rate:
     return list(rate.unbind()) if isinstance(rate, Tensor) else rate
 
 
-def spread(rate: Rate, count: int) -> list[Any]:
-    """One factor per tensor, for the loop form."""
-    return rate if isinstance(rate, list) else [rate] * count
-
-
 def flat_alike(*tensors: Tensor) -> bool:
-    """Whether element i in memory is the same element of all tensors, as the fused CPU kernels take for granted.
+    """Whether element i in memory is the same element of all tensors, as the fused CPU kernels take
+    for granted.
 
-    torch's fused CPU kernels look neither at strides, and give wrong weights where gradient and weight differ in them,
-    nor at shapes, and read and write beyond the end of the smaller one.
+    torch's fused CPU kernels look neither at strides, and give wrong weights where gradient and
+    weight differ in them, nor at shapes, and read and write beyond the end of the smaller one.
     """
     first, *others = tensors
     for x in others:
         if x.dtype != first.dtype or x.shape != first.shape:
             return False
-    return any(
-        _all_contiguous(tensors, f)
-        for f in (torch.contiguous_format, _CHANNELS_LAST.get(first.dim()))
-        if f
-    )
-
-
-def _all_contiguous(tensors: tuple[Tensor, ...], memory_format: torch.memory_format) -> bool:
-    return all([x.is_contiguous(memory_format=memory_format) for x in tensors])  # noqa: C419 (a list is faster here)
+    formats = (torch.contiguous_format, _CHANNELS_LAST.get(first.dim()))
+    # a list is faster than a generator here, and this runs for every tensor and step
+    return any(all([x.is_contiguous(memory_format=f) for x in tensors]) for f in formats if f)  # noqa: C419
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
@@ -111,14 +106,16 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 
 class TrustRatioOptimizer(Optimizer):
-    """The skeleton of LARS and LAMB: an ordinary ``torch.optim.Optimizer`` with the per-group option ``adapt``.
+    """The skeleton of LARS and LAMB: an ordinary ``torch.optim.Optimizer`` with the per-group
+    option ``adapt``.
 
     Ranks: reads ``p.grad``, which the caller has averaged; reduces nothing itself.
-    In flight: a step writes the parameters and its own state, nothing else (gradients are only read).
+    In flight: a step writes the parameters and its own state, nothing else (gradients are only
+    read).
     """
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group as torch does; its options are checked and ConadvError names the wrong one."""
+        """Add a group as torch does. Raises ConadvError that names a wrong option."""
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
@@ -131,14 +128,14 @@ class TrustRatioOptimizer(Optimizer):
         check_number("weight_decay", group["weight_decay"], 0)
         for name, allowed in (("adapt", (True, False)), ("foreach", (True, False, None))):
             if not any(group[name] is value for value in allowed):
-                raise ConadvError(
-                    f"{name} = {group[name]!r}: give one of {', '.join(map(str, allowed))}."
-                )
+                choices = ", ".join(map(str, allowed))
+                raise ConadvError(f"{name} = {group[name]!r}: give one of {choices}.")
         for p in group["params"]:
             if not p.is_floating_point():
                 raise ConadvError(
-                    f"{type(self).__name__} cannot train a {p.dtype} parameter of shape {tuple(p.shape)}: only real "
-                    f"floating-point ones. Leave it out, or keep a complex one as torch.view_as_real."
+                    f"{type(self).__name__} cannot train a {p.dtype} parameter of shape "
+                    f"{tuple(p.shape)}: only real floating-point ones. Leave it out, or keep a "
+                    "complex one as torch.view_as_real."
                 )
 
     @torch.no_grad()
@@ -161,26 +158,25 @@ class TrustRatioOptimizer(Optimizer):
                 continue
             if p.grad.layout != torch.strided:
                 raise ConadvError(
-                    f"{type(self).__name__} got a sparse gradient for a parameter of shape {tuple(p.shape)}. "
-                    f"Use nn.Embedding(..., sparse=False), or give that parameter to torch.optim.SparseAdam."
+                    f"{type(self).__name__} got a sparse gradient for a parameter of shape "
+                    f"{tuple(p.shape)}. Use nn.Embedding(..., sparse=False), or give that "
+                    "parameter to torch.optim.SparseAdam."
                 )
             buckets.setdefault((p.device, p.dtype), []).append(p)
         return buckets.values()
 
     def _update(self, params: list[Tensor], group: Group) -> None:
-        device = params[0].device.type
-        if group["foreach"] or (group["foreach"] is None and device == "cuda"):
+        device, foreach = params[0].device.type, group["foreach"]
+        if foreach or (foreach is None and device == "cuda"):
             self._foreach(params, group)
-        elif group["foreach"] is None and device == "cpu":
+        elif foreach is None and device == "cpu":
             self._fused(params, group)
         else:
-            self._loop(params, group)
+            for p in params:
+                self._foreach([p], group)
 
     @abstractmethod
     def _fused(self, params: list[Tensor], group: Group) -> None: ...
-
-    @abstractmethod
-    def _loop(self, params: list[Tensor], group: Group) -> None: ...
 
     @abstractmethod
     def _foreach(self, params: list[Tensor], group: Group) -> None: ...

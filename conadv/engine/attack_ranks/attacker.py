@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Attacker:
     """What :class:`conadv.engine.attack_ranks.executor.Ranks` runs on an attack rank.
 
-    Ranks: nothing is collective; learners decide by their messages what is attacked, and when it ends.
+    Ranks: nothing is collective; learners decide by their messages what is attacked, and when it
+    ends.
     In flight: two copies of the weights, since those of the next step may arrive while the present
     ones are in use, and the images of one step. With ``skip`` weights are asked for only when the
     attack is done: an attack rank that is late should go on with the newest ones.
@@ -105,8 +106,8 @@ class Attacker:
         batch = found or batch
         if batch.step != step:
             raise ConadvError(
-                f"Attack rank {self._world.rank} was asked for step {step}, but its data goes on with "
-                f"step {batch.step}. Its batches must begin `ahead` steps after those of the learners."
+                f"Attack rank {self._world.rank} was asked for step {step}, but its data goes on "
+                f"with step {batch.step}. Its batches must begin `ahead` steps after the learners'."
             )
         return batch
 
@@ -118,7 +119,7 @@ class Attacker:
         found = [micro.index for micro in batch.micro]
         if found != expected:
             raise ConadvError(
-                f"Attack rank {self._world.rank} has micro-batches {found}, its share is {expected}."
+                f"Attack rank {self._world.rank} has micro-batches {found}, its share is {expected}"
             )
         attack = engine.method.future_attack
         assert attack is not None

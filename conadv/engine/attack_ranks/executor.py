@@ -1,15 +1,15 @@
 """Attack ranks: some ranks of the world do nothing but attack, the others train.
 
 Step t of a learner: send the weights for the attack on B_{t + tau} (theta_t, or the look-ahead's
-prediction), take the adversarial images of B_t, which were made at step t - tau, then gradient, wait,
-update. An attack rank: read the batch of the next step, wait for weights, attack, send the images.
-Both read the same data order, so no clean images travel. conadv.engine.attack_ranks.messages says what
-does.
+prediction), take the adversarial images of B_t, which were made at step t - tau, then gradient,
+wait, update. An attack rank: read the batch of the next step, wait for weights, attack, send the
+images. Both read the same data order, so no clean images travel.
+conadv.engine.attack_ranks.messages says what does.
 
 Where attack ranks may fail (``Teams.may_lose``), learners keep what they need to make the images
-themselves: the weights of every request until its images are there. What a failed attack rank owes is
-made on the critical path, what it would have had to make later beside the sums, all of it at the same
-weights and with the same draws: the same bits.
+themselves: the weights of every request until its images are there. What a failed attack rank owes
+is made on the critical path, what it would have had to make later beside the sums, all of it at the
+same weights and with the same draws: the same bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Ranks(Executor):
     "wait" (the bits are those of :class:`Inline`) or "skip" (the step goes without them, on all
     learners, and its record says ``late``; which steps that hits depends on timing).
     Raises ConadvError without attack ranks, or for a method that attacks no future batch.
-    Ranks: ``step(batch, future)`` on learners, ``step.serve(batches)`` on attack ranks, ``close`` on all.
+    Ranks: ``step(batch, future)`` on learners, ``step.serve(batches)`` on attack ranks, ``close``
+    on all.
     In flight: see :class:`Learner` and :class:`Attacker`.
     """
 
@@ -46,7 +47,7 @@ class Ranks(Executor):
             raise ConadvError(f"late {late!r} is not 'wait' or 'skip'.")
         if not teams.attackers:
             raise ConadvError(
-                "The ranks executor needs attack ranks: make_teams(comm, attack_ranks) with 1 or more."
+                "The ranks executor needs attack ranks: make_teams(comm, attack_ranks=1) or more."
             )
         self.teams = teams
         self._skip = late == "skip"
@@ -60,13 +61,13 @@ class Ranks(Executor):
         """Collective over the world: all ranks take rank 0's weights."""
         if engine.method.future_attack is None:
             raise ConadvError(
-                f"Attack ranks have nothing to do with {type(engine.method).__name__}: it attacks no "
-                "future batch. Use conadv with staleness 1 or more, or no attack ranks."
+                f"Attack ranks have nothing to do with {type(engine.method).__name__}: it attacks "
+                "no future batch. Use conadv with staleness 1 or more, or no attack ranks."
             )
         if engine.method.attack_statistics == "running":
             raise ConadvError(
-                "Attack ranks have no running statistics: use attack.statistics batch, or no attack "
-                "ranks."
+                "Attack ranks have no running statistics: use attack.statistics batch, or no "
+                "attack ranks."
             )
         if engine.comm is not self.teams.comm:
             raise ConadvError(

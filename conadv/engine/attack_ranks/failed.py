@@ -45,7 +45,7 @@ class FailedRanks:
         return self._check(handle, attacker, step, 0.0 if attacker in self.ranks else self._limit)
 
     def check_overdue(self, handle: Handle, attacker: int, step: int) -> None:
-        """Give the attack rank up if the message has been under way for longer than one would wait."""
+        """Give the attack rank up if its message has been under way for too long."""
         assert isinstance(handle.begin, float)  # CPU
         if not handle.done and time.monotonic() - handle.begin > self._limit:
             self._check(handle, attacker, step, 0.0)

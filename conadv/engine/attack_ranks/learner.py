@@ -33,9 +33,11 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Incoming:
-    """The images of one step: on their way, or made here for attack ranks that failed (``own``, by micro-batch).
+    """The images of one step, on their way.
 
-    ``weights``: what they are made at, kept where attack ranks may fail; ``version``: of which weights.
+    ``own``: those made here in place of attack ranks that failed, by micro-batch.
+    ``weights``: what they are made at, kept where attack ranks may fail.
+    ``version``: of which weights.
     """
 
     batch: Batch
@@ -54,8 +56,8 @@ class Incoming:
 class Learner:
     """What :class:`conadv.engine.attack_ranks.executor.Ranks` runs on a learner.
 
-    Ranks: with ``skip`` each step is collective over the learners; otherwise nothing is, and messages
-    alone keep the ranks in step.
+    Ranks: with ``skip`` each step is collective over the learners; otherwise nothing is, and
+    messages alone keep the ranks in step.
     In flight: one copy of the weights, if this learner sends them, and tau batches of images. Where
     attack ranks may fail, also tau copies of the weights that images were asked for at.
     """
@@ -74,7 +76,7 @@ class Learner:
     # ---- called by the executor, in this order
 
     def begin(self, batch: Batch, future: Batch | None) -> bool:
-        """Send weights, take images. Returns whether the step goes without images because they are late."""
+        """Send weights, take images. Returns whether the step goes without them: they are late."""
         engine, step = self._engine, batch.step
         self._world.at("send", step)
         with engine.clock.phase("send"):
@@ -91,7 +93,7 @@ class Learner:
         return late
 
     def prepare(self) -> None:
-        """Attack, at this step's weights, what failed attack ranks would have had to attack at them."""
+        """Attack what failed attack ranks would have had to attack at this step's weights."""
         for incoming in self._incoming.values():
             if incoming.version == self._engine.version:
                 self._attack_missing(incoming, incoming.arrivals)
@@ -118,7 +120,7 @@ class Learner:
     # ---- late images
 
     def _agree(self, step: int) -> tuple[bool, bool]:
-        """Whether an attack rank still has to take older weights, and whether images of ``step`` are missing.
+        """(an attack rank still has to take older weights, images of ``step`` are missing).
 
         All learners must train on the same views, and ask for the same steps. Sync point.
         """
@@ -134,7 +136,7 @@ class Learner:
         return bool(flags[0]), bool(flags[1])
 
     def _give_up_overdue(self) -> None:
-        """With ``skip`` nobody waits for an attack rank that says nothing: look at how old its messages are."""
+        """With ``skip`` nobody waits for a silent attack rank: look at how old its messages are."""
         late = [arrival for incoming in self._too_late for arrival in incoming.arrivals]
         messages = [*self._sent.items(), *((arrival.attacker, arrival.handle) for arrival in late)]
         for attacker, handle in messages:
@@ -148,7 +150,7 @@ class Learner:
     # ---- weights out
 
     def _request(self, future: Batch, accumulation: int) -> None:
-        """Ask for the images of ``future``, at this step's weights or the look-ahead's prediction."""
+        """Ask for the images of ``future``, at these weights or the look-ahead's prediction."""
         engine, found = self._engine, [micro.index for micro in future.micro]
         if found != (mine := list(self._teams.micro_batches(accumulation))):
             raise ConadvError(
@@ -162,7 +164,7 @@ class Learner:
         self._expect_images(future, accumulation, weights)
 
     def _send(self, header: Header, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Send from the one buffer, which the last weights must have left: nobody falls far behind."""
+        """Send from the one buffer, which the last weights must have left: no rank falls behind."""
         self._free_weights()
         if self._weights is None:
             return
@@ -222,7 +224,7 @@ class Learner:
         return [a for a in arrivals if self._is_through(a.attacker, a.handle)]
 
     def _hand_over(self, step: int, arrived: Sequence[Arrival]) -> None:
-        """Move the images of ``step`` to what waits in the engine, after making those that have not come."""
+        """Move the images of ``step`` to what waits in the engine; make those that are missing."""
         incoming = self._incoming.pop(step, None)
         if incoming is None:
             return
@@ -238,7 +240,7 @@ class Learner:
         self._engine.pending.put(step, ExtraBatch(parts, labels, incoming.version), incoming.dtype)
 
     def _attack_missing(self, incoming: Incoming, arrivals: Sequence[Arrival]) -> None:
-        """Attack here what is not in ``arrivals``: the bits are those that an attack rank would have sent."""
+        """Attack here what is not in ``arrivals``, to the bits that an attack rank would send."""
         there = {index for arrival in arrivals for index in arrival.indices} | incoming.own.keys()
         missing = tuple(micro for micro in incoming.batch.micro if micro.index not in there)
         if not missing:

@@ -1,12 +1,13 @@
 """What learners and attack ranks send each other.
 
-| message | from | to | tensors | in flight |
-| --- | --- | --- | --- | --- |
-| weights | one learner per attack rank (``Teams.feeder``) | that attack rank | the trainable parameters | 1 |
-| images | attack rank | every learner whose micro-batches it has | those images, as they wait (pending dtype) | tau |
+* weights: from one learner per attack rank (``Teams.feeder``) to that attack rank, the trainable
+  parameters; one message in flight.
+* images: from an attack rank to every learner whose micro-batches it has, those images as they wait
+  (pending dtype); tau messages in flight.
 
-Every message begins with a :class:`Header`. Buffers of the model do not travel: the attack normalises
-by batch statistics, and the other buffers of an attack rank stay as they were at the start.
+Every message begins with a :class:`Header`. Buffers of the model do not travel: the attack
+normalises by batch statistics, and the other buffers of an attack rank stay as they were at the
+start.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ STOP, WORK, FAILED = range(3)
 class Header(NamedTuple):
     """The integers of a message.
 
-    kind: WORK, or how training has ended. request: a request to stop that has reached the sender, see
-    conadv.training.signals; after STOP and FAILED the one that has ended the run. version: of the
-    weights. step: that the images are for. accumulation: micro-batches of a learner and step.
+    kind: WORK, or how training has ended. request: a request to stop that has reached the sender,
+    see conadv.training.signals; after STOP and FAILED the one that has ended the run. version: of
+    the weights. step: that the images are for. accumulation: micro-batches of a learner and step.
     """
 
     kind: int
