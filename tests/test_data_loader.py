@@ -1,4 +1,4 @@
-"""Batches: the same for any number of workers, ranks and starting points; and windows over them."""
+"""Batches: the order, the same for any number of workers, ranks and starting points; and windows over them."""
 
 from __future__ import annotations
 
@@ -6,172 +6,168 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from conadv import windows
-from conadv.config.schema import Config
-from conadv.data import loader
+from conadv import ConadvError, WindowedLoader, windows
 from conadv.data.loader import Data, _stream
-from conadv.errors import ConadvError
+from conadv.data.order import Order
+from conadv.data.source import build_source
 from conadv.training.data import load_data
 from conadv.types import Batch
 
+from .data_cases import config, image_folder
+
 VIEWS = ("clean", "second", "aug")
+DIGITS = build_source("digits")
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 12 training and 4 test images of various sizes."""
-    root, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for n in range(count):
-                image = noise.integers(0, 256, (20 + n, 30 - 3 * n, 3), dtype=np.uint8)
-                Image.fromarray(image).save(root / split / name / f"{n}.jpg")
-    return root
+def data(batch: int, micro: int | None = None, **changes: Any) -> Data:
+    wanted = {"augment": "basic", "aug_view": "randaugment", **changes}
+    source = wanted.pop("source", DIGITS)
+    return Data(source, global_batch_size=batch, micro_batch_size=micro or batch, **wanted)
 
 
-def config(batch: int, micro: int | None = None, seed: int = 0, **data: Any) -> Config:
-    data = {"augment": "basic", "aug_view": "randaugment", **data}
-    values = {
-        "epochs": 1,
-        "global_batch_size": batch,
-        "micro_batch_size": micro,
-        "seed": seed,
-        "data": data,
+def flat(batches: Iterator[Batch] | list[Batch]) -> list[Any]:
+    """All that batches hold, to compare."""
+    return [
+        (batch.step, batch.epoch, micro.index, micro.y_N.tolist(), images_of(micro.views))
+        for batch in batches
+        for micro in batch.micro
+    ]
+
+
+def images_of(views: Any) -> dict[str, bytes]:
+    return {view: images.numpy().tobytes() for view, images in views.items()}
+
+
+# ---- the order
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> Order:
+    num_images = draw(st.integers(1, 200))
+    return Order(num_images, draw(st.integers(1, num_images)), draw(st.integers(0, 2**40)))
+
+
+@given(orders(), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_shows_each_image_at_most_once(order: Order, epoch: int) -> None:
+    # Red when: step is not taken modulo steps_per_epoch; the permutation is drawn with replacement.
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    seen = torch.cat([order.indices(step) for step in steps])
+    whole = order.num_images // order.global_batch_size * order.global_batch_size
+    assert len(seen.unique()) == len(seen) == whole
+    assert 0 <= seen.min() <= seen.max() < order.num_images
+    assert {order.epoch_of(step) for step in steps} == {epoch}
+
+
+def test_epochs_and_seeds_differ() -> None:
+    # Red when: the permutation's key leaves out the epoch, or the seed.
+    found = {
+        tuple(Order(100, 100, seed).indices(step).tolist()) for seed in (0, 1) for step in (0, 1)
     }
-    return Config.model_validate(values)
+    assert len(found) == 4
 
 
-def folder_config(root: Path, **changes: Any) -> Config:
-    return config(4, 2, source="folder", dir=root, image_size=16, **changes)
+def test_asking_in_any_order_gives_the_same_and_the_answer_is_the_callers_own() -> None:
+    # Red when: micro_batch returns a view of the cached permutation.
+    order = Order(40, 10, seed=3)
+    forwards = [order.indices(step) for step in range(12)]
+    backwards = [order.indices(step) for step in reversed(range(12))][::-1]
+    assert torch.equal(torch.cat(forwards), torch.cat(backwards))
+    order.indices(0).zero_()
+    assert torch.equal(order.indices(0), forwards[0])
 
 
-def same(a: Batch, b: Batch) -> bool:
-    if (a.step, a.epoch, len(a.micro)) != (b.step, b.epoch, len(b.micro)):
-        return False
-    return all(
-        x.index == y.index
-        and torch.equal(x.y_N, y.y_N)
-        and x.views.keys() == y.views.keys()
-        and all(torch.equal(x.views[view], y.views[view]) for view in x.views)
-        for x, y in zip(a.micro, b.micro, strict=True)
-    )
+@pytest.mark.parametrize(
+    ("batch", "micro", "changes", "message"),
+    [
+        (1000, 1000, {}, r"1000 .*898 images"),
+        (0, 1, {}, "global_batch_size 0"),
+        (100, 30, {}, "100 is not micro_batch_size 30"),
+        (100, 50, {"ranks": 3}, r"3 rank"),
+    ],
+)
+def test_batches_that_do_not_fit_are_errors(
+    batch: int, micro: int, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConadvError, match=message):
+        data(batch, micro, **changes)
 
 
-def all_same(a: Iterator[Batch] | list[Batch], b: Iterator[Batch] | list[Batch]) -> bool:
-    pairs = list(zip(a, b, strict=True))
-    return bool(pairs) and all(same(x, y) for x, y in pairs)
-
-
-# build_data
-
-
-def test_data_says_what_it_holds() -> None:
-    data = load_data(config(100))
-    assert (data.num_classes, data.channels, data.image_size) == (10, 1, 8)
-    assert (data.train_size, data.test_size, data.class_names) == (898, 899, tuple("0123456789"))
-    assert data.order.steps_per_epoch == 8
-
-
-def test_a_batch_larger_than_the_data_set_is_an_error() -> None:
-    with pytest.raises(ConadvError, match=r"1000 .*898 images"):
-        load_data(config(1000))
-
-
-def test_a_batch_that_the_ranks_do_not_divide_is_an_error() -> None:
-    with pytest.raises(ConadvError, match=r"3 rank"):
-        load_data(config(100, 50), ranks=3)
-
-
-# train_batches
+# ---- training batches
 
 
 def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
     # Red when: labels are taken from other indices than images; a view is not a draw of its own augmentation.
-    data = load_data(config(64, 16, augment="none"))
-    for batch in data.train_batches(0, 30, ("clean", "second")):
-        assert batch.epoch == data.order.epoch_of(batch.step)
+    found = data(64, 16, augment="none")
+    for batch in found.train_batches(0, 30, ("clean", "second")):
+        assert batch.epoch == found.order.epoch_of(batch.step)
         assert [micro.index for micro in batch.micro] == [0, 1, 2, 3]
-        indices = data.order.indices(batch.step)
-        clean = torch.cat([micro.views["clean"] for micro in batch.micro])
-        assert torch.equal(clean, data.source.train.readable(indices)[0])
-        assert torch.equal(
-            torch.cat([micro.y_N for micro in batch.micro]), data.source.train.labels[indices]
-        )
-        assert all(
-            torch.equal(micro.views["clean"], micro.views["second"]) for micro in batch.micro
-        )
+        images, indices = DIGITS.train.readable(found.order.indices(batch.step))
+        for view in ("clean", "second"):
+            assert torch.equal(torch.cat([micro.views[view] for micro in batch.micro]), images)
+        y_N = torch.cat([micro.y_N for micro in batch.micro])
+        assert torch.equal(y_N, DIGITS.train.labels[indices])
 
 
-def test_views_are_independent_and_the_clean_view_does_not_depend_on_the_others() -> None:
-    # Red when: the view's name is left out of the key.
-    data = load_data(config(128, aug_view="basic"))
-    (alone,), (batch,) = data.train_batches(0, 1, ("clean",)), data.train_batches(0, 1, VIEWS)
+def test_views_epochs_and_seeds_are_independent() -> None:
+    # Red when: the view's name, the epoch or the seed is left out of the key (a full-batch step then repeats its
+    # augmentation), or a view depends on which others are drawn.
+    found = data(898, aug_view="basic")
+    (alone,), (batch,) = found.train_batches(0, 1, ("clean",)), found.train_batches(0, 1, VIEWS)
     views = batch.micro[0].views
     assert torch.equal(alone.micro[0].views["clean"], views["clean"])
-    assert {v.dtype for v in views.values()} == {torch.uint8}
     for a, b in [("clean", "second"), ("clean", "aug"), ("second", "aug")]:
         assert (views[a] != views[b]).flatten(1).any(1).float().mean() > 0.7
+    others = [next(found.train_batches(1, 2)), next(data(898, seed=1).train_batches(0, 1))]
+    totals = [int(b.micro[0].views["clean"].long().sum()) for b in (alone, *others)]
+    assert len(set(totals)) == 3
 
 
-def test_epochs_and_seeds_give_other_batches() -> None:
-    # Red when: epoch or seed is left out of the sample's key (a full-batch step then repeats its augmentation).
-    data, other = load_data(config(898)), load_data(config(898, seed=1))
-
-    def total(data: Data, step: int) -> int:
-        (batch,) = data.train_batches(step, step + 1)
-        return int(batch.micro[0].views["clean"].long().sum())
-
-    assert len({total(data, 0), total(data, 1), total(other, 0)}) == 3
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixup and cutmix": {"mixup": 0.2, "cutmix": 1.0},
+    "a policy": {"augment": "autoaugment"},
+}
 
 
-@given(st.integers(0, 40), st.integers(1, 6))
-@settings(max_examples=15, deadline=None)
-def test_resuming_at_any_step_continues_the_same_batches(start: int, count: int) -> None:
-    # Red when: a step's keys count from start_step.
-    data = _resume_data()
-    whole = list(data.train_batches(0, start + count, VIEWS))
-    assert all_same(whole[start:], data.train_batches(start, start + count, VIEWS))
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_is_the_same_from_any_start_and_with_any_number_of_ranks(name: str) -> None:
+    # Red when: a step's keys count from start_step; MicroBatch.index is m instead of rank * accumulation + m; draws of a
+    # mix come from a stream, or depend on the views or the rank.
+    one = data(96, 12, **SETTINGS[name])
+    whole = flat(one.train_batches(0, 12, VIEWS))
+    assert flat(one.train_batches(7, 12, VIEWS)) == whole[7 * 8 :]
+    for ranks in (2, 4):
+        many = [data(96, 12, rank=rank, ranks=ranks, **SETTINGS[name]) for rank in range(ranks)]
+        shares = zip(*(each.train_batches(0, 12, VIEWS) for each in many), strict=True)
+        assert flat(list(chain(*shares))) == whole
+    other = data(96, 12, **{**SETTINGS[name], "seed": 1})
+    assert flat(other.train_batches(0, 1, VIEWS)) != whole[:8]
 
 
-def _resume_data() -> Data:
-    return load_data(config(90, 30))
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_n_ranks_are_one_rank_with_n_fold_accumulation(ranks: int) -> None:
-    # Red when: MicroBatch.index is m instead of rank * accumulation + m.
-    one = load_data(config(96, 12))
-    many = [load_data(config(96, 12), rank=rank, ranks=ranks) for rank in range(ranks)]
-    shares = zip(*(data.train_batches(0, 12, VIEWS) for data in many), strict=True)
-    joined = [
-        Batch(s[0].step, tuple(m for batch in s for m in batch.micro), s[0].epoch) for s in shares
-    ]
-    assert all_same(joined, one.train_batches(0, 12, VIEWS))
-
-
-def test_worker_processes_change_nothing(photos: Path) -> None:
+def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     # Red when: an augmentation draws from the worker's own generator.
-    in_place, workers = (load_data(folder_config(photos, num_workers=count)) for count in (0, 2))
-    assert all_same(in_place.train_batches(1, 8, VIEWS), workers.train_batches(1, 8, VIEWS))
-    in_place, workers = (load_data(config(50, 25, num_workers=count)) for count in (0, 2))
-    assert all_same(in_place.train_batches(0, 3, VIEWS), workers.train_batches(0, 3, VIEWS))
+    photos = build_source("folder", dir=image_folder(tmp_path), image_size=8)
+    for source in (DIGITS, photos):
+        for name in SETTINGS:
+            sizes = {"source": source, **SETTINGS[name]}
+            ours, theirs = (data(12, 6, num_workers=count, **sizes) for count in (0, 2))
+            assert flat(ours.train_batches(1, 6, VIEWS)) == flat(theirs.train_batches(1, 6, VIEWS))
 
 
 @dataclass(frozen=True)
 class Touch:
-    """Leaves a file for every key that was loaded, in whatever process."""
+    """Leaves a file for every key that was loaded, in whichever process."""
 
     folder: Path
 
@@ -188,27 +184,17 @@ def test_workers_go_on_until_they_are_ahead(tmp_path: Path) -> None:
     while len(list(tmp_path.iterdir())) < 1 + 2 * 8:
         assert time.monotonic() < end, list(tmp_path.iterdir())
         time.sleep(0.01)
-    time.sleep(0.2)  # long for a worker: one that had no bound would go on
-    assert len(list(tmp_path.iterdir())) == 1 + 2 * 8
+    assert next(stream) == 1
+    assert len(list(tmp_path.iterdir())) <= 2 + 2 * 8
 
 
 @pytest.mark.parametrize(
     ("workers", "micro", "ahead"), [(2, 5, 8), (3, 5, 6), (2, 40, 2), (0, 5, 0)]
 )
-def test_the_next_step_is_read_as_a_whole(
-    workers: int, micro: int, ahead: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: the loader reads two micro-batches ahead whatever the accumulation, or counts those of other ranks.
-    seen: list[int] = []
-    monkeypatch.setattr(
-        loader, "_stream", lambda load, keys, count, ahead: iter(seen.append(ahead) or ())
-    )
+def test_the_next_step_is_read_as_a_whole(workers: int, micro: int, ahead: int) -> None:
+    # Red when: the loader reads two micro-batches ahead for any accumulation, or counts those of other ranks.
     for ranks in (1, 2):
-        data = load_data(
-            config(80 * ranks, micro, num_workers=workers), rank=ranks - 1, ranks=ranks
-        )
-        list(data.train_batches(0, 0))
-    assert seen == [ahead, ahead]
+        assert data(80 * ranks, micro, num_workers=workers, ranks=ranks).ahead == ahead
 
 
 def test_workers_run_one_thread_each() -> None:
@@ -219,89 +205,66 @@ def _threads(key: int) -> int:
     return torch.get_num_threads()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_unreadable_image_is_named_even_from_a_worker(
-    photos: Path, tmp_path: Path, num_workers: int
-) -> None:
-    # Red when: _Caught lets the error through (its message then begins with the worker's traceback).
-    root = tmp_path / "photos"
-    for path in sorted(photos.rglob("*.jpg")):
-        copy = root / path.relative_to(photos)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-    bad = root / "train" / "dog" / "2.jpg"
-    bad.write_bytes(bad.read_bytes()[:300])
-    data = load_data(folder_config(root, num_workers=num_workers))
-    with pytest.raises(ConadvError, match=rf"^Cannot read the image {bad}: [^\n]*$"):
-        list(data.train_batches(0, 3))
-
-
 def test_the_callers_random_stream_is_left_alone() -> None:
     # Red when: the DataLoader has no generator of its own.
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    data = load_data(config(100))
-    list(data.train_batches(0, 2, VIEWS))
-    list(data.eval_batches("test", 10, 5))
+    found = data(100, mixup=0.2)
+    list(found.train_batches(0, 2, VIEWS))
+    list(found.eval_batches("test", 10, 5))
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_an_unknown_view_is_an_error_before_the_first_batch() -> None:
-    data = load_data(config(100, aug_view=None))
-    with pytest.raises(ConadvError, match=r"'aug'.*data.aug_view"):
-        data.train_batches(0, 1, ("clean", "aug"))
-    with pytest.raises(ConadvError, match="Did you mean 'second'"):
-        data.train_batches(0, 1, ("seconds",))
-
-
-# eval_batches
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_sees_every_image_once_without_augmentation(
-    photos: Path, num_workers: int
-) -> None:
-    # Red when: the last, smaller batch is dropped.
-    data = load_data(folder_config(photos, num_workers=num_workers))
-    images, labels = zip(*data.eval_batches("train", None, 5), strict=True)
-    assert [len(x) for x in images] == [5, 5, 2]
-    assert torch.equal(torch.cat(images), data.source.train.readable(torch.arange(12))[0])
-    assert torch.equal(torch.cat(labels), data.source.train.labels)
-    assert sum(len(y) for _, y in data.eval_batches("test", None, 3)) == data.test_size == 4
-
-
-def test_a_limit_takes_the_start_of_one_mixed_order_whatever_the_seed() -> None:
-    # Red when: the first images are taken in file order (one class); the permutation uses the run's seed.
-    data, other = load_data(config(100)), load_data(config(100, seed=5))
-    (images, labels), *_ = data.eval_batches("test", 50, 50)
-    (again, _), *_ = other.eval_batches("test", 50, 50)
-    (fewer, _), *_ = data.eval_batches("test", 20, 50)
-    assert torch.equal(images, again)
-    assert torch.equal(images[:20], fewer)
-    assert len(labels.unique()) > 5
-    assert not torch.equal(images, data.source.test.readable(torch.arange(50))[0])
-    assert sum(len(y) for _, y in data.eval_batches("test", 10_000, 500)) == 899
-
-
-def test_an_unknown_split_is_an_error() -> None:
+def test_names_that_do_not_exist_are_errors() -> None:
+    with pytest.raises(ConadvError, match=r"view 'aug'.*Give data.aug_view"):
+        data(10, aug_view=None).train_batches(0, 1, ("aug",))
     with pytest.raises(ConadvError, match="Did you mean 'test'"):
-        load_data(config(100)).eval_batches("tests", None, 5)
+        next(data(10).eval_batches("tset", None, 10))
 
 
-# windows
+# ---- evaluation batches
 
 
-@given(st.lists(st.integers()), st.integers(0, 6))
-def test_windows_pair_each_item_with_the_one_ahead(items: list[int], ahead: int) -> None:
-    # Red when: the future is waiting[-1] near the end, where there is none.
-    future = [*items[ahead:], *[None] * ahead] if ahead else [None] * len(items)
-    assert list(windows(items, ahead)) == list(zip(items, future[: len(items)], strict=True))
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_sees_every_image_once_in_one_order(ranks: int) -> None:
+    # Red when: a rank reads another's batch; the limit depends on the seed, or takes the first images.
+    parts = [
+        list(data(36, 12, ranks=ranks, rank=r).eval_batches("test", None, 100))
+        for r in range(ranks)
+    ]
+    labels = [parts[n % ranks][n // ranks][1] for n in range(9)]
+    assert torch.equal(torch.cat(labels), DIGITS.test.labels)
+    first, other = (list(data(96, seed=s).eval_batches("train", 50, 30)) for s in (0, 1))
+    assert [len(y) for _, y in first] == [30, 20]
+    assert torch.equal(torch.cat([y for _, y in first]), torch.cat([y for _, y in other]))
+    assert not torch.equal(
+        torch.cat([x for x, _ in first]), DIGITS.train.readable(torch.arange(50))[0]
+    )
+
+
+def test_a_config_becomes_its_data() -> None:
+    # Red when: a setting is not handed on.
+    found = load_data(config(96, 12, seed=4, augment="basic", aug_view="autoaugment", mixup=0.3))
+    want = data(96, 12, seed=4, aug_view="autoaugment", mixup=0.3)
+    assert flat(found.train_batches(3, 5, VIEWS)) == flat(want.train_batches(3, 5, VIEWS))
+    assert load_data(config(10, num_workers=3, on_bad_image="error")).num_workers == 3
+
+
+# ---- windows
+
+
+@given(st.integers(0, 12), st.integers(0, 5))
+@settings(max_examples=40, deadline=None)
+def test_windows_pair_each_item_with_a_later_one(count: int, ahead: int) -> None:
+    # Red when: the pairs are one off, or ahead 0 gives the item itself.
+    later = [n + ahead if ahead and n + ahead < count else None for n in range(count)]
+    assert list(windows(range(count), ahead)) == list(zip(range(count), later, strict=True))
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_windows_hold_at_most_ahead_plus_one_items(ahead: int) -> None:
-    # Red when: windows turns its input into a list first.
+def test_windows_hold_no_more_than_they_need(ahead: int) -> None:
+    # Red when: the items are read into a list first.
     class Item:
         pass
 
@@ -321,12 +284,41 @@ def test_windows_hold_at_most_ahead_plus_one_items(ahead: int) -> None:
     assert most <= ahead + 1
 
 
-def test_windows_work_on_any_loader() -> None:
-    loader: DataLoader[Any] = DataLoader(TensorDataset(torch.arange(6)), batch_size=2)
-    pairs = [(now[0].tolist(), then and then[0].tolist()) for now, then in windows(loader, 2)]
-    assert pairs == [([0, 1], [4, 5]), ([2, 3], None), ([4, 5], None)]
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
+def test_epochs_join_as_one_stream(ahead: int) -> None:
+    # Red when: windows are made anew for each epoch (None at each epoch's end).
+    loader = WindowedLoader([1, 2, 3], ahead, epochs=3)
+    epochs = [list(loader) for _ in range(3)]
+    assert [len(pairs) for pairs in epochs] == [3, 3, 3] == [len(loader)] * 3
+    assert list(chain(*epochs)) == list(windows([1, 2, 3] * 3, ahead))
+    assert list(loader) == []
+    endless = WindowedLoader([1, 2], 1)
+    assert [list(endless) for _ in range(2)] == [[(1, 2), (2, 1)]] * 2
 
 
-def test_a_negative_ahead_is_an_error() -> None:
-    with pytest.raises(ConadvError, match="ahead -1"):
-        windows([1], -1)
+def test_a_loop_that_broke_off_goes_on() -> None:
+    # Red when: leaving an epoch early forgets what waits, so that the images that wait are another batch's.
+    loader = WindowedLoader([1, 2, 3], 1, epochs=2)
+    first = next(iter(loader))
+    assert [first, *loader, *loader] == list(windows([1, 2, 3] * 2, 1))
+
+
+def test_an_epoch_that_begins_early_has_its_own_order() -> None:
+    # Red when: set_epoch is left to the framework, which calls it after the next epoch has begun.
+    dataset = TensorDataset(torch.arange(8))
+    sampler: Any = DistributedSampler(dataset, 1, 0, seed=3)
+    loader = WindowedLoader(DataLoader(dataset, 2, sampler=sampler), 1, epochs=2)
+    found = [[n for now, _ in loader for n in now[0].tolist()] for _ in range(2)]
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        assert found[epoch] == list(sampler)
+    assert found[0] != found[1]
+
+
+def test_errors_of_windows() -> None:
+    with pytest.raises(ConadvError, match="0 or more"):
+        list(WindowedLoader([1], -1))
+    with pytest.raises(ConadvError, match="no batch"):
+        list(WindowedLoader([], 1))
+    with pytest.raises(TypeError):
+        len(WindowedLoader(iter([1]), 1))

@@ -28,7 +28,7 @@ class Args:
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Image folder."""
     workers: int | None = None
-    """Threads that decode (default: one per processor)."""
+    """Threads that decode (default: a few more than there are processors)."""
     show: int = 20
     """How many findings are shown; --json has them all."""
     json: Path | None = None
@@ -49,13 +49,13 @@ def command(args: Args) -> bool:
     quiet = args.quiet or not console.is_terminal
     with Progress(*columns, transient=True, disable=quiet, console=console) as bar:
         task = bar.add_task("check", total=None)
-        report = check_folder(
+        images, findings = check_folder(
             args.folder,
             args.workers,
             lambda _, done, total: bar.update(task, completed=done, total=total),
         )
-    bad = report.bad
-    notes = Counter(finding.kind for finding in report.findings if not finding.bad)
+    bad = [finding for finding in findings if finding.bad]
+    notes = Counter(finding.kind for finding in findings if not finding.bad)
     if bad and args.show > 0:
         table = Table("path", "what", "why")
         for finding in bad[: args.show]:
@@ -68,10 +68,15 @@ def command(args: Args) -> bool:
     for kind, number in sorted(notes.items()):
         console.print(Text(f"note: {number} x {kind}"))
     verdict = f"{len(bad)} thing(s) would stop a run or be left out" if bad else "nothing wrong"
-    console.print(Text(f"{report.images} images in {report.folder}: {verdict}"), highlight=False)
+    console.print(Text(f"{images} images in {printable(args.folder)}: {verdict}"), highlight=False)
     if args.json is not None:
-        kinds = dict(sorted(Counter(finding.kind for finding in report.findings).items()))
-        content = asdict(report) | {"bad": len(bad), "kinds": kinds}
+        content = {
+            "folder": printable(args.folder),
+            "images": images,
+            "bad": len(bad),
+            "kinds": Counter(sorted(finding.kind for finding in findings)),
+            "findings": [asdict(finding) for finding in findings],
+        }
         try:
             write_atomic(args.json, json.dumps(content, indent=1) + "\n")
         except OSError as error:

@@ -11,8 +11,7 @@ decoded photograph of any size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,11 @@ from conadv import rng
 from conadv.data import AUGMENTATIONS
 from conadv.errors import unknown
 
+# (images_NCHW uint8, keys_N int64) -> images_NCHW uint8 of the same size; the input is left as it was
 BatchAugment = Callable[[Tensor, Tensor], Tensor]
-"""(images_NCHW uint8, keys_N int64) -> images_NCHW uint8 of the same size; the input is left as it was."""
 
+# (RGB image, key) -> image_CHW uint8, always image_size x image_size
 PhotoAugment = Callable[[Image.Image, int], Tensor]
-"""(RGB image, key) -> image_CHW uint8, always image_size x image_size."""
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -59,71 +58,24 @@ def draw_integers(keys_N: Tensor, slot: int, high: int) -> Tensor:
     return torch.from_numpy((bits * np.uint64(high) >> np.uint64(31)).astype(np.int64))
 
 
-def unchanged(images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
-    """The "none" augmentation."""
-    return images_NCHW
-
-
-@dataclass(frozen=True)
-class CropFlip:
+def crop_flip(images_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool = True) -> Tensor:
     """Shift by up to ``padding`` pixels in each direction (zeros come in), and mirror half of the images.
 
     The random crop with padding of He et al. (2016, section 4.2), for the whole batch at once.
     """
-
-    padding: int
-    flip: bool = True
-
-    def __call__(self, images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
-        height, width = images_NCHW.shape[-2:]
-        top_N, left_N = (draw_integers(keys_N, slot, 2 * self.padding + 1) for slot in (0, 1))
-        padded = torch.nn.functional.pad(images_NCHW, [self.padding] * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-        out = windows[torch.arange(len(padded)), :, top_N, left_N]
-        if not self.flip:
-            return out
-        mirrored_N = draw_integers(keys_N, 2, 2).bool()
-        return torch.where(mirrored_N[:, None, None, None], out.flip(-1), out)
-
-
-@dataclass(frozen=True)
-class PerSample:
-    """A torchvision policy on each image of ``base``'s result, with torch's generator seeded by the sample's key.
-
-    Works on PIL images: they are as fast as tensors here, and their integer arithmetic does not depend on the number
-    of threads, as a tensor's mean (in the contrast operation) may.
-    """
-
-    base: BatchAugment
-    policy: Callable[[Image.Image], Image.Image]
-
-    def __call__(self, images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
-        images_NCHW = self.base(images_NCHW, keys_N)
-        out = torch.empty_like(images_NCHW)
-        with torch.random.fork_rng(devices=[]):
-            for row, key in enumerate(keys_N.tolist()):
-                _seed(key)
-                out[row] = F.pil_to_tensor(self.policy(F.to_pil_image(images_NCHW[row])))
+    height, width = images_NCHW.shape[-2:]
+    top_N, left_N = (draw_integers(keys_N, slot, 2 * padding + 1) for slot in (0, 1))
+    padded = torch.nn.functional.pad(images_NCHW, [padding] * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    out = windows[torch.arange(len(padded)), :, top_N, left_N]
+    if not flip:
         return out
-
-
-@dataclass(frozen=True)
-class Photo:
-    """A torchvision transform of one photograph with torch's generator seeded by the sample's key.
-
-    The generator stays where the transform has left it: the caller forks it, once for many images.
-    """
-
-    transform: Callable[[Image.Image], Image.Image]
-
-    def __call__(self, image: Image.Image, key: int) -> Tensor:
-        _seed(key)
-        out: Tensor = F.pil_to_tensor(self.transform(image))
-        return out
+    mirrored_N = draw_integers(keys_N, 2, 2).bool()
+    return torch.where(mirrored_N[:, None, None, None], out.flip(-1), out)
 
 
 def _seed(key: int) -> None:
-    # torch.manual_seed would also reset the generators of CUDA devices, which the caller's fork does not restore
+    # torch.manual_seed would also reset the generators of CUDA devices, which a fork does not restore
     torch.default_generator.manual_seed(key)
 
 
@@ -134,11 +86,25 @@ def build_augment(name: str, image_size: int, *, flip: bool = True) -> BatchAugm
     basic: crop with padding image_size / 8 (4 pixels at 32), plus mirroring where ``flip`` (it must keep the class).
     autoaugment (the CIFAR-10 policy), randaugment, trivialaugment: torchvision's, after basic.
     """
-    if name == "none":
-        return unchanged
-    basic = CropFlip(padding=max(1, image_size // 8), flip=flip)
-    policy = _policy(name, v2.AutoAugmentPolicy.CIFAR10)
-    return PerSample(basic, policy) if policy else basic
+    policy = build_policy(name, v2.AutoAugmentPolicy.CIFAR10)
+    padding = max(1, image_size // 8)
+
+    def augment(images_NCHW: Tensor, keys_N: Tensor) -> Tensor:
+        if name == "none":
+            return images_NCHW
+        images_NCHW = crop_flip(images_NCHW, keys_N, padding, flip)
+        if policy is None:
+            return images_NCHW
+        out = torch.empty_like(images_NCHW)
+        with torch.random.fork_rng(devices=[]):
+            for row, key in enumerate(keys_N.tolist()):
+                _seed(key)
+                # PIL images are as fast as tensors here, and their integer arithmetic does not depend on the number of
+                # threads, as a tensor's mean (in the contrast operation) may
+                out[row] = F.pil_to_tensor(policy(F.to_pil_image(images_NCHW[row])))
+        return out
+
+    return augment
 
 
 @cache
@@ -148,24 +114,31 @@ def build_photo_augment(name: str, image_size: int) -> PhotoAugment:
     none: short side to image_size * 256/224, then the centre; this is also how evaluation sees an image.
     basic: RandomResizedCrop and mirroring.
     autoaugment (the ImageNet policy), randaugment, trivialaugment: torchvision's, after basic.
+
+    torch's generator is left where the transform has left it: the caller forks it, once for many images.
     """
+    policy = build_policy(name, v2.AutoAugmentPolicy.IMAGENET)
     if name == "none":
-        return Photo(
-            v2.Compose([v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)])
-        )
-    policy = _policy(name, v2.AutoAugmentPolicy.IMAGENET)
-    basic = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
-    return Photo(v2.Compose([*basic, policy] if policy else basic))
+        steps = [v2.Resize(round(image_size * 256 / 224)), v2.CenterCrop(image_size)]
+    else:
+        steps = [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*steps, policy] if policy else steps)
+
+    def augment(image: Image.Image, key: int) -> Tensor:
+        _seed(key)
+        out: Tensor = F.pil_to_tensor(transform(image))
+        return out
+
+    return augment
 
 
-def _policy(name: str, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
-    match name:
-        case "basic":
-            return None
-        case "autoaugment":
-            return v2.AutoAugment(autoaugment)
-        case "randaugment":
-            return v2.RandAugment()
-        case "trivialaugment":
-            return v2.TrivialAugmentWide()
-    raise unknown("augmentation", name, AUGMENTATIONS)
+def build_policy(name: str, autoaugment: v2.AutoAugmentPolicy) -> Any | None:
+    """torchvision's policy ``name`` for one PIL image; None for "none" and "basic"."""
+    if name not in AUGMENTATIONS:
+        raise unknown("augmentation", name, AUGMENTATIONS)
+    policies = {
+        "autoaugment": partial(v2.AutoAugment, autoaugment),
+        "randaugment": v2.RandAugment,
+        "trivialaugment": v2.TrivialAugmentWide,
+    }
+    return policies[name]() if name in policies else None

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from conadv.data.downloads import from_torchvision
-from conadv.data.images import BadFile, BadImage, no_stand_in, read_rgb
-from conadv.data.source import Progress, Source, SourceSettings, on_demand
+from conadv.data.images import BadImage, Photos, open_file
+from conadv.data.source import Source, SourceSettings, check_classes, on_demand
 from conadv.data.splits import MemorySplit
 from conadv.errors import ConadvError, printable
-
-Problem = Callable[[str, str, str], None]
-"""Told of (kind, path, reason) of everything in a folder that is neither an image nor a folder of images."""
-FATAL = ("unreadable folder", "looping link")
-"""Kinds of problems that end a run; the others are passed over."""
-_CHUNK = 256
 
 
 def folder(settings: SourceSettings) -> Source:
@@ -43,74 +35,37 @@ def cifar10(settings: SourceSettings) -> Source:
         return from_torchvision(datasets.CIFAR10, settings)
     train, test = scan_folder(settings.folder())
     train = train.subset(settings.chosen(train.labels, train.class_names))
-    ours, theirs = _decoded(train, settings), _decoded(test, settings)
+    ours, theirs = decode(train, settings), decode(test, settings)
     size, other = ours.images.shape[-1], theirs.images.shape[-1]
     if size != other:
         raise ConadvError(
-            f"The images in {train.root} are {size} pixels wide and those in {test.root} {other}. "
+            f"The images in train are {size} pixels wide and those in {test.split} {other}. "
             "Give data.image_size to bring all images to one size."
         )
     return Source(ours, theirs, train.class_names, channels=3, image_size=size)
 
 
-def _decoded(listing: Listing, settings: SourceSettings) -> MemorySplit:
-    unread: dict[int, BadFile] = {}
-    bad = unread if settings.on_bad_image == "skip" else None
-    images = decode(listing, settings.image_size, settings.progress, bad)
-    return MemorySplit(images, listing.labels, unread=unread)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of one split. ``names`` are relative to ``root``, as one array of bytes.
-
-    Worker processes would copy the memory of a list of strings page by page, by counting references to them.
-    """
-
-    root: Path
-    names: NDArray[Any]
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self.names[index])
-
-    def read(self, index: int) -> Image.Image:
-        """As :func:`read_rgb`."""
-        return read_rgb(self.path(index))
-
-    def bad(self, index: int, error: BadImage) -> BadFile:
-        name = printable(os.fsdecode(self.names[index]))
-        return BadFile(f"{self.root.name}/{name}", error.reason)
-
-    def subset(self, indices: Tensor) -> Listing:
-        return replace(self, names=self.names[indices.numpy()], labels=self.labels[indices])
-
-
-def scan_folder(directory: Path) -> tuple[Listing, Listing]:
-    """The listings of DIR/train and DIR/test (or DIR/val), which must hold the same classes, two or more."""
-    layout = layout_of(directory)
+def scan_folder(directory: Path) -> tuple[Photos, Photos]:
+    """The files of DIR/train and DIR/test (or DIR/val), which must hold the same classes, two or more."""
+    held = evaluation_folder(directory)
+    problem, hint = None, ""
     if not directory.is_dir():
-        raise ConadvError(f"The data folder {printable(directory)} does not exist. {layout}")
-    if not (directory / "train").is_dir():
+        problem = "does not exist"
+    elif not (directory / "train").is_dir():
+        problem = "has no folder train"
         inside = directory / "Data" / "CLS-LOC"  # as ImageNet's archive unpacks
         hint = f" Did you mean {printable(inside)}?" if (inside / "train").is_dir() else ""
+    elif held is None:
+        problem = "has neither a folder test nor val"
+    if problem or held is None:
         raise ConadvError(
-            f"The data folder {printable(directory)} has no folder train. {layout}{hint}"
-        )
-    held = evaluation_folder(directory)
-    if held is None:
-        raise ConadvError(
-            f"The data folder {printable(directory)} has neither a folder test nor val. {layout}"
+            f"The data folder {printable(directory)} {problem}. {layout_of(directory)}{hint}"
         )
     train, test = scan_split(directory / "train"), scan_split(held)
     if train.class_names != test.class_names:
         ours, theirs = set(train.class_names), set(test.class_names)
         raise ConadvError(
-            f"{train.root} and {test.root} have different classes (only in train: "
+            f"{directory} has different classes in train and {held.name} (only in train: "
             f"{_some(ours - theirs)}; only in {held.name}: {_some(theirs - ours)}). "
             "Give both the same class folders."
         )
@@ -132,61 +87,8 @@ def evaluation_folder(directory: Path) -> Path | None:
 
     Val before test where neither has any; None without both.
     """
-
-    def sorted_by_class(root: Path) -> bool:
-        with suppress(OSError):  # raised again where the folder is read
-            return any(entry.is_dir() for entry in root.iterdir())
-        return False
-
     there = [directory / name for name in ("test", "val") if (directory / name).is_dir()]
-    return next(filter(sorted_by_class, there), there[-1] if there else None)
-
-
-def unsorted_images(root: Path) -> str | None:
-    """What to do about a folder of images that are not sorted by class, None where there is no such image."""
-    count = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
-    if not count:
-        return None
-    return (
-        f"{count:,} image files lie in it and no class folders. ImageNet's validation images come "
-        "like that, their classes in a list of their own. Move each into a folder named by its "
-        "class as in train (n01440764, ...): by a script such as valprep.sh, by "
-        "LOC_val_solution.csv of Kaggle's copy, or let torchvision.datasets.ImageNet(DIR, 'val') "
-        "unpack the original archives"
-    )
-
-
-def scan_split(root: Path) -> Listing:
-    """Every image file below ``root``/<class>, sorted by class and path as torchvision's ImageFolder does.
-
-    Raises ConadvError where a class has no image, a folder cannot be read, or a link leads back to its own folder.
-    """
-    classes = class_folders(root)
-    if len(classes) < 2:
-        if classes:
-            wrong = f"has only one class, {classes[0]!r}. Training needs two or more class folders."
-        elif unsorted := unsorted_images(root):
-            wrong = f"is not sorted by class: {unsorted}."
-        else:
-            wrong = "is empty: it has no class folder. Put the images in <class> folders below it."
-        raise ConadvError(f"{root} {wrong}")
-    names, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(walk(str(root / name), _stop))
-        paths = [os.path.join(where, file) for where, files in found for file in sorted(files)]  # noqa: PTH118
-        if not paths:
-            raise ConadvError(
-                f"The class folder {printable(root / name)} holds no image "
-                f"({', '.join(IMG_EXTENSIONS)}). Add images or remove the folder."
-            )
-        names += [os.fsencode(os.path.relpath(path, root)) for path in paths]
-        labels += [label] * len(paths)
-    return Listing(root, np.array(names), torch.tensor(labels), tuple(classes))
-
-
-def _stop(kind: str, path: str, reason: str) -> None:
-    if kind in FATAL:
-        raise ConadvError(f"{printable(path)} {reason}")
+    return next(filter(class_folders, there), there[-1] if there else None)
 
 
 def class_folders(root: Path) -> list[str]:
@@ -194,117 +96,120 @@ def class_folders(root: Path) -> list[str]:
     try:
         return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     except OSError as error:
-        raise ConadvError(f"{printable(root)} {_unreadable(error)}") from error
+        raise _unreadable(error) from error
 
 
-def _unreadable(error: OSError) -> str:
-    return f"cannot be read: {error.strerror}. Check the permissions of the folder."
+def _unreadable(error: OSError) -> ConadvError:
+    where = printable(error.filename)
+    return ConadvError(
+        f"The folder {where} cannot be read: {error.strerror}. Check its permissions."
+    )
 
 
-def walk(
-    folder: str, problem: Problem, above: tuple[tuple[int, int], ...] = ()
-) -> Iterator[tuple[str, list[str]]]:
-    """(folder, names of its image files) for ``folder`` and all below it, links to folders included."""
-    try:
-        about = os.stat(folder)  # noqa: PTH116
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        problem("unreadable folder", folder, _unreadable(error))
-        return
-    here = (about.st_dev, about.st_ino)
-    if here in above:
-        problem("looping link", folder, "is a link to a folder that it lies in. Remove the link.")
-        return
-    names = []
-    for entry in entries:
-        if _is_folder(entry):
-            yield from walk(entry.path, problem, (*above, here))
-        elif entry.name.lower().endswith(IMG_EXTENSIONS):
-            names.append(entry.name)
-        elif is_broken(entry.path):
-            problem("broken link", entry.path, broken(entry.path))
-        else:
-            problem("ignored file", entry.path, "its name is not that of an image")
-    yield folder, names
+def scan_split(root: Path) -> Photos:
+    """Every image file below ``root``/<class>, sorted by class and path as torchvision's ImageFolder does.
+
+    Raises ConadvError where a class has no image, a folder cannot be read, or a link leads back to its own folder.
+    """
+    classes = class_folders(root)
+    if not classes:
+        raise ConadvError(f"{printable(root)} has no class folders. {without_classes(root)}")
+    files = [class_files(root / name) for name in classes]
+    labels_N = torch.repeat_interleave(torch.tensor([len(found) for found in files]))
+    check_classes(str(root), labels_N, tuple(classes))
+    keys = np.array([os.fsencode(os.path.relpath(path, root)) for path in chain(*files)])
+    opener = partial(_open, root)
+    return Photos(root.parent, root.name, keys, labels_N, tuple(classes), opener)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
+def _open(root: Path, key: bytes) -> IO[bytes]:
+    return open_file(root / os.fsdecode(key))
 
 
-def is_broken(path: str) -> bool:
-    return os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114  (Path.exists raises for a loop)
+def class_files(folder: Path) -> list[str]:
+    """The paths of all image files below ``folder``, links to folders included; ConadvError where there is none."""
+
+    def stop(error: OSError) -> None:
+        raise _unreadable(error) from error
+
+    found = []
+    for where, _, names in os.walk(folder, followlinks=True, onerror=stop):
+        real = os.path.realpath(where)
+        if os.path.islink(where) and real in map(os.path.realpath, Path(where).parents):  # noqa: PTH114
+            raise ConadvError(
+                f"{printable(where)} is a link to a folder that it lies in. Remove the link."
+            )
+        found += [(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    if not found:
+        raise ConadvError(
+            f"The class folder {printable(folder)} holds no image ({', '.join(IMG_EXTENSIONS)}). "
+            "Add images or remove the folder."
+        )
+    return [os.path.join(where, name) for where, name in sorted(found)]  # noqa: PTH118
 
 
-def broken(path: str) -> str:
-    return f"a link to {printable(os.readlink(path))}, which cannot be reached"  # noqa: PTH115
+def without_classes(root: Path) -> str:
+    """What to do about a split without class folders."""
+    count = sum(entry.name.lower().endswith(IMG_EXTENSIONS) for entry in os.scandir(root))
+    if not count:
+        return "Put the images into <class> folders below it."
+    return (
+        f"It is not sorted by class: {count:,} image files lie in it. ImageNet's validation images "
+        "come like that, their classes in a list of their own. Move each into a folder named by "
+        "its class as in train (n01440764, ...): by a script such as valprep.sh, by "
+        "LOC_val_solution.csv of Kaggle's copy, or let torchvision.datasets.ImageNet(DIR, 'val') "
+        "unpack the original archives."
+    )
 
 
-def cores() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def decode(
-    listing: Listing,
-    image_size: int | None,
-    progress: Progress | None = None,
-    bad: dict[int, BadFile] | None = None,
-) -> Tensor:
-    """All images of ``listing`` as one uint8 tensor N,3,H,W with H = W.
+def decode(photos: Photos, settings: SourceSettings) -> MemorySplit:
+    """All images of ``photos`` in memory.
 
     With ``image_size`` the centre square of each is resized to it (antialiased); without, all must be square and of one
-    size. The first error in the order of the listing is the one raised. With ``bad``, files that cannot be read are
-    noted there by their number, and their pixels are 0.
+    size. The first error in the order of the images is the one raised. With on_bad_image skip, files that cannot be
+    read have pixels 0.
     """
-    start, first = _first_readable(listing, bad)
-    if image_size is None and first.width != first.height:
-        raise ConadvError(
-            f"{printable(listing.path(start))} is {first.width} x {first.height} pixels, not square. "
-            "Give data.image_size to crop and resize."
-        )
-    size = image_size or first.width
-    pixels = np.zeros((len(listing), size, size, 3), np.uint8)
+    size = settings.image_size
+    unread: dict[int, BadImage] = {}
 
-    def square(index: int) -> Image.Image:
-        image = listing.read(index)
-        if image.size == (size, size):
-            return image
-        if image_size is not None:
-            return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        raise ConadvError(
-            f"{printable(listing.path(index))} is {image.width} x {image.height} pixels, but "
-            f"{printable(listing.path(start))} is {size} x {size}. "
-            "Give data.image_size to bring all images to one size."
-        )
-
-    def load(begin: int) -> int:
-        end = min(begin + _CHUNK, len(listing))
-        for index in range(begin, end):
-            try:
-                pixels[index] = np.asarray(square(index))
-            except BadImage as error:
-                if bad is None:
-                    raise
-                bad[index] = listing.bad(index, error)
-        return end
-
-    # below 128 pixels Python's own work, which holds the lock, outweighs decoding: two threads take 1.4x as long
-    with ThreadPoolExecutor(1 if max(first.size) < 128 else cores()) as pool:
-        for done in pool.map(load, range(0, len(listing), _CHUNK)):
-            if progress:
-                progress(f"decode {listing.root.name}", done, len(listing))
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-
-def _first_readable(listing: Listing, bad: dict[int, BadFile] | None) -> tuple[int, Image.Image]:
-    for index in range(len(listing)):
+    def load(index: int) -> NDArray[np.uint8] | None:
         try:
-            return index, listing.read(index)
-        except BadImage:
-            if bad is None:
+            image = photos.read(index)
+        except BadImage as error:
+            if settings.on_bad_image != "skip":
                 raise
-    raise no_stand_in(" or ".join(listing.class_names[:3]))
+            unread[index] = error
+            return None
+        if size is not None and image.size != (size, size):
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    pixels: NDArray[Any] | None = None
+    count = len(photos.labels)
+    with ThreadPoolExecutor() as pool:
+        each = map if _is_small(photos) else pool.map
+        for done, image in enumerate(each(load, range(count)), 1):
+            if image is not None:
+                if pixels is None:
+                    pixels = np.zeros((count, len(image), len(image), 3), np.uint8)
+                if image.shape != pixels.shape[1:]:
+                    height, width, _ = image.shape
+                    raise ConadvError(
+                        f"{photos.name(done - 1)} is {width} x {height} pixels, where all images must be "
+                        "square and of one size. Give data.image_size to crop and resize them."
+                    )
+                pixels[done - 1] = image
+            if settings.progress and (done % 256 == 0 or done == count):
+                settings.progress(f"decode {photos.split}", done, count)
+    if pixels is None:
+        raise unread[0]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return MemorySplit(images, photos.labels, unread=unread)
+
+
+def _is_small(photos: Photos) -> bool:
+    """Below 128 pixels Python's own work, which holds the lock, outweighs decoding: two threads take 1.4x as long."""
+    try:
+        return max(photos.read(0).size) < 128
+    except BadImage:
+        return True

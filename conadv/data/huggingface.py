@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from conadv.data.images import BadFile, BadImage, decode_rgb, why
-from conadv.data.source import Source, SourceSettings, on_demand
+from conadv.data.images import Photos
+from conadv.data.source import Source, SourceSettings, check_classes, on_demand
 from conadv.errors import ConadvError, install, printable
 
 SPLITS = ("train", "test", "validation", "val", "valid")
-_LAYOUT = (
-    "Expected files such as train-00000-of-00001.parquet and test-00000-of-00001.parquet, "
-    "anywhere below it."
-)
 
 
 def huggingface(settings: SourceSettings) -> Source:
@@ -31,135 +25,81 @@ def huggingface(settings: SourceSettings) -> Source:
     (HF_DATASETS_CACHE). Nothing is downloaded, and no code that lies beside the files is run.
     """
     settings.refuse("download")
-    directory = settings.folder()
-    tables = _load(directory)
-    image, label = (_column(directory, tables["train"], kind) for kind in ("Image", "ClassLabel"))
-    train, *others = (_rows(directory, name, tables[name], image, label) for name in tables)
-    test = next((rows for rows in others if len(rows) and int(rows.labels.min()) >= 0), None)
-    if test is None:
+    folder = settings.folder()
+    tables = _load(folder)
+    found = [_photos(folder, split, table) for split, table in tables.items()]
+    labelled = [photos for photos in found if int(photos.labels.min()) >= 0]
+    if len(labelled) < 2 or labelled[0].split != "train":
         raise ConadvError(
-            f"No rows below {printable(directory)} but those of train have labels. {_LAYOUT}"
+            f"{printable(folder)} needs rows with labels to train on and to test on (found: "
+            f"{', '.join(photos.split for photos in found)}). Expected files such as "
+            "train-00000-of-00001.parquet and test-00000-of-00001.parquet, anywhere below it."
         )
-    for rows in (train, test):
-        _check(rows, train.class_names)
+    train, test = labelled[:2]
+    if train.class_names != test.class_names:
+        raise ConadvError(f"train and {test.split} in {printable(folder)} have different classes.")
+    for photos in (train, test):
+        check_classes(f"{photos.split} of {folder}", photos.labels, photos.class_names)
     return on_demand(train, test, settings)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one split: ``table`` is a ``datasets.Dataset``, mapped into memory.
-
-    ``numbers``: which of its rows, N int64. A row's image must hold its own bytes: a path in somebody else's table is
-    not followed.
-    """
-
-    root: Path
-    split: str
-    table: Any
-    image: str
-    numbers: Tensor
-    labels: Tensor
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> Image.Image:
-        """As :func:`conadv.data.images.read_rgb`."""
-        row = int(self.numbers[index])
-        try:
-            content = self.table[row][self.image]
-            if not content or not content["bytes"]:
-                raise ValueError("the row has no bytes")
-            return decode_rgb(BytesIO(content["bytes"]))
-        except Exception as error:  # decoders raise nearly anything on damaged images
-            raise BadImage(self.root / self.split / f"row {row}", why(error)) from error
-
-    def bad(self, index: int, error: BadImage) -> BadFile:
-        return BadFile(f"{self.split}/row {int(self.numbers[index])}", error.reason)
-
-    def subset(self, indices: Tensor) -> Rows:
-        return replace(self, numbers=self.numbers[indices], labels=self.labels[indices])
-
-
-def _load(directory: Path) -> dict[str, Any]:
+def _load(folder: Path) -> dict[str, Any]:
     """The tables by split, train first, with images as they are stored."""
-    files = _files(directory)
     try:
-        from datasets import Image as ImageColumn
-        from datasets import load_dataset
+        from datasets import Image, load_dataset
         from datasets.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConadvError(
             f"data.source huggingface needs the package datasets. Install it: {install('huggingface')}."
         ) from error
     disable_progress_bar()
+    files: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        files.setdefault(path.stem.partition("-")[0].partition(".")[0], []).append(str(path))
+    files = {split: files[split] for split in SPLITS if split in files}
+    if not files:
+        names = ", ".join(SPLITS)
+        raise ConadvError(f"There is no parquet file of {names} below {printable(folder)}.")
     try:
         tables = load_dataset("parquet", data_files=files)
-        for table in list(tables.values()):
-            for name, kind in table.features.items():
-                if isinstance(kind, ImageColumn):  # decoding would open a path in the table
-                    tables = tables.cast_column(name, ImageColumn(decode=False))
+        for name, kind in tables[next(iter(files))].features.items():
+            if isinstance(kind, Image):  # decoding would open a path in somebody else's table
+                tables = tables.cast_column(name, Image(decode=False))
     except Exception as error:  # reading and converting raise anything
         raise ConadvError(
-            f"Cannot read the parquet files below {printable(directory)}: {printable(error)[:500]}"
+            f"Cannot read the parquet files below {printable(folder)}: {printable(error)[:500]}"
         ) from error
-    return {split: tables[split] for split in files}
+    return {split: tables[split] for split in files if len(tables[split])}
 
 
-def _files(directory: Path) -> dict[str, list[str]]:
-    if not directory.is_dir():
-        raise ConadvError(f"The data folder {printable(directory)} does not exist. {_LAYOUT}")
-    paths = sorted(directory.rglob("*.parquet"))
-    found: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for path in paths:
-        split = path.stem.partition("-")[0].partition(".")[0]
-        found.get(split, []).append(str(path))
-    if not found["train"] or not any(found[split] for split in SPLITS[1:]):
-        seen = ", ".join(printable(path.name) for path in paths[:3]) or "no parquet file"
-        raise ConadvError(
-            f"{printable(directory)} holds no training or no test rows (found {seen}). {_LAYOUT}"
-        )
-    return {split: names for split, names in found.items() if names}
+def _photos(folder: Path, split: str, table: Any) -> Photos:
+    kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
+    columns = []
+    for kind in ("Image", "ClassLabel"):
+        found = [name for name in kinds if kinds[name] == kind]
+        if len(found) != 1:
+            raise ConadvError(
+                f"The parquet files below {printable(folder)} have {len(found)} columns of the type "
+                f"{kind}, not one ({printable(kinds)}). Keep one, with Dataset.cast_column and "
+                "Dataset.remove_columns of datasets."
+            )
+        columns += found
+    image, label = columns
+    labels = [-1 if value is None else int(value) for value in table[label]]
+    opener = _Row(table.select_columns([image]), image)
+    names = tuple(map(str, table.features[label].names))
+    return Photos(folder, split, np.arange(len(labels)), torch.tensor(labels), names, opener)
 
 
-def _column(directory: Path, table: Any, kind: str) -> str:
-    """The name of the only column of this type."""
-    features: Mapping[str, Any] = table.features
-    kinds = {name: type(feature).__name__ for name, feature in features.items()}
-    found = [name for name, its_kind in kinds.items() if its_kind == kind]
-    if len(found) != 1:
-        columns = ", ".join(f"{printable(name)}: {its_kind}" for name, its_kind in kinds.items())
-        raise ConadvError(
-            f"The parquet files below {printable(directory)} have {len(found)} columns of the type "
-            f"{kind}, wanted one ({columns}). Keep one, with Dataset.cast_column and "
-            "Dataset.remove_columns of datasets."
-        )
-    return found[0]
+@dataclass(frozen=True)
+class _Row:
+    """Number of a row -> its image's own bytes. ``table``: a ``datasets.Dataset``, mapped into memory."""
 
+    table: Any
+    column: str
 
-def _rows(directory: Path, split: str, table: Any, image: str, label: str) -> Rows:
-    labels = torch.tensor([-1 if value is None else int(value) for value in table[label]])
-    classes = tuple(map(str, table.features[label].names))
-    numbers = torch.arange(len(labels))
-    return Rows(
-        directory, split, table.select_columns([image]), image, numbers, labels.long(), classes
-    )
-
-
-def _check(rows: Rows, classes: tuple[str, ...]) -> None:
-    if rows.class_names != classes or len(classes) < 2:
-        raise ConadvError(
-            f"The rows below {rows.root} need two or more classes, the same in train and "
-            f"{rows.split}: they have {len(classes)} and {len(rows.class_names)}."
-        )
-    sizes = torch.bincount(rows.labels.clamp(min=0), minlength=len(classes))
-    if int(rows.labels.min()) < 0 or len(sizes) > len(classes):
-        raise ConadvError(
-            f"Some rows of {rows.split} below {rows.root} have no label of the {len(classes)} classes."
-        )
-    if not sizes.all():
-        raise ConadvError(
-            f"{rows.split} below {rows.root} has no image of class "
-            f"{printable(classes[int(sizes.argmin())])}. Add images or remove the class."
-        )
+    def __call__(self, number: int) -> IO[bytes]:
+        content = self.table[int(number)][self.column]
+        if not content or not content["bytes"]:
+            raise ValueError("the row has no bytes")
+        return BytesIO(content["bytes"])

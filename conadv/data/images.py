@@ -1,42 +1,70 @@
-"""One image file: its pixels, or why it has none, and which other image stands in for it."""
+"""One encoded image: its pixels, or why it has none, and which other image stands in for it."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import IO, Any
 
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from conadv import rng
 from conadv.errors import ConadvError, printable
 
+# Decoded by content. EPS and other formats would start a program (Ghostscript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-"""The formats that are decoded, by content. EPS and others would start a program (Ghostscript)."""
 
 
 class BadImage(ConadvError):
-    """An image file that cannot be used. ``reason`` says why without the path."""
+    """An image that cannot be used: ``name`` is its path below the data ``folder``, ``reason`` says why."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, folder: Path, name: str, reason: str) -> None:
         super().__init__(
-            f"Cannot read the image {printable(path)}: {reason}. Replace or remove the file; "
+            f"Cannot read the image {printable(folder / name)}: {reason}. Replace or remove the file; "
             "`conadv check` finds all such files, and data.on_bad_image skip trains without them."
         )
-        self.path, self.reason = path, reason
+        self.folder, self.name, self.reason = folder, name, reason
 
     def __reduce__(self) -> tuple[Any, ...]:  # it travels from worker processes
-        return type(self), (self.path, self.reason)
+        return type(self), (self.folder, self.name, self.reason)
 
 
-class BadFile(NamedTuple):
-    """A file that was left out: its path below the data folder, printable, and why."""
+@dataclass(frozen=True)
+class Photos:
+    """The encoded images of one split below ``folder``: files, or rows of a table. Sent to worker processes.
 
-    path: str
-    reason: str
+    ``keys``: N names of files in bytes, or numbers of rows. An array and not a list: worker processes would copy the
+    memory of a list of strings page by page, by counting references. ``open``: key -> the bytes as an open file.
+    """
+
+    folder: Path
+    split: str
+    keys: NDArray[Any]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    open: Callable[[Any], IO[bytes]]
+
+    def read(self, index: int) -> Image.Image:
+        """As :func:`read_rgb`."""
+        try:
+            with self.open(self.keys[index]) as file:
+                return decode_rgb(file)
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            raise BadImage(self.folder, self.name(index), why(error)) from error
+
+    def name(self, index: int) -> str:
+        """The path below ``folder``, printable."""
+        key = self.keys[index]
+        name = printable(os.fsdecode(key)) if isinstance(key, bytes) else f"row {key}"
+        return f"{self.split}/{name}"
+
+    def subset(self, indices_N: Tensor) -> Photos:
+        return replace(self, keys=self.keys[indices_N.numpy()], labels=self.labels[indices_N])
 
 
 def read_rgb(path: Path) -> Image.Image:
@@ -46,37 +74,34 @@ def read_rgb(path: Path) -> Image.Image:
     it cannot be decoded, has more than 8 bits per grey value, or more than PIL.Image.MAX_IMAGE_PIXELS pixels.
     """
     try:
-        with _opened(path) as file:
+        with open_file(path) as file:
             return decode_rgb(file)
-    except Exception as error:  # decoders raise nearly anything on damaged files
-        raise BadImage(path, why(error)) from error
+    except Exception as error:
+        raise BadImage(path.parent, path.name, why(error)) from error
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A regular file, opened to read. Opening a pipe would block, and a device never ends."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is not a regular file")
+    if not about.st_size:
+        raise ValueError("it is empty")
+    return path.open("rb")
 
 
 def decode_rgb(file: IO[bytes]) -> Image.Image:
     """The image in ``file`` as :func:`read_rgb` describes it. Raises whatever its decoder does."""
     with Image.open(file, formats=FORMATS) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:  # Pillow only warns
-            raise ValueError(
-                f"{image.width} x {image.height} pixels are more than {limit:,} (a decompression bomb?)"
-            )
+        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if limit is not None and pixels > limit:  # up to twice as many Pillow only warns
+            raise ValueError(f"{pixels:,} pixels are more than {limit:,} (a decompression bomb?)")
         if image.mode.startswith(("I", "F")):  # Pillow would clip nearly all of it to white
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel")
         # a palette with transparency reaches RGB over RGBA, or Pillow warns
         through = image.convert("RGBA") if "transparency" in image.info else image
         rgb: Image.Image = through.convert("RGB")
         return rgb
-
-
-def _opened(path: Path) -> BinaryIO:
-    """A regular file, opened to read. Opening a pipe would block, and a device never ends."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
-    about = os.fstat(descriptor)
-    if stat.S_ISREG(about.st_mode) and about.st_size:
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    raise ValueError("it is empty" if stat.S_ISREG(about.st_mode) else "it is not a regular file")
 
 
 def why(error: BaseException) -> str:
@@ -96,9 +121,3 @@ def stand_ins(labels_N: Tensor, index: int) -> Iterator[int]:
     same = (labels_N == labels_N[index]).nonzero().flatten()
     begin = rng.derive(0, "stand-in", index) % len(same)
     yield from (other for other in same.roll(-begin).tolist() if other != index)
-
-
-def no_stand_in(name: str) -> ConadvError:
-    return ConadvError(
-        f"No image of class {printable(name)} can be read. Repair the data: `conadv check` lists it."
-    )

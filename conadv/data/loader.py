@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from conadv.data.augment import sample_keys
-from conadv.data.images import BadFile
+from conadv.data.images import BadImage
 from conadv.data.mix import Mix
 from conadv.data.order import Order
 from conadv.data.source import Source
@@ -25,19 +26,21 @@ from conadv.types import Batch, MicroBatch
 
 @dataclass
 class BadImages:
-    """The image files that could not be read so far, each once, as this process came across them."""
+    """The image files that could not be read so far, each once, as this process came across them.
+
+    ``logged``: what the record holds already: on rank 0, from all ranks and from before a resume.
+    """
 
     known: set[str] = field(default_factory=set)
     waiting: list[dict[str, Any]] = field(default_factory=list)
     logged: set[str] = field(default_factory=set)
-    """What the record holds already: on rank 0, from all ranks and from before a resume."""
 
-    def note(self, found: Iterable[BadFile], step: int | None) -> None:
+    def note(self, found: Iterable[BadImage], step: int | None) -> None:
         """``step``: the one that the images belong to; None for an evaluation."""
-        for path, reason in found:
-            if path not in self.known:
-                self.known.add(path)
-                self.waiting.append({"step": step, "path": path, "reason": reason})
+        for image in found:
+            if image.name not in self.known:
+                self.known.add(image.name)
+                self.waiting.append({"step": step, "path": image.name, "reason": image.reason})
 
     def take(self, last_step: int) -> list[dict[str, Any]]:
         """What was found since the last call, for the record; ``last_step``: the one that an evaluation follows."""
@@ -47,43 +50,52 @@ class BadImages:
         ]
 
 
-@dataclass(frozen=True)
 class Data:
-    """The data of one run as one rank sees it. Made by :func:`build_data`.
+    """The batches of one run on ``source``, as one rank sees them.
 
-    ``augments`` maps each view that can be asked for to its augmentation.
-    Ranks: training batches hold the micro-batches of the global batch with the numbers ``mine``, evaluation batches
-    every ``ranks``-th of the split's. Nothing is reduced.
+    ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
+    ``ranks``, rank x accumulation and the following, so that N ranks see what one rank with N-fold accumulation sees.
+    Of evaluation batches it reads every ``ranks``-th. ``augments``: the views that can be asked for.
+    Raises ConadvError for batch sizes that do not divide, or a global batch larger than the training set.
+    Ranks: nothing is reduced.
     """
 
-    source: Source
-    order: Order
-    augments: dict[str, str]
-    micro_batch_size: int
-    mine: range
-    rank: int = 0
-    ranks: int = 1
-    num_workers: int = 0
-    skip_bad: bool = False
-    mix: Mix | None = None
-    bad: BadImages = field(default_factory=BadImages)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.source.class_names)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.source.class_names
-
-    @property
-    def channels(self) -> int:
-        return self.source.channels
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels."""
-        return self.source.image_size
+    def __init__(
+        self,
+        source: Source,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int = 0,
+        augment: str = "none",
+        aug_view: str | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        num_workers: int = 0,
+        on_bad_image: str = "error",
+        rank: int = 0,
+        ranks: int = 1,
+        mine: range | None = None,
+    ) -> None:
+        count, rest = divmod(global_batch_size, micro_batch_size * ranks)
+        if rest or not count:
+            raise ConadvError(
+                f"global_batch_size {global_batch_size} is not micro_batch_size {micro_batch_size} x "
+                f"accumulation x {ranks} rank(s). Choose a micro-batch that divides a rank's batch."
+            )
+        self.source, self.channels, self.image_size = source, source.channels, source.image_size
+        self.class_names, self.num_classes = source.class_names, len(source.class_names)
+        self.train_size, self.test_size = len(source.train.labels), len(source.test.labels)
+        self.order = Order(self.train_size, global_batch_size, seed)
+        self.augments = {"clean": augment, "second": augment}
+        if aug_view is not None:
+            self.augments["aug"] = aug_view
+        mixed = mixup or cutmix
+        self.mix = Mix(mixup, cutmix, self.num_classes, seed) if mixed else None
+        self.micro_batch_size, self.num_workers = micro_batch_size, num_workers
+        self.rank, self.ranks = rank, ranks
+        self.mine = range(rank * count, (rank + 1) * count) if mine is None else mine
+        self.skip_bad, self.bad = on_bad_image == "skip", BadImages()
 
     @property
     def ahead(self) -> int:
@@ -94,14 +106,6 @@ class Data:
         x channels x image_size^2.
         """
         return max(2, -(-len(self.mine) // self.num_workers)) if self.num_workers else 0
-
-    @property
-    def train_size(self) -> int:
-        return len(self.source.train.labels)
-
-    @property
-    def test_size(self) -> int:
-        return len(self.source.test.labels)
 
     def train_batches(
         self, start_step: int, stop_step: int, views: tuple[str, ...] = ("clean",)
@@ -120,16 +124,36 @@ class Data:
             if view not in self.augments:
                 hint = " Give data.aug_view for it." if view == "aug" else ""
                 raise ConadvError(f"{unknown('view', view, self.augments)}{hint}")
-        keys = ((step, index) for step in range(start_step, stop_step) for index in self.mine)
-        augments = {view: self.augments[view] for view in views}
-        load = _LoadMicroBatch(
-            self.source.train, self.order, augments, self.micro_batch_size, self.skip_bad, self.mix
+        steps = range(start_step, stop_step)
+        keys = ((step, index) for step in steps for index in self.mine)
+        load = partial(self._load, views)
+        return self._assemble(_stream(load, keys, self.num_workers, self.ahead), steps)
+
+    def _load(
+        self, views: tuple[str, ...], key: tuple[int, int]
+    ) -> tuple[dict[str, Any], list[BadImage]]:
+        """(step, micro-batch number) -> the fields of a MicroBatch, and images that cannot be read.
+
+        Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not those in an object.
+        """
+        (step, index), order, split = key, self.order, self.source.train
+        indices_N, epoch = (
+            order.micro_batch(step, index, self.micro_batch_size),
+            order.epoch_of(step),
         )
-        parts = _stream(load, keys, self.num_workers, self.ahead)
-        return self._assemble(parts, range(start_step, stop_step))
+        draws = {
+            view: Draw(self.augments[view], sample_keys(order.seed, epoch, view, indices_N))
+            for view in views
+        }
+        bad: list[BadImage] = []
+        images = split.views(indices_N, draws, bad if self.skip_bad else None)
+        y_N = split.labels[indices_N]
+        if self.mix is not None:
+            images, y_N = self.mix(images, y_N, step, index)
+        return {"index": index, "y_N": y_N, "views": images}, bad
 
     def _assemble(
-        self, parts: Iterator[tuple[dict[str, Any], list[BadFile]]], steps: range
+        self, parts: Iterator[tuple[dict[str, Any], list[BadImage]]], steps: range
     ) -> Iterator[Batch]:
         for step in steps:
             loaded = list(islice(parts, len(self.mine)))
@@ -161,96 +185,15 @@ class Data:
         if limit is not None:
             indices = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:limit]
         mine = torch.split(indices, batch_size)[self.rank :: self.ranks]
-        return self._evaluated(
-            _stream(_LoadPlain(splits[split], self.skip_bad), mine, self.num_workers)
-        )
-
-    def _evaluated(
-        self, parts: Iterator[tuple[Tensor, Tensor, list[BadFile]]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels, bad in parts:
+        load = partial(self._load_plain, splits[split])
+        for images, labels, bad in _stream(load, mine, self.num_workers):
             self.bad.note(bad, None)
             yield images, labels
 
-
-def build_data(
-    source: Source,
-    *,
-    global_batch_size: int,
-    micro_batch_size: int | None = None,
-    seed: int = 0,
-    augment: str = "none",
-    aug_view: str | None = None,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    num_workers: int = 0,
-    on_bad_image: str = "error",
-    rank: int = 0,
-    ranks: int = 1,
-    mine: range | None = None,
-) -> Data:
-    """The batches of a run on ``source``; ``micro_batch_size`` None is the global batch.
-
-    ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
-    ``ranks``, rank x accumulation and the following. So N ranks see what one rank with N-fold accumulation sees.
-    Raises ConadvError for batch sizes that do not divide, or a global batch larger than the training set.
-    """
-    micro = micro_batch_size or global_batch_size
-    count, rest = divmod(global_batch_size, micro * ranks)
-    if rest or not count:
-        raise ConadvError(
-            f"global_batch_size {global_batch_size} is not micro_batch_size {micro} x accumulation "
-            f"x {ranks} rank(s). Choose a micro-batch that divides the batch of one rank."
-        )
-    order = Order(len(source.train.labels), global_batch_size, seed)
-    augments = {"clean": augment, "second": augment} | ({"aug": aug_view} if aug_view else {})
-    mix = Mix(mixup, cutmix, len(source.class_names), seed) if mixup or cutmix else None
-    mine = range(rank * count, (rank + 1) * count) if mine is None else mine
-    skip_bad = on_bad_image == "skip"
-    return Data(source, order, augments, micro, mine, rank, ranks, num_workers, skip_bad, mix)
-
-
-@dataclass(frozen=True)
-class _LoadMicroBatch:
-    """(step, micro-batch number in the global batch) -> the fields of a MicroBatch, and files that could not be read.
-
-    Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not those in an object.
-    """
-
-    split: Split
-    order: Order
-    augments: dict[str, str]
-    micro_batch_size: int
-    skip_bad: bool
-    mix: Mix | None = None
-
-    def __call__(self, key: tuple[int, int]) -> tuple[dict[str, Any], list[BadFile]]:
-        step, index = key
-        indices_N = self.order.micro_batch(step, index, self.micro_batch_size)
-        seed, epoch = self.order.seed, self.order.epoch_of(step)
-        draws = {
-            view: Draw(name, sample_keys(seed, epoch, view, indices_N))
-            for view, name in self.augments.items()
-        }
-        bad: list[BadFile] = []
-        views = self.split.views(indices_N, draws, bad if self.skip_bad else None)
-        y_N = self.split.labels[indices_N]
-        if self.mix is not None:
-            views, y_N = self.mix(views, y_N, step, index)
-        return {"index": index, "y_N": y_N, "views": views}, bad
-
-
-@dataclass(frozen=True)
-class _LoadPlain:
-    """indices_N -> (images, labels) without augmentation, and files that could not be read, which are left out."""
-
-    split: Split
-    skip_bad: bool
-
-    def __call__(self, indices_N: Tensor) -> tuple[Tensor, Tensor, list[BadFile]]:
-        bad: list[BadFile] = []
-        images, kept_N = self.split.readable(indices_N, bad if self.skip_bad else None)
-        return images, self.split.labels[kept_N], bad
+    def _load_plain(self, split: Split, indices_N: Tensor) -> tuple[Tensor, Tensor, list[BadImage]]:
+        bad: list[BadImage] = []
+        images, kept_N = split.readable(indices_N, bad if self.skip_bad else None)
+        return images, split.labels[kept_N], bad
 
 
 @dataclass(frozen=True)
@@ -278,7 +221,6 @@ def _stream(
         batch_size=None,
         sampler=keys,
         num_workers=num_workers,
-        collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=ahead if num_workers else None,
         worker_init_fn=outlive_stop if num_workers else None,
@@ -304,7 +246,3 @@ def naming_lost_workers() -> Iterator[None]:
             "of memory: use fewer (--data.num-workers), or give machine or container more memory and "
             "more shared memory (/dev/shm)."
         ) from error
-
-
-def _as_is(item: Any) -> Any:
-    return item

@@ -13,11 +13,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from conadv.data import SOURCES
-from conadv.data.splits import MemorySplit, Photos, PhotoSplit, Split, choose
-from conadv.errors import ConadvError, unknown
+from conadv.data.images import Photos
+from conadv.data.splits import MemorySplit, PhotoSplit, Split, choose
+from conadv.errors import ConadvError, printable, unknown
 
+# (what is being done, images done, images in all); called now and then from the calling thread
 Progress = Callable[[str, int, int], None]
-"""(what is being done, images done, images in all); called now and then from the calling thread."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class SourceSettings:
     download: bool = False
     image_size: int | None = None
     train_images: int | None = None
+    validation_images: int | None = None
     subset_seed: int = 0
     on_bad_image: str = "error"
     progress: Progress | None = None
@@ -63,12 +65,17 @@ class SourceSettings:
             )
         return self.dir
 
-    def chosen(self, labels_N: Tensor, class_names: tuple[str, ...]) -> Tensor:
-        """Sorted indices of ``train_images`` of the training images, those of :func:`choose`."""
-        return choose(labels_N, self.train_images, class_names, seed=self.subset_seed)
+    def chosen(
+        self, labels_N: Tensor, class_names: tuple[str, ...], setting: str = "train_images"
+    ) -> Tensor:
+        """Sorted indices of ``train_images`` (or ``validation_images``) of these, by :func:`choose`."""
+        count = getattr(self, setting)
+        return choose(
+            labels_N, count, class_names, seed=self.subset_seed, setting=f"data.{setting}"
+        )
 
 
-def build_source(source: str, *, validation_images: int | None = None, **settings: Any) -> Source:
+def build_source(source: str, **settings: Any) -> Source:
     """The data set ``source`` of SOURCES. ``settings``: fields of :class:`SourceSettings`.
 
     ``validation_images`` of the training images are held out, the same share of every class.
@@ -78,27 +85,27 @@ def build_source(source: str, *, validation_images: int | None = None, **setting
         raise unknown("data source", source, SOURCES)
     wanted = SourceSettings(source=source, **settings)
     found: Source = pkgutil.resolve_name(SOURCES[source])(wanted)
-    if validation_images is None:
+    if wanted.validation_images is None:
         return found
-    train = found.train
-    held = choose(
-        train.labels,
-        validation_images,
-        found.class_names,
-        seed=wanted.subset_seed,
-        setting="data.validation_images",
-    )
+    train, names = found.train, found.class_names
+    held = wanted.chosen(train.labels, names, "validation_images")
     kept = torch.ones(len(train.labels), dtype=torch.bool)
     kept[held] = False
     rest = kept.nonzero().flatten()
-    sizes = torch.bincount(train.labels[rest], minlength=len(found.class_names))
-    if not sizes.all():
-        raise ConadvError(
-            f"data.validation_images {validation_images} leaves no image of class "
-            f"{found.class_names[int(sizes.argmin())]!r} to train on: there are {len(train.labels)} "
-            "images. Hold out fewer."
-        )
+    check_classes(
+        f"what data.validation_images {len(held)} leaves to train on", train.labels[rest], names
+    )
     return replace(found, train=train.subset(rest), validation=train.subset(held))
+
+
+def check_classes(what: str, labels_N: Tensor, class_names: tuple[str, ...]) -> None:
+    """ConadvError unless there are two classes or more, and each has an image."""
+    sizes = torch.bincount(labels_N, minlength=len(class_names))
+    if len(class_names) < 2:
+        raise ConadvError(f"There is only one class in {what}. Training needs two or more.")
+    if not sizes.all():
+        name = printable(class_names[int(sizes.argmin())])
+        raise ConadvError(f"There is no image of class {name!r} in {what}.")
 
 
 def in_memory(
@@ -111,19 +118,12 @@ def in_memory(
 ) -> Source:
     """A source of (uint8 images_NCHW, labels_N): the subset is taken, then all are resized once."""
     chosen = settings.chosen(train[1], class_names)
+    size = settings.image_size or train[0].shape[-1]
     ours, theirs = (
-        MemorySplit(_resized(images, settings.image_size), labels, flip)
+        MemorySplit(F.resize(images, [size, size], antialias=True), labels, flip)
         for images, labels in ((train[0][chosen], train[1][chosen]), test)
     )
-    _, channels, _, size = ours.images.shape
-    return Source(ours, theirs, class_names, channels, size)
-
-
-def _resized(images_NCHW: Tensor, image_size: int | None) -> Tensor:
-    if image_size in (None, images_NCHW.shape[-1]):
-        return images_NCHW
-    resized: Tensor = F.resize(images_NCHW, [image_size, image_size], antialias=True)
-    return resized
+    return Source(ours, theirs, class_names, ours.images.shape[1], size)
 
 
 def on_demand(train: Photos, test: Photos, settings: SourceSettings) -> Source:

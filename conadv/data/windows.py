@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
 
@@ -24,10 +24,7 @@ def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
         raise ConadvError(
             f"ahead {ahead} must be 0 or more: it counts batches after the current one."
         )
-    return _windows(iter(batches), ahead)
-
-
-def _windows(items: Iterator[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+    items = iter(batches)
     waiting = deque(islice(items, ahead))
     while True:
         waiting.extend(islice(items, 1))
@@ -63,9 +60,7 @@ class WindowedLoader(Generic[T]):
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        if not isinstance(self.loader, Sized):
-            raise TypeError("the loader has no length")
-        return len(self.loader)
+        return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[tuple[T, T | None]]:
         present = None
@@ -92,12 +87,12 @@ class WindowedLoader(Generic[T]):
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners: tuple[Any, ...] = (
+    batches: Any = getattr(loader, "batch_sampler", None)
+    owners: list[Any] = [
         loader,
         getattr(loader, "sampler", None),
-        getattr(batch_sampler, "sampler", None),
-    )
+        getattr(batches, "sampler", None),
+    ]
     for owner in owners:
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)

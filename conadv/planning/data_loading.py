@@ -105,7 +105,7 @@ def plain(loading: Loading) -> Batches:
 
 def pipeline(name: AugmentName, size: int) -> v2.Compose:
     """torchvision's usual pipeline for photographs of any size."""
-    policy = augments._policy(name, v2.AutoAugmentPolicy.IMAGENET)
+    policy = augments.build_policy(name, v2.AutoAugmentPolicy.IMAGENET)
     train = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *([policy] if policy else [])]
     still = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
     return v2.Compose([*(still if name == "none" else train), v2.PILToTensor()])

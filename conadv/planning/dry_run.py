@@ -178,7 +178,7 @@ def read_sample(parts: Parts) -> tuple[int, list[str]]:
             try:
                 split.listing.read(index)
             except BadImage as error:
-                bad.append(printable(": ".join(split.listing.bad(index, error))))
+                bad.append(printable(f"{error.name}: {error.reason}"))
     if bad and not parts.data.skip_bad:
         raise ConadvError(
             f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}. "

@@ -7,7 +7,7 @@ from torch import nn
 from conadv.config.files import home
 from conadv.config.resolve import accumulation, micro_batch
 from conadv.config.schema import Config, ModelConfig
-from conadv.data.loader import Data, build_data
+from conadv.data.loader import Data
 from conadv.data.source import Progress, Source, build_source
 from conadv.errors import ConadvError
 from conadv.models.make import build_model
@@ -52,10 +52,10 @@ def load_data(
 ) -> Data:
     """The batches of a resolved config; ``source``: what :func:`load_source` has made of it, where it is there already.
 
-    The other arguments are those of :func:`conadv.data.loader.build_data`.
+    The other arguments are those of :func:`conadv.data.loader.Data`.
     """
     accumulation(config, ranks)  # before anything is read
-    return build_data(
+    return Data(
         source or load_source(config),
         global_batch_size=config.global_batch_size,
         micro_batch_size=micro_batch(config),

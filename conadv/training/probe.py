@@ -8,7 +8,7 @@ Training is not touched: a run with the probe has the bits of a run without.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 import torch
@@ -87,7 +87,9 @@ class Probe:
         # as many whole micro-batches as fit, or one smaller pass; the same whatever the ranks
         wanted = min(config.probe.images, data.train_size)
         size = min(micro_batch(config), wanted)
-        batches = replace(data, rank=0, ranks=1).eval_batches("train", wanted // size * size, size)
+        whole = copy(data)  # one rank measures, and reads every batch
+        whole.rank, whole.ranks = 0, 1
+        batches = whole.eval_batches("train", wanted // size * size, size)
         self._micro = [MicroBatch(i, y, {"clean": x}) for i, (x, y) in enumerate(batches)]
 
     def before_step(self) -> list[Line]:
