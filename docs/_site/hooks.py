@@ -11,13 +11,16 @@ import logging
 import os
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from unittest import mock
 
+import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from conadv.cli import bench
 from conadv.cli import bench
 from conadv.cli import program as cli
 
@@ -148,9 +151,23 @@ def help_text(words: list[str]) -> str:
         contextlib.redirect_stdout(said),
         contextlib.suppress(SystemExit),
     ):
-        cli.main([*words, "--help"])
+        cli.main([*words, "--help-all" if words[:1] == ["train"] and words[1:] else "--help"])
     lines = (line.rstrip() for line in said.getvalue().splitlines())
     return "\n".join(lines).strip("\n")
+
+
+_FORMULA = re.compile(
+    r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<tex>.*?)\\[\])]</(?P=tag)>', re.S
+)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    """A formula as MathML, which browsers show without a script."""
+    block = match["tag"] == "div"
+    made = latex2mathml.converter.convert(
+        unescape(match["tex"]), display="block" if block else "inline"
+    )
+    return f'<div class="formula">{made}</div>' if block else made
 
 
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(?=<code>)")  # of docstrings
@@ -158,7 +175,7 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):(?=<code>)")  # of docst
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Warn of Markdown that was not understood, and of a command that the reference leaves out."""
-    html = _ROLE.sub("", html)
+    html = _FORMULA.sub(_mathml, _ROLE.sub("", html))
     prose = re.sub(r"<(pre|code)\b.*?</\1>", "", html, flags=re.S)
     if found := _RAW.search(prose):
         log.warning("%s: Markdown came out as text: %r", page.file.src_uri, found[0][-80:])
