@@ -87,7 +87,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     assert {
         "conadv/py.typed",
         "conadv/report/report.html.j2",
-        "conadv/recipes/slurm_imagenet.sh",
+        "conadv/config/recipes/slurm_imagenet.sh",
     } <= names
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)
     assert re.search(r"^Requires-Python: >=3.10$", metadata, re.M)
@@ -146,7 +146,7 @@ def test_it_runs_in_an_environment_of_its_own(
     assert run(conadv, "--version", cwd=here).strip() == __version__
     assert (
         run(conadv, "slurm", cwd=here)
-        == (ROOT / "conadv" / "recipes" / "slurm_imagenet.sh").read_text()
+        == (ROOT / "conadv" / "config" / "recipes" / "slurm_imagenet.sh").read_text()
     )
     run(conadv, "demo", "--seeds", "1", "--epochs", "4", "--jobs", "2", "--quiet", cwd=here)
     out = here / "runs" / "demo"
