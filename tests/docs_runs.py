@@ -94,7 +94,7 @@ NOT_RUN: dict[str, str] = {
 
 
 NO_CODE: dict[str, tuple[str, ...]] = {
-    "how folders are laid out": ("DIR/train/<class>/", "conadv/"),
+    "how folders are laid out": ("DIR/train/<class>/", "conadv/", "cli/"),
     "formulas": ("x^_i = ",),
 }
 """How Markdown's code blocks without a fence begin, where nothing in them could be run."""
