@@ -100,6 +100,7 @@ def test_every_rule_has_a_case() -> None:
 def test_the_worst_comes_first_and_control_characters_are_escaped() -> None:
     variables = {"GLOO_SOCKET_IFNAME": "\x1b[2J"}
     bad = replace(GOOD, disk_gib=0.0, threads=99, interfaces={"eth0": 1000}, variables=variables)
+    bad = replace(bad, environment={"os": "\x1b[2J"})
     assert [level for level, *_ in findings(bad)] == ["wrong", "wrong", "slow", "note"]
     for width in (60, 80, 120):
         out = io.StringIO()

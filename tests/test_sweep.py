@@ -489,7 +489,7 @@ def test_a_sweep_refuses_links_in_its_folder(
     outside, out = tmp_path / "outside", tmp_path / "out"
     outside.mkdir()
     (out / name).parent.mkdir(parents=True)
-    (out / name).symlink_to(outside)
+    (out / name).symlink_to(outside / "new")
     assert run(write(tmp_path), out, "--dry-run") == run(write(tmp_path), out) == 2
     assert "is a link" in capsys.readouterr().err
     assert not any(outside.iterdir())

@@ -150,8 +150,8 @@ def show_troubles(schedule: Schedule) -> None:
     """What of a finished sweep a user may want to act on."""
     failed = [result.diverged for result in schedule.results.values() if result.error is not None]
     if failed:
-        count = f"{len(failed)} run(s) failed, {sum(failed)} of them diverged (the worst trials)"
-        _say(f"{count}: see sweep.json; --retry-failed tries again.")
+        count = f"{len(failed)} run(s) failed, {sum(failed)} of them diverged"
+        _say(f"{count}: see sweep.json. --retry-failed tries them again.")
     for index, cell in enumerate(schedule.plan.cells):
         if schedule.blocked(index):
             _say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")

@@ -92,7 +92,7 @@ def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
         key = made.config.model_dump_json()
         if key not in names and made.name in runs:
             raise ConadvError(
-                f"{arm!r} shares the folder runs/{made.name} with another. Rename it."
+                f"{arm!r} shares the folder runs/{made.name} with another arm. Rename one."
             )
         name = names.setdefault(key, made.name)
         runs.setdefault(name, made)

@@ -41,7 +41,6 @@ class Folder:
 
     def lock(self) -> Lock:
         """Two sweeps in one folder would write over each other's runs."""
-        refuse_links(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
         busy = f"Another sweep is at work in {printable(self.out)}."
         return Lock(self.out / ".sweep.json.lock", f"{busy} Wait, or choose another --out.")
