@@ -1,122 +1,152 @@
-"""Put the record of finished sweeps into the repository: numbers to results/studies/, figures to docs/img/studies/.
+"""Records of finished sweeps into the repository, and from them the tables and figures of pages.
 
-    python benchmarks/publish_study.py SWEEP...
-    python benchmarks/publish_study.py --again NAME...
+    python benchmarks/publish_study.py SWEEP...    # a sweep's folder to results/studies/ and docs/img/studies/
+    python benchmarks/publish_study.py             # every table of README.md and docs/, every figure
+    python benchmarks/publish_study.py --readme    # README.md alone
+    python benchmarks/publish_study.py --check     # exit code 1 if a page has another table than the records
 
-SWEEP is the folder that `conadv sweep` wrote. Its report is made anew; `results/studies/NAME/` gets `sweep.json` (the
-spec, every trial and choice), `summary.json` (the report's numbers and tables), `runs.jsonl` (one line per run) and,
-where runs were analysed, `analysis.jsonl`. Of the figures those are taken that a page shows. `benchmarks/readme.py`
-draws the pages from these.
+A page has a table between two marks, the first of which says what is drawn:
 
-With --again the report is made anew from what is published of the study NAME (a folder of results/studies/): for a
-report that says or draws something new, when the sweep's folder is gone.
+    <!-- table: win-cifar10 accuracy | on: validation_accuracy | columns: arm; seeds; cost -->
+    <!-- end table -->
+
+The kinds are accuracy, differences, costs and tuning (made from runs.jsonl and sweep.json), sharpness and staleness
+(as summary.json has them), made (seeds, command, machine), and against. Options: at (a value of the axis), on (the
+metric), columns (which), pairs (of differences: "A minus B; C minus D"), to (of against: the arms that others are
+named after, such as "LARS; LAMB" for "LARS + ConAdv").
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import study_flatness
-import study_records
+import matplotlib as mpl
+import pandas as pd
 
-from conadv.report.study import write_sweep_report
+from conadv.analysis.style import to_png
+from conadv.report import tables, write_sweep_report
+from conadv.report.accuracy_figure import draw_accuracy, draw_cost
+from conadv.report.comparison import read_sweep
+from conadv.report.figure_style import STYLE
+from conadv.report.page import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDIES, PICTURES = ROOT / "results" / "studies", ROOT / "docs" / "img" / "studies"
 FIELDS = (
-    *(
-        "seed",
-        "lr",
-        "eps",
-        "steps",
-        "train_loss",
-        "train_accuracy",
-        "validation_loss",
-        "validation_accuracy",
-    ),
-    *("test_loss", "test_accuracy", "robust_accuracy", "seconds", "step_seconds_median"),
-    "gradient_images_per_clean_image",
+    *("seed", "lr", "eps", "steps", "train_loss", "train_accuracy", "validation_loss"),
+    *("validation_accuracy", "test_loss", "test_accuracy", "robust_accuracy", "seconds"),
+    *("step_seconds_median", "attack_seconds_share", "gradient_images_per_clean_image"),
 )
+MARK = re.compile(r"(<!-- table: (?P<what>[^\n]*) -->\n).*?(<!-- end table -->)", re.S)
 
 
-def publish(sweep: Path) -> Path:
-    """Copy what the pages need of one sweep, and return the folder of its numbers."""
+def publish(sweep: Path) -> None:
+    """Keep sweep.json, the report's summary.json, a line per run, and the figures.
+
+    Not the gallery: its images belong to the data set and are not ours to pass on.
+    """
     document = json.loads((sweep / "sweep.json").read_text())
-    name = str(document["name"]).replace("_", "-")
+    name = document["name"].replace("_", "-")
     write_sweep_report(sweep, command=f"conadv sweep studies/{document['spec_path']}")
-    numbers, pictures = (
-        ROOT / "results" / "studies" / name,
-        ROOT / "docs" / "img" / "studies" / name,
-    )
-    for folder in (numbers, pictures):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    for folder in (STUDIES / name, PICTURES / name):
+        folder.mkdir(parents=True, exist_ok=True)
     for file in ("sweep.json", "summary.json"):
-        shutil.copy(sweep / file, numbers / file)
-    lines = [
-        json.dumps(run_line(run))
-        for run in sorted((sweep / "runs").iterdir())
-        if (run / "summary.json").is_file()
-    ]
-    (numbers / "runs.jsonl").write_text("\n".join(lines) + "\n")
-    if analysed := study_flatness.lines(sweep):
-        (numbers / study_flatness.FILE).write_text(
-            "".join(f"{json.dumps(line)}\n" for line in analysed)
-        )
-    copy_pictures(sweep, name)
-    return numbers
+        shutil.copy(sweep / file, STUDIES / name / file)
+    lines = []
+    for file in sorted((sweep / "runs").glob("*/summary.json")):
+        found = json.loads(file.read_text())
+        kept = {field: found[field] for field in FIELDS if found.get(field) is not None}
+        lines.append(json.dumps({"run": file.parent.name, **kept}) + "\n")
+    (STUDIES / name / "runs.jsonl").write_text("".join(lines))
+    for picture in (sweep / "figures").glob("*.png"):
+        if picture.stem != "images":
+            shutil.copy(picture, PICTURES / name / picture.name)
 
 
-def again(name: str) -> Path:
-    """Make the report of a published study anew, and return the folder of its numbers."""
-    numbers = ROOT / "results" / "studies" / name
-    with tempfile.TemporaryDirectory() as place:
-        study_records.restore(numbers, Path(place))
-        summary = study_records.report_again(numbers, Path(place))
-        copy_pictures(Path(place), name)
-    (numbers / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    return numbers
+def draw_figures() -> None:
+    """The figures that can be made of the published records, where a study has them."""
+    for folder in sorted(PICTURES.iterdir()):
+        for file, draw in {"accuracy.png": draw_accuracy, "cost.png": draw_cost}.items():
+            with mpl.rc_context(STYLE):
+                figure = draw(read_sweep(STUDIES / folder.name))
+            if figure and (folder / file).exists():
+                (folder / file).write_bytes(to_png(figure, 160))
 
 
-def copy_pictures(sweep: Path, name: str) -> None:
-    """Put the figures of a report that a page shows to docs/img/studies/."""
-    for picture in sorted((sweep / "figures").glob("*.png")):
-        if wanted(f"{name}/{picture.name}"):
-            shutil.copy(picture, ROOT / "docs" / "img" / "studies" / name / picture.name)
+def section(what: str) -> str:
+    """What stands between the marks of ``what``."""
+    first, *rest = what.split(" | ")
+    study, kind = first.split()
+    options = dict(option.split(": ", 1) for option in rest)
+    summary = json.loads((STUDIES / study / "summary.json").read_text())
+    if kind == "made":
+        return made(summary)
+    frame = table(STUDIES / study, kind, options, summary["tables"])
+    if "at" in options:
+        frame = frame[frame.iloc[:, 0] == options["at"]].iloc[:, 1:]
+    frame = frame[options["columns"].split("; ")] if "columns" in options else frame
+    if frame.empty:
+        raise SystemExit(f"No rows for the mark {what!r}.")
+    return markdown_table(frame)
 
 
-def wanted(picture: str) -> bool:
-    """Whether a page shows it. Never the gallery: its images belong to the data set and are not ours to pass on."""
-    pages = (ROOT / "docs").rglob("*.md")
-    return "gallery" not in picture and any(
-        f"img/studies/{picture}" in page.read_text() for page in pages
+def table(folder: Path, kind: str, options: dict[str, str], drawn: dict[str, Any]) -> pd.DataFrame:
+    comparison, metric = read_sweep(folder), options.get("on", "test_accuracy")
+    if kind in ("sharpness", "staleness"):
+        found = drawn.get(kind) or drawn[kind.capitalize()]  # version 0.1 wrote small letters
+        return pd.DataFrame(found["rows"], columns=found["head"])
+    if kind == "against":
+        bases = {base: comparison.latest[base] for base in options["to"].split("; ")}
+        frame = tables.accuracy(comparison, metric)
+        others = [
+            next(b for n, b in bases.items() if a.name.startswith(n)) for a in comparison.arms
+        ]
+        pairs = zip(comparison.arms, others, strict=True)
+        said = [tables.NONE if a is b else tables.points(a, b, metric) for a, b in pairs]
+        return frame.assign(**{"against its optimizer alone": said})
+    if kind == "differences":
+        pairs = [tuple(p.split(" minus ")) for p in options.get("pairs", "").split("; ") if p]
+        return tables.differences(comparison, pairs, metric)
+    return (
+        tables.accuracy(comparison, metric)
+        if kind == "accuracy"
+        else getattr(tables, kind)(comparison)
     )
 
 
-def run_line(run: Path) -> dict[str, Any]:
-    """The results of one run, without what its configuration says anyway."""
-    summary = json.loads((run / "summary.json").read_text())
-    return {
-        "run": run.name,
-        **{name: summary[name] for name in FIELDS if summary.get(name) is not None},
-    }
+def made(summary: dict[str, Any]) -> str:
+    """Seeds, command, commits, machine and versions."""
+    arms = summary.get("arms") or summary["cells"]  # version 0.1 wrote cells
+    seeds = sorted({len(arm.get("seeds") or arm["results"]["test_accuracy"]) for arm in arms})
+    facts = [row[1] for row in summary["tables"].get("Made with", {}).get("rows", [])]
+    facts = facts or [*summary["git"], *summary["machines"], *summary["software"]]
+    said = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", "; ".join(facts))
+    return f"{' to '.join(map(str, seeds[:: len(seeds) - 1 or 1]))} seeds; `{summary['command']}`; {said}."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "given", nargs="+", metavar="SWEEP", help="a sweep's folder, with --again a study's name"
-    )
-    parser.add_argument("--again", action="store_true", help="from what is published already")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("sweeps", nargs="*", type=Path, metavar="SWEEP")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     options = parser.parse_args()
-    for given in options.given:
-        print(again(given) if options.again else publish(Path(given)))
+    for sweep in options.sweeps:
+        publish(sweep)
+    pages = [ROOT / "README.md", *([] if options.readme else sorted((ROOT / "docs").rglob("*.md")))]
+    for page in pages:
+        before = page.read_text()
+        after = MARK.sub(lambda found: f"{found[1]}{section(found['what'])}\n{found[3]}", before)
+        if after != before and options.check:
+            raise SystemExit(f"{page.name} is not what results/ says: run {parser.prog}")
+        page.write_text(after)
+    if not options.check and not options.readme:
+        draw_figures()
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ from conadv.config import recipes
 from conadv.config import schema as config
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError, printable
-from conadv.report import compare, load_run, write_report
-from conadv.report.study import StudySummary, load_sweep, write_sweep_report
-from conadv.report.summary import Summary
+from conadv.report import tables, write_report, write_sweep_report
+from conadv.report.comparison import Comparison, compare, read_sweep
+from conadv.report.load import load_run
+from conadv.report.page import SECTIONS
 from conadv.training import checkpoint, record
 from conadv.training.build import Run as Parts
 from conadv.training.build import build
@@ -287,12 +288,19 @@ def fuzz_fields(data: bytes) -> None:
 
 
 def _read_report(out: Path) -> None:
-    summary = Summary("t", compare([load_run(out / "runs" / name) for name in "ab"]), out, "x")
-    json.dumps(summary.to_json(), allow_nan=False)
+    _tables(compare([load_run(out / "runs" / name) for name in "ab"]))
 
 
 def _read_sweep(out: Path) -> None:
-    json.dumps(StudySummary(load_sweep(out), out, "x").to_json(), allow_nan=False)
+    _tables(read_sweep(out))
+
+
+def _tables(comparison: Comparison) -> None:
+    """Everything of a report but its figures, which are slow."""
+    for makers in SECTIONS.values():
+        for make in makers:
+            if make.__module__ == tables.__name__:
+                json.dumps(make(comparison).to_numpy().tolist(), allow_nan=False)
 
 
 def _read_staleness(out: Path) -> None:

@@ -220,7 +220,8 @@ def draw(file: str, out: str) -> None:
 
 
 def _panel(axes: Any, points: list[Json], overlap: bool) -> None:
-    from conadv.report.figures import COLOURS, MARKERS
+    from conadv.analysis.style import COLOURS
+    from conadv.report.figure_style import MARKERS
 
     for colour, marker, (method, label) in zip(COLOURS, MARKERS, METHODS.items(), strict=False):
         rows = [(x, row) for x, point in enumerate(points) if (row := find(point, method, overlap))]

@@ -73,7 +73,6 @@ NOT_RUN: dict[str, str] = {
     "benchmarks/attack_ranks.sh": "takes many minutes; bash -n below",
     "benchmarks/gpu.sh": "needs a GPU; bash -n below",
     "python benchmarks/plan_check.py": "takes many minutes, and root for its links; its parts: tests/test_plan.py",
-    "python benchmarks/readme.py": "tests/test_results.py::test_readme_tables_are_drawn_from_the_records",
     "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
     "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_job_is_stopped_requeued_and_goes_on",
     "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",

@@ -86,7 +86,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     assert {name for name in names if not name.startswith(info)} == modules()
     assert {
         "conadv/py.typed",
-        "conadv/report/report.html.j2",
+        "conadv/report/page.html.j2",
         "conadv/config/recipes/slurm_imagenet.sh",
     } <= names
     assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.M)

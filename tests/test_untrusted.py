@@ -727,7 +727,7 @@ ATTACKS = (
 
 def report_page(folder: Path, text: str) -> str:
     """The page of a run in which every text that somebody can choose is ``text``."""
-    from conadv.report.html import write_report
+    from conadv.report import write_report
 
     run = folder / "run"
     run.mkdir(parents=True, exist_ok=True)

@@ -15,16 +15,15 @@ from conadv.cli.analyze import read as read_analysis
 from conadv.cli.program import main
 from conadv.cli.watch import View
 from conadv.errors import ConadvError
-from conadv.report import load_run
-from conadv.report.study import load_sweep
-from conadv.report.study.sharpness import analysis
+from conadv.report.comparison import read_sweep
+from conadv.report.load import load_run
+from conadv.report.sharpness import analysis
 from conadv.sweep.cells import Run
 from conadv.sweep.folder import Folder
 from conadv.training import documents
 
-from .sweep_folder import analysis as analysis_document
-from .sweep_folder import probe_lines, write_sweep
-from .test_report import make_config, write_run
+from .report_records import analysis as analysis_document
+from .report_records import make_config, probe_lines, write_run, write_sweep
 
 LARGE = "1" + "0" * 400
 
@@ -151,7 +150,7 @@ def test_a_sweep_that_cannot_be_is_an_error(name: str, sweep: Path, tmp_path: Pa
     keys, value = SWEEPS[name]
     changed(tmp_path / "sweep" / "sweep.json", *keys, value=value)
     with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not what conadv writes)"):
-        load_sweep(tmp_path / "sweep")
+        read_sweep(tmp_path / "sweep")
     with pytest.raises(ConadvError, match=r"sweep\.json(: 1| is not)"):
         View(tmp_path / "sweep").planned()
     assert main(["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "report.html")]) == 2

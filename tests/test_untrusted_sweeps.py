@@ -9,10 +9,10 @@ import pytest
 
 from conadv.cli.program import main
 from conadv.errors import ConadvError
-from conadv.report.study import load_sweep
+from conadv.report.comparison import read_sweep
 from conadv.safe_io import inside
 
-from .sweep_folder import write_sweep
+from .report_records import write_sweep
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_a_report_takes_no_run_from_elsewhere(
     document["cells"][0]["runs"] = [str(tmp_path) + path if path == "/base" else path]
     (sweep / "sweep.json").write_text(json.dumps(document))
     with pytest.raises(ConadvError, match="leads out of"):
-        load_sweep(sweep)
+        read_sweep(sweep)
     assert main(["report", str(sweep), "--out", str(tmp_path / "report.html")]) == 2
     assert "leads out of" in capsys.readouterr().err
 

@@ -6,7 +6,6 @@ Seven arms on scikit-learn's digits, several seeds each, a few runs at a time, e
 from __future__ import annotations
 
 import functools
-import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from conadv.cli.sweep import Display
 from conadv.config import recipes
 from conadv.config.schema import replace
-from conadv.errors import ConadvError, printable
+from conadv.errors import ConadvError
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
 from conadv.sweep.pool import cores, run_pool
@@ -58,14 +57,15 @@ class Args:
 
 def command(args: Args) -> None:
     """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
-    from conadv.report import show, write_report
+    from conadv.cli.tables import show_report
+    from conadv.report import write_report
 
     runs = plan(args.seeds, args.epochs)
     workers = args.jobs or min(8, cores())
     _run_all([run for _, run in runs], args.out, workers, args.quiet)
     command = f"conadv demo --seeds {args.seeds}"
     command += f" --epochs {args.epochs:g}" if args.epochs else ""
-    summary = write_report(
+    report = write_report(
         [args.out / run.name for _, run in runs],
         args.out / "report.html",
         names={str(args.out / run.name): arm for arm, run in runs},
@@ -73,8 +73,7 @@ def command(args: Args) -> None:
         title="conadv demo: 8x8 digits at the full batch",
         command=command,
     )
-    show(summary)
-    sys.stdout.write(f"report: {printable(args.out / 'report.html')}\n")
+    show_report(report, args.out / "report.html")
 
 
 def plan(seeds: int, epochs: float | None = None) -> list[tuple[str, Run]]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from conadv.cli.options import say
-from conadv.errors import ConadvError, printable
+from conadv.errors import ConadvError
 
 
 @dataclass
@@ -26,15 +25,15 @@ class Args:
 def command(args: Args) -> None:
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv report RUN...")
-    from conadv.report import is_sweep, show, show_study, write_report, write_sweep_report
+    from conadv.cli.tables import show_report
+    from conadv.report import is_sweep, write_report, write_sweep_report
 
     sweeps = [path for path in args.runs if is_sweep(path)]
     if sweeps and len(args.runs) > 1:
         raise ConadvError(f"{sweeps[0]} is a sweep, which has a report of its own: name it alone.")
+    out = args.out or (sweeps[0] if sweeps else Path("runs")) / "report.html"
     if sweeps:
-        out = args.out or sweeps[0] / "report.html"
-        show_study(write_sweep_report(sweeps[0], out, baseline=args.baseline))
+        report = write_sweep_report(sweeps[0], out, baseline=args.baseline)
     else:
-        out = args.out or Path("runs/report.html")
-        show(write_report(args.runs, out, baseline=args.baseline))
-    say(f"report: {printable(out)}")
+        report = write_report(args.runs, out, baseline=args.baseline)
+    show_report(report, out)

@@ -81,12 +81,12 @@ def command(args: Args) -> None:
     if not args.quiet:
         show_troubles(schedule)
     if args.report:
-        from conadv.report import show_study, write_sweep_report
+        from conadv.cli.tables import show_report
+        from conadv.report import write_sweep_report
 
-        summary = write_sweep_report(folder.out, command=f"conadv sweep {args.spec}")
+        report = write_sweep_report(folder.out, command=f"conadv sweep {args.spec}")
         if not args.quiet:
-            show_study(summary)
-            _say(f"report: {printable(folder.out / 'report.html')}")
+            show_report(report, folder.out / "report.html")
 
 
 class Display:

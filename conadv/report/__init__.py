@@ -1,26 +1,6 @@
-"""Records -> arms -> HTML, Markdown, summary.json and a terminal table. Only the command line and the demo use it."""
+"""Records -> arms -> a page (HTML, Markdown), summary.json and a table for the terminal."""
 
-from conadv.report.compare import Arm, Comparison, compare
-from conadv.report.html import write_report
-from conadv.report.load import Run, find_runs, load_run
-from conadv.report.study import StudySummary, is_sweep, write_sweep_report
-from conadv.report.summary import Summary
-from conadv.report.table import arms_table
-from conadv.report.terminal import show, show_study
+from conadv.report.comparison import is_sweep
+from conadv.report.page import Report, write_report, write_sweep_report
 
-__all__ = [
-    "Arm",
-    "Comparison",
-    "Run",
-    "StudySummary",
-    "Summary",
-    "arms_table",
-    "compare",
-    "find_runs",
-    "is_sweep",
-    "load_run",
-    "show",
-    "show_study",
-    "write_report",
-    "write_sweep_report",
-]
+__all__ = ["Report", "is_sweep", "write_report", "write_sweep_report"]

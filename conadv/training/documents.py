@@ -211,6 +211,8 @@ class Spec(Document):
 
     title: str | None = None
     tune: Tune | None = None
+    base: dict[str, Any] = Field({})
+    arms: dict[str, dict[str, Any]] = Field({})
 
 
 class Failure(Document):
