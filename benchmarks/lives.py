@@ -70,7 +70,7 @@ def _half_a_line(record: Any, kind: str, **_: Any) -> None:
 
 def arm(fault: Fault) -> None:
     """Set the fault in this process."""
-    from conadv.engine import pending, step
+    from conadv.engine import gradient, pending, step
     from conadv.training import checkpoint, record, trainer
     from conadv.training import run_dir as run
 
@@ -91,10 +91,10 @@ def arm(fault: Fault) -> None:
             "in the start of the folder": (run.RunDir, "mark", False),
             "record cut, not yet renamed": (os, "fsync", True),
             "in an evaluation": (trainer, "evaluate", False),
-            "in accumulation": (step.TrainStep, "_micro_gradient", True),
+            "in accumulation": (gradient.GradientPass, "_micro_gradient", True),
             "a batch has begun to wait": (pending.Pending, "put", True),
             "before the update": (step.TrainStep, "update", False),
-            "in an attack": (step.TrainStep, "craft", False),
+            "in an attack": (step.TrainStep, "attack_batch", False),
         }[site]
         _at(owner, name, count, after=after)
 

@@ -29,7 +29,7 @@ import torch
 
 from conadv.distributed.comm import Comm
 from conadv.distributed.teams import make_teams
-from conadv.engine import Ranks
+from conadv.engine.attack_ranks.executor import Ranks
 from conadv.planning.cost_model import Layout, Planner, Prediction
 from conadv.planning.measure import build_trial
 from conadv.planning.profile import Workload, link_of, load

@@ -26,6 +26,7 @@ _WHERE = {
     "Ranks": "engine.attack_ranks.executor",
     "Stream": "engine.executors",
     "NonFiniteError": "engine.guard",
+    "Numerics": "engine.numerics",
     "TrainStep": "engine.step",
     "Concurrent": "methods.concurrent",
     "MultiView": "methods.controls",
@@ -60,11 +61,12 @@ if TYPE_CHECKING:
     from conadv.data.windows import windows as windows
     from conadv.distributed.comm import Comm as Comm
     from conadv.distributed.teams import make_teams as make_teams
-    from conadv.engine import Inline as Inline
-    from conadv.engine import NonFiniteError as NonFiniteError
-    from conadv.engine import Ranks as Ranks
-    from conadv.engine import Stream as Stream
-    from conadv.engine import TrainStep as TrainStep
+    from conadv.engine.attack_ranks.executor import Ranks as Ranks
+    from conadv.engine.executors import Inline as Inline
+    from conadv.engine.executors import Stream as Stream
+    from conadv.engine.guard import NonFiniteError as NonFiniteError
+    from conadv.engine.numerics import Numerics as Numerics
+    from conadv.engine.step import TrainStep as TrainStep
     from conadv.errors import ConadvError as ConadvError
     from conadv.methods.concurrent import Concurrent as Concurrent
     from conadv.methods.controls import MultiView as MultiView

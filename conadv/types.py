@@ -2,7 +2,7 @@
 
 Shape suffixes: N images, C channels, H height, W width, K classes. ``x_NCHW`` is *model space*: what the model takes,
 normally pixels normalised by mean and standard deviation. Pixels are uint8 0..255 or floats in [0, 1]; ``eps`` and
-``step_size`` are always in [0, 1] pixel units (see :class:`conadv.attacks.PixelSpace`).
+``step_size`` are always in [0, 1] pixel units (see :class:`conadv.PixelSpace`).
 
 Steps are counted from 0. The *weight version* t names the weights theta_t after t updates, so step t trains theta_t
 and an adversarial batch with version t - tau has staleness tau.
@@ -10,12 +10,14 @@ and an adversarial batch with version t - tau has staleness tau.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from conadv.errors import ConadvError
 
 Forward = Callable[[Tensor], Tensor]
 """x_NCHW -> logits_NK. The engine has already set the route and frozen the statistics."""
@@ -105,3 +107,149 @@ class StepRecord:
     @property
     def staleness(self) -> int | None:
         return None if self.weight_version is None else self.step - self.weight_version
+
+
+class Waiting(Protocol):
+    """The extra batches that wait for their steps (:class:`conadv.engine.pending.Pending`)."""
+
+    def put(self, step: int, extra: ExtraBatch) -> None: ...
+
+    def pop(self, step: int) -> ExtraBatch | None:
+        """Take out the batch of ``step``; None if nobody put one."""
+        ...
+
+    def skips(self, step: int) -> bool:
+        """Whether ``step`` has to go without: attack ranks were late."""
+        ...
+
+
+class Engine(Protocol):
+    """What a method may ask of the step that runs it (:class:`conadv.TrainStep`)."""
+
+    version: int
+
+    @property
+    def pending(self) -> Waiting: ...
+
+    def images(self, micro: MicroBatch, view: str) -> Tensor:
+        """A view's images (N, C, H, W) in model space, on the model's device."""
+        ...
+
+    def labels(self, micro: MicroBatch) -> Tensor: ...
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name."""
+        ...
+
+    def attack_batch(
+        self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
+    ) -> ExtraBatch:
+        """The attacked images of a batch, made at the present weights or at ``weights``."""
+        ...
+
+    def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
+        """Look-ahead: the weights that ``num_steps`` more updates will reach, if momentum decides."""
+        ...
+
+
+class Method(Protocol):
+    """A method decides which images join the clean ones, through which route, made at which weights.
+
+    Derive from it and override what differs: the defaults are those of training on clean images alone. A method holds
+    settings only. What waits between steps is in ``engine.pending``, so that checkpoints, records and executors treat
+    all methods alike. Within step t, at weights theta_t, the step calls in this order:
+
+    1. ``extra_view(engine, batch)``: the extra images of step t; on the critical path.
+    2. ``second_gradient(engine, norm, again)``: only if ``two_gradients``; after the backward pass.
+    3. ``on_input_grad(engine, batch, clean, gradients)``: only if ``needs_input_gradient``.
+    4. ``prepare(engine, future)``: work for step t + ``ahead`` that needs nothing of this step's gradient, so an
+       executor may run it beside backward or communication. ``future`` is B_{t + ahead}, None when training ends first.
+
+    Ranks: each rank handles its own images; nothing is reduced.
+    """
+
+    route: ClassVar[str | None] = "adv"  # batch-norm route of the extra view, None without one
+    data_views: ClassVar[tuple[str, ...]] = ()  # further views that the loader has to make
+    needs_input_gradient: ClassVar[bool] = False
+    two_gradients: ClassVar[bool] = False
+
+    @property
+    def ahead(self) -> int:
+        """How many steps ahead ``prepare`` must see the data; 0 when it does nothing."""
+        return 0
+
+    @property
+    def space(self) -> Any:
+        """The PixelSpace that the method's perturbation lives in; None without one."""
+        return None
+
+    @property
+    def lookahead(self) -> bool:
+        """Whether the method asks for ``engine.predicted_weights``."""
+        return False
+
+    @property
+    def share(self) -> float:
+        """Share of every micro-batch that gets an extra copy."""
+        return 1.0
+
+    @property
+    def attack_route(self) -> str:
+        """The view, "adv" or "clean", on whose batch-norm route attacks take their gradient."""
+        return "adv"
+
+    @property
+    def attack_statistics(self) -> str:
+        """What batch norm normalises by in attacks: "batch" or "running"."""
+        return "batch"
+
+    @property
+    def future_attack(self) -> Attack | None:
+        """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one.
+
+        ``extra_view`` of such a method returns None where ``engine.pending.skips(step)``.
+        """
+        return None
+
+    def num_attacked(self, num_images: int) -> int:
+        """How many of ``num_images`` images get an extra copy: the first ones. ConadvError where that is none."""
+        count = round(self.share * num_images)
+        if not count:
+            raise ConadvError(
+                f"attack.share {self.share:g} of {num_images} images rounds to zero images; increase either."
+            )
+        return count
+
+    def attack_weights(self, engine: Engine) -> Mapping[str, Tensor] | None:
+        """The weights for ``future_attack``, seen from the present step; None for the present ones."""
+        return None
+
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
+        return None
+
+    def second_gradient(self, engine: Engine, norm: Tensor, again: Callable[[], None]) -> None:
+        """Replace the gradient of the global batch, of this norm, by another: ``again()`` computes it anew."""
+        return
+
+    def on_input_grad(
+        self, engine: Engine, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> None:
+        """``clean``: the images of each micro-batch; ``gradients``: of the loss with respect to them."""
+        return
+
+    def prepare(self, engine: Engine, future: Batch | None) -> None:
+        return
+
+    def attack_gradients(self) -> float:
+        """Input gradients per attacked image (for counting cost)."""
+        return 0.0
+
+    def gradient_images(self, views: Collection[str], num_images: int) -> float:
+        """What a step that trained on ``views`` cost in gradient images per clean image.
+
+        A forward-backward of an image of any view counts 1, twice for two gradients; an input gradient counts 1.
+        ``num_images``: clean images of a micro-batch.
+        """
+        share = self.num_attacked(num_images) / num_images
+        passes = sum(share if view == "adv" else 1.0 for view in views)
+        return (2 if self.two_gradients else 1) * passes + share * self.attack_gradients()

@@ -15,7 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-from conadv import FGSM, Concurrent, PixelSpace, TrainStep, split_batchnorm, windows
+from conadv import FGSM, Concurrent, Numerics, PixelSpace, TrainStep, split_batchnorm, windows
 
 MEAN, STD = (0.31,) * 3, (0.38,) * 3
 
@@ -65,7 +65,7 @@ def main(epochs: int = 2, limit: int = 1000) -> float:
         optimizer,
         Concurrent(attack, staleness=1),
         loss=SoftTargetCrossEntropy(),
-        clip_norm=1.0,
+        numerics=Numerics(clip_norm=1.0),
     )
     batches = (mixup(x, y) for _ in range(epochs) for x, y in train)
     for number, (batch, future) in enumerate(windows(batches, step.ahead)):

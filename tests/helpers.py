@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from conadv import Numerics, TrainStep
 from conadv.models.small import SmallResNet
 from conadv.nn.split_batchnorm import split_batchnorm
 
@@ -62,3 +66,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Same names and same bits."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, method: Any = None, **options: Any
+) -> TrainStep:
+    """A TrainStep; the options that are fields of Numerics become its numerics."""
+    names = {field.name for field in dataclasses.fields(Numerics)} & options.keys()
+    numerics = Numerics(**{name: options.pop(name) for name in names})
+    return TrainStep(model, optimizer, method, numerics=numerics, **options)

@@ -50,7 +50,7 @@ def test_route_and_statistics_of_the_attack(where: str, statistics: str) -> None
     attack = FGSM(EPS, space=SPACE)
     engine = make(Sequential(attack, attack_route=where, attack_statistics=statistics), model)
     before, micro = state(model), as_batch(0).micro[0]
-    got = engine.method.extra(engine, as_batch(0)).images[0]
+    got = engine.method.extra_view(engine, as_batch(0)).images[0]
     assert same(before, state(model))
     assert all(module.training for module in model.modules())
     with route(model, where), (running_stats if statistics == "running" else frozen_stats)(model):

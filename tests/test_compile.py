@@ -25,9 +25,9 @@ from conadv import (
     split_batchnorm,
     windows,
 )
-from conadv.methods.base import Method
+from conadv.types import Method
 
-from .helpers import images, same, state
+from .helpers import images, same, state, train_step
 
 METHODS = {
     "vanilla": (Vanilla(), 1),
@@ -83,7 +83,7 @@ def network(*more: nn.Module) -> nn.Module:
 def train(method: Method, steps: int, model: nn.Module | None = None, **options: Any) -> TrainStep:
     """Steps of which only the first three may compile."""
     model = model or network()
-    engine = TrainStep(
+    engine = train_step(
         model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), method, **options
     )
     try:
@@ -148,7 +148,7 @@ def test_too_many_graphs_are_no_graph_break(monkeypatch: pytest.MonkeyPatch) -> 
     # Red when: the limit's error is told as a break of the graph.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = network()
-    engine = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), Vanilla(), compile=True)
+    engine = train_step(model, torch.optim.SGD(model.parameters(), 0.1), Vanilla(), compile=True)
     with torch._dynamo.config.patch(recompile_limit=2):
         for size in (2, 4):
             engine(images(size, 0), None)

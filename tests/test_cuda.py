@@ -23,7 +23,7 @@ from conadv import (
 from conadv.models.small import SmallResNet
 from conadv.training.loop import train
 
-from .helpers import same, state, tiny_resnet
+from .helpers import same, state, tiny_resnet, train_step
 from .test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
 from .test_training import config
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 def engine_on(device: str, name: str = "conadv", fuse: bool | None = None) -> TrainStep:
     model = tiny_resnet("adv", dtype=torch.float64).to(device)
-    return TrainStep(model, sgd(model), CASES[name](), seed=SEED, space=SPACE, fuse_views=fuse)
+    return train_step(model, sgd(model), CASES[name](), seed=SEED, space=SPACE, fuse_views=fuse)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "multiview", "recycle"])
@@ -50,7 +50,7 @@ def test_concurrent_attack_equals_cpu() -> None:
     losses = []
     for device in ("cpu", "cuda"):
         model = tiny_resnet("adv", dtype=torch.float64).to(device)
-        engine = TrainStep(
+        engine = train_step(
             model, sgd(model), Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=True), space=SPACE
         )
         stream = [as_batch(t, dtype=torch.float64) for t in range(4)]
@@ -88,7 +88,7 @@ def test_the_second_stream_computes_what_inline_computes(
         model = split_batchnorm(SmallResNet(20, 32, 3, 5), "adv").cuda()
         method = Concurrent(FGSM(EPS, space=SPACE), 1, lookahead=lookahead)
         options = {"space": SPACE, "executor": executor, "pending_dtype": pending_dtype}
-        engine = TrainStep(model, LARS(model.parameters(), 1.0), method, **options)
+        engine = train_step(model, LARS(model.parameters(), 1.0), method, **options)
         stream = [as_batch(t, size=64) for t in range(30)]
         losses = [engine(batch, future).losses for batch, future in windows(stream, 1)]
         runs.append((losses, state(model)))
@@ -99,7 +99,7 @@ def test_the_second_stream_computes_what_inline_computes(
 
 def test_stream_without_a_future_batch_or_an_attack() -> None:
     model = tiny_resnet("adv").cuda()
-    engine = TrainStep(model, sgd(model), CASES["noise"](), space=SPACE, executor=Stream())
+    engine = train_step(model, sgd(model), CASES["noise"](), space=SPACE, executor=Stream())
     assert engine(as_batch(0)).loss > 0
 
 

@@ -60,9 +60,9 @@ class Watched(TrainStep):
         self.start = parameters(self.model)
         Watched.engines.append(self)
 
-    def craft(self, attack: Attack, batch: Batch, *more: Any) -> ExtraBatch:
+    def attack_batch(self, attack: Attack, batch: Batch, *more: Any) -> ExtraBatch:
         before = parameters(self.model)
-        extra = super().craft(attack, batch, *more)
+        extra = super().attack_batch(attack, batch, *more)
         (x, y, draws) = (
             self.images(batch.micro[0], "clean"),
             self.labels(batch.micro[0]),
@@ -77,7 +77,7 @@ class Watched(TrainStep):
     def gradient(self, batch: Any) -> Any:
         twin, step = copy.deepcopy(self.model), self.version
         losses = super().gradient(batch)
-        micro = self._as_batch(batch, step).micro[0]
+        micro = self._inputs.as_batch(batch, step, self.comm.rank).micro[0]
         for name, images in (("clean", self.images(micro, "clean")), ("adv", self.made[step][1])):
             (self.loss(through(twin, name, images), self.labels(micro)) / 2).backward()
         for p, q in zip(self.model.parameters(), twin.parameters(), strict=True):

@@ -13,7 +13,7 @@ import torch
 
 from conadv.config.resolve import resolve
 from conadv.config.schema import Config, replace
-from conadv.engine.precision import LossScale
+from conadv.engine.guard import LossScale
 from conadv.engine.validate import check_tensor
 from conadv.errors import ConadvError
 from conadv.optim.lamb import LAMB

@@ -36,12 +36,12 @@ from conadv import (
     rng,
     windows,
 )
-from conadv.engine import Executor
+from conadv.engine.executors import Executor
 from conadv.methods import METHODS
-from conadv.methods.base import Method
 from conadv.reference.conadv import algorithm_1
+from conadv.types import Method
 
-from .helpers import images, no_norm_net, parameters, same, state, tiny_resnet
+from .helpers import images, no_norm_net, parameters, same, state, tiny_resnet, train_step
 
 SPACE = PixelSpace((0.5,), (0.25,))
 EPS = 8 / 255
@@ -71,7 +71,7 @@ def make(
 ) -> TrainStep:
     model = tiny_resnet("adv") if model is None else model
     options.setdefault("space", SPACE)
-    return TrainStep(model, optimizer(model), method, seed=SEED, **options)
+    return train_step(model, optimizer(model), method, seed=SEED, **options)
 
 
 def as_batch(t: int, count: int = 1, size: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
@@ -193,7 +193,7 @@ def test_the_extra_view_changes_training(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_record_has_a_loss_per_view_and_the_measured_staleness(name: str) -> None:
-    # Red when: craft stamps the step of the batch instead of the version of the weights.
+    # Red when: the attack stamps the step of the batch instead of the version of the weights.
     records = run(make(CASES[name]()), 6)
     tags = [r.staleness for r in records]
     want = {
@@ -280,7 +280,7 @@ def test_eps_0_makes_the_adversarial_batch_the_clean_one(tau: int) -> None:
 
 
 class _CleanTwice(MultiView):
-    def extra(self, engine: TrainStep, batch: Batch) -> Any:
+    def extra_view(self, engine: TrainStep, batch: Batch) -> Any:
         from conadv.types import ExtraBatch
 
         micro = batch.micro[0]
@@ -308,7 +308,7 @@ def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:
     engine = make(Noise(RandomSigns(EPS, SPACE)))
     batch = as_batch(0)
     x = batch.micro[0].views["clean"]
-    delta = SPACE.to_pixels(engine.method.extra(engine, batch).images[0]) - SPACE.to_pixels(x)
+    delta = SPACE.to_pixels(engine.method.extra_view(engine, batch).images[0]) - SPACE.to_pixels(x)
     assert delta.abs().max() == pytest.approx(EPS, abs=1e-6)
     assert abs((delta > 0).float().mean() - 0.5) < 0.05
 
@@ -326,7 +326,7 @@ def test_pending_dtypes(dtype: str, error: float) -> None:
     future = Batch(
         1, (MicroBatch(0, torch.zeros(8, dtype=torch.long), {"clean": SPACE.normalize(x)}),)
     )
-    made = engine.craft(engine.method.attack, future).images[0]
+    made = engine.attack_batch(engine.method.attack, future).images[0]
     engine.gradient(as_batch(0))
     engine.prepare(future)
     assert (
@@ -570,9 +570,9 @@ def test_draws_are_keyed_by_the_place_in_the_global_batch() -> None:
     engine = make(Noise(RandomSigns(EPS, SPACE)))
     (micro,) = as_batch(0).micro
     other = MicroBatch(1, micro.y_N, micro.views)
-    a, b = engine.method.extra(engine, Batch(0, (micro, other))).images
+    a, b = engine.method.extra_view(engine, Batch(0, (micro, other))).images
     assert not torch.equal(a, b)
-    assert torch.equal(engine.method.extra(engine, Batch(0, (other,))).images[0], b)
+    assert torch.equal(engine.method.extra_view(engine, Batch(0, (other,))).images[0], b)
 
 
 def test_dropout_is_keyed_by_step_and_micro_batch_only() -> None:
@@ -697,7 +697,7 @@ def test_attacks_take_any_number_of_dimensions() -> None:
         ),
         (lambda: make(Sequential(ATTACK), tiny_resnet()), "split_batchnorm"),
         (
-            lambda: TrainStep(tiny_resnet("adv"), sgd(tiny_resnet("adv")), Vanilla()),
+            lambda: train_step(tiny_resnet("adv"), sgd(tiny_resnet("adv")), Vanilla()),
             "does not have",
         ),
         (lambda: make(Sequential(ATTACK), space=PixelSpace()), "normalisation once"),

@@ -45,7 +45,7 @@ def test_the_attack_climbs_the_loss_of_the_soft_labels() -> None:
     model = tiny_resnet("adv")
     engine = make(CASES["disadv"].__call__().__class__(FGSM(EPS, space=SPACE)), model)
     batch = soft(as_batch(0))
-    found = engine.craft(FGSM(EPS, space=SPACE), batch).images[0]
+    found = engine.attack_batch(FGSM(EPS, space=SPACE), batch).images[0]
     x = engine.images(batch.micro[0], "clean").clone().requires_grad_()
     with route(model, "adv"), frozen_stats(model):
         loss = -(batch.micro[0].y_N * model(x).log_softmax(1)).sum()

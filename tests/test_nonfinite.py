@@ -25,13 +25,13 @@ from conadv import (
 )
 from conadv.cli.program import main
 from conadv.config.schema import Config, replace
-from conadv.engine.precision import LossScale
+from conadv.engine.guard import LossScale
 from conadv.report import write_report
 from conadv.training.checkpoint import load_newest
 from conadv.training.loop import train
 from conadv.training.record import read_lines
 
-from .helpers import batches, images, parameters, same, state, tiny_resnet
+from .helpers import batches, images, parameters, same, state, tiny_resnet, train_step
 from .test_training import config, weights, without_times
 
 SPACE = PixelSpace((0.0,), (1.0,))
@@ -44,7 +44,7 @@ def make(method: Any = None, model: nn.Module | None = None, **options: Any) -> 
     model = model or tiny_resnet("adv")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     options.setdefault("on_nonfinite", "skip")
-    return TrainStep(model, optimizer, method or Vanilla(), space=SPACE, **options)
+    return train_step(model, optimizer, method or Vanilla(), space=SPACE, **options)
 
 
 def spoilt(batch: Raw) -> Raw:
@@ -320,7 +320,7 @@ def test_fp16_is_torchs_recipe(optimizer: str, clip: float | None) -> None:
     stream = batches(5)
     want, norms = reference(tiny_resnet(), stream, clip, OPTIMIZERS[optimizer])
     model = tiny_resnet()
-    engine = TrainStep(
+    engine = train_step(
         model, OPTIMIZERS[optimizer](model), space=SPACE, precision="fp16", clip_norm=clip
     )
     found = [engine(batch) for batch in stream]
@@ -336,7 +336,7 @@ def test_clipping_is_torchs(optimizer: str) -> None:
     # Red when: the factor is not applied.
     a, b = tiny_resnet(), tiny_resnet()
     stream, mine, theirs = batches(3), OPTIMIZERS[optimizer](a), OPTIMIZERS[optimizer](b)
-    engine = TrainStep(a, mine, space=SPACE, clip_norm=0.3)
+    engine = train_step(a, mine, space=SPACE, clip_norm=0.3)
     for x, y in stream:
         engine((x, y))
         nn.functional.cross_entropy(b(x), y).backward()
@@ -354,7 +354,7 @@ def test_lamb_gets_what_the_engine_clipped_and_clips_nothing(clip: float | None)
     model = tiny_resnet()
     optimizer = LAMB(model.parameters(), 0.01, betas=(0.9, 0.999))
     scale = 40.0  # so that the gradient is longer than any customary limit
-    engine = TrainStep(
+    engine = train_step(
         model,
         optimizer,
         space=SPACE,
@@ -411,12 +411,12 @@ def test_fp16_attacks_move_images_that_are_classified_with_confidence() -> None:
             return self.fc(x.flatten(1)) + torch.tensor([19.0, 0.0])
 
     model = Sure()
-    engine = TrainStep(
+    engine = train_step(
         model, torch.optim.SGD(model.parameters(), 0.1), space=SPACE, precision="fp16"
     )
     x = torch.full((4, 3, 4, 4), 0.5)
-    batch = engine._as_batch((x, torch.zeros(4, dtype=torch.long)), 0)
-    (made,) = engine.craft(FGSM(0.1, space=SPACE), batch).images
+    batch = engine._as_batch((x, torch.zeros(4, dtype=torch.long)))
+    (made,) = engine.attack_batch(FGSM(0.1, space=SPACE), batch).images
     assert ((made - x).abs() > 0.09).float().mean() > 0.9
 
 

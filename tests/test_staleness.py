@@ -161,8 +161,8 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     again, (moved_again,) = probe._attacked(2, now)
     assert mean_cosine(again, gradients) == pytest.approx(1)
     assert torch.equal(moved_again, moved)
-    monkeypatch.setattr("conadv.engine.step.rng.derive", lambda *_: 1)  # the same draws for all
-    want = engine.craft(parts.step.method.attack, Batch(2, (micro,))).images
+    monkeypatch.setattr("conadv.rng.derive", lambda *_: 1)  # the same draws for all
+    want = engine.attack_batch(parts.step.method.attack, Batch(2, (micro,))).images
     assert torch.equal(probe._attacked(2, None)[1][0], want[0])
 
 

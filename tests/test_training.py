@@ -186,7 +186,7 @@ def test_the_seed_reaches_initialisation_order_and_draws() -> None:
     assert not torch.equal(a.model.conv1.weight, b.model.conv1.weight)
     assert not torch.equal(a.data.order.indices(0), b.data.order.indices(0))
     batch = next(a.data.train_batches(0, 1))
-    x, y = (run.step.method.extra(run.step, batch).images[0] for run in (a, b))
+    x, y = (run.step.method.extra_view(run.step, batch).images[0] for run in (a, b))
     assert not torch.equal(x, y)
 
 
@@ -218,7 +218,7 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     engine = run.step
     assert (engine.space, engine.pending.dtype) == (space, torch.uint8)
     assert engine.view_weights == {"aug": 3.0, "adv": 2.0}
-    assert (engine._low, engine._format) == (torch.bfloat16, torch.channels_last)
+    assert (engine._network._low, engine._inputs._format) == (torch.bfloat16, torch.channels_last)
     assert run.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, y = torch.eye(10), torch.arange(10)
     assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(

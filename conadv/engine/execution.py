@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from conadv.distributed.teams import Teams
-from conadv.engine import Executor, Inline, Ranks, Stream
+from conadv.engine.attack_ranks.executor import Ranks
+from conadv.engine.executors import Executor, Inline, Stream
 from conadv.errors import ConadvError
-from conadv.methods.base import Method
+from conadv.types import Method
 
 ExecutorName = Literal["auto", "inline", "stream", "ranks"]
 EXECUTORS = ("auto", "inline", "stream", "ranks")

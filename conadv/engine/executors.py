@@ -7,21 +7,45 @@ gradient read the weights theta_t. All executors therefore give the same bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
+from conadv.distributed.clock import PhaseClock
+from conadv.distributed.comm import Comm
+from conadv.engine.inputs import RawBatch
+from conadv.engine.pending import Pending
+from conadv.engine.stop import StopRequest
 from conadv.errors import ConadvError
-from conadv.types import Batch, Span, StepRecord
-
-if TYPE_CHECKING:
-    from conadv.engine.attack_ranks.failed import FailedRank
-    from conadv.engine.step import TrainStep
-
+from conadv.types import Batch, Engine, Method, MicroBatch, Span, StepRecord
 
 Served = Callable[[int, list[Span]], None]
 """Hears of a batch that an attack rank has attacked: its step, and the spans of doing so."""
+
+
+class Step(Engine, Protocol):
+    """A training step as executors see it (:class:`conadv.TrainStep`)."""
+
+    model: nn.Module
+    method: Method
+    comm: Comm
+    clock: PhaseClock
+    device: torch.device
+    stop: int
+    stop_request: StopRequest
+
+    @property
+    def pending(self) -> Pending: ...
+    @property
+    def ahead(self) -> int: ...
+    def example(self, micro: MicroBatch) -> Tensor: ...
+    def snapshot(self) -> None: ...
+    def gradient(self, batch: RawBatch) -> dict[str, Tensor]: ...
+    def prepare(self, future: RawBatch | None, *, early: bool = False) -> None: ...
+    def wait(self) -> None: ...
+    def update(self) -> StepRecord: ...
 
 
 class Executor(ABC):
@@ -32,11 +56,11 @@ class Executor(ABC):
         """Whether this process only attacks, for others that learn."""
         return False
 
-    def attach(self, engine: TrainStep) -> None:  # noqa: B027 (most executors have nothing to set up)
-        """Called once, at the end of the engine's construction. Raises ConadvError where the two do not fit."""
+    def attach(self, engine: Step) -> None:  # noqa: B027 (most executors have nothing to set up)
+        """Called once, at the end of the step's construction. Raises ConadvError where the two do not fit."""
 
     @abstractmethod
-    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord: ...
+    def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord: ...
 
     def settle(self) -> None:  # noqa: B027
         """Bring what is under way elsewhere into the engine, as before a checkpoint."""
@@ -45,7 +69,7 @@ class Executor(ABC):
         """On an attack rank: attack batches for the learners."""
         raise ConadvError("serve() is for attack ranks: give TrainStep the Ranks executor.")
 
-    def failed_ranks(self) -> list[FailedRank]:
+    def failed_ranks(self) -> Sequence[Any]:
         """The attack ranks that this learner has lost since the last call and goes on without."""
         return []
 
@@ -61,7 +85,7 @@ class Inline(Executor):
     busy. On a single process nothing runs beside the attack, so it costs what its arithmetic costs.
     """
 
-    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+    def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         engine.gradient(batch)
         engine.prepare(future)
         engine.wait()
@@ -79,19 +103,18 @@ class Stream(Executor):
     def __init__(self) -> None:
         self._side: torch.cuda.Stream | None = None
 
-    def attach(self, engine: TrainStep) -> None:
+    def attach(self, engine: Step) -> None:
         if engine.device.type != "cuda":
             raise ConadvError(
                 "The stream executor needs a CUDA device. Use executor inline on the CPU."
             )
         self._side = torch.cuda.Stream(engine.device)
 
-    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+    def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         assert self._side is not None
         main = torch.cuda.current_stream(engine.device)
-        self._side.wait_stream(
-            main
-        )  # theta_t is complete, and step t - 1 has read the images that it was given
+        # By then theta_t is complete, and step t - 1 has read the images that it was given.
+        self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
             engine.prepare(future, early=True)
         engine.gradient(batch)

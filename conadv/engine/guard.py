@@ -1,17 +1,18 @@
-"""Steps whose numbers are not finite: whether one is left out or ends the run, and what leaving it out undoes."""
+"""Non-finite losses and gradients: skip the step or stop the run. With the loss scale, which fp16 needs for it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from conadv.engine.precision import LossScale
-from conadv.engine.validate import check_count, check_keys
-from conadv.errors import ConadvError, unknown
+from conadv.engine.numerics import Numerics
+from conadv.engine.validate import check_count, check_keys, shown
+from conadv.errors import ConadvError
 
 
 class NonFiniteError(ConadvError):
@@ -24,71 +25,120 @@ class NonFiniteError(ConadvError):
     agreed = True
 
 
+@dataclass
+class LossScale:
+    """The factor on the loss in fp16, as ``torch.amp.GradScaler`` moves it.
+
+    Halved, and the step left out, when a gradient overflows; doubled after ``growth_interval`` steps without.
+    A power of two, so that neither scaling nor unscaling rounds. Ranks: a pure function of what all ranks have seen
+    in the same way (the norm of the summed gradient), so all have the same scale.
+
+    Source: Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.2.
+    """
+
+    scale: float = 2.0**16
+    good_steps: int = 0
+    growth_interval: int = 2000
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether an overflow may be the scale's fault; at 1 it is the gradient's own."""
+        return self.scale > 1.0
+
+    def shrink(self) -> None:
+        self.scale, self.good_steps = self.scale / 2, 0
+
+    def good(self) -> None:
+        """Count a step without overflow."""
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_keys(state, ("scale", "good_steps"), "its loss scale")
+        scale = state["scale"]
+        if not isinstance(scale, float) or not 1 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
+            raise ConadvError(f"its loss scale is {shown(scale)}, not a power of two")
+        self.good_steps = check_count(
+            state["good_steps"], "its good_steps", self.growth_interval - 1
+        )
+        self.scale = scale
+
+
 class Guard:
     """Judges every step by its losses and its gradient's norm, before the update.
 
-    ``on_nonfinite``: "stop" raises NonFiniteError, "skip" leaves the update out; after ``limit`` such steps in a row
-    the next one raises. With ``scale`` (fp16) an overflow of the gradient alone lowers the scale and leaves the update
-    out, whatever ``on_nonfinite``; that is no error and does not count, until the scale is 1.
+    on_nonfinite "stop" raises NonFiniteError, "skip" leaves the update out; after ``nonfinite_limit`` such steps in a
+    row the next one raises. In fp16 an overflow of the gradient alone lowers the scale and leaves the update out,
+    whatever on_nonfinite is; that is no error and does not count, until the scale is 1.
 
     A step that is left out is an update by zero: parameters, optimizer state and all buffers (running statistics) are
     those of before, while the step, the schedule and the data go on. For that the buffers are copied before each step.
     Ranks: what is judged is the same on all, so all decide alike; each restores its own buffers.
     """
 
-    def __init__(
-        self, model: nn.Module, on_nonfinite: str, limit: int, scale: LossScale | None
-    ) -> None:
-        if on_nonfinite not in ("stop", "skip"):
-            raise unknown("on_nonfinite", on_nonfinite, ("stop", "skip"))
-        if limit < 1:
-            raise ConadvError(f"nonfinite_limit {limit} must be 1 or more.")
-        self._stop, self._limit, self.scale = on_nonfinite == "stop", limit, scale
+    def __init__(self, model: nn.Module, numerics: Numerics) -> None:
+        self._stop, self._limit = numerics.on_nonfinite == "stop", numerics.nonfinite_limit
+        self._clip_norm = numerics.clip_norm
+        self.scale = LossScale() if numerics.precision == "fp16" else None
         self._in_a_row = 0
-        self._buffers = [] if self._stop and scale is None else list(model.buffers())
+        # Nothing is ever undone where the first non-finite number ends the run, so nothing is copied.
+        self._buffers = [] if self._stop and self.scale is None else list(model.buffers())
         self._copies = [buffer.clone() for buffer in self._buffers]
 
+    @property
+    def factor(self) -> float:
+        """By how much the present gradients are larger than those of the loss."""
+        return 1.0 if self.scale is None else self.scale.scale
+
     @torch.no_grad()
-    def remember(self) -> None:
+    def snapshot(self) -> None:
         """Before a step's first forward pass."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the buffers the values that :meth:`remember` saw."""
+        """Give the buffers the values that :meth:`snapshot` saw."""
         if self._copies:
             torch._foreach_copy_(self._buffers, self._copies)
 
     def judge(self, step: int, losses: Mapping[str, float], grad_norm: float) -> str | None:
         """Why the update must be left out, None if it may be made. Raises NonFiniteError where that ends the run."""
-        bad = next(
-            (
-                f"loss of the {view} view is {v}"
-                for view, v in losses.items()
-                if not math.isfinite(v)
-            ),
-            None,
-        )
-        if bad is None and math.isfinite(grad_norm):
+        bad = [
+            f"loss of the {view} view is {v}" for view, v in losses.items() if not math.isfinite(v)
+        ]
+        if not bad and math.isfinite(grad_norm):
             self._in_a_row = 0
             if self.scale is not None:
                 self.scale.good()
             return None
-        if bad is None and self.scale is not None and self.scale.can_shrink:
+        if not bad and self.scale is not None and self.scale.can_shrink:
             self.scale.shrink()
             return f"the gradient overflowed at loss scale {2 * self.scale.scale:g}"
         self._in_a_row += 1
-        reason = f"the {bad or f'gradient is {grad_norm}'}"
+        reason = f"the {bad[0] if bad else f'gradient is {grad_norm}'}"
         if self._stop or self._in_a_row > self._limit:
             self.restore()
-            before = (
+            more = (
                 ""
                 if self._stop
                 else f" So were the {self._limit} steps before it (nonfinite_limit)."
             )
-            raise NonFiniteError(f"Step {step}: {reason}. The update was not made.{before}")
+            raise NonFiniteError(f"Step {step}: {reason}. The update was not made.{more}")
         return reason
+
+    def multiplier(self, factor: float, grad_norm: float) -> float:
+        """What unscales and clips the gradient: one multiplication for both.
+
+        ``factor``: that of the gradients, before :meth:`judge` may have changed it. ``grad_norm``: unscaled, since the
+        clip's threshold is for the gradient without the scale.
+        """
+        clip = 1.0 if self._clip_norm is None else min(1.0, self._clip_norm / (grad_norm + 1e-6))
+        return clip / factor
 
     def state_dict(self) -> dict[str, object]:
         return {"in_a_row": self._in_a_row, "scale": self.scale.state_dict() if self.scale else {}}

@@ -149,7 +149,7 @@ class LookAhead:
     def predict(self, version: int, num_steps: int) -> dict[str, Tensor]:
         """The parameters predicted for version ``version + num_steps``, seen from the present version.
 
-        The tensors are the buffer itself: valid until the next call or :meth:`remember`.
+        The tensors are the buffer itself: valid until the next call or :meth:`snapshot`.
         """
         if self._previous is not None:
             for p, name in self._names.items():  # p + num_steps (p - previous p)
@@ -171,7 +171,7 @@ class LookAhead:
                     self._advance(self._weights[self._names[p]], p, state, group, lrs)
 
     @torch.no_grad()
-    def remember(self) -> None:
+    def snapshot(self) -> None:
         """Call after the attack and before the update: the extrapolation needs theta_t once theta_{t+1} is there."""
         if self._previous is not None:
             for p, name in self._names.items():

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from conadv.attacks.space import PixelSpace
+from conadv.distributed.comm import Comm
 from conadv.engine.validate import check_count, check_keys, check_mapping, check_tensor, shown
 from conadv.errors import ConadvError
 from conadv.types import ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.distributed.comm import Comm
 
 _WHAT = "its images that wait"
 _KEYS = ("images", "labels", "weight_version", "dtype")

@@ -1,17 +1,14 @@
-"""Precision: which type autocast uses, and what fp16 needs so that small gradients do not become zero."""
+"""Which type autocast computes in, and what fp16 needs so that an attack's gradient does not become zero."""
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from conadv.engine.validate import check_count, check_keys, shown
-from conadv.errors import ConadvError
+from conadv.errors import unknown
 
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTACK_SCALE = 2.0**10
@@ -21,7 +18,7 @@ ATTACK_SCALE = 2.0**10
 def low_type(precision: str) -> torch.dtype | None:
     """The type that autocast computes in, None for fp32. Raises ConadvError for another name."""
     if precision not in _TYPES:
-        raise ConadvError(f"precision {precision!r} is not 'fp32', 'bf16' or 'fp16'.")
+        raise unknown("precision", precision, _TYPES)
     return _TYPES[precision]
 
 
@@ -41,46 +38,3 @@ def amplify(logits_NK: Tensor, low: torch.dtype | None) -> Tensor:
     if low == torch.float16 and logits_NK.requires_grad:
         logits_NK.register_hook(lambda gradient: gradient * ATTACK_SCALE)
     return logits_NK
-
-
-@dataclass
-class LossScale:
-    """The factor on the loss in fp16, as ``torch.amp.GradScaler`` moves it.
-
-    Halved, and the step left out, when a gradient overflows; doubled after ``growth_interval`` steps without.
-    A power of two, so that neither scaling nor unscaling rounds. Ranks: a pure function of what all ranks have seen
-    in the same way (the norm of the summed gradient), so all have the same scale.
-
-    Source: Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.2.
-    """
-
-    scale: float = 2.0**16
-    good_steps: int = 0
-    growth_interval: int = 2000
-
-    @property
-    def can_shrink(self) -> bool:
-        """Whether an overflow may be the scale's fault; at 1 it is the gradient's own."""
-        return self.scale > 1.0
-
-    def shrink(self) -> None:
-        self.scale, self.good_steps = self.scale / 2, 0
-
-    def good(self) -> None:
-        """Count a step without overflow."""
-        self.good_steps += 1
-        if self.good_steps == self.growth_interval:
-            self.scale, self.good_steps = self.scale * 2, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_keys(state, ("scale", "good_steps"), "its loss scale")
-        scale = state["scale"]
-        if not isinstance(scale, float) or not 1 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
-            raise ConadvError(f"its loss scale is {shown(scale)}, not a power of two")
-        self.good_steps = check_count(
-            state["good_steps"], "its good_steps", self.growth_interval - 1
-        )
-        self.scale = scale

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conadv.config.schema import MOST
 from conadv.errors import ConadvError, printable
 
+MOST = 10**9
+"""Of anything that is counted: the product of two counts still fits into 64 bits."""
 _HOW = {"fused", "foreach"}
 """Settings that say how a step is carried out, which depends on the device: those of the run stay."""
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from conadv.errors import ConadvError
 from conadv.methods.base import AttackMethod
-from conadv.types import Attack, Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
+from conadv.types import Attack, Batch, Engine, ExtraBatch
 
 
 @dataclass(frozen=True)
@@ -23,9 +19,8 @@ class Concurrent(AttackMethod):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_{t - tau}))], tau = ``staleness``.
 
     At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
-    attack uses a prediction of theta_{t + tau} instead (see conadv.engine.lookahead). A batch that
-    nobody attacked in time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag
-    says so.
+    attack uses a prediction of theta_{t + tau} instead (see conadv.engine.lookahead). A batch that nobody attacked in
+    time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag says so.
 
     Reduces to: ``Sequential`` for staleness 0. Raises ConadvError for look-ahead with staleness 0.
     In flight: up to tau batches of images, and with look-ahead one copy of the weights.
@@ -51,40 +46,41 @@ class Concurrent(AttackMethod):
     def future_attack(self) -> Attack | None:
         return self.attack if self.staleness else None
 
-    def attack_weights(self, engine: TrainStep) -> Mapping[str, Tensor] | None:
+    def attack_weights(self, engine: Engine) -> Mapping[str, Tensor] | None:
         return engine.predicted_weights(self.staleness) if self.lookahead else None
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
         waiting = engine.pending.pop(batch.step)
         if engine.pending.skips(batch.step):
-            return None
+            return None  # attack ranks were late, and all learners have agreed to go without
         if waiting is None:
+            # The first tau steps find nothing, by definition. Later ones mean a loop that breaks the stream of batches.
             if self.staleness and batch.step >= self.staleness:
                 _warn_late()
-            return engine.craft(self.attack, batch)
-        _check_same_batch(waiting, engine, batch)
+            return engine.attack_batch(self.attack, batch)
+        self._check_same_batch(waiting, engine, batch)
         return waiting
 
-    def prepare(self, engine: TrainStep, future: Batch | None) -> None:
-        if future is None or not self.staleness:
-            return
-        engine.pending.put(
-            future.step, engine.craft(self.attack, future, self.attack_weights(engine))
-        )
+    def prepare(self, engine: Engine, future: Batch | None) -> None:
+        if future is not None and self.staleness:
+            made = engine.attack_batch(self.attack, future, self.attack_weights(engine))
+            engine.pending.put(future.step, made)
 
+    def _check_same_batch(self, waiting: ExtraBatch, engine: Engine, batch: Batch) -> None:
+        """The images that wait must be those of the batch: a loop that changed its data in between is told.
 
-def _check_same_batch(waiting: ExtraBatch, engine: TrainStep, batch: Batch) -> None:
-    """The images that wait must be those of the batch: a loop that changed its data in between is told."""
-    labels = [
-        engine.labels(micro)[: engine.method.num_attacked(len(micro.y_N))] for micro in batch.micro
-    ]
-    same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
-    if not same:
-        raise ConadvError(
-            f"The adversarial images that wait for step {batch.step} were made of another batch than the one given. "
-            "Pass prepare() the batch that comes `ahead` steps later (conadv.windows does), and call "
-            "step.pending.clear() when the data changes."
-        )
+        Labels stand for images: they are small, and two batches of the same labels in the same order are rare.
+        """
+        labels = [
+            engine.labels(micro)[: self.num_attacked(len(micro.y_N))] for micro in batch.micro
+        ]
+        same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
+        if not same:
+            raise ConadvError(
+                f"The adversarial images that wait for step {batch.step} were made of another batch than the one "
+                "given. Pass prepare() the batch that comes `ahead` steps later (conadv.windows does), and call "
+                "step.pending.clear() when the data changes."
+            )
 
 
 def _warn_late() -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from conadv.attacks.noise import RandomSigns
 from conadv.attacks.space import PixelSpace
-from conadv.methods.base import Method, SharedMethod
-from conadv.types import Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
+from conadv.methods.base import SharedMethod
+from conadv.types import Batch, Engine, ExtraBatch, Method
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class MultiView(Method):
 
     data_views: ClassVar[tuple[str, ...]] = ("second",)
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
         images = tuple(engine.images(micro, "second") for micro in batch.micro)
         return ExtraBatch(images, tuple(engine.labels(micro) for micro in batch.micro))
 
@@ -38,6 +35,7 @@ class Noise(SharedMethod):
     def space(self) -> PixelSpace:
         return self.noise.space
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
-        extra = engine.craft(self.noise, batch)
-        return ExtraBatch(extra.images, extra.labels, None)
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
+        extra = engine.attack_batch(self.noise, batch)
+        # No weights made these images: a version would be recorded as a staleness.
+        return ExtraBatch(extra.images, extra.labels, weight_version=None)

@@ -10,8 +10,7 @@ from conadv.attacks.noise import RandomSigns
 from conadv.attacks.space import PixelSpace
 from conadv.errors import unknown
 from conadv.methods import METHODS
-from conadv.methods.base import Method
-from conadv.types import Attack
+from conadv.types import Attack, Method
 
 
 def make_method(

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from conadv.attacks.fgsm import FGSM
 from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError
-from conadv.methods.base import Method
-from conadv.types import Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
+from conadv.types import Batch, Engine, ExtraBatch, Method
 
 
 @dataclass(frozen=True)
@@ -37,19 +33,21 @@ class Recycle(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.attack, FGSM) or self.attack.targeted:
             raise ConadvError(
-                "recycle needs an untargeted FGSM: it reuses one gradient of the true labels' loss."
+                "recycle needs an untargeted FGSM: it reuses one gradient of the true labels' loss. "
+                "Use method disadv or conadv for other attacks."
             )
 
     @property
     def space(self) -> PixelSpace:
         return self.attack.space
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
         return engine.pending.pop(batch.step)
 
-    def absorb(
-        self, engine: TrainStep, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
+    def on_input_grad(
+        self, engine: Engine, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
+        # Directions only: the factor that the mean over the global batch put on the gradient does not matter.
         images = tuple(map(self.attack.from_gradient, clean, gradients))
         labels = tuple(engine.labels(micro) for micro in batch.micro)
         engine.pending.put(batch.step + 1, ExtraBatch(images, labels, batch.step))

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from conadv.methods.base import AttackMethod
-from conadv.types import Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
+from conadv.types import Batch, Engine, ExtraBatch
 
 
 @dataclass(frozen=True)
@@ -19,5 +15,5 @@ class Sequential(AttackMethod):
     Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221 ("DisAdv").
     """
 
-    def extra(self, engine: TrainStep, batch: Batch) -> ExtraBatch | None:
-        return engine.craft(self.attack, batch)
+    def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
+        return engine.attack_batch(self.attack, batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from conadv.methods.base import Method
+from conadv.types import Method
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch
 
 from conadv.config.schema import Config
 from conadv.distributed.teams import Teams
-from conadv.engine import Executor, Inline, Ranks, Stream
+from conadv.engine.attack_ranks.executor import Ranks
+from conadv.engine.executors import Executor, Inline, Stream
 from conadv.errors import ConadvError
 from conadv.planning.timing import WARMUP, Case, Row, Sample, burst, mean, measure
 from conadv.planning.trial import (
@@ -133,8 +134,8 @@ def _burst(question: Question, trial: Trial, teams: Teams, how: str) -> Burst:
     served = 0
 
     def learn(overlap: bool) -> Sample:
-        if engine._reducer is not None:
-            engine._reducer.overlap = overlap
+        if engine.reducer is not None:
+            engine.reducer.overlap = overlap
         return burst(trial.phases, question.steps)
 
     def serve(overlap: bool) -> Sample:

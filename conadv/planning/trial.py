@@ -16,7 +16,7 @@ from conadv import rng
 from conadv.config.resolve import optimizer_settings, resolve
 from conadv.config.schema import Config, OptimConfig, replace
 from conadv.distributed.comm import Comm
-from conadv.engine import Executor
+from conadv.engine.executors import Executor
 from conadv.models.trial import check_model
 from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.optim.make import build_optimizer

@@ -21,10 +21,10 @@ from conadv.distributed.comm import Comm
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine.execution import Choice, Execution, choose
 from conadv.engine.executors import Executor
+from conadv.engine.numerics import Numerics
 from conadv.engine.step import TrainStep
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
-from conadv.methods.base import Method
 from conadv.methods.make import make_method
 from conadv.models.trial import check_model
 from conadv.nn.ema import EMA
@@ -35,7 +35,7 @@ from conadv.optim.schedules import WarmupDecay
 from conadv.training.data import load_data, load_model, load_source
 from conadv.training.observer import Observer, Silent
 from conadv.training.probe import Probe
-from conadv.types import Attack, Schedule
+from conadv.types import Attack, Method, Schedule
 
 NO_BATCH_NORM = (
     "no batch norm in this model: the routes share its normalisation and every weight, so that clean "
@@ -224,13 +224,15 @@ def make_step(
         method,
         loss=_cross_entropy(config.label_smoothing),
         lr_at=schedule,
-        precision=config.precision,
-        clip_norm=config.optim.clip_norm,
-        on_nonfinite=config.on_nonfinite,
-        nonfinite_limit=config.nonfinite_limit,
-        channels_last=config.channels_last,
-        pending_dtype=config.pending_dtype,
-        compile=config.compile,
+        numerics=Numerics(
+            precision=config.precision,
+            clip_norm=config.optim.clip_norm,
+            on_nonfinite=config.on_nonfinite,
+            nonfinite_limit=config.nonfinite_limit,
+            channels_last=config.channels_last,
+            pending_dtype=config.pending_dtype,
+            compile=config.compile,
+        ),
         view_weights=view_weights,
         adv_route="clean" if config.adv_route == "clean" else "adv",
         space=space_of(config),

@@ -212,7 +212,7 @@ class Save(Hook):
 def agree_to_stop(run: Run) -> None:
     """If any rank got a stop request, all ranks stop, at this step and not at the next. Ranks: collective."""
     step = run.step
-    mine = max(step.stop, step.stop_request() if step.stop_request else 0)
+    mine = max(step.stop, step.stop_request.mine())
     flags = run.comm.any(torch.tensor([mine >= INTERRUPT, mine == TERMINATE]))
     step.stop = int(flags.sum())
 

@@ -145,7 +145,7 @@ def _loop(run_dir: RunDir, run: Run, log: Log, first: int) -> None:
         stack.enter_context(_written(run, writer))
         stack.enter_context(naming_lost_workers())
         # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
-        run.step.stop_request = lambda: max(signals.request, INTERRUPT * writer.failed)
+        run.step.stop_request.ask = lambda: max(signals.request, INTERRUPT * writer.failed)
         hooks = make_hooks(
             run, log, first, writer, Patience(granted_seconds(), log.observer.message)
         )
@@ -181,7 +181,7 @@ def _attack(run: Run, first: int) -> None:
     listening = nullcontext(None) if run.teams.may_lose else Signals()
     with listening as signals, _closing(run, log), naming_lost_workers():
         if signals is not None:
-            run.step.stop_request = lambda: signals.request
+            run.step.stop_request.ask = lambda: signals.request
         run.step.serve(batches, log.record_spans)
     if run.step.stop:
         raise Stopped(run.step.stop, run.step.version)

@@ -18,8 +18,8 @@ from conadv.attacks.targets import ascent_loss
 from conadv.config.resolve import micro_batch
 from conadv.config.schema import Config, ProbeConfig
 from conadv.data.loader import Data
-from conadv.engine import TrainStep
 from conadv.engine.lookahead import LookAhead
+from conadv.engine.step import TrainStep
 from conadv.engine.validate import check_count, check_keys, check_like, check_mapping
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
@@ -103,7 +103,7 @@ class Probe:
             self._waiting.setdefault(step + tau, {})[tau] = on_host
         if any(self._probes(step + 1 + tau) for tau in self._taus):
             for ahead in self._ahead.values():
-                ahead.remember()
+                ahead.snapshot()
         return lines
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
 SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own all-reduce
-(``TrainStep.stop_request``). After it SIGINT has the system's own action again: a second Ctrl-C leaves at once,
+(conadv.engine.stop). After it SIGINT has the system's own action again: a second Ctrl-C leaves at once,
 whatever the process waits for.
 """
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from conadv import Batch, Comm, Concurrent, TrainStep, windows
 from conadv.distributed.offset import clock_offset
 from conadv.distributed.teams import Teams, make_teams
-from conadv.engine import Inline, Ranks
+from conadv.engine.attack_ranks.executor import Ranks
 from conadv.engine.execution import Execution
+from conadv.engine.executors import Inline
 from conadv.training.loop import train
 
-from ..helpers import no_norm_net, state, tiny_resnet
+from ..helpers import no_norm_net, state, tiny_resnet, train_step
 from ..test_methods import ATTACK, CASES, SEED, SPACE, as_batch, sgd
 from ..test_training import config
 
@@ -52,7 +53,7 @@ def engine_for(
     net: nn.Module = MODELS[model](teams.world.rank)
     executor = Ranks(teams, late) if teams.attackers else Inline()
     made = method(tau, lookahead)
-    return TrainStep(
+    return train_step(
         net,
         optimizer(net, lookahead),
         made,
@@ -110,7 +111,7 @@ def shared(world: Comm, attack_ranks: int, late: str) -> Answer:
     net = MODELS["batchnorm"](teams.world.rank)
     made = Concurrent(ATTACK, 1, share=0.5)
     executor = Ranks(teams, late) if teams.attackers else Inline()
-    engine = TrainStep(
+    engine = train_step(
         net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor
     )
     if teams.attacking:
@@ -147,13 +148,13 @@ def slow_attacker(world: Comm, attack_ranks: int, late: str, seconds: float) -> 
     teams, micro = make_teams(world, attack_ranks), 2
     engine = engine_for(teams, "no norm", 1, False, late)
     if teams.attacking:
-        craft = engine.craft
+        craft = engine.attack_batch
 
         def slow(attack: Any, batch: Batch, weights: Any) -> Any:
             time.sleep(seconds if batch.step == 3 else 0.0)
             return craft(attack, batch, weights)
 
-        with mock.patch.object(engine, "craft", slow):
+        with mock.patch.object(engine, "attack_batch", slow):
             engine.serve(stream(teams, "no norm", micro, range(1, 12)))
         engine.executor.close()
         return []
@@ -238,7 +239,7 @@ def lose_of_a_run(
     world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool
 ) -> Any:
     """A whole run whose last attack rank dies in its third attack, if ``lost``."""
-    craft, calls = TrainStep.craft, [0]
+    craft, calls = TrainStep.attack_batch, [0]
 
     def counted(engine: TrainStep, *args: Any) -> Any:
         calls[0] += 1
@@ -247,7 +248,7 @@ def lose_of_a_run(
         return craft(engine, *args)
 
     execution = Execution(attack_ranks=attack_ranks, on_attack_loss="continue")
-    with mock.patch.object(TrainStep, "craft", counted):
+    with mock.patch.object(TrainStep, "attack_batch", counted):
         return train(config(**settings), out, auto_resume=True, comm=world, execution=execution)
 
 
@@ -282,10 +283,10 @@ def wrong(world: Comm, what: str) -> None:
     teams = make_teams(world, 1)
     if what == "no attack":
         model = no_norm_net()
-        TrainStep(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
+        train_step(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
     if what == "running":
         net = no_norm_net()
-        TrainStep(
+        train_step(
             net,
             sgd(net),
             Concurrent(ATTACK, 1, attack_statistics="running"),
@@ -294,7 +295,7 @@ def wrong(world: Comm, what: str) -> None:
         )
     if what == "comm":
         net = no_norm_net()
-        TrainStep(net, sgd(net), method(1, False), space=SPACE, comm=Comm(), executor=Ranks(teams))
+        train_step(net, sgd(net), method(1, False), space=SPACE, comm=Comm(), executor=Ranks(teams))
     engine = engine_for(teams, "no norm", 1, False, "never" if what == "late" else "wait")
     if what == "roles" and teams.attacking:
         engine(as_batch(0))

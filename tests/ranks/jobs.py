@@ -30,6 +30,7 @@ from conadv import (
     windows,
 )
 from conadv.config.schema import Config
+from conadv.distributed import reducer
 from conadv.distributed.handle import Handle
 from conadv.engine.execution import Execution
 from conadv.engine.pending import gather
@@ -39,7 +40,7 @@ from conadv.training.evaluate import evaluate
 from conadv.training.loop import train
 from conadv.training.signals import Stopped
 
-from ..helpers import images, no_norm_net, parameters, state, tiny_resnet
+from ..helpers import images, no_norm_net, parameters, state, tiny_resnet, train_step
 from ..test_methods import CASES, EPS, SEED, SPACE, as_batch, sgd
 from ..test_training import config
 
@@ -56,15 +57,18 @@ def share(batch: Batch, comm: Comm) -> Batch:
 def make(
     comm: Comm, case: str, model: nn.Module, optimizer: str = "sgd", **options: Any
 ) -> TrainStep:
-    return TrainStep(
-        model,
-        OPTIMIZERS[optimizer](model),
-        CASES[case](),
-        space=SPACE,
-        seed=SEED,
-        comm=comm,
-        **options,
-    )
+    """``bucket_mib``: size of the reducer's buckets."""
+    bucket_mib = options.pop("bucket_mib", reducer.BUCKET_MIB)
+    with mock.patch.object(reducer, "BUCKET_MIB", bucket_mib):
+        return train_step(
+            model,
+            OPTIMIZERS[optimizer](model),
+            CASES[case](),
+            space=SPACE,
+            seed=SEED,
+            comm=comm,
+            **options,
+        )
 
 
 def steps(
@@ -126,7 +130,7 @@ def launches(comm: Comm, case: str, count: int, options: dict[str, Any]) -> dict
     """Counts from the last of four steps, by what the reducer has done when."""
     engine = make(comm, case, tiny_resnet("adv", dtype=torch.float64), **options)
     stream = [share(as_batch(t, count=count, dtype=torch.float64), comm) for t in range(4)]
-    reducer, seen = engine._reducer, dict[str, int]()
+    reducer, seen = engine.reducer, dict[str, int]()
     assert reducer is not None
     launch, prepare, wait = reducer.launch, engine.prepare, Handle.wait
 
@@ -291,7 +295,7 @@ def own_loss(wrapped: nn.Module, how: str, x: Tensor, x_adv: Tensor, y: Tensor) 
 def same_by_train_step(comm: Comm) -> dict[str, Tensor]:
     """What :func:`own_loop` trains, by TrainStep's own path."""
     model = tiny_resnet("adv", dtype=torch.float64)
-    engine = TrainStep(
+    engine = train_step(
         model, sgd(model), Sequential(FGSM(EPS, space=SPACE)), space=SPACE, seed=SEED, comm=comm
     )
     steps(engine, comm.ranks, 3)
@@ -317,7 +321,7 @@ def sync_over(comm: Comm, ranks: int) -> None:
 
 def no_comm(comm: Comm) -> None:
     model = tiny_resnet("adv")
-    TrainStep(model, sgd(model), CASES["conadv"](), space=SPACE)
+    train_step(model, sgd(model), CASES["conadv"](), space=SPACE)
 
 
 def environment_again(comm: Comm) -> None:
@@ -393,8 +397,8 @@ def stopped_run(
     comm: Comm, out: Path, settings: dict[str, Any], rank: int, step: int, number: int, attack: int
 ) -> Any:
     """Train; ``rank`` alone gets a signal, a learner in ``step`` and an attack rank in its ``step``-th attack."""
-    original = {"update": TrainStep.update, "craft": TrainStep.craft}
-    counts = {"update": 0, "craft": 0}
+    original = {"update": TrainStep.update, "attack_batch": TrainStep.attack_batch}
+    counts = {"update": 0, "attack_batch": 0}
 
     def counted(name: str) -> Any:
         def method(engine: TrainStep, *args: Any) -> Any:
@@ -406,7 +410,7 @@ def stopped_run(
         return method
 
     attacking = comm.rank >= comm.ranks - attack
-    name = "craft" if attacking else "update"
+    name = "attack_batch" if attacking else "update"
     with mock.patch.object(TrainStep, name, counted(name)):
         try:
             train(config(**settings), out, comm=comm, execution=Execution(attack_ranks=attack))

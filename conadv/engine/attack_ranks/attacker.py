@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,12 +10,9 @@ from conadv.distributed.handle import Handle
 from conadv.distributed.message import Message
 from conadv.distributed.teams import Teams
 from conadv.engine.attack_ranks.messages import STOP, WORK, Channels, Header
-from conadv.engine.executors import Served
+from conadv.engine.executors import Served, Step
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
 
 
 class Attacker:
@@ -29,7 +25,7 @@ class Attacker:
     attack is done: an attack rank that is late should go on with the newest ones.
     """
 
-    def __init__(self, teams: Teams, engine: TrainStep, channels: Channels, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: Step, channels: Channels, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
         self._channels = channels
         self._feeder = teams.feeder(teams.attackers.index(teams.world.rank))
@@ -125,7 +121,7 @@ class Attacker:
         assert attack is not None
         self._world.at("attack", batch.step)
         with engine.clock.phase("attack"):
-            extra = engine.craft(attack, batch, weights)
+            extra = engine.attack_batch(attack, batch, weights)
         self._world.at("send", batch.step)
         with engine.clock.phase("send"):
             self._send(batch, extra, header)
@@ -141,7 +137,7 @@ class Attacker:
         for micro, images in zip(batch.micro, extra.images, strict=True):
             learner = self._teams.learners[micro.index // header.accumulation]
             by_learner.setdefault(learner, []).append(engine.pending.encode(images))
-        request = engine.stop_request() if engine.stop_request else 0
+        request = engine.stop_request.mine()
         for learner, parts in by_learner.items():
             message = Message(parts, engine.device)
             message.fill(header._replace(request=request), parts)

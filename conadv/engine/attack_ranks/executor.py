@@ -15,19 +15,15 @@ same weights and with the same draws: the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from conadv.distributed.teams import Teams
 from conadv.engine.attack_ranks.attacker import Attacker
 from conadv.engine.attack_ranks.failed import FailedRank
 from conadv.engine.attack_ranks.learner import Learner
 from conadv.engine.attack_ranks.messages import Channels
-from conadv.engine.executors import Executor, Served
+from conadv.engine.executors import Executor, Served, Step
 from conadv.errors import ConadvError
 from conadv.types import Batch, StepRecord
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
 
 
 class Ranks(Executor):
@@ -57,7 +53,7 @@ class Ranks(Executor):
     def attack_only(self) -> bool:
         return self.teams.attacking
 
-    def attach(self, engine: TrainStep) -> None:
+    def attach(self, engine: Step) -> None:
         """Collective over the world: all ranks take rank 0's weights."""
         if engine.method.future_attack is None:
             raise ConadvError(
@@ -79,7 +75,7 @@ class Ranks(Executor):
         kind = Attacker if self.teams.attacking else Learner
         self._side = kind(self.teams, engine, Channels.open(world), self._skip)
 
-    def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
+    def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         if not isinstance(self._side, Learner):
             raise ConadvError("An attack rank has no steps of its own: call step.serve(batches).")
         late = self._side.begin(batch, future)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +13,9 @@ from conadv.distributed.message import Message
 from conadv.distributed.teams import Teams, shares
 from conadv.engine.attack_ranks.failed import FailedRanks
 from conadv.engine.attack_ranks.messages import FAILED, STOP, WORK, Channels, Header
+from conadv.engine.executors import Step
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch
-
-if TYPE_CHECKING:
-    from conadv.engine.step import TrainStep
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Learner:
     attack ranks may fail, also tau copies of the weights that images were asked for at.
     """
 
-    def __init__(self, teams: Teams, engine: TrainStep, channels: Channels, skip: bool) -> None:
+    def __init__(self, teams: Teams, engine: Step, channels: Channels, skip: bool) -> None:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
         self._channels = channels
         self.failed = FailedRanks(teams)
@@ -83,7 +80,7 @@ class Learner:
             busy, late = self._agree(step) if self._skip else (False, False)
             if future is not None and not busy:
                 self._request(future, len(batch.micro))
-            engine.remember()
+            engine.snapshot()
         self._world.at("receive", step)
         with engine.clock.phase("receive"):
             if late:
@@ -233,7 +230,7 @@ class Learner:
         for arrival in arrived:
             header = Header.of(arrival.message)
             assert (header.version, header.step) == (incoming.version, step), header
-            self._engine.hear(header.request)
+            self._engine.stop_request.hear(header.request)
             images |= zip(arrival.indices, arrival.message.parts, strict=True)
         indices = [micro.index for micro in incoming.batch.micro]
         parts, labels = (tuple(d[index] for index in indices) for d in (images, incoming.labels))
@@ -248,5 +245,7 @@ class Learner:
         engine, attack = self._engine, self._engine.method.future_attack
         assert attack is not None
         with engine.clock.phase("attack"):
-            extra = engine.craft(attack, replace(incoming.batch, micro=missing), incoming.weights)
+            extra = engine.attack_batch(
+                attack, replace(incoming.batch, micro=missing), incoming.weights
+            )
         incoming.own.update(zip((micro.index for micro in missing), extra.images, strict=True))

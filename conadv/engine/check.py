@@ -1,0 +1,79 @@
+"""Mistakes that a training step finds when it is made, with what to do about each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from conadv.attacks.space import PixelSpace
+from conadv.distributed.comm import Comm
+from conadv.errors import ConadvError, unknown
+from conadv.nn import split_batchnorm as norm
+
+VIEWS = ("clean", "aug", "adv")
+
+
+def check_model(model: nn.Module, route: str | None, ranks: int) -> None:
+    """ConadvError unless ``ranks`` ranks can train the model; ``route``: the extra view's own, None without one."""
+    if isinstance(model, nn.DataParallel):
+        raise ConadvError(
+            "nn.DataParallel copies the model in every pass, which breaks routes. Use one process."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ConadvError(
+            "The model is wrapped in DistributedDataParallel. TrainStep sums gradients over ranks itself: pass the "
+            "plain model (model.module) and comm=Comm.from_environment(), in place of init_process_group."
+        )
+    norm.check_sync(model, ranks)
+    norm.check_routes(model, [route] if route else [])
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, scheduled: bool) -> None:
+    """ConadvError unless the optimizer has all parameters; ``scheduled``: with one learning rate for all of them."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if scheduled and len(rates) > 1:
+        raise ConadvError(
+            f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}."
+        )
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    orphans = [
+        name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known
+    ]
+    if orphans:
+        raise ConadvError(
+            f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
+            "Split the batch norm before you build the optimizer, and give it all parameters."
+        )
+
+
+def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The weight of each view's loss."""
+    for name, weight in weights.items():
+        if name not in VIEWS:
+            raise unknown("view in view_weights", name, VIEWS)
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ConadvError(f"view_weights[{name!r}] = {weight} must be above 0.")
+    return dict(weights)
+
+
+def one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSpace:
+    """The normalisation, which the step and the method's attack may both name."""
+    if given and of_method and given != of_method:
+        raise ConadvError(
+            f"The attack has {of_method}, the step {given}. Give the normalisation once."
+        )
+    return given or of_method or PixelSpace()
+
+
+def alone(device: torch.device) -> Comm:
+    """A Comm of one rank, where this process is one: otherwise nobody would notice that ranks do not talk."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConadvError(
+            f"There is a process group of {dist.get_world_size()}, but TrainStep has no comm: every rank would train "
+            "for itself. Pass comm=Comm.from_process_group(device), or comm=Comm(device=device) to mean just that."
+        )
+    return Comm(device=device)

@@ -1,0 +1,116 @@
+"""Forward passes: through which route of batch norm, in which precision, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conadv.engine.inputs import Views
+from conadv.engine.numerics import Numerics
+from conadv.engine.precision import amplify, autocast, low_type
+from conadv.errors import ConadvError
+from conadv.nn import split_batchnorm as norm
+from conadv.types import Forward
+
+
+class Network:
+    """The model as a step calls it.
+
+    ``adv_route``: the route of the extra view. "clean" for no route of its own: views that share a route then go one
+    pass each, so that each is normalised by its own batch.
+    """
+
+    def __init__(self, model: nn.Module, adv_route: str, numerics: Numerics) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self._compiled = numerics.compile
+        self._run: Any = (
+            torch.compile(model, fullgraph=True, dynamic=False) if numerics.compile else model
+        )
+        self._low = low_type(numerics.precision)
+        self._adv_route = adv_route
+        self._has_batchnorm = norm.has_batchnorm(model)
+        self._has_routes = bool(norm.routes_of(model))
+        fuse = self.device.type == "cuda" if numerics.fuse_views is None else numerics.fuse_views
+        self.fuses_views = fuse and (adv_route == "adv" or not self._has_batchnorm)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that training changes, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def logits(self, views: Views) -> dict[str, Tensor]:
+        """logits_NK of each view, all from one forward pass."""
+        images = [x for x, _ in views.values()]
+        with autocast(self.device, self._low):
+            logits_NK = self._call(torch.cat(images) if len(images) > 1 else images[0])
+        if self._low is not None:
+            logits_NK = logits_NK.float()
+        sizes = [len(y) for _, y in views.values()]
+        parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
+        return dict(zip(views, parts, strict=True))
+
+    def for_attack(self, weights: Mapping[str, Tensor] | None) -> Forward:
+        """x_NCHW -> logits_NK for an attack, at the present weights or at ``weights``."""
+        # A compiled backward pass computes all gradients that its graph has, asked for or not: the attack's graph gets
+        # weights that need none, the same graph for present and other weights.
+        now = self.trainable() if self._compiled and weights is None else weights
+        fixed = {f"_orig_mod.{name}": w.detach() for name, w in (now or {}).items()}
+
+        def forward(x_NCHW: Tensor) -> Tensor:
+            with autocast(self.device, self._low):
+                if self._compiled:
+                    logits: Tensor = torch.func.functional_call(self._run, fixed, (x_NCHW,))
+                elif weights is None:
+                    logits = self.model(x_NCHW)
+                else:
+                    logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
+            return amplify(logits, self._low)
+
+        return forward
+
+    def on_route(self, views: Views) -> AbstractContextManager[None]:
+        """The block's passes go through the routes of ``views``, image by image in their order."""
+        if len(views) > 1 and self._has_batchnorm:
+            return self._route({self._route_of(name): len(y) for name, (_, y) in views.items()})
+        return self.on_route_of(next(iter(views)))
+
+    def on_route_of(self, view: str) -> AbstractContextManager[None]:
+        return self._route(self._route_of(view))
+
+    def frozen_stats(self) -> AbstractContextManager[None]:
+        """Running statistics stay as they are in the block."""
+        return norm.frozen_stats(self.model)
+
+    def _route_of(self, view: str) -> str:
+        return self._adv_route if view == "adv" else view
+
+    def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
+        # Looking up the routing costs as much as a small layer: models that have nothing to switch skip it.
+        needed = self._has_routes or (self._has_batchnorm and spec != norm.CLEAN)
+        return norm.route(self.model, spec) if needed else nullcontext()
+
+    def _call(self, x_NCHW: Tensor) -> Tensor:
+        try:
+            logits_NK: Tensor = self._run(x_NCHW)
+        except Exception as error:
+            if not (self._compiled and type(error).__module__.startswith("torch._dynamo")):
+                raise
+            raise _not_compiled(error) from error
+        return logits_NK
+
+
+def _not_compiled(error: Exception) -> ConadvError:
+    if "RecompileLimit" in type(error).__name__:
+        return ConadvError(
+            "torch.compile has made as many graphs of this network as it keeps in a process "
+            f"(torch._dynamo.config.recompile_limit): {str(error)[:300]} Give all micro-batches one shape, and call "
+            "torch.compiler.reset() where an engine with another shape was there before."
+        )
+    return ConadvError(
+        f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or change the network "
+        "where torch names the break."
+    )

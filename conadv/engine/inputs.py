@@ -1,0 +1,75 @@
+"""What goes into the network: batches of all forms as Batch, images in model space, labels, on the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from conadv.attacks.space import PixelSpace
+from conadv.errors import ConadvError
+from conadv.types import Batch, ExtraBatch, MicroBatch
+
+RawBatch = Batch | Sequence[Tensor]
+Views = dict[str, tuple[Tensor, Tensor]]
+"""(images, labels) by the name of the view."""
+
+
+class Inputs:
+    """Brings images to ``device`` and into model space, in one memory format."""
+
+    def __init__(self, space: PixelSpace, device: torch.device, channels_last: bool) -> None:
+        self.space, self._device = space, device
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._checked = False
+
+    def as_batch(self, raw: RawBatch, step: int, rank: int) -> Batch:
+        """``raw`` as the batch of ``step``. Raises ConadvError for what is neither a Batch nor a pair of tensors."""
+        if isinstance(raw, Batch):
+            if len({len(micro.y_N) for micro in raw.micro}) != 1:
+                raise ConadvError(
+                    "A batch needs micro-batches of one size: a step takes the mean of their means."
+                )
+            return raw
+        pair = isinstance(raw, (tuple, list)) and len(raw) == 2
+        if not (pair and all(isinstance(part, Tensor) for part in raw)):
+            raise ConadvError(
+                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}."
+            )
+        x_NCHW, y_N = raw
+        return Batch(step, (MicroBatch(rank, y_N, {"clean": x_NCHW}),))
+
+    def images(self, micro: MicroBatch, view: str) -> Tensor:
+        """A view's images in model space on the model's device, (N, C, H, W)."""
+        if view not in micro.views:
+            raise ConadvError(f"The method needs a view {view!r} in every batch.")
+        return self._in_model_space(micro.views[view].to(self._device, non_blocking=True))
+
+    def example(self, micro: MicroBatch) -> Tensor:
+        """A tensor on the meta device like the clean view's images in model space."""
+        return self._in_model_space(micro.views["clean"].to("meta"))
+
+    def _in_model_space(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.uint8:
+            x = self.space.normalize(x)
+        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+
+    def labels(self, micro: MicroBatch) -> Tensor:
+        return micro.y_N.to(self._device, non_blocking=True)
+
+    def views(self, m: int, micro: MicroBatch, extra: ExtraBatch | None) -> Views:
+        """What micro-batch ``m`` of a step trains on."""
+        y_N = self.labels(micro)
+        views = {"clean": (self.images(micro, "clean"), y_N)}
+        if "aug" in micro.views:
+            views["aug"] = (self.images(micro, "aug"), y_N)
+        if extra is not None:
+            views["adv"] = (extra.images[m], extra.labels[m])
+        return views
+
+    def check_space(self, batch: Batch) -> None:
+        """Once, before the first attack: ConadvError for images that the space cannot have made. Sync point."""
+        if not self._checked:
+            self.space.check(self.images(batch.micro[0], "clean"))
+            self._checked = True
