@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,14 @@ from torchvision.models import get_model
 from conadv import ConadvError, route, split_batchnorm, strip
 from conadv.cli.program import main
 from conadv.config import recipes
-from conadv.config.files import parse
-from conadv.config.overrides import override
 from conadv.config.resolve import resolve
-from conadv.config.schema import Config, ModelConfig, OptimConfig, replace
-from conadv.models import own
+from conadv.config.schema import ModelConfig, OptimConfig, replace
+from conadv.models import FAMILIES, family, own
 from conadv.models.make import arguments, build_model
 from conadv.models.own import trust
+from conadv.models.small import SmallResNet
 from conadv.models.trial import check_model
 from conadv.nn.split_batchnorm import routes_of
-from conadv.optim.groups import MODEL_RULES, parameter_groups
 from conadv.training.build import NO_BATCH_NORM, build, overview
 from conadv.training.loop import train
 
@@ -37,21 +36,52 @@ def make(name: str, *args: str, channels: int = 3, classes: int = 5) -> nn.Modul
     return build_model(name, channels, classes, args=args)
 
 
+def _own_in_mynets(num_classes: int, in_channels: int, width: int = 4) -> nn.Module:
+    return SmallResNet(8, width, in_channels, num_classes)
+
+
+FAMILY_CASES: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "resnet8": ((), 1, 8),
+    "resnet20": ((), 3, 32),
+    "resnet18": (("zero_init_residual=true",), 3, 32),
+    "torchvision:mobilenet_v3_small": ((), 3, 32),
+    "timm:test_resnet": ((), 1, 32),
+    "timm:test_vit": (("img_size=32", "drop_rate=0.25"), 3, 32),
+    "mynets:make": (("width=6",), 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY_CASES)
+def test_networks_of_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: channels, classes or arguments are not handed on, or the initialisation draws from another stream.
+    args, channels, size = FAMILY_CASES[name]
+    if family(name) == "timm":
+        pytest.importorskip("timm", reason="timm is not installed")
+    signature = inspect.signature(_own_in_mynets)
+    monkeypatch.setitem(own._trusted, "mynets:make", (_own_in_mynets, signature))
+    model = make(name, *args, channels=channels, classes=7)
+    check_model(model, channels, size, 7)
+    assert same(state(make(name, *args, channels=channels, classes=7)), state(model))
+    with pytest.raises(ConadvError, match=r"shape \(2, 7\) for 2 images, where 2 x 5"):
+        check_model(model, channels, size, 5)
+    assert {family(case) for case in FAMILY_CASES} == set(FAMILIES)
+
+
+def test_small_networks_are_those_of_the_paper() -> None:
+    assert sum(p.numel() for p in make("resnet20", classes=10).parameters()) == 272_474
+    assert build_model("resnet8", 3, 10, width=4).fc.in_features == 16
+    for name, settings in (("resnet18", {"width": 4}), ("resnet8", {"args": ("drop_rate=0.1",)})):
+        with pytest.raises(ConadvError, match=rf"has no effect on '{name}'"):
+            build_model(name, 3, 10, **settings)
+    with pytest.raises(ConadvError, match="takes 3 channels"):
+        make("resnet18", channels=1)
+
+
 def test_a_prefix_and_none_give_the_same_torchvision_network() -> None:
-    # Red when: the prefix is not removed, or weights differ because something else was drawn.
     torch.manual_seed(0)
     plain = get_model("resnet18", num_classes=5)
     assert same(state(make("torchvision:resnet18")), state(plain))
     assert same(state(make("resnet18")), state(plain))
-
-
-def test_timm_networks_take_the_channels_of_the_data_and_arguments() -> None:
-    # Red when: in_chans or args are not handed on.
-    pytest.importorskip("timm", reason="timm is not installed")
-    assert make("timm:test_resnet", channels=1)(torch.zeros(2, 1, 32, 32)).shape == (2, 5)
-    vit = make("timm:test_vit", "img_size=32", "drop_rate=0.25")
-    assert vit(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
-    assert vit.head_drop.p == 0.25
 
 
 def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,94 +103,34 @@ def test_timm_names_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         make("resnet50d")  # no hint at what is not there
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("drop_rate",), "not NAME=VALUE"),
-        (("weights=DEFAULT",), "loads no weights"),
-        (("pretrained=true",), "loads no weights"),
-        (("checkpoint_path=x.pth",), "loads no weights"),
-        (("width_per_group=32", "width_per_group=64"), "given twice"),
-        (("frobnicate=1",), "cannot be built with.*frobnicate"),
-        (("self=1",), "cannot be built with"),
-        (("class=1",), "not NAME=VALUE"),
-        (("1=2",), "not NAME=VALUE"),
-        (("=2",), "not NAME=VALUE"),
-        (("{a: 1}",), "not NAME=VALUE"),
-        (("x\x1b[2J\n",), r"'x\\\\x1b\[2J\\\\n' is not NAME=VALUE"),
-        (("x=1.0e+999",), "not a finite number"),
-        (("x=-inf",), "not a finite number"),
-        (("x=nan",), "not a finite number"),
-        ((f"x={2**63}",), "does not fit into 64 bits"),
-        *(
-            ((f"x={text}",), "cannot be built with")
-            for text in ("[", "{a: [1", "&a [*a]", "2024-99-99", "!!python/x", "a: b")
-        ),
-        ((f"x={'[' * 900}",), "cannot be built with"),
-        (("x=" + "9" * 900,), "does not fit into 64 bits"),
-    ],
-)
-def test_arguments_that_make_no_sense(args: tuple[str, ...], message: str) -> None:
-    # Red when: _TAKEN loses a name (a config could then load a pickle through checkpoint_path); what stands behind
-    # NAME= is given to yaml.safe_load, which raises what it likes.
-    with pytest.raises(ConadvError, match=message):
-        make("resnet18", *args)
-
-
-ODD_ARGS: dict[str, Any] = {
-    "a mapping": {"drop_rate": 0.1},
-    "numbers": [1, 2],
-    "lists": [["a=1"]],
-    "mappings": [{"a": 1}],
-    "nothing": [None],
-    "a word": "drop_rate=0.1",
-    "a long word": ["a=" + "x" * 1000],
-    "many": ["a=1"] * 101,
-    "deep": [[[[[[[["a=1"]]]]]]]],
+ARGS = {
+    "not NAME=VALUE": ("drop_rate", "class=1", "1=2", "=2", "{a: 1}"),
+    r"'x\\\\x1b\[2J\\\\n' is not NAME=VALUE": ("x\x1b[2J\n",),
+    "loads no weights": ("weights=DEFAULT", "pretrained=true", "checkpoint_path=x.pth"),
+    "not a finite number": ("x=1.0e+999", "x=-inf", "x=nan"),
+    "does not fit into 64 bits": (f"x={2**63}", "x=" + "9" * 900),
+    "cannot be built with": ("frobnicate=1", "self=1", "x=[", "x=!!python/x", f"x={'[' * 900}"),
 }
 
 
-@pytest.mark.parametrize("name", ODD_ARGS)
-def test_arguments_of_another_form_are_errors_of_the_config(name: str) -> None:
-    # Red when: model.args has no bound, or takes what is no text.
-    with pytest.raises(ConadvError, match=r"model\.args"):
-        parse({"model": {"name": "resnet18", "args": ODD_ARGS[name]}}, "config.yaml")
+@pytest.mark.parametrize("message", ARGS)
+def test_arguments_that_make_no_sense(message: str) -> None:
+    # Red when: _TAKEN loses a name (a config could then load a pickle through checkpoint_path).
+    for arg in ARGS[message]:
+        with pytest.raises(ConadvError, match=message):
+            make("resnet18", arg)
+    with pytest.raises(ConadvError, match="given twice"):
+        make("resnet18", "groups=1", "groups=2")
 
 
 def test_arguments_keep_what_they_say() -> None:
     # Red when: true and 1 become text, or a lone bracket an error.
     args = ("a=true", "b=1", "c=0.5", "d=", "e=[", "f=x y", f"g={2**63 - 1}", "h=null")
-    wanted = {
-        "a": True,
-        "b": 1,
-        "c": 0.5,
-        "d": "",
-        "e": "[",
-        "f": "x y",
-        "g": 2**63 - 1,
-        "h": "null",
-    }
+    values: list[Any] = [True, 1, 0.5, "", "[", "x y", 2**63 - 1, "null"]
+    wanted = dict(zip("abcdefgh", values, strict=True))
     found = arguments(args)
     assert found == wanted
     assert [type(value) for value in found.values()] == [type(value) for value in wanted.values()]
-
-
-def test_arguments_belong_to_networks_that_have_some() -> None:
-    assert make("resnet18", "zero_init_residual=true").layer1[0].bn2.weight.abs().sum() == 0
-    with pytest.raises(ConadvError, match=r"model\.args has no effect on 'resnet8'"):
-        make("resnet8", "drop_rate=0.1")
-
-
-def test_another_model_drops_the_width_of_the_recipe() -> None:
-    # Red when: override keeps model.width, which no torchvision network takes.
-    base = recipes.get("cifar10")
-    assert base.model.width == 16
-    edited = replace(base, model__name="resnet18")
-    assert override(base, edited, {"model.name"}).model.width is None
-    assert (
-        override(base, replace(edited, model__width=8), {"model.name", "model.width"}).model.width
-        == 8
-    )
 
 
 # ---- module:function
@@ -324,18 +294,10 @@ def test_the_probe_leaves_no_trace() -> None:
     assert not model.bn1.training
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "size", "message"),
-    [
-        ("vit_b_32", (), 32, "cannot take 3 x 32 x 32 images.*image_size"),
-        ("inception_v3", (), 32, "cannot take 3 x 32 x 32"),
-    ],
-)
-def test_images_of_the_wrong_size_are_found_before_training(
-    name: str, args: tuple[str, ...], size: int, message: str
-) -> None:
-    with pytest.raises(ConadvError, match=message):
-        check_model(make(name, *args), 3, size, 5)
+@pytest.mark.parametrize("name", ["vit_b_32", "inception_v3"])
+def test_images_of_the_wrong_size_are_found_before_training(name: str) -> None:
+    with pytest.raises(ConadvError, match=r"cannot take 3 x 32 x 32 images.*image_size"):
+        check_model(make(name), 3, 32, 5)
 
 
 SMALL_IMAGES = {
@@ -356,7 +318,7 @@ SMALL_IMAGES = {
             "1 x 4 x 4 images one at a time.*attack.share",
         ),
         (
-            {"probe__every_epochs": 0.1, "probe__images": 1, "probe__staleness": (1,)},
+            {"probe__every_epochs": 0.005, "probe__images": 1, "probe__staleness": (1,)},
             "1 x 4 x 4 images one at a time",
         ),
     ],
@@ -372,65 +334,23 @@ def test_passes_that_the_network_refuses_are_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_number_of_classes_is_checked() -> None:
-    with pytest.raises(ConadvError, match=r"shape \(2, 5\) for 2 images, where 2 x 7"):
-        check_model(make("resnet18"), 3, 32, 7)
-
-
-def config(**changes: object) -> Config:
-    base = replace(
-        recipes.get("digits"),
-        epochs=None,
-        steps=2,
-        global_batch_size=32,
-        method="conadv",
-        schedule__warmup_epochs=0,
-        model=ModelConfig(name="timm:test_vit", args=("img_size=16",)),
-        data__image_size=16,
-        optim=OptimConfig(name="lamb", lr=1e-3),
-    )
-    return resolve(replace(base, **changes))
-
-
 def test_a_network_without_batch_norm_trains_and_says_what_routes_share() -> None:
     # Red when: the overview speaks of batch norm, or the groups leave LayerScale and class tokens without a rule.
     pytest.importorskip("timm", reason="timm is not installed")
-    parts = build(config(), torch.device("cpu"))
-    shown = list(overview(parts))
+    vit = ModelConfig(name="timm:test_vit", args=("img_size=16",))
+    changes = {"model": vit, "data__image_size": 16, "optim": OptimConfig(name="lamb", lr=1e-3)}
+    short = {"epochs": None, "steps": 2, "global_batch_size": 32, "schedule__warmup_epochs": 0}
+    base = replace(recipes.get("digits"), method="conadv", **short)
+    run = build(resolve(replace(base, **changes)), torch.device("cpu"))
+    shown = list(overview(run))
     assert NO_BATCH_NORM in shown
     assert "batch norm sees" not in shown[0]
-    assert routes_of(parts.model) == ()
-    with route(parts.model, "adv"):  # any route is accepted, all are the same
-        parts.model(torch.zeros(2, 1, 16, 16))
-    shown = list(
-        overview(build(config(model=ModelConfig(), data__image_size=None), torch.device("cpu")))
-    )
+    assert routes_of(run.model) == ()
+    with route(run.model, "adv"):  # any route is accepted, all are the same
+        run.model(torch.zeros(2, 1, 16, 16))
+    shown = list(overview(build(resolve(base), torch.device("cpu"))))
     assert NO_BATCH_NORM not in shown
     assert "batch norm sees 32 images per route" in shown[0]
-
-
-def test_vectors_of_any_kind_get_neither_decay_nor_trust_ratio() -> None:
-    # Red when: MODEL_RULES loses the rule for vectors, or takes a one-output Linear for one.
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gamma = nn.Parameter(torch.ones(4))
-            self.layer_scale = nn.Parameter(torch.ones(4, 1, 1))
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
-            self.temperature = nn.Parameter(torch.zeros(()))
-            self.gate = nn.Linear(4, 1)
-            self.table = nn.Parameter(torch.zeros(5, 4))
-
-    model = Scaled()
-    groups = {
-        group["name"]: group
-        for group in parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)
-    }
-    assert [id(p) for p in groups["scale"]["params"]] == [
-        id(p) for p in (model.gamma, model.layer_scale, model.cls_token, model.temperature)
-    ]
-    assert (groups["scale"]["weight_decay"], groups["scale"]["adapt"]) == (0.0, False)
-    assert {id(p) for p in groups["weights"]["params"]} == {id(model.gate.weight), id(model.table)}
 
 
 def test_sync_batchnorm_of_timms_layers_keeps_routes_and_activation() -> None:

@@ -12,6 +12,7 @@ import tyro
 
 from conadv import __version__
 from conadv.analysis.options import Options
+from conadv.cli.options import trust
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import read_document
 from conadv.training.documents import Analysis
@@ -74,6 +75,7 @@ def command(args: Args) -> None:
         raise ConadvError("Name at least one run directory: conadv analyze RUN...")
     if args.at_loss is not None and not 0 < args.at_loss < float("inf"):
         raise ConadvError(f"--at-loss {args.at_loss} must be a number above 0.")
+    trust(args.model)
     settings = {path: _settings(path, args) for path in args.runs}
     todo = [path for path in settings if not _done(path, settings[path], args.overwrite)]
     from rich.console import Console
