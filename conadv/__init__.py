@@ -42,7 +42,7 @@ _WHERE = {
     "EMA": "nn.ema",
     "evaluate": "training.evaluate",
     "frozen_stats": "nn.split_batchnorm",
-    "recalibrate": "nn.precise_bn",
+    "recalibrate": "training.precise_bn",
     "route": "nn.split_batchnorm",
     "split_batchnorm": "nn.split_batchnorm",
     "strip": "nn.split_batchnorm",
@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from conadv.methods.sequential import Sequential as Sequential
     from conadv.methods.vanilla import Vanilla as Vanilla
     from conadv.nn.ema import EMA as EMA
-    from conadv.nn.precise_bn import recalibrate as recalibrate
     from conadv.nn.split_batchnorm import frozen_stats as frozen_stats
     from conadv.nn.split_batchnorm import route as route
     from conadv.nn.split_batchnorm import split_batchnorm as split_batchnorm
@@ -86,6 +85,7 @@ if TYPE_CHECKING:
     from conadv.optim.lars import LARS as LARS
     from conadv.optim.schedules import WarmupDecay as WarmupDecay
     from conadv.training.evaluate import evaluate as evaluate
+    from conadv.training.precise_bn import recalibrate as recalibrate
     from conadv.types import Batch as Batch
     from conadv.types import MicroBatch as MicroBatch
     from conadv.types import StepRecord as StepRecord

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conadv.errors import ConadvError, printable
+from conadv.nn.ema import EMA
 
 MOST = 10**9
 """Of anything that is counted: the product of two counts still fits into 64 bits."""
@@ -89,6 +90,13 @@ def check_weights(module: nn.Module, state: object, what: str) -> None:
     for name, own in module.state_dict().items():
         if isinstance(own, Tensor) and name in found:
             check_like(found[name], own, f"{name} of {what}")
+
+
+def load_average(average: EMA, state: dict[str, Any]) -> None:
+    """Load an average's state dict; ConadvError for what is no average of such a model."""
+    check_weights(average, state, "its average")
+    average.load_state_dict(state)
+    check_count(int(average.n_averaged), "its average's number of updates")  # type: ignore[call-overload, arg-type]
 
 
 def load_optimizer(optimizer: Optimizer, state: object, updates: int, *, some: bool) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-from conadv.engine.validate import check_count, check_weights
 
 
 class EMA(AveragedModel):
@@ -47,15 +44,6 @@ class EMA(AveragedModel):
             return
         decay = min(self.decay, (1 + count) / (10 + count))
         torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """As every module's. Raises ConadvError for what is no average of such a model."""
-        check_weights(self, state_dict, "its average")
-        found = super().load_state_dict(state_dict, strict, assign)
-        check_count(int(self.n_averaged), "its average's number of updates")  # type: ignore[call-overload, arg-type]
-        return found
 
 
 def evaluated_state(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from conadv.attacks.pgd import PGD
-from conadv.nn.precise_bn import recalibrate
 from conadv.nn.split_batchnorm import CLEAN, routes_of
 from conadv.training.build import Run
 from conadv.training.evaluate import Result, evaluate
+from conadv.training.precise_bn import recalibrate
 from conadv.types import Attack
 
 

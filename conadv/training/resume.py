@@ -11,7 +11,7 @@ from conadv.config.resolve import resolve
 from conadv.config.schema import replace
 from conadv.distributed.comm import Comm
 from conadv.engine.pending import Expected, gather, shard
-from conadv.engine.validate import load_optimizer, load_weights
+from conadv.engine.validate import load_average, load_optimizer, load_weights
 from conadv.errors import ConadvError, printable
 from conadv.nn.ema import evaluated_state
 from conadv.training import checkpoint
@@ -59,7 +59,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
             run.probe.load_state_dict(state["probe"])
         run.best.update(state["best"] or {})
         if run.ema is not None:
-            run.ema.load_state_dict(state["ema"])
+            load_average(run.ema, state["ema"])
 
 
 def scatter(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from conadv.cli import bench
-from conadv.cli import bench
 from conadv.cli import program as cli
 
 ROOT = Path(__file__).resolve().parents[2]

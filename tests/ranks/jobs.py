@@ -34,10 +34,10 @@ from conadv.distributed import reducer
 from conadv.distributed.handle import Handle
 from conadv.engine.execution import Execution
 from conadv.engine.pending import gather
-from conadv.nn.precise_bn import recalibrate
 from conadv.nn.split_batchnorm import check_sync, frozen_stats, route
 from conadv.training.evaluate import evaluate
 from conadv.training.loop import train
+from conadv.training.precise_bn import recalibrate
 from conadv.training.signals import Stopped
 
 from ..helpers import images, no_norm_net, parameters, state, tiny_resnet, train_step
