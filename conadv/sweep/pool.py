@@ -10,17 +10,18 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from conadv.config.schema import ProbeConfig, replace
 from conadv.errors import ConadvError
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
 from conadv.sweep.folder import tidy
+from conadv.training.observer import Silent
 from conadv.training.run_dir import RunDir
+from conadv.types import StepRecord
 
 Work = Callable[[Run], None]
 """Trains a run; workers import it."""
@@ -61,23 +62,33 @@ def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> N
         tidy(out)
 
 
-def measure(run: Run, device: str, steps: int = 8) -> tuple[float, float]:
-    """(share of ``run``, its seconds) of a few steps without evaluations, on one thread."""
+class _Stopwatch(Silent):
+    """Times the first steps of a run, then ends it: an evaluation may take longer than they do."""
+
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        self.total, self.seconds = num_steps, list[float]()
+
+    def step(self, record: StepRecord) -> None:
+        self.seconds.append(sum(record.phases.values()))
+        if len(self.seconds) >= min(8, self.total):
+            raise StopIteration
+
+
+def measure(run: Run, device: str) -> tuple[float, float]:
+    """(share of ``run``, its seconds) of a few steps on one thread."""
     import torch
 
     from conadv.training.loop import train
 
-    few: dict[str, Any] = {"steps": steps, "epochs": None, "schedule__warmup_epochs": 0.0}
-    few |= {"eval__every_epochs": None, "eval__robust_images": 0, "probe": ProbeConfig()}
-    threads = torch.get_num_threads()
+    stopwatch, threads = _Stopwatch(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with TemporaryDirectory() as folder:
-            summary = train(replace(run.config, **few), Path(folder) / "run", device=device)
+        with suppress(StopIteration), TemporaryDirectory() as folder:
+            train(run.config, Path(folder) / "run", device=device, observer=stopwatch)
     finally:
         torch.set_num_threads(threads)
-    total = run.config.steps or (run.config.epochs or 1) * steps / summary["epochs"]
-    return steps / total, steps * summary["step_seconds_median"]
+    steps = len(stopwatch.seconds)
+    return steps / stopwatch.total, steps * median(stopwatch.seconds)
 
 
 def cores() -> int:
