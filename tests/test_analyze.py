@@ -381,8 +381,8 @@ BAD = {
     "no checkpoint": ("empty", ["--seed", "9"], "empty holds no checkpoint"),
     "no images": ("RUN", ["--images", "0"], "--images 0 must be 1 or more"),
     "negative": ("RUN", ["--probes", "-1"], "--probes -1 must be 0 or more"),
-    "infinite": ("RUN", ["--rho", "inf"], "--rho inf must be a number above 0"),
-    "no box": ("RUN", ["--keskar-eps", "0"], "--keskar-eps 0.0 must be a number above 0"),
+    "infinite": ("RUN", ["--rho", "inf"], "--rho inf must be a finite number"),
+    "no box": ("RUN", ["--keskar-eps", "0"], "--keskar-eps 0.0 must be 1e-12 or more"),
     "too few": ("RUN", ["--iterations", "2"], "--eigenvalues 2 needs more --iterations than 2"),
     "no middle": ("RUN", ["--grid", "20"], "--grid 20 must be an odd number"),
 }

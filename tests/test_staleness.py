@@ -21,14 +21,13 @@ from conadv.training.build import build
 from conadv.training.checkpoint import load, load_newest
 from conadv.training.data import load_data
 from conadv.training.loop import train
-from conadv.training.probe import Probe, mean_cosine
+from conadv.training.probe import PREDICTORS, mean_cosine
 from conadv.training.record import read_lines
 
 from .helpers import no_norm_net, parameters
 from .test_training import config, weights
 
 CPU = torch.device("cpu")
-PREDICTORS = ("momentum", "last-update")
 
 
 # ---- predictors
@@ -51,7 +50,7 @@ def test_predictions_that_are_kept_apart_can_be_repeated() -> None:
     ("changes", "message"),
     [
         ({"probe__images": 64}, "no effect without probe.every_epochs"),
-        ({"probe__every_epochs": 1, "probe__staleness": (1, 1)}, "names one twice"),
+        ({"probe__every_epochs": 1, "probe__staleness": (1, 1)}, "names one value twice"),
     ],
 )
 def test_settings_without_effect_are_errors(changes: dict[str, Any], message: str) -> None:
@@ -64,13 +63,9 @@ def test_settings_without_effect_are_errors(changes: dict[str, Any], message: st
 
 def probed(**changes: Any) -> Config:
     """Six steps, probed before the steps 2 and 4."""
-    probe = {
-        "probe__every_epochs": 2 / 3,
-        "probe__staleness": (1, 3),
-        "probe__images": 100,
-        "probe__predictors": PREDICTORS,
-    }
-    return config(eval__robust_images=0, eval__train_images=64, **{**probe, **changes})
+    probe = {"every_epochs": 2 / 3, "staleness": (1, 3), "images": 100}
+    changes = {f"probe__{name}": value for name, value in probe.items()} | changes
+    return config(eval__robust_images=0, eval__train_images=64, **changes)
 
 
 def kept(out: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -144,8 +139,8 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     # Red when: the probe's route is "clean", its mode eval, or its attack another one; weights of theta_t
     # give another answer than theta_t itself.
     parts = build(resolve(probed(method="disadv", attack__num_steps=2)), CPU)
-    engine = parts.step
-    probe = Probe(parts.config, engine, parts.data, parts.derived.steps, parts.step._lr_at)
+    engine, probe = parts.step, parts.probe
+    assert probe is not None
     for _ in range(2):
         engine(next(parts.data.train_batches(engine.version, 6)))
     (micro,) = probe._micro
@@ -162,7 +157,7 @@ def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     assert mean_cosine(again, gradients) == pytest.approx(1)
     assert torch.equal(moved_again, moved)
     monkeypatch.setattr("conadv.rng.derive", lambda *_: 1)  # the same draws for all
-    want = engine.attack_batch(parts.step.method.attack, Batch(2, (micro,))).images
+    want = engine.attack_batch(engine.method.attack, Batch(2, (micro,))).images
     assert torch.equal(probe._attacked(2, None)[1][0], want[0])
 
 
@@ -177,8 +172,8 @@ def test_mean_cosine() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probe__every_epochs": 2}, "every 6 of 6 steps, the last time before step 0"),
-        ({"probe__staleness": (5,)}, "before step 4: too early for probe.staleness 5"),
+        ({"probe__every_epochs": 2}, "nothing would be measured"),
+        ({"probe__staleness": (5,)}, "the last probed step is step 4"),
     ],
 )
 def test_runs_too_short_for_the_probe_are_told(

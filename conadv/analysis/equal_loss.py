@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
     """The step of the checkpoint whose loss on ``count`` training images is nearest to ``target``.
 
     Nearest by the logarithm; of two equally near ones the later. The loss is that of the analysis:
-    clean route, eval mode, float32. Damaged checkpoints are passed over. Ranks: one process.
+    clean route, eval mode, float32. Checkpoints that cannot be read are passed over.
+    Ranks: one process.
 
     Raises ConadvError where no checkpoint's loss is within ``FACTOR`` of the target.
     """
@@ -32,17 +34,11 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
     x, y = images(parts.data, "train", count)
     losses = {}
     for step in checkpoint.steps(folder):
-        try:
+        with suppress(ConadvError):  # a damaged checkpoint, or training had diverged by this step
             state = checkpoint.load_step(folder, step, device)
-            with checkpoint.giving(state):
-                load_weights(parts.model, evaluated_state(state))
-        except checkpoint.DamagedCheckpoint:
-            continue
-        try:
+            load_weights(parts.model, evaluated_state(state))
             train = clean_objective(parts.model, x, y, parts.space)
             losses[step] = train.value(train.theta).loss
-        except ConadvError:  # training had diverged by this step
-            losses[step] = math.nan
     apart = {step: abs(math.log(loss / target)) for step, loss in losses.items() if loss > 0}
     best = min(apart, key=lambda step: (apart[step], -step), default=None)
     if best is None or apart[best] > math.log(FACTOR):

@@ -7,8 +7,12 @@ from typing import Literal
 
 from conadv.errors import ConadvError
 
-_LEAST = {"images": 1, "eigenvalues": 0, "probes": 0, "keskar_steps": 1, "grid": 3}
-_LEAST |= {"robust_images": 0, "robust_steps": 1, "seed": 0}
+_LEAST = {
+    **dict.fromkeys(("images", "keskar_steps", "robust_steps"), 1),
+    **dict.fromkeys(("eigenvalues", "probes", "robust_images", "seed"), 0),
+    **dict.fromkeys(("rho", "keskar_eps"), 1e-12),
+    "grid": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,12 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ConadvError(f"{_option(name)} {getattr(self, name)} must be {least} or more.")
-        for name in ("rho", "keskar_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ConadvError(
-                    f"{_option(name)} {getattr(self, name)} must be a number above 0."
-                )
+            if not getattr(self, name) >= least:
+                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ConadvError(f"{option} must be {least} or more.")
         if 0 < self.eigenvalues >= self.iterations:
             raise ConadvError(
                 f"--eigenvalues {self.eigenvalues} needs more --iterations than {self.iterations}."
             )
         if self.grid % 2 == 0:
             raise ConadvError(f"--grid {self.grid} must be an odd number, so that 0 is a point.")
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

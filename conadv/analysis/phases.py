@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-INK = "#010203"
-"""The black of figures on a page: one that has a text colour puts it in its place."""
-
 # Middle tones, which stand out from a white page and from a dark one: grey is what a process does for
 # its own gradient, orange the attack, blue and green what the network does beside it. Waiting is little
 # more than an outline.

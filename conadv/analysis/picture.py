@@ -35,15 +35,13 @@ class _Row:
     y: float
     height: float
 
-    @property
-    def middle(self) -> float:
-        return self.y + self.height / 2
-
 
 def window(timeline: Timeline, count: int = 3) -> range:
     """``count`` consecutive steady steps of the first rank whose time is nearest to the median."""
     steps = extents(timeline.within(timeline.steady)).reset_index()
     steps = steps[steps["rank"] == steps["rank"].min()]
+    if steps.empty:
+        return timeline.steps
     count = min(count, len(steps))
     seconds = steps["end"].shift(1 - count) - steps["start"]
     first = int(steps.loc[(seconds - seconds.median()).abs().idxmin(), "step"])
@@ -89,9 +87,11 @@ def picture(timeline: Timeline, steps: range, caption: str = "") -> Figure:
     axes.set(xlim=(0, 1e3 * (end - begin)), ylim=(bottom + 0.15, -0.1))
     axes.set_xlabel(f"ms   {caption}".replace("$", r"\$"), loc="left")
     drawn = {name for row in rows for name in row.spans["phase"]}
-    legend = sorted(drawn, key=phases.rank)
-    patches = [Patch(label=_NAMES.get(name, name), **phases.style(name)) for name in legend]
-    figure.legend(handles=patches, loc="outside lower center", ncols=3)
+    handles = [
+        Patch(label=_NAMES.get(name, name), **phases.style(name))
+        for name in sorted(drawn, key=phases.rank)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return titled(figure, headline(timeline), 12.5)
 
 
@@ -101,11 +101,12 @@ def headline(timeline: Timeline) -> str:
     if hidden is None:
         return "No attack"
     work = "the learners' work" if timeline.ranks("attack") else "the all-reduce"
-    return f"{100 * hidden.share:.0f} % of the attack hidden behind {work}"
+    behind = f" behind {work}" if hidden.share >= 0.005 else ""
+    return f"{100 * hidden.share:.0f} % of the attack hidden{behind}"
 
 
 def _rows(timeline: Timeline, begin: float, end: float) -> list[_Row]:
-    """The tracks of each shown rank, top to bottom, with their spans between two moments in ms.
+    """The tracks of each shown rank, top to bottom, with their spans between two moments, in ms.
 
     Gradients are drawn from when all learners had launched them: before that, the network waits.
     """
@@ -128,7 +129,7 @@ def _rows(timeline: Timeline, begin: float, end: float) -> list[_Row]:
 
 
 def _label(axes: Axes, rows: list[_Row]) -> None:
-    axes.set_yticks([row.middle for row in rows], [row.name for row in rows])
+    axes.set_yticks([row.y + row.height / 2 for row in rows], [row.name for row in rows])
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         look: dict[str, Any] = {"weight": "bold"} if row.track == "compute" else {"size": 8.5}
         label.set(**look)

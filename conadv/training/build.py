@@ -121,7 +121,7 @@ def build(
         # rank 0 of the learners measures; the weights are the same on all
         if derived.probe_every is not None and teams.comm.is_main and not teams.attacking:
             attack = attack_of(config.attack, step.space)
-            run.probe = Probe(config, attack, step, data, derived.steps, schedule)
+            run.probe = Probe(config, attack, step, data, derived, schedule)
     return run
 
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from conadv.attacks.targets import ascent_loss
-from conadv.config.resolve import micro_batch
-from conadv.config.schema import Config, ProbeConfig
+from conadv.config.resolve import Derived
+from conadv.config.schema import Config
 from conadv.data.loader import Data
 from conadv.engine.lookahead import LookAhead
 from conadv.engine.step import TrainStep
 from conadv.engine.validate import check_count, check_keys, check_like, check_mapping
-from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 from conadv.optim.schedules import WarmupDecay
 from conadv.types import Attack, MicroBatch
@@ -30,25 +29,6 @@ Weights = Mapping[str, Tensor]
 Line = dict[str, Any]
 STALE, CURRENT, NOISE = "stale", "current", "noise"
 PREDICTORS = ("momentum", "last-update")  # of look-ahead, measured beside stale weights
-
-
-def period(probe: ProbeConfig, steps_per_epoch: int) -> int:
-    """Steps between two probed ones, at least one."""
-    assert probe.every_epochs is not None
-    return max(1, round(probe.every_epochs * steps_per_epoch))
-
-
-def check_duration(probe: ProbeConfig, num_steps: int, steps_per_epoch: int) -> None:
-    """ConadvError where ``num_steps`` steps are too few for what the probe is to measure."""
-    if probe.every_epochs is None:
-        return
-    every = period(probe, steps_per_epoch)
-    last = (num_steps - 1) // every * every
-    if not last or max(probe.staleness) > last:
-        raise ConadvError(
-            f"The probe measures every {every} of {num_steps} steps, the last time before step {last}: "
-            f"too early for probe.staleness {max(probe.staleness)}. Probe more often, or train longer."
-        )
 
 
 class Probe:
@@ -68,12 +48,12 @@ class Probe:
         attack: Attack,
         engine: TrainStep,
         data: Data,
-        num_steps: int,
+        derived: Derived,
         lr_at: WarmupDecay,
     ) -> None:
-        self._engine, self._num_steps, self._lr_at = engine, num_steps, lr_at
-        self._per_epoch = data.order.steps_per_epoch
-        self._every = period(config.probe, self._per_epoch)
+        assert derived.probe_every is not None
+        self._engine, self._num_steps, self._lr_at = engine, derived.steps, lr_at
+        self._per_epoch, self._every = derived.steps_per_epoch, derived.probe_every
         self._taus = sorted(config.probe.staleness)
         self._config = config.attack
         self._attack = attack
@@ -86,7 +66,7 @@ class Probe:
         self._waiting: dict[int, dict[int, dict[str, Weights]]] = {}
         # as many whole micro-batches as fit, or one smaller pass; the same whatever the ranks
         wanted = min(config.probe.images, data.train_size)
-        size = min(micro_batch(config), wanted)
+        size = min(derived.micro_batch_size, wanted)
         whole = copy(data)  # one rank measures, and reads every batch
         whole.rank, whole.ranks = 0, 1
         batches = whole.eval_batches("train", wanted // size * size, size)
