@@ -1,7 +1,6 @@
 """Split batch norm on torchvision's and timm's networks: runs each, writes zoo.json and the table of docs/models.md.
 
-    python benchmarks/zoo.py --out results/models        # about ten minutes on one core, 8 GB of memory
-    python benchmarks/zoo.py --out results/models --table-only
+    python benchmarks/zoo.py        # about ten minutes on one core, 8 GB of memory
 
 ``check`` is what one row means; tests/test_zoo.py runs it on the same cases (the big ones without their forward pass).
 """
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,100 +38,15 @@ from conadv.optim.groups import MODEL_RULES, parameter_groups
 
 CLASSES, IMAGES = 5, 3
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-SIZES = {
-    "inception_v3": 75,
-    "vit_h_14": 28,
-    "maxvit_t": 224,
-}  # others: 32, and 64 where images are halved often
-ARGS = {"vit_h_14": ("image_size=28",), "maxvit_t": ()}
-
-# One small network of each timm family (a module of timm.models), with the size that it takes.
-TIMM = {
-    "byoanet": ("halonet_h1", 256),
-    "byobnet": ("mobileone_s1", 32),
-    "convmixer": ("convmixer_768_32", 32),
-    "cpubone": ("cpubone_nano", 64),
-    "cspnet": ("cs3darknet_focus_s", 64),
-    "cspnext": ("cspnext_tiny", 64),
-    "densenet": ("densenet121", 32),
-    "dla": ("dla46x_c", 32),
-    "dpn": ("dpn48b", 32),
-    "efficientformer": ("efficientformer_l1", 224),
-    "efficientformer_v2": ("efficientformerv2_s0", 224),
-    "efficientnet": ("efficientnet_b0", 32),
-    "efficientvim": ("efficientvim_m1", 224),
-    "efficientvit_mit": ("efficientvit_b0", 64),
-    "efficientvit_msra": ("efficientvit_m0", 224),
-    "fasternet": ("fasternet_t0", 64),
-    "fastvit": ("fastvit_t8", 64),
-    "ghostnet": ("ghostnet_050", 32),
-    "hardcorenas": ("hardcorenas_b", 32),
-    "hgnet": ("hgnetv2_b0", 64),
-    "hrnet": ("hrnet_w18_small", 64),
-    "iformer": ("iformer_t", 64),
-    "inception_next": ("inception_next_atto", 64),
-    "inception_resnet_v2": ("inception_resnet_v2", 75),
-    "inception_v3": ("inception_v3", 75),
-    "inception_v4": ("inception_v4", 75),
-    "lcnetv2": ("lcnetv2_small", 32),
-    "levit": ("levit_128s", 224),
-    "lowformer": ("lowformer_b0", 64),
-    "maxxvit": ("coatnet_pico_rw_224", 224),
-    "mobilenetv3": ("lcnet_035", 32),
-    "mobilevit": ("mobilevit_xxs", 64),
-    "nasnet": ("nasnetalarge", 96),
-    "nextvit": ("nextvit_small", 64),
-    "pnasnet": ("pnasnet5large", 96),
-    "regnet": ("regnetx_002", 32),
-    "repghost": ("repghostnet_050", 32),
-    "repvit": ("repvit_m1", 64),
-    "res2net": ("res2next50", 32),
-    "resnest": ("resnest14d", 32),
-    "resnet": ("resnet10t", 32),
-    "resnetv2": ("resnetv2_18", 32),
-    "rexnet": ("rexnet_100", 32),
-    "selecsls": ("selecsls42", 64),
-    "senet": ("legacy_seresnet18", 64),
-    "shvit": ("shvit_s1", 128),
-    "sknet": ("skresnet18", 32),
-    "starnet": ("starnet_s050", 64),
-    "swiftformer": ("swiftformer_xs", 224),
-    "tiny_vit": ("tiny_vit_5m_224", 224),
-    "tresnet": ("tresnet_m", 64),
-    "vgg": ("vgg11_bn", 32),
-    "visformer": ("visformer_tiny", 224),
-    "volo": ("volo_d1_224", 224),
-    "vovnet": ("ese_vovnet19b_slim_dw", 64),
-    "xception": ("legacy_xception", 96),
-    "xception_aligned": ("xception41p", 64),
-    "xcit": ("xcit_nano_12_p8_224", 224),
-    # without batch norm
-    "cait": ("cait_xxs24_224", 224),
-    "convnext": ("convnext_atto_rms", 32),
-    "deit": ("deit3_small_patch16_224", 224),
-    "edgenext": ("edgenext_xx_small", 64),
-    "mambaout": ("test_mambaout", 64),
-    "mlp_mixer": ("gmlp_ti16_224", 224),
-    "nfnet": ("nf_ecaresnet26", 64),
-    "pvt_v2": ("pvt_v2_b0", 64),
-    "swin_transformer": ("swin_tiny_patch4_window7_224", 224),
-    "vision_transformer": ("vit_tiny_patch16_224", 224),
-}
-SMALLER = {  # what these accept for smaller images
-    "levit_128s": "img_size=64",
-    "swiftformer_xs": "img_size=64",
-    "xcit_nano_12_p8_224": "img_size=32",
-    "cait_xxs24_224": "img_size=32",
-    "deit3_small_patch16_224": "img_size=32",
-    "gmlp_ti16_224": "img_size=32",
-    "vit_tiny_patch16_224": "img_size=32",
-    "swin_tiny_patch4_window7_224": "img_size=56",
-}
+RESULTS = Path(__file__).parent.parent / "results" / "models" / "zoo.json"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network: its name for --model, model.args, the size of its images."""
+    """One network: its name for --model, the size of its images, model.args.
+
+    All of torchvision's classifiers, and a small one of each timm family (a module of timm.models).
+    """
 
     name: str
     family: str
@@ -139,45 +54,24 @@ class Case:
     args: tuple[str, ...] = ()
 
 
-@dataclass
-class Row:
+@dataclass(frozen=True)
+class Row(Case):
     """What a case came to, in seconds of the processor. ``forward``: whether it also ran, not only its structure."""
 
-    name: str
-    family: str
-    image_size: int
-    parameters: int
-    batch_norms: int
-    kinds: list[str]
-    forward: bool
-    seconds: float
+    parameters: int = 0
+    batch_norms: int = 0
+    kinds: tuple[str, ...] = ()
+    forward: bool = True
+    seconds: float = 0.0
     problem: str = ""
 
 
 def cases() -> list[Case]:
-    """All of torchvision's classifiers and the timm families above."""
-    import torchvision.models as zoo
-
-    made = [
-        Case(f"torchvision:{name}", "torchvision", *_size(name))
-        for name in zoo.list_models(module=zoo)
+    """The networks of zoo.json; another one is a row with the fields of a Case."""
+    return [
+        Case(row["name"], row["family"], row["image_size"], tuple(row["args"]))
+        for row in json.loads(RESULTS.read_text())["rows"]
     ]
-    for family, (name, size) in TIMM.items():
-        args = (SMALLER[name],) if name in SMALLER else ()
-        made.append(
-            Case(f"timm:{name}", family, int(args[0].partition("=")[2]) if args else size, args)
-        )
-    return made
-
-
-def _size(name: str) -> tuple[int, tuple[str, ...]]:
-    if name in SIZES:
-        return SIZES[name], ARGS.get(name, ())
-    if name.startswith("vit_"):
-        return 32, ("image_size=32",)
-    return (
-        64 if name.startswith(("alexnet", "squeezenet", "densenet", "googlenet", "swin")) else 32
-    ), ()
 
 
 def build(case: Case) -> nn.Module:
@@ -213,16 +107,15 @@ def check(case: Case, forward: bool = True) -> Row:
         x, _ = _images(case.image_size)
         assert torch.equal(_logits(fresh.eval(), x), _logits(model.eval(), x))
     parameters = sum(p.numel() for p in model.parameters())
-    kinds = sorted({type(layer).__name__ for layer in layers})
+    kinds = tuple(sorted({type(layer).__name__ for layer in layers}))
+    seconds = time.process_time() - begin
     return Row(
-        case.name,
-        case.family,
-        case.image_size,
-        parameters,
-        len(layers),
-        kinds,
-        forward,
-        time.process_time() - begin,
+        **vars(case),
+        parameters=parameters,
+        batch_norms=len(layers),
+        kinds=kinds,
+        forward=forward,
+        seconds=seconds,
     )
 
 
@@ -274,15 +167,11 @@ def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
 def _check_own_tensors(model: nn.Module) -> None:
     """A route's parameters and statistics are its own (a child such as a PReLU is shared, by design)."""
     for layer in _split_layers(model):
-        tensors = (
-            layer.routes["adv"].parameters(recurse=False),
-            layer.routes["adv"].buffers(recurse=False),
+        own, clean = (
+            {t.data_ptr() for t in (*one.parameters(recurse=False), *one.buffers(recurse=False))}
+            for one in (layer.routes["adv"], layer)
         )
-        clean = layer.parameters(recurse=False), layer.buffers(recurse=False)
-        own = {t.data_ptr() for group in tensors for t in group}
-        assert own.isdisjoint(t.data_ptr() for group in clean for t in group), (
-            "routes share a tensor"
-        )
+        assert own.isdisjoint(clean), "routes share a tensor"
 
 
 def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:
@@ -317,26 +206,15 @@ def _logits(model: nn.Module, x: Tensor, name: str = CLEAN) -> Tensor:
 
 def run_all(only: str) -> list[Row]:
     rows = []
-    for case in cases():
-        if only not in case.name:
-            continue
+    for case in [case for case in cases() if only in case.name]:
         try:
             row = check(case)
         except Exception as error:  # one network's trouble is a row, not the end
             traceback.print_exc(limit=-2)
-            row = Row(
-                case.name,
-                case.family,
-                case.image_size,
-                0,
-                0,
-                [],
-                True,
-                0.0,
-                f"{type(error).__name__}: {error}",
-            )
+            row = Row(**vars(case), problem=f"{type(error).__name__}: {error}")
+        result = row.problem or "ok"
         print(
-            f"{row.name:<45}{row.batch_norms:>5} batch norms {row.seconds:6.1f} s  {row.problem or 'ok'}",
+            f"{row.name:<45}{row.batch_norms:>5} batch norms {row.seconds:6.1f} s  {result}",
             flush=True,
         )
         rows.append(row)
@@ -344,66 +222,42 @@ def run_all(only: str) -> list[Row]:
     return rows
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line per torchvision network and timm family."""
     lines = [
         "| network | million parameters | batch-norm layers | of class | result |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        kinds = ", ".join(row["kinds"]) or "none: routes share normalisation"  # type: ignore[arg-type]
-        result = row["problem"] or "ok"
-        millions = int(str(row["parameters"])) / 1e6
-        lines.append(
-            f"| `{row['name']}` | {millions:.1f} | {row['batch_norms'] or '-'} | {kinds} | {result} |"
-        )
+        kinds = ", ".join(row["kinds"]) or "none: routes share normalisation"
+        layers, result = row["batch_norms"] or "-", row["problem"] or "ok"
+        millions = row["parameters"] / 1e6
+        lines.append(f"| `{row['name']}` | {millions:.1f} | {layers} | {kinds} | {result} |")
     return "\n".join(lines)
 
 
-def write_page(content: dict[str, object], page: Path = PAGE) -> None:
-    """Put the table between the markers of docs/models.md."""
-    rows: list[dict[str, object]] = content["rows"]  # type: ignore[assignment]
-    text = page.read_text(encoding="utf-8")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only", default="", help="networks whose name contains this; others keep their rows"
+    )
+    args = parser.parse_args()
+    import timm
+
+    before = {row["name"]: row for row in json.loads(RESULTS.read_text())["rows"]}
+    rows = before | {row.name: asdict(row) for row in run_all(args.only)}
+    versions = {module.__name__: module.__version__ for module in (torch, torchvision, timm)}
+    RESULTS.write_text(json.dumps(versions | {"rows": list(rows.values())}, indent=1) + "\n")
+    text = PAGE.read_text(encoding="utf-8")
     head, begin, rest = text.partition("<!-- begin zoo -->\n")
     _, end, tail = rest.partition("<!-- end zoo -->")
-    assert (begin, end) == ("<!-- begin zoo -->\n", "<!-- end zoo -->"), page
-    with_norm = sum(bool(row["batch_norms"]) for row in rows)
-    said = (
-        f"{len(rows)} networks, {with_norm} of them with batch norm; torch {content['torch']}, torchvision "
-        f"{content['torchvision']}, timm {content['timm']}.\n"
+    assert end, PAGE
+    with_norm = sum(bool(row["batch_norms"]) for row in rows.values())
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    said = f"{len(rows)} networks, {with_norm} of them with batch norm; {named}.\n"
+    PAGE.write_text(
+        f"{head}{begin}{table(list(rows.values()))}\n\n{said}{end}{tail}", encoding="utf-8"
     )
-    page.write_text(f"{head}{begin}{table(rows)}\n\n{said}{end}{tail}", encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/models"))
-    parser.add_argument(
-        "--only",
-        default="",
-        help="networks whose name contains this, in place of their rows so far",
-    )
-    parser.add_argument("--table-only", action="store_true", help="write the page from zoo.json")
-    args = parser.parse_args()
-    path = args.out / "zoo.json"
-    if not args.table_only:
-        import timm
-
-        before = (
-            {row["name"]: row for row in json.loads(path.read_text())["rows"]} if args.only else {}
-        )
-        rows = before | {row.name: asdict(row) for row in run_all(args.only)}
-        versions = {
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-        }
-        ordered = [rows[case.name] for case in cases() if case.name in rows]
-        args.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(versions | {"rows": ordered}, indent=1) + "\n")
-    write_page(json.loads(path.read_text()))
 
 
 if __name__ == "__main__":
