@@ -1,17 +1,21 @@
-"""The campaigns of benchmarks/torture.py in their short forms."""
+"""The campaigns of benchmarks/torture in their short forms, and that they can fail."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import torture, torture_links, torture_soak
+from benchmarks import torture
+from benchmarks.torture import fuzz, links, soak
+from conadv.training import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaigns need Linux")
 
@@ -19,7 +23,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaigns n
 def test_kill(tmp_path: Path) -> None:
     # Red when: pending batches are not saved; truncate keeps steps after the checkpoint; save writes to the final name.
     found = torture.run("kill", True, tmp_path)
-    assert found["kills"] >= 6
+    assert found["kills"] >= 3
+    assert found["runs"] == 3
     assert found == json.loads((tmp_path / "kill.json").read_text())
 
 
@@ -34,12 +39,9 @@ def test_soak(tmp_path: Path) -> None:
     # Red when: the leak on purpose is left out; a line of the record is written in two halves a moment apart.
     found = torture.run("soak", True, tmp_path)
     assert found["reads_that_met_half_a_line"] == 0
-    assert found["record_reads"] > 50
-    assert found["display"]["share_of_time"] > 0
-    assert all(
-        found["control_growth"][name] > 2 * limit
-        for name, limit in found["limits_of_growth"].items()
-    )
+    assert found["record_reads"] > 20
+    for name, limit in found["limits_of_growth"].items():
+        assert found["control_growth"][name] > 2 * limit
 
 
 def test_ranks(tmp_path: Path) -> None:
@@ -55,63 +57,65 @@ def test_ranks(tmp_path: Path) -> None:
 def test_links(tmp_path: Path) -> None:
     # Red when: the link is not restored (the ranks then end with an error).
     try:
-        with torture_links.hosts():
+        with links.hosts():
             pass
     except subprocess.CalledProcessError as error:
         pytest.skip(f"cannot make network namespaces here: {error.stderr.decode().strip()}")
     assert torture.run("links", True, tmp_path)["by_kind"] == {"five seconds, learners": 1}
 
 
+def test_fuzz(tmp_path: Path) -> None:
+    # Red when: any reader raises something else than ConadvError, or a command ends with another code than 0, 1, 2.
+    found = torture.run("fuzz", True, tmp_path)
+    assert found["inputs"] >= 1_500
+    assert all(target["accepted"] for target in found["targets"].values())
+
+
+def test_fuzz_finds_what_a_check_of_the_envelope_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The control: without that check the same inputs end `conadv export` with exit code 70.
+    monkeypatch.setattr(checkpoint._Envelope, "model_validate", lambda state: None)
+    fuzz.make_base(tmp_path / "base")
+    number = list(fuzz.READERS | fuzz.COMMANDS).index("state")
+    every = len(fuzz.READERS | fuzz.COMMANDS)
+    with pytest.raises(AssertionError, match=r"state, \w+: "):
+        for trial in range(20):
+            fuzz.trial(number + trial * every, tmp_path)
+
+
+def test_changes_reach_every_place_and_leave_the_original() -> None:
+    # Red when: changed gives its argument back, or only looks at the first level.
+    value = {"a": [1, {"b": 2}], "c": "x"}
+    found = [fuzz.changed(value, random.Random(seed)) for seed in range(300)]
+    assert value == {"a": [1, {"b": 2}], "c": "x"}
+    assert any("c" not in each for each in found)
+    assert any(each.get("a") == [1, {"b": None}] for each in found)
+
+
 def test_growth_is_that_of_the_second_half() -> None:
     # Red when: the first half, where a process warms up, counts; a single spike decides; a slope per step is returned.
-    limits = torture_soak.LIMITS
     level = [
         (step, 1e8 + (1e8 if step == 70 else 0.0) - 1e6 * max(0, 40 - step), 20.0, 5.0)
         for step in range(100)
     ]
-    assert torture_soak.not_flat(torture_soak.growth(level)) == []
-    for place, name in enumerate(limits, start=1):
+    assert soak.not_flat(soak.growth(level)) == []
+    for place, (name, limit) in enumerate(soak.LIMITS.items(), start=1):
         steps = [list(each) for each in level]
         for each in steps:
-            each[place] += 1.5 * limits[name] * each[0] / 50
-        grown = torture_soak.growth([tuple(each) for each in steps])
-        assert torture_soak.not_flat(grown) == [name]
-        assert grown[name] == pytest.approx(1.5 * limits[name], rel=0.05)
+            each[place] += 1.5 * limit * each[0] / 50
+        samples: Any = [tuple(each) for each in steps]
+        grown = soak.growth(samples)
+        assert soak.not_flat(grown) == [name]
+        assert grown[name] == pytest.approx(1.5 * limit, rel=0.05)
 
 
 def test_a_campaign_that_was_cut_off_goes_on(tmp_path: Path) -> None:
-    # Red when: a line that was cut off stays, or is counted.
-    progress = torture.Progress(tmp_path)
-    progress.add({"n": 1})
-    (tmp_path / "trials.jsonl").open("a").write('{"n": 2, "ha')
-    progress = torture.Progress(tmp_path)
-    progress.add({"n": 3})
-    assert torture.Progress(tmp_path).done == [{"n": 1}, {"n": 3}]
+    # Red when: a line that was cut off stays, or is counted; a trial is done twice.
+    def trial(number: int) -> dict[str, int]:
+        return {"n": number}
 
-
-def test_what_all_short_forms_take_is_summed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: the last one counts alone; a failed campaign is left out of a total that is written all the same.
-    facts = {"form": "short", "time": "t", "versions": {}, "machine": {}, "git": {}}
-    seconds = {name: 1.5 + number for number, name in enumerate(torture.campaigns())}
-
-    def run(name: str, short: bool, folder: Path) -> dict[str, object]:
-        assert name != failing
-        return {"campaign": name, "seconds_of_the_last_start": seconds[name], **facts}
-
-    monkeypatch.setattr(torture, "run", run)
-    failing = "soak"
-    assert torture.main(["all", "--short", "--out", str(tmp_path)]) == 1
-    assert not (tmp_path / "short.json").exists()
-    failing = ""
-    assert torture.main(["all", "--short", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "short.json").read_text())
-    assert (found["seconds"], found["seconds_in_all"]) == (seconds, sum(seconds.values()))
-
-
-def test_every_campaign_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
-    assert torture.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines} == set(torture.campaigns()) >= {"kill", "corrupt"}
-    assert all(len(line.split()) > 3 for line in lines)
+    torture.trials(tmp_path, 1, trial)
+    (tmp_path / "trials.jsonl").open("a").write('{"n": 1, "ha')
+    assert torture.trials(tmp_path, 3, trial) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    assert torture.trials(tmp_path, 3, lambda _: {}) == [{"n": 0}, {"n": 1}, {"n": 2}]
