@@ -80,8 +80,7 @@ def test_fuzz_finds_what_a_check_of_the_envelope_refuses(
     number = list(fuzz.READERS | fuzz.COMMANDS).index("state")
     every = len(fuzz.READERS | fuzz.COMMANDS)
     with pytest.raises(AssertionError, match=r"state, \w+: "):
-        for trial in range(20):
-            fuzz.trial(number + trial * every, tmp_path)
+        torture.trials(tmp_path, 20, lambda trial: fuzz.trial(number + trial * every, tmp_path))
 
 
 def test_changes_reach_every_place_and_leave_the_original() -> None:

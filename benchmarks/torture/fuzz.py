@@ -22,7 +22,8 @@ from typing import Any
 
 from conadv import safe_io
 from conadv.cli.program import main
-from conadv.config import schema as config
+from conadv.config.files import dump_yaml, load_yaml
+from conadv.config.resolve import resolve
 from conadv.errors import ConadvError
 from conadv.models.make import arguments
 from conadv.planning.profile import load as load_profile
@@ -89,9 +90,9 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _config(file: Path) -> None:
-    found = config.resolve(config.load_yaml(file))
-    file.write_text(config.dump_yaml(found))
-    assert config.load_yaml(file) == found
+    found = resolve(load_yaml(file))
+    file.write_text(dump_yaml(found))
+    assert load_yaml(file) == found
 
 
 def _record(file: Path) -> None:

@@ -24,7 +24,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "benchmarks.torture.lives",
-        "conadv.training.trainer",
+        "conadv.training.loop",
         "conadv.cli.program",
         "sklearn.datasets",
     ]
@@ -84,7 +84,7 @@ SITES = {
     "before older ones are removed": Site(_CHECKPOINT, "prune", 12, first=True),
     "in the start of the folder": Site("conadv.training.run_dir:RunDir", "mark", 1, first=True),
     "record cut, not yet renamed": Site("os", "fsync", 25, after=True, first=True),
-    "in an evaluation": Site("conadv.training.trainer", "evaluate", 6),
+    "in an evaluation": Site("conadv.training.results", "evaluate", 6),
     "in accumulation": Site("torch.autograd", "backward", 60, after=True),
     "a batch has begun to wait": Site("conadv.engine.pending:Pending", "put", 12, after=True),
     "before the update": Site("conadv.engine.step:TrainStep", "update", 12),

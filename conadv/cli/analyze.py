@@ -14,9 +14,8 @@ from conadv import __version__
 from conadv.analysis.options import Options
 from conadv.cli.options import trust
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import read_document
+from conadv.safe_io import read_document, write_atomic
 from conadv.training.documents import Analysis
-from conadv.training.record import write_atomic
 from conadv.training.run_dir import RunDir
 
 if TYPE_CHECKING:

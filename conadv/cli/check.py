@@ -40,7 +40,7 @@ class Args:
 def command(args: Args) -> bool:
     """Check, show, write; returns whether nothing is wrong."""
     from conadv.data.check import check_folder  # imports torch
-    from conadv.training.record import write_atomic
+    from conadv.safe_io import write_atomic
 
     if args.workers is not None and args.workers < 1:
         raise ConadvError(f"--workers {args.workers} must be 1 or more.")

@@ -14,8 +14,8 @@ import tyro
 
 from conadv.errors import ConadvError, printable
 from conadv.methods import METHODS
-from conadv.safe_io import refuse_links
-from conadv.training.record import BESIDE, read_lines, write_atomic
+from conadv.safe_io import refuse_links, write_atomic
+from conadv.training.record import BESIDE, read_lines
 from conadv.training.run_dir import RunDir
 
 if TYPE_CHECKING:

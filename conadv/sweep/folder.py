@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import Document, read_document, refuse_links
+from conadv.safe_io import Document, read_document, refuse_links, write_atomic
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
 from conadv.training.documents import Summary
 from conadv.training.lock import Lock
-from conadv.training.record import write_atomic
 from conadv.training.run_dir import RunDir
 
 

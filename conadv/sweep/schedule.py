@@ -9,12 +9,11 @@ from typing import Any
 
 import conadv
 from conadv.config.schema import flatten
-from conadv.safe_io import refuse_links
+from conadv.safe_io import refuse_links, write_atomic
 from conadv.sweep.cells import Cell, Plan, Run
 from conadv.sweep.choose import Result, at_edge, choose
 from conadv.sweep.folder import Folder
 from conadv.sweep.spec import Settings
-from conadv.training.record import write_atomic
 
 
 @dataclass

@@ -291,9 +291,6 @@ def restoring(state: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-giving = restoring
-
-
 # Copies
 
 

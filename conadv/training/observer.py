@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Protocol
 
@@ -78,7 +77,3 @@ class Guarded(Silent):
 
     def finish(self) -> None:
         self._tell("finish")
-
-
-def Together(observers: Iterable[Observer]) -> Guarded:
-    return Guarded(*observers)

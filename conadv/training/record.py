@@ -13,13 +13,8 @@ from pydantic import ValidationError
 
 from conadv import safe_io
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import sync_folder as sync_folder
 from conadv.safe_io import write_atomic as write_atomic
 from conadv.training.documents import LINES
-from conadv.training.provenance import git_state as git_state
-from conadv.training.provenance import machine as machine
-from conadv.training.provenance import now as now
-from conadv.training.provenance import versions as versions
 
 BESIDE = ("network", "transfer")
 """Spans of the network, which run beside a process's own phases."""

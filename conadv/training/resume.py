@@ -51,7 +51,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     Ranks: ``state`` is the same on all but for the images that wait, of which each has its own (:func:`scatter`).
     """
     step = run.step
-    with checkpoint.giving(state):
+    with checkpoint.restoring(state):
         load_weights(run.model, state["model"])
         step.load_state_dict(state["engine"], _expected_images(run))
         load_optimizer(step.optimizer, state["optimizer"], step.version, some=step.has_updated)
@@ -71,7 +71,7 @@ def scatter(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
     with comm.agreed():
         if comm.is_main:
             assert state is not None
-            with checkpoint.giving(state):
+            with checkpoint.restoring(state):
                 waiting = state["engine"]["pending"]
                 shares = [shard(waiting, rank, comm.ranks) for rank in range(comm.ranks)]
                 state = {**state, "engine": {**state["engine"], "pending": {}}}
@@ -108,10 +108,10 @@ def load_run(
         state = load_state(run_dir, cpu, best=best)
     else:
         state = checkpoint.load_step(run_dir.checkpoints, step, cpu)
-    with checkpoint.giving(state):
+    with checkpoint.restoring(state):
         state = {**state, "engine": {**state["engine"], "pending": {}}}  # nobody trains here
     restore(run, checkpoint.to_device(state, device))
-    with checkpoint.giving(state):
+    with checkpoint.restoring(state):
         load_weights(run.model, evaluated_state(state))
     run.ema = None
     return run

@@ -14,7 +14,7 @@ from conadv.distributed.comm import Comm
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable
 from conadv.optim.groups import describe
-from conadv.training import checkpoint, record
+from conadv.training import checkpoint, provenance, record
 from conadv.training.build import Run
 from conadv.training.lock import Lock
 from conadv.training.observer import Observer
@@ -121,7 +121,7 @@ def open_record(run_dir: RunDir, run: Run, first: int, damaged: list[str]) -> re
     lines = record.read_lines(run_dir.record)
     run.data.bad.logged.update(line["path"] for line in lines if line["type"] == "bad_image")
     log = record.Record(run_dir.record)
-    log.write("resume", step=first, **_placement(run), damaged=damaged, time=record.now())
+    log.write("resume", step=first, **_placement(run), damaged=damaged, time=provenance.now())
     return log
 
 
@@ -129,11 +129,11 @@ def _header(run: Run) -> dict[str, Any]:
     device = run.step.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {
-        "time": record.now(),
+        "time": provenance.now(),
         "version": __version__,
-        "versions": record.versions(),
-        "machine": record.machine(name, torch.get_num_threads()),
-        "git": record.git_state(),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(name, torch.get_num_threads()),
+        "git": provenance.git_state(),
         "recipe": run.config.recipe,
         "seed": run.config.seed,
         "config": run.config.model_dump(mode="json"),

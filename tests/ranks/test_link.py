@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.torture_links import HOSTS, hosts, silence
+from benchmarks.torture.links import HOSTS, hosts, silence
 from conadv.config.files import dump_yaml
 from conadv.training.checkpoint import load_newest, steps
 
