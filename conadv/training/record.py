@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from conadv import safe_io
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import write_atomic as write_atomic
+from conadv.safe_io import write_atomic
 from conadv.training.documents import LINES
 
 BESIDE = ("network", "transfer")
