@@ -15,9 +15,7 @@ def read(files: Sequence[str], alike: Sequence[str]) -> list[Json]:
     points: list[Json] = [json.loads(Path(file).read_text()) for file in files]
     for name in alike:
         if any(point[name] != points[0][name] for point in points):
-            raise SystemExit(
-                f"{', '.join(files)} differ in {name!r}: measure them again with --force."
-            )
+            raise SystemExit(f"{', '.join(files)} differ in {name!r}: measure again with --force.")
     return points
 
 
@@ -25,10 +23,6 @@ def write(
     out: str, name: str, points: Sequence[Json], alike: Sequence[str], own: Sequence[str]
 ) -> None:
     """One JSON: what is alike once, and ``own`` of every point."""
-    facts = {key: points[0][key] for key in alike}
-    content = {
-        "bench": name,
-        **facts,
-        "points": [{key: point[key] for key in own} for point in points],
-    }
+    content = {"bench": name, **{key: points[0][key] for key in alike}}
+    content["points"] = [{key: point[key] for key in own} for point in points]
     Path(out).write_text(json.dumps(content, indent=1) + "\n")

@@ -96,37 +96,32 @@ def section(what: str) -> str:
 
 
 def table(folder: Path, kind: str, options: dict[str, str], drawn: dict[str, Any]) -> pd.DataFrame:
-    comparison, metric = read_sweep(folder), options.get("on", "test_accuracy")
+    study, metric = read_sweep(folder), options.get("on", "test_accuracy")
     if kind in ("sharpness", "staleness"):
         found = drawn.get(kind) or drawn[kind.capitalize()]  # version 0.1 wrote small letters
         return pd.DataFrame(found["rows"], columns=found["head"])
-    if kind == "against":
-        bases = {base: comparison.latest[base] for base in options["to"].split("; ")}
-        frame = tables.accuracy(comparison, metric)
-        others = [
-            next(b for n, b in bases.items() if a.name.startswith(n)) for a in comparison.arms
-        ]
-        pairs = zip(comparison.arms, others, strict=True)
-        said = [tables.NONE if a is b else tables.points(a, b, metric) for a, b in pairs]
-        return frame.assign(**{"against its optimizer alone": said})
     if kind == "differences":
         pairs = [tuple(p.split(" minus ")) for p in options.get("pairs", "").split("; ") if p]
-        return tables.differences(comparison, pairs, metric)
-    return (
-        tables.accuracy(comparison, metric)
-        if kind == "accuracy"
-        else getattr(tables, kind)(comparison)
-    )
+        return tables.differences(study, pairs, metric)
+    if kind in ("costs", "tuning"):
+        return getattr(tables, kind)(study)
+    frame, bases = tables.accuracy(study, metric), options.get("to", "").split("; ")
+    if kind == "against":
+        of = {a: study.latest[next(b for b in bases if a.name.startswith(b))] for a in study.arms}
+        said = [tables.NONE if a is b else tables.points(a, b, metric) for a, b in of.items()]
+        frame["against its optimizer alone"] = said
+    return frame
 
 
 def made(summary: dict[str, Any]) -> str:
     """Seeds, command, commits, machine and versions."""
     arms = summary.get("arms") or summary["cells"]  # version 0.1 wrote cells
-    seeds = sorted({len(arm.get("seeds") or arm["results"]["test_accuracy"]) for arm in arms})
-    facts = [row[1] for row in summary["tables"].get("Made with", {}).get("rows", [])]
+    seeds = sorted({len(arm.get("seeds") or arm["results"]["steps"]) for arm in arms})
+    facts = ["; ".join(row) for row in summary["tables"].get("Made with", {}).get("rows", [])]
     facts = facts or [*summary["git"], *summary["machines"], *summary["software"]]
     said = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", "; ".join(facts))
-    return f"{' to '.join(map(str, seeds[:: len(seeds) - 1 or 1]))} seeds; `{summary['command']}`; {said}."
+    count = " to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))
+    return f"{count} seeds; `{summary['command']}`; {said}."
 
 
 def main() -> None:

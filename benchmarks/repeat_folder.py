@@ -17,9 +17,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 def repeat(source: Path, target: Path, images: int) -> int:
     """Make the links; returns how many images TARGET/train has."""
     classes = sorted(folder.resolve() for folder in source.iterdir() if folder.is_dir())
-    found = sum(
-        path.suffix.lower() in IMG_EXTENSIONS for folder in classes for path in folder.rglob("*")
-    )
+    files = [path for folder in classes for path in folder.rglob("*")]
+    found = sum(path.suffix.lower() in IMG_EXTENSIONS for path in files)
     if not found:
         raise SystemExit(f"{source} has no class folder with images.")
     copies = -(-images // found)
@@ -33,14 +32,11 @@ def repeat(source: Path, target: Path, images: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument(
-        "--images", type=int, required=True, help="at least so many in TARGET/train"
-    )
+    parser.add_argument("--images", type=int, required=True, help="at least, in TARGET/train")
     args = parser.parse_args()
     print(f"{args.target}: {repeat(args.source, args.target, args.images)} images")
 

@@ -69,20 +69,11 @@ def write_run(
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(dump_yaml(config))
     (path / "record.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    results = {
-        "ranks": 1,
-        "seed": config.seed,
-        "steps": steps,
-        "global_batch_size": config.global_batch_size,
-        "test_accuracy": accuracy,
-        "robust_accuracy": 0.4,
-        "train_accuracy": 0.99,
-        "test_loss": 0.1,
-        "seconds": 10.0,
-        "step_seconds_median": 0.05 * VIEWS[config.method],
-        "gradient_images_per_clean_image": float(VIEWS[config.method]),
-        "attack_seconds_share": 0.25 if VIEWS[config.method] == 3 else 0.0,
-    }
+    results = {"ranks": 1, "seed": config.seed, "steps": steps, "seconds": 10.0, "test_loss": 0.1}
+    results |= {"test_accuracy": accuracy, "robust_accuracy": 0.4, "train_accuracy": 0.99}
+    views, batch = VIEWS[config.method], config.global_batch_size
+    results |= {"global_batch_size": batch, "gradient_images_per_clean_image": float(views)}
+    results |= {"step_seconds_median": 0.05 * views, "attack_seconds_share": 0.25 * (views == 3)}
     if accuracy is not None:
         (path / "summary.json").write_text(json.dumps({**results, **summary}))
     return path

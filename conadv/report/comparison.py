@@ -177,10 +177,8 @@ def _arm(name: str, runs: Sequence[Run]) -> Arm:
     latest = {run.seed: run for run in order}
     used = [latest[seed] for seed in sorted(latest)]
     results = _results({run.seed: run.summary for run in used if run.summary})
-    repeats = len(runs) - len(used)
-    return Arm(
-        printable(name), results, str(used[0].config["method"]), used, len(used), repeats=repeats
-    )
+    arm = Arm(printable(name), results, str(used[0].config["method"]), used, len(used))
+    return replace(arm, repeats=len(runs) - len(used))
 
 
 def compare(
@@ -234,9 +232,8 @@ def read_sweep(path: str | Path, baseline: str | None = None) -> Comparison:
         source = cell if cell.trials or not others else others[0]
         more = [part(n, v) for n, v in cell.settings.items() if n != sweep.axis]
         # an arm without the axis in its own grid has the value in its configuration
-        x: Any = cell.settings.get(sweep.axis) or (
-            arm.runs and arm.runs[0].settings.get(sweep.axis)
-        )
+        own = arm.runs[0].settings if arm.runs else {}
+        x: Any = cell.settings.get(sweep.axis, own.get(sweep.axis))
         arm = replace(arm, name=", ".join([cell.arm, *more]), role=roles.get(cell.arm, "tested"))
         arm = replace(arm, planned=len(cell.runs), diverged=len(diverged.intersection(cell.runs)))
         arm = replace(arm, trials=cell.trials, chosen=cell.chosen, edge=_edge(source, cell.chosen))

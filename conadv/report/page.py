@@ -24,6 +24,7 @@ from conadv.report.comparison import Comparison, compare, read_sweep
 from conadv.report.figure_style import STYLE, look, to_svg
 from conadv.report.gallery_figure import draw_gallery
 from conadv.report.load import RECORD, find_runs, load_run
+from conadv.report.settings import show
 from conadv.report.sharpness import draw_sharpness
 from conadv.report.training_curves_figure import draw_curves
 from conadv.safe_io import write_atomic
@@ -147,22 +148,28 @@ def make_report(comparison: Comparison, command: str | None = None) -> Report:
 
 def _notes(c: Comparison) -> list[str]:
     runs = [run for arm in c.arms for run in arm.runs]
-    robust = ("robust_eps", "robust_steps", "robust_images")
-    ways = {str([(run.config.get("eval") or {}).get(name) for name in robust]) for run in runs}
+    measured = [run for run in runs if (run.summary or {}).get("robust_accuracy") is not None]
+    ways = {robust(run.config.get("eval") or {}) for run in measured}
     machines, versions = ({str(r.header.get(n)) for r in runs} for n in ("machine", "version"))
     unfinished, repeats = sum(a.unfinished for a in c.arms), sum(a.repeats for a in c.arms)
+    dirty = "'dirty': True" in str([run.header.get("git") for run in runs])
     found = {
         f"Runs that are not finished and not counted: {unfinished}.": unfinished,
         f"Runs not used, since a later one has their arm and seed: {repeats}.": repeats,
         "Where a run diverged there is no mean and no verdict.": any(a.diverged for a in c.arms),
         "A single seed has no spread and no interval.": any(len(a.results) == 1 for a in c.arms),
-        "Robust accuracy was measured in different ways: do not compare it.": len(ways) > 1,
+        f"Robust accuracy: {'; '.join(sorted(ways))}.": any(ways),
         "The runs were made on different machines: do not compare their times.": len(machines) > 1,
         "The runs were made by different versions of conadv.": len(versions) > 1,
-        "Some runs were made from code with uncommitted changes.": "'dirty': True"
-        in str([run.header.get("git") for run in runs]),
+        "Some runs were made from code with uncommitted changes.": dirty,
     }
     return [note for note, applies in found.items() if applies]
+
+
+def robust(evaluation: Mapping[str, Any]) -> str:
+    """How robust accuracy was measured."""
+    eps, steps, images = (evaluation.get(f"robust_{n}") for n in ("eps", "steps", "images"))
+    return f"PGD with {steps} steps, eps {show('eps', eps)}, on at most {images} test images"
 
 
 def write_report(

@@ -17,16 +17,7 @@ IN_METHOD_NAME = ("method", "staleness", "lookahead", "predictor")
 # Named only where nothing else tells two arms apart: they follow from other settings by default.
 LAST = ("eval.", "attack.step_size", "micro_batch_size")
 # None in these only says that the method or optimizer has no such setting.
-OWNED: tuple[str, ...] = (
-    "staleness",
-    "lookahead",
-    "predictor",
-    "pending_dtype",
-    "adv_",
-    "sam_",
-    "aug_weight",
-)
-OWNED += ("attack.", "optim.")
+OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_", "sam_", "aug_", "attack.")
 FIRST = ("data.source", "model.name", "optim.name", "global_batch_size", "optim.lr", "attack.eps")
 # How settings are named where the last part of their name is not enough or too much.
 WORDS = {"data.source": "", "model.name": "", "optim.name": "", "precision": ""}
@@ -66,7 +57,7 @@ def varying(arms: Sequence[Settings], *, chosen: bool = True) -> list[str]:
 
     def values(name: str) -> set[str]:
         found = {repr(arm.get(name)) for arm in arms}
-        return found - {"None"} if chosen and name.startswith(OWNED) else found
+        return found - {"None"} if chosen and name.startswith((*OWNED, "optim.")) else found
 
     names = dict.fromkeys(name for settings in arms for name in settings)
     return [name for name in names if len(values(name)) > 1]
@@ -112,8 +103,6 @@ def show(name: str, value: object) -> str:
     """A setting's value for people: eps as a fraction of 255, a dash for None."""
     if value is None:
         return "–"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(show(name, item) for item in value)
     if not isinstance(value, float):
         return str(value)
     text, pixels = f"{value:.6g}", value * 255

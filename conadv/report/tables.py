@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 
 from conadv.analysis.staleness import table as probe_table
+from conadv.config.schema import flatten
+from conadv.errors import printable
 from conadv.report.comparison import Arm, Comparison
 from conadv.report.settings import part, show, varying
 from conadv.report.sharpness import measured
@@ -19,15 +21,14 @@ Columns = Mapping[str, Callable[[Arm], str]]
 
 def table(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
     """A row per mapping; columns that hold nothing are left out."""
-    frame = pd.DataFrame(rows, dtype=object).fillna(NONE)
+    named = [{printable(name): cell for name, cell in row.items()} for row in rows]
+    frame = pd.DataFrame(named, dtype=object).fillna(NONE)
     return frame.loc[:, (frame != NONE).any()]
 
 
 def arm_table(c: Comparison, columns: Columns) -> pd.DataFrame:
     """A row per arm; empty where no arm has anything in ``columns``."""
-    frame = table(
-        [c.row(arm) | {name: text(arm) for name, text in columns.items()} for arm in c.arms]
-    )
+    frame = table([c.row(a) | {name: text(a) for name, text in columns.items()} for a in c.arms])
     return frame if set(columns) & set(frame) else pd.DataFrame()
 
 
@@ -59,6 +60,11 @@ def points(arm: Arm, other: Arm | None, metric: str = "test_accuracy") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def per_image(arm: Arm) -> str:
+    """Gradient images per clean image."""
+    return number(arm.medians.gradient_images_per_clean_image, ".3g")
+
+
 def duration(seconds: float) -> str:
     """Seconds with a unit and three significant digits: 12.3 ms, 4.56 s, 78.9 min, 12.3 h."""
     units = ((1, "ms", 1e-3), (120, "s", 1), (7200, "min", 60), (math.inf, "h", 3600))
@@ -72,10 +78,10 @@ def accuracy(c: Comparison, metric: str = "test_accuracy") -> pd.DataFrame:
     names = dict(sorted(names.items(), key=lambda name: f"{name[1]}_accuracy" != metric))
     own = {f"{n} accuracy, %": lambda a, m=m: percent(a, f"{m}_accuracy") for n, m in names.items()}
     columns: dict[str, Callable[[Arm], str]] = {
-        "seeds": lambda a: f"{len(a.results)} of {a.planned}" if a.unfinished else f"{a.planned}",
-        "cost": lambda a: number(a.medians.gradient_images_per_clean_image, ".3g"),
         **dict([*own.items()][:1]),
         "against the baseline": lambda a: points(a, c.baseline(a), metric),
+        "cost": per_image,
+        "seeds": lambda a: f"{len(a.results)} of {a.planned}" if a.unfinished else f"{a.planned}",
         **own,
         "test loss": lambda a: NONE if a.diverged else spread(a.values("test_loss"), ".3f"),
     }
@@ -103,9 +109,7 @@ def costs(c: Comparison) -> pd.DataFrame:
         return f"{best.name}: {points(arm, best)}" if best else NONE
 
     columns: Columns = {
-        "gradient images per image": lambda a: number(
-            a.medians.gradient_images_per_clean_image, ".3g"
-        ),
+        "gradient images per image": per_image,
         "of the whole training": lambda a: number(a.medians.gradient_images, ",.0f"),
         "step time": lambda a: duration(a.medians.step_seconds_median),
         "times the baseline's": slower,
@@ -144,17 +148,14 @@ def staleness(c: Comparison) -> pd.DataFrame:
 
     def ages(arm: Arm) -> str:
         steps = [run.steps for run in arm.runs if "weight_version" in run.steps]
-        age = pd.concat(
-            [s["step"] - s["weight_version"] for s in steps] or [pd.Series(dtype=float)]
-        )
-        shares = age.value_counts(normalize=True).sort_index()
+        age = [age for s in steps for age in (s["step"] - s["weight_version"]).dropna()]
+        shares = pd.Series(age, dtype=float).value_counts(normalize=True).sort_index()
         return ", ".join(f"{age:.0f}: {100 * share:.1f} %" for age, share in shares.items()) or NONE
 
-    configured: Columns = {
-        "configured": lambda a: show("", a.runs[0].config.get("staleness")) if a.runs else NONE,
-        "measured: share of steps": ages,
-    }
-    return arm_table(c, configured)
+    def configured(arm: Arm) -> str:
+        return show("", arm.runs[0].config.get("staleness")) if arm.runs else NONE
+
+    return arm_table(c, {"configured": configured, "measured: share of steps": ages})
 
 
 def probes(c: Comparison) -> pd.DataFrame:
@@ -162,9 +163,8 @@ def probes(c: Comparison) -> pd.DataFrame:
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     names = {"kept": "loss increase", "relative_error": "prediction error"}
     for arm in c.arms:
-        for found in probe_table(line for run in arm.runs for line in run.probes).to_dict(
-            "records"
-        ):
+        found_of_arm = probe_table(line for run in arm.runs for line in run.probes)
+        for found in found_of_arm.to_dict("records"):
             start = c.row(arm) | {"tau": f"{found['tau']}", "predictor": found["predictor"]}
             row = rows.setdefault(tuple(start.values()), start) if found["tau"] else {}
             for field, name in names.items():
@@ -174,25 +174,20 @@ def probes(c: Comparison) -> pd.DataFrame:
 
 def phases(c: Comparison) -> pd.DataFrame:
     """Mean milliseconds of a step in every phase, without the first step of each run."""
-    means = {
-        arm.name: 1e3
-        * pd.concat([r.steps.filter(like="phases.").iloc[1:] for r in arm.runs]).mean()
-        for arm in c.latest.values()
-        if arm.runs
-    }
-    frame = (
-        pd.DataFrame(means).T.map(number, form=".1f").rename(columns=lambda n: n.partition(".")[2])
-    )
-    return frame.reset_index(names="arm") if len(frame.columns) else frame
+    rows = []
+    for name, arm in c.latest.items():
+        steps = [run.steps.filter(like="phases.").iloc[1:] for run in arm.runs]
+        means = pd.concat(steps or [pd.DataFrame()]).mean()
+        named = {phase.partition(".")[2]: number(1e3 * s, ".1f") for phase, s in means.items()}
+        rows += [{"arm": name} | named] if named else []
+    return table(rows)
 
 
 def settings(c: Comparison) -> pd.DataFrame:
     """The settings that differ between the arms, each at its largest x."""
     arms = {name: arm.runs[0].settings for name, arm in c.latest.items() if arm.runs}
     names = varying(list(arms.values()))
-    return table(
-        [{"setting": n} | {arm: show(n, s.get(n)) for arm, s in arms.items()} for n in names]
-    )
+    return table([{"setting": n} | {a: show(n, s.get(n)) for a, s in arms.items()} for n in names])
 
 
 def runs(c: Comparison) -> pd.DataFrame:
@@ -206,17 +201,7 @@ def runs(c: Comparison) -> pd.DataFrame:
 
 def origin(c: Comparison) -> pd.DataFrame:
     """Machines, versions and commits of the runs."""
-    headers = [run.header for arm in c.arms for run in arm.runs]
-    found = [
-        (n, words(h[n]))
-        for n in ("machine", "versions", "version", "git")
-        for h in headers
-        if h.get(n)
-    ]
-    return table([{"what": name, "value": value} for name, value in dict.fromkeys(found)])
-
-
-def words(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {words(item)}" for key, item in value.items() if item is not None)
-    return show("", value)
+    kept = ("machine.", "versions.", "version", "git.")
+    headers = [flatten(run.header) for arm in c.arms for run in arm.runs]
+    made = [{k: f"{v}" for k, v in found.items() if k.startswith(kept)} for found in headers]
+    return table([*{f"{one}": one for one in made}.values()])
