@@ -12,15 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from conadv import (
-    FGSM,
-    Comm,
-    Concurrent,
-    PixelSpace,
-    TrainStep,
-    WindowedLoader,
-    split_batchnorm,
-)
+from conadv import FGSM, Comm, Concurrent, PixelSpace, TrainStep, WindowedLoader, split_batchnorm
 
 
 def network() -> nn.Module:
@@ -39,42 +31,27 @@ def main(epochs: int = 8, limit: int = 1000, folder: str | None = None) -> float
     x = space.normalize(torch.tensor(digits.images, dtype=torch.float32).div(16).unsqueeze(1))
     y = torch.tensor(digits.target)
 
-    model = split_batchnorm(network(), "adv").to(
-        accelerator.device
-    )  # 1: batch norm gets an adversarial route
+    model = split_batchnorm(network(), "adv").to(accelerator.device)  # 1: an adversarial route
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    loader = accelerator.prepare(
-        DataLoader(TensorDataset(x[:limit], y[:limit]), 100, shuffle=True, drop_last=True)
-    )
+    data = TensorDataset(x[:limit], y[:limit])
+    loader = accelerator.prepare(DataLoader(data, 100, shuffle=True, drop_last=True))
     method = Concurrent(FGSM(eps=0.1, space=space), staleness=1)
-    step = TrainStep(
-        model, optimizer, method, comm=Comm.from_process_group(accelerator.device)
-    )  # 2
-    accelerator.register_for_checkpointing(
-        model, optimizer
-    )  # the same in all processes: the first one saves it
+    comm = Comm.from_process_group(accelerator.device)
+    step = TrainStep(model, optimizer, method, comm=comm)  # 2
+    accelerator.register_for_checkpointing(model, optimizer)  # alike in all processes
 
-    pairs = WindowedLoader(
-        loader, step.ahead, epochs
-    )  # 3: see one batch ahead, also into the next epoch
+    pairs = WindowedLoader(loader, step.ahead, epochs)  # 3: see one batch ahead
     for _ in range(epochs):
         for batch, future in pairs:
-            record = step(
-                batch, future
-            )  # 4: gradient of both views, attack on the next batch, update
+            record = step(batch, future)  # 4: gradient, attack, update
         accelerator.print(f"loss {record.loss:.3f}, staleness {record.staleness}")
     if folder is not None:
         accelerator.save_state(folder)
-        torch.save(
-            step.state_dict(), f"{folder}/conadv_{accelerator.process_index}.pt"
-        )  # the images that wait here
+        name = f"conadv_{accelerator.process_index}.pt"  # the images that wait in this process
+        torch.save(step.state_dict(), f"{folder}/{name}")
 
-    accuracy = (
-        (model.eval()(x[1000:].to(accelerator.device)).argmax(1).cpu() == y[1000:])
-        .float()
-        .mean()
-        .item()
-    )
+    found = model.eval()(x[1000:].to(accelerator.device)).argmax(1).cpu()
+    accuracy = (found == y[1000:]).float().mean().item()
     accelerator.print(f"test accuracy {100 * accuracy:.1f} %")
     return accuracy
 

@@ -20,42 +20,29 @@ class Digits(L.LightningModule):
         super().__init__()
         self.images, self.epochs, self.resumed = images, epochs, {}
         self.automatic_optimization = False  # a step has two losses, and an attack beside them
-        layers = (
-            nn.Conv2d(1, 32, 3, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 64, 10),
-        )
+        layers = [nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(32 * 64, 10)]
         self.model = split_batchnorm(nn.Sequential(*layers), "adv")
 
     def train_dataloader(self) -> WindowedLoader:
-        loader = DataLoader(
-            self.images, 100, sampler=DistributedSampler(self.images, 1, 0)
-        )  # its order is by epoch
-        return WindowedLoader(
-            loader, METHOD.ahead, self.epochs, start=self.resumed.get("version", 0) // len(loader)
-        )
+        # the sampler's order is by epoch
+        loader = DataLoader(self.images, 100, sampler=DistributedSampler(self.images, 1, 0))
+        start = self.resumed.get("version", 0) // len(loader)
+        return WindowedLoader(loader, METHOD.ahead, self.epochs, start=start)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
 
     def on_train_start(self) -> None:
-        self.engine = TrainStep(
-            self.model, self.optimizers(), METHOD
-        )  # model and optimizer are on their device
+        self.engine = TrainStep(self.model, self.optimizers(), METHOD)
         if self.resumed:
             self.engine.load_state_dict(self.resumed)
 
     def training_step(self, pair: tuple, _: int) -> None:
-        self.log(
-            "loss", self.engine(*pair).loss, prog_bar=True
-        )  # a batch, and the one to attack meanwhile
+        self.log("loss", self.engine(*pair).loss, prog_bar=True)  # a batch, and the next
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["conadv"] = (
-            self.engine.state_dict()
-        )  # the adversarial images that wait for the next step
+        checkpoint["conadv"] = self.engine.state_dict()  # the images that wait
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.resumed = checkpoint["conadv"]  # the engine is made later

@@ -26,9 +26,8 @@ def network() -> nn.Module:
 def main(epochs: int = 8) -> float:
     torch.manual_seed(0)
     digits = load_digits()
-    x_NCHW = (
-        torch.tensor(digits.images, dtype=torch.float32).div(16).unsqueeze(1)
-    )  # pixels in [0, 1]
+    pixels = torch.tensor(digits.images, dtype=torch.float32).div(16)
+    x_NCHW = pixels.unsqueeze(1)  # in [0, 1]
     y_N = torch.tensor(digits.target)
     space = PixelSpace(mean=(0.31,), std=(0.38,))
     data = TensorDataset(space.normalize(x_NCHW), y_N)
@@ -40,9 +39,7 @@ def main(epochs: int = 8) -> float:
     step = TrainStep(model, optimizer, Concurrent(FGSM(eps=0.1, space=space), staleness=1))  # 2
 
     loader = DataLoader(train, 100, shuffle=True)
-    batches = (
-        batch for _ in range(epochs) for batch in loader
-    )  # one stream, so that epochs join without a gap
+    batches = (batch for _ in range(epochs) for batch in loader)  # epochs join without a gap
     for batch, future in windows(batches, step.ahead):  # 3: see one batch ahead
         step.gradient(batch)  # 4: clean + adversarial loss, backward
         step.prepare(future)  # 5: attack the next batch at these weights

@@ -173,4 +173,4 @@ def test_lightning_goes_on_with_the_images_that_wait(
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_examples_are_short(name: str) -> None:
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 65
