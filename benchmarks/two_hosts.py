@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
 from points import Json, read, write
 
 PORT = 29501
@@ -30,9 +31,6 @@ METHODS = {
     "conadv-lookahead": "conadv + look-ahead",
 }
 INK = "#7d8590"  # readable on white and on black
-
-
-# ---- the link
 
 
 def probe(host: str, address: str, out: str) -> None:
@@ -87,20 +85,13 @@ def _receive(link: socket.socket) -> float:
     return 8e-6 * received / (time.perf_counter() - start)
 
 
-# ---- the JSON
-
-
 def join(rate: str, bench: str, link: str, out: str) -> None:
     if not Path(bench).exists():
         raise SystemExit(f"The benchmark left no result for rate {rate}.")
+    limit = {"rate_mbit": None if rate == "none" else int(rate)}
     content = json.loads(Path(bench).read_text())
-    content["link"] = {
-        "rate_mbit": None if rate == "none" else int(rate),
-        **json.loads(Path(link).read_text()),
-    }
-    temporary = Path(out).with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(out)
+    content["link"] = limit | json.loads(Path(link).read_text())
+    Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def combine(out: str, *files: str) -> None:
@@ -118,50 +109,9 @@ def rate_of(point: Json) -> float:
 
 def find(point: Json, method: str, overlap: bool) -> Json | None:
     """The row of a method at one rate."""
-    rows = point["tables"]["attack-cost"]
     labels = {"method": method, "overlap": overlap}
+    rows = point["tables"]["attack-cost"]
     return next((row for row in rows if labels.items() <= row["labels"].items()), None)
-
-
-# ---- the table
-
-
-def table(file: str) -> None:
-    """Per rate: the step of noise, the sum over hosts and the attack by themselves, and every method's overhead."""
-    content = json.loads(Path(file).read_text())
-    for overlap in (True, False):
-        print(
-            f"\nover noise, {'with' if overlap else 'without'} backward overlap [interval of the median ratio]"
-        )
-        print(
-            f"{'Mbit/s':>7} {'noise ms':>9} {'sum ms':>7} {'attack ms':>9}",
-            *(f"{m:>21}" for m in METHODS),
-            sep=" ",
-        )
-        for point in content["points"]:
-            print(_line(point, overlap))
-    print("\nddp over vanilla (above 1: the engine is faster)")
-    for point in content["points"]:
-        if (row := find(point, "ddp", True)) is not None:
-            print(f"{_name(point):>7} {_ratio(row)}")
-
-
-def _line(point: Json, overlap: bool) -> str:
-    noise, attack = find(point, "noise", overlap), attack_ms(point)
-    step = f"{noise['median_ms']:9.0f}" if noise else f"{'-':>9}"
-    cells = (
-        f"{_ratio(row) if (row := find(point, method, overlap)) else '-':>21}" for method in METHODS
-    )
-    return " ".join([f"{_name(point):>7} {step} {sum_ms(point):7.0f} {attack or 0:9.0f}", *cells])
-
-
-def _name(point: Json) -> str:
-    rate = point["link"]["rate_mbit"]
-    return "none" if rate is None else str(rate)
-
-
-def _ratio(row: Json) -> str:
-    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
 
 
 def attack_ms(point: Json) -> float | None:
@@ -172,101 +122,59 @@ def attack_ms(point: Json) -> float | None:
 
 def sum_ms(point: Json) -> float:
     """What summing the gradients takes at the measured rate: each of n ranks sends 2 (n - 1) / n of them."""
-    row = point["tables"]["attack-cost"][0]
-    n = row["labels"]["learners"]
-    largest = max(other["labels"]["gradient_bytes"] for other in point["tables"]["attack-cost"])
+    rows = point["tables"]["attack-cost"]
+    n = rows[0]["labels"]["learners"]
+    largest = max(row["labels"]["gradient_bytes"] for row in rows)
     return float(largest * 2 * (n - 1) / n * 8e-3 / point["link"]["measured_mbit"])
 
 
-# ---- the figure
+def table(file: str) -> None:
+    """Per rate: the step of noise, the sum over hosts and the attack by themselves, and every method's overhead."""
+    for overlap in (True, False):
+        print(f"\nover noise, {'with' if overlap else 'without'} backward overlap [interval]")
+        print(" Mbit/s  noise ms  sum ms attack ms", *(f"{method:>21}" for method in METHODS))
+        for point in json.loads(Path(file).read_text())["points"]:
+            noise = find(point, "noise", overlap) or {"median_ms": float("nan")}
+            times = (rate_of(point), noise["median_ms"], sum_ms(point), attack_ms(point) or 0)
+            rows = (find(point, method, overlap) for method in METHODS)
+            print(*(f"{value:8.0f}" for value in times), *(f"{_ratio(row):>21}" for row in rows))
+
+
+def _ratio(row: Json | None) -> str:
+    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]" if row else "-"
 
 
 def draw(file: str, out: str) -> None:
     """Overhead over noise by link rate, with and without backward overlap; bands are the intervals of the medians."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    content = json.loads(Path(file).read_text())
-    points = content["points"]
-    names = [
-        "axes.edgecolor",
-        "axes.labelcolor",
-        "text.color",
-        "xtick.color",
-        "ytick.color",
-        "grid.color",
-    ]
-    colours = dict.fromkeys(names, INK)
-    look = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 10,
-        "svg.fonttype": "path",
-    }
-    with mpl.rc_context({**colours, **look, "svg.hashsalt": "conadv", "figure.facecolor": "none"}):
+    points = json.loads(Path(file).read_text())["points"]
+    inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    look = dict.fromkeys(inked, INK) | {"svg.hashsalt": "conadv", "figure.facecolor": "none"}
+    with mpl.rc_context(look):
         figure = Figure(figsize=(8.2, 3.7), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, overlap in zip(panels, (True, False), strict=True):
-            _panel(axes, points, overlap)
-        panels[0].set_ylabel("step time over noise (no attack)")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        figure.savefig(
-            out,
-            dpi=130,
-            transparent=True,
-            metadata={"Date": None} if out.endswith(".svg") else None,
-        )
-
-
-def _panel(axes: Any, points: list[Json], overlap: bool) -> None:
-    from conadv.analysis.style import COLOURS
-    from conadv.report.figure_style import MARKERS
-
-    for colour, marker, (method, label) in zip(COLOURS, MARKERS, METHODS.items(), strict=False):
-        rows = [(x, row) for x, point in enumerate(points) if (row := find(point, method, overlap))]
-        if rows:
-            x = [place for place, _ in rows]
-            axes.plot(
-                x,
-                [row["ratio"] for _, row in rows],
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                label=label,
-            )
-            low, high = ([row[end] for _, row in rows] for end in ("ratio_low", "ratio_high"))
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-    longer = [
-        x for x, point in enumerate(points) if sum_ms(point) >= (attack_ms(point) or float("inf"))
-    ]
-    if longer:
-        axes.axvspan(
-            -0.4,
-            max(longer) + 0.5,
-            color=INK,
-            alpha=0.12,
-            linewidth=0,
-            label="sum takes longer than attack",
-        )
-    axes.axhline(1, color=INK, linewidth=1)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_xlim(-0.4, len(points) - 0.6)
-    axes.set_xticks(
-        range(len(points)), ["no limit" if name == "none" else name for name in map(_name, points)]
-    )
-    axes.set_xlabel("link, Mbit/s")
-    axes.set_title(f"{'with' if overlap else 'without'} backward overlap", fontsize=10)
+        for axes, overlap in zip(figure.subplots(1, 2, sharey=True), (True, False), strict=True):
+            for method in METHODS:
+                rows = [(x, row) for x, p in enumerate(points) if (row := find(p, method, overlap))]
+                x = [place for place, _ in rows]
+                axes.plot(x, [row["ratio"] for _, row in rows], "o-", label=METHODS[method])
+                ends = ([row[end] for _, row in rows] for end in ("ratio_low", "ratio_high"))
+                axes.fill_between(x, *ends, alpha=0.2, linewidth=0)
+            for x, point in enumerate(points):  # where the sum takes longer than the attack
+                if sum_ms(point) >= (attack_ms(point) or float("inf")):
+                    axes.axvspan(x - 0.5, x + 0.5, color=INK, alpha=0.12, linewidth=0)
+            axes.axhline(1, color=INK, linewidth=1)
+            names = [str(p["link"]["rate_mbit"] or "no limit") for p in points]
+            axes.set_xticks(range(len(points)), names)
+            axes.set_xlabel("link, Mbit/s (grey: the sum takes longer than the attack)")
+            axes.set_title(f"{'with' if overlap else 'without'} backward overlap", fontsize=10)
+        figure.axes[0].set_ylabel("step time over noise (no attack)")
+        handles = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(out, dpi=130, metadata={"Date": None} if out.endswith(".svg") else None)
 
 
 COMMANDS = {"probe": probe, "join": join, "combine": combine, "table": table, "draw": draw}
 
-
-def main() -> None:
+if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in COMMANDS:
         raise SystemExit((__doc__ or "").strip())
     COMMANDS[sys.argv[1]](*sys.argv[2:])
-
-
-if __name__ == "__main__":
-    main()

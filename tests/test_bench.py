@@ -20,10 +20,9 @@ from conadv.cli.program import main
 from conadv.distributed.comm import Comm
 from conadv.distributed.teams import make_teams
 from conadv.planning import attack_cost, data_loading, timing
-from conadv.planning.attack_cost import Question
 from conadv.planning.data_loading import Loading
-from conadv.planning.timing import Case, Sample, burst, measure, median_interval, row
-from conadv.planning.trial import Shape
+from conadv.planning.timing import Case, Row, Sample, burst, measure, median_interval, row
+from conadv.planning.trial import Shape, Trial, with_method
 
 from .ranks.pool import Ranks
 
@@ -98,24 +97,25 @@ def test_a_burst_leaves_out_its_first_steps(monkeypatch: pytest.MonkeyPatch) -> 
 
 # ---- the cost of an attack
 
-TINY = AttackCostArgs(model="resnet8", width=2, image_size=8, batches=(4,), rounds=1, burst=1)
+TINY = AttackCostArgs(model="resnet8", width=2, image_size=8).config()
 
 
-def question(*methods: str, **changes: Any) -> Question:
-    return Question(TINY.config(), Shape(3, 8, 10), methods, (4,), **{"steps": 1, **changes})
+def bench(comm: Comm, attack_ranks: int, *methods: str, **options: Any) -> list[Row]:
+    """The rows of attack-cost on one batch of 4; rank 0's."""
+    teams, shape = make_teams(comm, attack_ranks), Shape(3, 8, 10)
+    options = {"methods": methods, "batches": (4,), "steps": 1, **options}
+    return attack_cost.attack_cost(TINY, shape, teams, 1, **options)
 
 
 def test_bursts_of_one_engine_go_on_where_the_last_one_ended() -> None:
     # Red when: a burst starts at step 0 again, or its last step gets no future batch (which warns in the next).
-    teams, closing = make_teams(Comm(), 0), []
-    case, *_ = attack_cost._cases(
-        question("conadv-lookahead", steps=2), teams, "conadv-lookahead", "inline", 4, closing
-    ).values()
-    engine = closing[0].__self__
+    config, teams = with_method(TINY, "conadv-lookahead"), make_teams(Comm(), 0)
+    trial = Trial(config, Shape(3, 8, 10), Comm(), 4)
+    run = attack_cost._burst(trial, teams, "inline", 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        samples = [case.run(), case.run()]
-    assert engine is not None
+        samples = [run(True), run(True)]
+    assert trial.engine.version == 2 * (timing.WARMUP + 2)
     assert set(samples[1].phases) >= {"attack", "gradient", "update"}
 
 
@@ -151,19 +151,13 @@ def test_all_ranks_run_the_cases_in_one_order(two: Ranks) -> None:
     assert nothing == []
 
 
-def bench(comm: Comm, attack_ranks: int, methods: tuple[str, ...], **changes: Any) -> list[Any]:
-    """The rows of attack-cost; rank 0's."""
-    teams = make_teams(comm, attack_ranks)
-    return attack_cost.attack_cost(question(*methods, **changes), 1, teams)
-
-
 def overlapping(comm: Comm) -> list[Any]:
-    return bench(comm, 0, ("noise", "conadv"), overlap="both")
+    return bench(comm, 0, "noise", "conadv", overlaps=(True, False))
 
 
 def serving(comm: Comm) -> list[Any]:
     methods = ("noise", "conadv", "conadv-lookahead", "recycle")
-    return bench(comm, 1, methods, executors=("inline", "ranks"))
+    return bench(comm, 1, *methods, executors=("inline", "ranks"))
 
 
 def test_attack_cost_on_two_learners(two: Ranks) -> None:
@@ -276,7 +270,7 @@ WRONG = {
     "out": ("data --out .", "is a folder"),
     "batch": ("attack-cost --batches 0", "--batches"),
     "no yardstick": ("attack-cost --methods conadv --model resnet8", "add that to --methods"),
-    "no attack ranks": ("attack-cost --executors ranks", "--attack-ranks M"),
+    "no attack ranks": ("attack-cost --executors ranks", "ranks executor needs attack ranks"),
     "one rank": ("attack-cost --attack-ranks 1", "at least one rank must be left to learn"),
     "overlap": ("attack-cost --overlap off", "no effect on one learner"),
     "stream": ("attack-cost --executors stream", "needs a CUDA device"),

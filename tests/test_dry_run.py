@@ -21,7 +21,7 @@ from conadv.cli.format import bars, plot
 from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.files import load_yaml
-from conadv.config.resolve import resolve
+from conadv.config.resolve import derive, resolve
 from conadv.config.schema import Config, replace
 from conadv.distributed.comm import Comm
 from conadv.planning import dry_run, memory, micro_batch
@@ -34,8 +34,7 @@ from conadv.planning.timing import Sample
 from conadv.planning.trial import Shape, Trial
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
-from conadv.training.build import Run as Parts
-from conadv.training.build import build
+from conadv.training.build import Run, build, make_schedule
 from conadv.training.loop import train
 from conadv.training.record import read_lines
 
@@ -156,7 +155,7 @@ def test_ranks_agree_on_the_smallest_answer(monkeypatch: pytest.MonkeyPatch) -> 
         ranks=2,
         is_main=True,
         agreed=nullcontext,
-        all_reduce=lambda tensor: tensor,
+        barrier=lambda: None,
         gather_objects=lambda value: [value, 8, 32],
         broadcast_object=lambda value: value,
     )
@@ -226,16 +225,14 @@ def test_a_dry_run_tells_what_the_run_then_is(tmp_path: Path) -> None:
     seen = look(settings, out)
     assert not out.exists()
     summary = train(settings, out)
-    assert (seen.steps, seen.steps / seen.steps_per_epoch) == (summary["steps"], summary["epochs"])
+    assert seen.run.derived.steps == summary["steps"]
     assert seen.checkpoint == pytest.approx(checkpoint_tensors(out, 2), rel=0.01)
     assert seen.checkpoints == 2
     assert seen.gradient_images == summary["gradient_images_per_clean_image"]
     # two batches of 64 images, half of them attacked, 8 x 8 pixels in float32 and a label each
     assert seen.waiting == 2 * 32 * (64 * 4 + 8)
-    header, *lines = read_lines(out / "record.jsonl")
-    rates = [line["lr"] for line in lines if line["type"] == "step"]
-    assert list(map(seen.schedule, range(4))) == rates
-    assert seen.groups == header["parameter_groups"]
+    rates = [line["lr"] for line in read_lines(out / "record.jsonl") if line["type"] == "step"]
+    assert list(map(make_schedule(seen.run.config, seen.run.derived), range(4))) == rates
     assert look(settings, out, resume=True).first_step == 4
 
 
@@ -346,59 +343,61 @@ DIFFERENCES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
+def digits() -> Run:
     return build(resolve(config(micro_batch_size=16)), CPU)
+
+
+def changed(run: Run, learners: int = 1, **changes: Any) -> Run:
+    """``run`` with other settings, on so many learners."""
+    new = replace(run.config, **changes)
+    derived = derive(new, run.data.train_size, learners)
+    teams = dataclasses.replace(run.teams, learners=tuple(range(learners)))
+    return dataclasses.replace(run, config=new, derived=derived, teams=teams)
 
 
 @pytest.mark.parametrize(
     ("where", "changes", "message"), DIFFERENCES, ids=[message for *_, message in DIFFERENCES]
 )
 def test_a_dry_run_names_what_the_profile_is_not_of(
-    where: str, changes: dict[str, Any], message: str, parts: Parts
+    where: str, changes: dict[str, Any], message: str, digits: Run
 ) -> None:
     # Red when: a line of the comparison goes, or a run is told something of what was measured.
-    profile = PROFILE
+    profile, run = PROFILE, digits
     if where == "config":
-        parts = dataclasses.replace(parts, config=replace(parts.config, **changes))
+        run = changed(digits, **changes)
     elif where == "workload":
         work = profile.workload.model_copy(update=changes)
         profile = profile.model_copy(update={"workload": work})
     else:
         profile = profile.model_copy(update=changes)
-    notes = set(predicted_time(parts, Planner(profile)).notes) - {"without loading images"}
+    notes = set(predicted_time(run, Planner(profile)).notes) - {"without loading images"}
     (named,) = notes or {""}
     assert message in named
     assert bool(message) == bool(named)
 
 
-def test_the_time_of_several_ranks_is_that_of_the_cost_model(parts: Parts) -> None:
+def test_the_time_of_several_ranks_is_that_of_the_cost_model(digits: Run) -> None:
     # Red when: accumulation or a rank is left out, or ranks or a given link are taken for measured.
-    teams = dataclasses.replace(parts.teams, learners=(0, 1))
-    several = dataclasses.replace(
-        parts, teams=teams, config=replace(parts.config, micro_batch_size=8)
-    )
+    several = changed(digits, 2, micro_batch_size=8)
     given = Planner(PROFILE, link_of(PROFILE, 0.1, 1000.0))
+    layout = Layout(2, 0, 8, 4)
     found = predicted_time(several, given, link_given=True)
-    assert found.step == given.predict("conadv", Layout(2, 0, 8, 4)).step
+    assert found.step == given.predict("conadv", layout).step
     assert any("extrapolated: link" in note for note in found.notes)
-    sequential = dataclasses.replace(several, config=replace(several.config, staleness=0))
-    assert (
-        predicted_time(sequential, given).step == given.predict("disadv", Layout(2, 0, 8, 4)).step
-    )
+    sequential = predicted_time(changed(several, 2, staleness=0), given)
+    assert sequential.step == given.predict("disadv", layout).step
     with pytest.raises(ConadvError, match="or give --link-gbit and --latency-us"):
         predicted_time(several, Planner(PROFILE))
     with pytest.raises(ConadvError, match="cannot predict sam"):
-        predicted_time(
-            dataclasses.replace(parts, config=replace(parts.config, method="sam")), given
-        )
+        predicted_time(changed(digits, method="sam"), given)
 
 
 def test_the_time_of_trial_steps_counts_every_micro_batch(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
+    digits: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: the time is that of one micro-batch, or the notes leave out what is not measured.
     monkeypatch.setattr(dry_run, "burst", lambda step, count: Sample(0.25))
-    found = dry_run.trial_time(parts, DIGITS)
+    found = dry_run.trial_time(digits, DIGITS)
     assert found.step == 4 * 0.25
     assert "counted once per micro-batch" in found.notes[-1]
 
@@ -409,7 +408,7 @@ def test_the_command_predicts_from_a_profile(
     # Red when: the profile or the given link does not get as far as the prediction.
     planners: list[tuple[Planner, bool]] = []
 
-    def remember(parts: Parts, planner: Planner, link_given: bool) -> dry_run.Time:
+    def remember(run: Run, planner: Planner, link_given: bool) -> dry_run.Time:
         planners.append((planner, link_given))
         return dry_run.Time(2.0, "predicted from the profile", ())
 

@@ -147,17 +147,23 @@ def attack_cost(options: AttackCostArgs) -> None:
     """Measure; rank 0 prints and writes. Ranks: all of torchrun's processes call it."""
     from conadv.distributed.comm import Comm
     from conadv.distributed.teams import make_teams
-    from conadv.planning.attack_cost import Question, attack_cost
+    from conadv.planning.attack_cost import attack_cost
     from conadv.planning.trial import Shape
 
     world = Comm.from_environment(options.device, options.comm_timeout)
     try:
         teams = make_teams(world, options.attack_ranks)
-        executors: Sequence[str] = ["inline", "ranks"][: 1 + bool(options.attack_ranks)]
-        executors = options.executors or executors
-        shape = Shape(options.channels, options.image_size, options.classes)
-        asked = (options.methods, options.batches, executors, options.overlap, options.burst)
-        rows = attack_cost(Question(options.config(), shape, *asked), options.rounds, teams)
+        rows = attack_cost(
+            options.config(),
+            Shape(options.channels, options.image_size, options.classes),
+            teams,
+            options.rounds,
+            methods=options.methods,
+            batches=options.batches,
+            executors=options.executors or ["inline", "ranks"][: 1 + bool(options.attack_ranks)],
+            overlaps={"on": (True,), "off": (False,), "both": (True, False)}[options.overlap],
+            steps=options.burst,
+        )
         ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers)}
         if world.is_main:
             complete = [asdict(row) | _rates(row) for row in rows]

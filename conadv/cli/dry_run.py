@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,23 +12,27 @@ from conadv.cli.format import duration, plot
 from conadv.errors import printable
 from conadv.planning.dry_run import Preview
 from conadv.planning.memory import gib
+from conadv.training.build import make_schedule, overview
 
 HEIGHT = 8
 
 
-def show(shown: Preview, title: str, console: Console | None = None) -> None:
+def show(shown: Preview, console: Console | None = None) -> None:
     """Write a preview to ``console`` (standard output by default); fits into 80 columns."""
     console = console or Console(highlight=False)
-    console.print(Text(printable(f"{title}: dry run"), style="bold"))
-    for line in shown.overview:
+    run, steps = shown.run, shown.run.derived.steps
+    title = f"{run.config.recipe} {run.config.method}: dry run"
+    console.print(Text(printable(title), style="bold"))
+    for line in overview(run):
         console.print(printable(line), markup=False)
-    epochs = shown.steps / shown.steps_per_epoch
-    console.print(f"\nlearning rate over {shown.steps} steps ({epochs:.4g} epochs)")
+    epochs = run.derived.epochs
+    console.print(f"\nlearning rate over {steps} steps ({epochs:.4g} epochs)")
     ascii_only = not (console.encoding or "").lower().startswith("utf")
     width = min(console.width, 100) - 1
-    for line in plot(shown.schedule, shown.steps, width, HEIGHT, ascii_only=ascii_only):
+    schedule = make_schedule(run.config, run.derived)
+    for line in plot(schedule, steps, width, HEIGHT, ascii_only=ascii_only):
         console.print(line, markup=False, no_wrap=True, overflow="crop")
-    console.print(_groups(shown))
+    console.print()
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -43,36 +46,26 @@ def show(shown: Preview, title: str, console: Console | None = None) -> None:
     )
 
 
-def _groups(shown: Preview) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for name in ("group", "tensors", "parameters", "weight decay", "trust ratio"):
-        table.add_column(name, justify="left" if name == "group" else "right")
-    for group in shown.groups:
-        numbers = f"{group['tensors']:,}", f"{group['parameters']:,}", f"{group['weight_decay']:g}"
-        table.add_row(group["name"], *numbers, "yes" if group["adapt"] else "no")
-    return table
-
-
 def _needs(shown: Preview) -> dict[str, str]:
     """What is needed, beside what is there."""
-    images = ", ".join(f"{count:,} {name}" for name, count in shown.images.items() if count)
-    files = (
-        f"; {shown.files_read:,} files read, {len(shown.bad_files)} bad" if shown.files_read else ""
-    )
+    data, held_out = shown.run.data, shown.run.data.source.validation
+    held = f", {len(held_out.labels):,} held out" if held_out is not None else ""
+    read, bad = shown.files_read, shown.bad_files
+    files = f"; {read:,} files read, {len(bad)} bad" if read else ""
     free = "not known" if shown.memory_free is None else gib(shown.memory_free)
     waiting = f", {gib(shown.waiting)} of it images that wait" if shown.waiting else ""
-    left = shown.steps - shown.first_step
-    time, how = shown.time.step, shown.time.source
+    left = shown.run.derived.steps - shown.first_step
+    step, how = shown.time.step, shown.time.source
     needs = {
-        "data": f"{images} images{files}",
-        "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free on {shown.device}",
+        "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images{files}",
+        "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free",
         "disk": f"{shown.checkpoints} checkpoint(s) of about {gib(shown.checkpoint)}{waiting}; "
         f"{gib(shown.disk_free)} free",
         "cost": f"{shown.gradient_images:.3f} gradient images per clean image",
-        "time": f"about {duration(time * left)}: {left:,} steps of {duration(time)}, {how}",
+        "time": f"about {duration(step * left)}: {left:,} steps of {duration(step)}, {how}",
     }
-    if shown.bad_files:
-        needs["left out"] = f"cannot be read: {shown.bad_files[0]}"
+    if bad:
+        needs["left out"] = f"cannot be read: {bad[0]}"
     if shown.first_step:
         needs["resume"] = f"would go on from step {shown.first_step}"
     return needs
@@ -82,11 +75,13 @@ def draw(shown: Preview, path: Path) -> None:
     """The learning rate over epochs as a PNG."""
     from matplotlib.figure import Figure
 
+    derived = shown.run.derived
+    last, schedule = derived.steps - 1, make_schedule(shown.run.config, derived)
+    steps = sorted({i * last // 999 for i in range(1000)})
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    count = min(shown.steps, 1000)
-    steps = [i * (shown.steps - 1) // max(1, count - 1) for i in range(count)]
-    axes.plot([step / shown.steps_per_epoch for step in steps], list(map(shown.schedule, steps)))
+    epochs = [step / derived.steps_per_epoch for step in steps]
+    axes.plot(epochs, list(map(schedule, steps)))
     axes.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,7 @@ def _train(config: Config, options: RunOptions) -> None:
     set_threads(options.threads)
     from conadv.distributed.comm import Comm
     from conadv.engine.execution import Execution
+    from conadv.planning.micro_batch import settle
     from conadv.training.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -149,17 +150,14 @@ def _train(config: Config, options: RunOptions) -> None:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     comm = Comm.from_environment(options.device, options.comm_timeout)
     try:
-        if config.micro_batch_size == "auto":
-            from conadv.planning.micro_batch import settle
-
-            config = settle(
-                config,
-                comm,
-                out,
-                attack_ranks=options.attack_ranks,
-                goes_on=options.resume or options.auto_resume or restarted,
-                tell=observer.message if comm.is_main else lambda line: None,
-            )
+        config = settle(
+            config,
+            comm,
+            out,
+            attack_ranks=options.attack_ranks,
+            goes_on=options.resume or options.auto_resume or restarted,
+            tell=observer.message if comm.is_main else lambda line: None,
+        )
         if options.dry_run:
             _dry_run(config, out, options, execution, comm, observer)
         else:
@@ -234,7 +232,7 @@ def _dry_run(
     finally:
         observer.finish()
     if comm.is_main and not options.quiet:
-        show(found, f"{config.recipe} {config.method}")
+        show(found)
 
 
 def _recipe_list() -> str:

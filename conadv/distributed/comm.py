@@ -210,6 +210,10 @@ class Comm:
         """``tensor`` summed over ranks, in place."""
         return tensor if self.ranks == 1 else self.all_reduce_async(tensor).wait()
 
+    def barrier(self) -> None:
+        """No rank goes on before all are here."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+
     def any(self, flags: Tensor) -> Tensor:
         """Where ``flags`` (bool) is true on any rank."""
         if self.ranks == 1:

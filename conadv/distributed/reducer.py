@@ -44,6 +44,29 @@ class Bucket(NamedTuple):
     late: bool  # whether the last pass can still change its gradients
 
 
+def cut(
+    params: Sequence[Tensor],
+    order: Sequence[int],
+    cap: int = int(BUCKET_MIB * MIB),
+    first: int | None = None,
+) -> Iterator[list[int]]:
+    """Numbers of ``params`` in ``order``, in groups of one dtype that are full when they reach ``cap`` bytes.
+
+    ``first``: a smaller cap of the first group, which is to leave early.
+    """
+    members: list[int] = []
+    size, full = 0, min(cap, first or cap)
+    for number in order:
+        p = params[number]
+        if members and (size >= full or p.dtype != params[members[0]].dtype):
+            yield members
+            members, size, full = [], 0, cap
+        members.append(number)
+        size += p.nbytes
+    if members:
+        yield members
+
+
 class GradientReducer:
     """Sums the gradients of a model's trainable parameters over ranks. One per engine, for several
     ranks.
@@ -190,28 +213,20 @@ class GradientReducer:
         late, takes_part = self._comm.any(flags).tolist()
         # backward goes from the last layer to the first, so gradients become final in this order
         order = [number for number in reversed(range(len(self._params))) if takes_part[number]]
-        early = self._cut([number for number in order if not late[number]], late=False)
-        self._buckets = [*early, *self._cut([n for n in order if late[n]], late=True)]
+        parts = {
+            late_ones: [n for n in order if late[n] == late_ones] for late_ones in (False, True)
+        }
+        self._buckets = [
+            self._bucket(members, late_ones)
+            for late_ones, numbers in parts.items()
+            for members in cut(self._params, numbers, self._cap, first=MIB if late_ones else None)
+        ]
         self._slots = {
             number: (place, view)
             for place, bucket in enumerate(self._buckets)
             for number, view in zip(bucket.members, bucket.views, strict=True)
         }
         self._key = self._views
-
-    def _cut(self, order: Sequence[int], late: bool) -> Iterator[Bucket]:
-        """Buckets that are full when they reach the cap, each of one dtype."""
-        members: list[int] = []
-        size, cap = 0, min(MIB, self._cap) if late else self._cap
-        for number in order:
-            p = self._params[number]
-            if members and (size >= cap or p.dtype != self._params[members[0]].dtype):
-                yield self._bucket(members, late)
-                members, size, cap = [], 0, self._cap
-            members.append(number)
-            size += p.nbytes
-        if members:
-            yield self._bucket(members, late)
 
     def _bucket(self, members: Sequence[int], late: bool) -> Bucket:
         params = [self._params[number] for number in members]

@@ -8,8 +8,8 @@ Attack ranks serve the burst that the learners run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -32,93 +32,64 @@ EXECUTORS: dict[str, Callable[[Teams], Executor]] = {
     "stream": lambda teams: Stream(),
     "ranks": Ranks,
 }
-Burst = Callable[[bool], Sample]
-"""Run a burst on this rank, with backward overlap or without."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What to time. batches: clean images per rank and step. steps: of a burst, after WARMUP others.
+def attack_cost(
+    config: Config,
+    shape: Shape,
+    teams: Teams,
+    rounds: int,
+    *,
+    methods: Sequence[str],
+    batches: Sequence[int],
+    executors: Sequence[str] = ("inline",),
+    overlaps: Sequence[bool] = (True,),
+    steps: int = 4,
+) -> list[Row]:
+    """Time a step of each method, batch (clean images per rank) and executor.
 
-    executors: "inline", "stream" or "ranks", for conadv; other methods run inline. overlap: "on", "off"
-    or "both": whether gradients leave for the other ranks while backward still runs.
+    executors: those of conadv; other methods run inline. overlaps: whether gradients leave for the
+    other ranks while backward still runs. steps: of a burst, after WARMUP others.
+    Ranks: all of ``teams.world`` call it; rank 0 gets the rows.
     """
-
-    config: Config
-    shape: Shape
-    methods: Sequence[str]
-    batches: Sequence[int]
-    executors: Sequence[str] = ("inline",)
-    overlap: str = "on"
-    steps: int = 4
-
-
-def attack_cost(question: Question, rounds: int, teams: Teams) -> list[Row]:
-    """Time the cases. Ranks: all of ``teams.world`` call it; rank 0 gets the rows."""
-    with teams.world.agreed():
-        _check(question, teams)
+    if False in overlaps and len(teams.learners) == 1:
+        raise ConadvError(
+            "--overlap has no effect on one learner: nothing is sent during backward."
+        )
     torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest kernels, for all cases
     cases: dict[str, Case] = {}
-    closing: list[Callable[[], object]] = []
-    for size in question.batches:
-        for method in question.methods:
-            for how in question.executors if method in CONCURRENT else ("inline",):
-                cases |= _cases(question, teams, method, how, size, closing)
-    with teams.world.agreed():
-        for name, case in cases.items():
-            if case.yardstick not in cases:
-                raise ConadvError(
-                    f"{name!r} is compared with {case.yardstick!r}: add that to --methods."
+    opened: list[Executor] = []
+    for size, method in product(batches, methods):
+        for how in executors if method in CONCURRENT else ("inline",):
+            opened.append(EXECUTORS[how](teams))
+            numbers = teams.micro_batches(1)
+            trial = Trial(with_method(config, method), shape, teams.comm, size, numbers, opened[-1])
+            run = _burst(trial, teams, how, steps)
+            gradients = trial.engine.trainable().values()
+            labels = {
+                "method": method,
+                "executor": how,
+                "local_batch_size": size,
+                "images": size * len(teams.learners),
+                "learners": len(teams.learners),
+                "ranks": len(teams.learners) + (len(teams.attackers) if how == "ranks" else 0),
+                "gradient_bytes": sum(p.nbytes for p in gradients),
+            }
+            for overlap in overlaps:
+                noise = name_of("noise", "inline", size, overlap)
+                about = labels | {"overlap": overlap and len(teams.learners) > 1}
+                cases[name_of(method, how, size, overlap)] = Case(
+                    partial(run, overlap), noise, about
                 )
+    for name, case in cases.items():
+        if case.yardstick not in cases:
+            raise ConadvError(
+                f"{name!r} is compared with {case.yardstick!r}: add that to --methods."
+            )
     rows = measure(cases, rounds, teams.world)
-    for close in closing:
-        close()
+    for executor in opened:
+        executor.close()
     return rows
-
-
-def _check(question: Question, teams: Teams) -> None:
-    if "ranks" in question.executors and not teams.attackers:
-        raise ConadvError("--executors ranks needs --attack-ranks M, under torchrun.")
-    if "stream" in question.executors and teams.comm.device.type != "cuda":
-        raise ConadvError("--executors stream needs a CUDA device: give --device cuda.")
-    if question.overlap != "on" and len(teams.learners) == 1:
-        raise ConadvError(
-            f"--overlap {question.overlap} has no effect on one learner: nothing is sent during backward."
-        )
-
-
-def _cases(
-    question: Question,
-    teams: Teams,
-    method: str,
-    how: str,
-    size: int,
-    closing: list[Callable[[], object]],
-) -> dict[str, Case]:
-    """One engine, with and without backward overlap as the question says."""
-    learners = len(teams.learners)
-    config = with_method(question.config, method)
-    executor = EXECUTORS[how](teams)
-    numbers = teams.micro_batches(1)
-    trial = Trial(config, question.shape, teams.comm, size, numbers, executor)
-    closing.append(executor.close)
-    run = _burst(question, trial, teams, how)
-    gradient_bytes = sum(p.nbytes for p in trial.engine.trainable().values())
-    made = {}
-    for overlap in (True, False) if question.overlap == "both" else (question.overlap == "on",):
-        labels = {
-            "method": method,
-            "executor": how,
-            "local_batch_size": size,
-            "images": size * learners,
-            "learners": learners,
-            "ranks": learners + (len(teams.attackers) if how == "ranks" else 0),
-            "overlap": overlap and learners > 1,
-            "gradient_bytes": gradient_bytes,
-        }
-        yardstick = name_of("noise", "inline", size, overlap)
-        made[name_of(method, how, size, overlap)] = Case(partial(run, overlap), yardstick, labels)
-    return made
 
 
 def name_of(method: str, how: str, size: int, overlap: bool) -> str:
@@ -128,22 +99,22 @@ def name_of(method: str, how: str, size: int, overlap: bool) -> str:
     return ", ".join([*words, *([] if overlap else ["no overlap"])])
 
 
-def _burst(question: Question, trial: Trial, teams: Teams, how: str) -> Burst:
+def _burst(trial: Trial, teams: Teams, how: str, steps: int) -> Callable[[bool], Sample]:
     """What this rank does in a burst: learn, serve the learners, or nothing."""
-    engine, steps = trial.engine, WARMUP + question.steps
+    engine, count = trial.engine, WARMUP + steps
     served = 0
 
     def learn(overlap: bool) -> Sample:
         if engine.reducer is not None:
             engine.reducer.overlap = overlap
-        return burst(trial.phases, question.steps)
+        return burst(trial.phases, steps)
 
     def serve(overlap: bool) -> Sample:
         nonlocal served
         first = served + engine.ahead
-        served += steps
+        served += count
         seen: list[list[Span]] = []
-        batches = (trial.batch(step) for step in range(first, first + steps))
+        batches = map(trial.batch, range(first, first + count))
         engine.serve(batches, lambda step, spans: seen.append(spans))
         return Sample(None, mean(map(seconds_of, seen[WARMUP:])))
 

@@ -78,10 +78,6 @@ class Layout:
         return self.local_batch * self.learners
 
     @property
-    def executor(self) -> str:
-        return "ranks" if self.attack_ranks else "inline"
-
-    @property
     def share(self) -> int:
         """Micro-batches per step of the busiest attack rank; 0 without attack ranks."""
         made = self.learners * self.accumulation
@@ -302,23 +298,23 @@ class Planner:
             steps = 2 * math.ceil(math.log2(ranks))
             tree = steps * link.latency + 2 * bucket.bytes * link.seconds_per_byte
             seconds = min(seconds, tree)
-        return Message(ready, seconds, min(seconds, sent * self._busy(link)))
+        return Message(
+            ready, seconds, min(seconds, sent * self.arithmetic * link.busy_seconds_per_byte)
+        )
 
     def _message(self, size: float, ready: float = 0.0) -> Message:
         """From one rank to another."""
         link = self._link()
         seconds = link.point_latency + size * link.point_seconds_per_byte
-        return Message(ready, seconds, min(seconds, size * self._busy(link)))
-
-    def _busy(self, link: Link) -> float:
-        return self.arithmetic * link.busy_seconds_per_byte
+        return Message(
+            ready, seconds, min(seconds, size * self.arithmetic * link.busy_seconds_per_byte)
+        )
 
     def _link(self) -> Link:
         if self.link is None:
             raise ConadvError(
-                "The profile has no link, and more than one device needs one. Measure it (torchrun "
-                "with 2 or more processes ... conadv plan PROFILE.json --measure link), or give "
-                "--link-gbit and --latency-us."
+                "The profile has no link, and more than one device needs one. Measure it with "
+                "--measure link, or give --link-gbit and --latency-us."
             )
         return self.link
 

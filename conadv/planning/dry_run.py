@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from conadv.config.resolve import accumulation, micro_batch
 from conadv.config.schema import Config
 from conadv.data.images import BadImage
 from conadv.data.splits import PhotoSplit
@@ -20,15 +18,13 @@ from conadv.distributed.environment import processes_here
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable
 from conadv.models.small import WIDTH
-from conadv.optim.groups import describe
 from conadv.planning import memory
 from conadv.planning.cost_model import KINDS, Layout, Planner
 from conadv.planning.memory import gib
 from conadv.planning.timing import burst
 from conadv.planning.trial import Shape, Trial
 from conadv.training import checkpoint
-from conadv.training.build import Run as Parts
-from conadv.training.build import build, make_schedule, overview
+from conadv.training.build import Run, build
 from conadv.training.observer import Observer, Silent
 from conadv.training.run_dir import RunDir
 from conadv.training.start import admit
@@ -48,25 +44,16 @@ class Time:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run is going to be. Sizes in bytes.
+    """What a run is going to be: its ``run``, and what they need. Sizes in bytes.
 
-    schedule: step -> learning rate. groups: the optimizer's (:func:`conadv.optim.describe`).
     files_read, bad_files: of the sample of image files. memory_free: None if it is not known.
-    gradient_images: per clean image (docs/record.md).
     waiting: the part of a checkpoint that is images for later steps. checkpoints: files at a time.
     """
 
-    overview: tuple[str, ...]
+    run: Run
     first_step: int
-    steps: int
-    steps_per_epoch: int
-    images: dict[str, int]
     files_read: int
-    bad_files: tuple[str, ...]
-    schedule: Callable[[int], float]
-    groups: list[dict[str, Any]]
-    gradient_images: float
-    device: str
+    bad_files: list[str]
     memory_needed: int
     memory_free: int | None
     checkpoint: int
@@ -74,6 +61,14 @@ class Preview:
     checkpoints: int
     disk_free: int
     time: Time
+
+    @property
+    def gradient_images(self) -> float:
+        """Per clean image (docs/record.md)."""
+        config, method = self.run.config, self.run.step.method
+        extra = (("aug", config.data.aug_view), ("adv", method.route))
+        views = ["clean", *(name for name, there in extra if there is not None)]
+        return method.gradient_images(views, self.run.derived.micro_batch_size)
 
 
 def preview(
@@ -97,20 +92,18 @@ def preview(
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
     """
     observer = observer if observer and comm.is_main else Silent()
-    run = RunDir(out)
-    config, resume = admit(config, run, comm, observer, execution, **existing)
-    parts = build(config, comm.device, observer, comm, execution)
-    data, micro = parts.data, micro_batch(config)
-    learners, attackers = len(parts.teams.learners), len(parts.teams.attackers)
+    folder = RunDir(out)
+    config, resume = admit(config, folder, comm, observer, execution, **existing)
+    run = build(config, comm.device, observer, comm, execution)
+    data, micro = run.data, run.derived.micro_batch_size
+    learners, attackers = len(run.teams.learners), len(run.teams.attackers)
     shape = Shape(data.channels, data.image_size, data.num_classes)
     with comm.agreed():
-        read, bad = read_sample(parts) if comm.is_main else (0, [])
+        read, bad = read_sample(run) if comm.is_main else (0, [])
         trial = Trial(config, shape, Comm(device=comm.device), min(2, micro))
         needed = trial.run_bytes(learners, attackers, micro)
         free = memory.available(comm.device)
-    comm.all_reduce(
-        torch.zeros(1, device=comm.device)
-    )  # a barrier: none takes memory while others look
+    comm.barrier()  # none takes memory while others look
     with comm.agreed():
         if free is not None and needed - trial.sizes.weights > free:  # the run's model is there
             raise ConadvError(
@@ -118,8 +111,8 @@ def preview(
                 "--micro-batch-size auto or a smaller one, bf16, a smaller image_size or model, or "
                 "more ranks."
             )
-        saved, waiting = checkpoint_bytes(parts, trial)
-        count, disk_free = checkpoints_at_a_time(parts), free_disk(out)
+        saved, waiting = checkpoint_bytes(run, trial)
+        count, disk_free = checkpoints_at_a_time(run), free_disk(out)
         if comm.is_main and saved * count > disk_free:
             raise ConadvError(
                 f"The checkpoints take {gib(saved * count)} ({count} of {gib(saved)}), and "
@@ -128,47 +121,33 @@ def preview(
                 "(--pending-dtype)."
             )
         if planner is None:
-            time = trial_time(parts, shape)
+            time = trial_time(run, shape)
         else:
-            time = predicted_time(parts, planner, link_given)
+            time = predicted_time(run, planner, link_given)
     slowest = max(comm.gather_objects(time.step), default=0.0)
     everyones = [value for value in comm.gather_objects(free) if value is not None]
-    done = checkpoint.steps(run.checkpoints) if resume and comm.is_main else []
-    held_out = data.source.validation
-    extra = (("aug", config.data.aug_view), ("adv", parts.step.method.route))
-    views = ["clean", *(name for name, there in extra if there is not None)]
+    done = checkpoint.steps(folder.checkpoints) if resume and comm.is_main else []
     return Preview(
-        overview=tuple(overview(parts)),
-        first_step=done[-1] if done else 0,
-        steps=parts.derived.steps,
-        steps_per_epoch=data.order.steps_per_epoch,
-        images={
-            "training": data.train_size,
-            "validation": 0 if held_out is None else len(held_out.labels),
-            "test": data.test_size,
-        },
-        files_read=read,
-        bad_files=tuple(bad),
-        schedule=make_schedule(config, parts.derived),
-        groups=describe(parts.step.optimizer.param_groups),
-        gradient_images=parts.step.method.gradient_images(views, micro),
-        device=str(comm.device),
-        memory_needed=needed,
-        memory_free=min(everyones, default=None),
-        checkpoint=saved,
-        waiting=waiting,
-        checkpoints=count,
-        disk_free=disk_free,
-        time=Time(slowest, time.source, time.notes),
+        run,
+        done[-1] if done else 0,
+        read,
+        bad,
+        needed,
+        min(everyones, default=None),
+        saved,
+        waiting,
+        count,
+        disk_free,
+        Time(slowest, time.source, time.notes),
     )
 
 
-def read_sample(parts: Parts) -> tuple[int, list[str]]:
+def read_sample(run: Run) -> tuple[int, list[str]]:
     """Image files that were read, and those of them that are broken.
 
     Raises ConadvError where the run would stop at one of them.
     """
-    source, bad, read = parts.data.source, [], 0
+    source, bad, read = run.data.source, [], 0
     for split in (source.train, source.validation, source.test):
         if not isinstance(split, PhotoSplit):
             continue
@@ -179,7 +158,7 @@ def read_sample(parts: Parts) -> tuple[int, list[str]]:
                 split.listing.read(index)
             except BadImage as error:
                 bad.append(printable(f"{error.name}: {error.reason}"))
-    if bad and not parts.data.skip_bad:
+    if bad and not run.data.skip_bad:
         raise ConadvError(
             f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}. "
             "`conadv check DIR` lists all; replace or remove them, or train with --on-bad-image skip."
@@ -190,27 +169,25 @@ def read_sample(parts: Parts) -> tuple[int, list[str]]:
 # ---- disk
 
 
-def checkpoint_bytes(parts: Parts, trial: Trial) -> tuple[int, int]:
+def checkpoint_bytes(run: Run, trial: Trial) -> tuple[int, int]:
     """Bytes of a checkpoint, and what of it is images, with labels, that wait on all ranks.
 
     The rest: weights and buffers, their average, and the optimizer's state.
     """
-    config, method = parts.config, parts.step.method
+    config, method = run.config, run.step.method
     batches = method.ahead or int(method.needs_input_gradient)
     dtype: torch.dtype = getattr(torch, config.pending_dtype or "float32")
     image = trial.sizes.image // 4 * dtype.itemsize + 8
     waiting = int(config.global_batch_size * batches * config.attack.share * image)
-    tensors = (x for x in parts.model.state_dict().values() if isinstance(x, Tensor))
+    tensors = (x for x in run.model.state_dict().values() if isinstance(x, Tensor))
     model = sum(x.nbytes for x in tensors) * (1 + (config.ema.decay is not None))
     return model + trial.sizes.optimizer_state + waiting, waiting
 
 
-def checkpoints_at_a_time(parts: Parts) -> int:
+def checkpoints_at_a_time(run: Run) -> int:
     """A new checkpoint is complete before an older one is removed."""
-    settings, planned = parts.config.checkpoint, 1
-    if settings.every_epochs is not None:
-        period = max(1, round(settings.every_epochs * parts.data.order.steps_per_epoch))
-        planned = -(-parts.derived.steps // period)
+    settings, every = run.config.checkpoint, run.derived.checkpoint_every
+    planned = -(-run.derived.steps // every) if every is not None else 1
     return min(settings.keep + 1, planned) + settings.keep_best
 
 
@@ -222,26 +199,26 @@ def free_disk(out: Path) -> int:
 # ---- time
 
 
-def trial_time(parts: Parts, shape: Shape) -> Time:
+def trial_time(run: Run, shape: Shape) -> Time:
     """From steps of one micro-batch on this device, times the accumulation. Each rank for itself."""
-    config = parts.config
-    count = accumulation(config, len(parts.teams.learners))
-    trial = Trial(config, shape, Comm(device=parts.step.device), micro_batch(config))
+    config = run.config
+    count = run.derived.accumulation
+    trial = Trial(config, shape, Comm(device=run.step.device), run.derived.micro_batch_size)
     seconds = burst(trial.phases, 1).seconds or 0.0
     notes = ["without loading images"]
-    if parts.teams.world.ranks > 1:
+    if run.teams.world.ranks > 1:
         notes.append("without communication between ranks")
     if count > 1:
         notes.append("the optimizer's update is counted once per micro-batch")
     return Time(seconds * count, "of random images on this device", tuple(notes))
 
 
-def predicted_time(parts: Parts, planner: Planner, link_given: bool = False) -> Time:
+def predicted_time(run: Run, planner: Planner, link_given: bool = False) -> Time:
     """By the cost model, for as many ranks as there are now.
 
     Raises ConadvError for what a profile cannot predict, and for several ranks without a link.
     """
-    config, teams = parts.config, parts.teams
+    config, teams = run.config, run.teams
     method = config.method + ("-lookahead" if config.lookahead else "")
     if method == "conadv" and config.staleness == 0:
         method = "disadv"
@@ -250,18 +227,18 @@ def predicted_time(parts: Parts, planner: Planner, link_given: bool = False) -> 
             f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out."
         )
     learners, attackers = len(teams.learners), len(teams.attackers)
-    layout = Layout(learners, attackers, micro_batch(config), accumulation(config, learners))
+    layout = Layout(learners, attackers, run.derived.micro_batch_size, run.derived.accumulation)
     found = planner.predict(method, layout)
     outside = planner.extrapolated(found, link_given)
-    notes = ["without loading images", *differences(parts, planner)]
+    notes = ["without loading images", *differences(run, planner)]
     if outside:
         notes.append(f"extrapolated: {', '.join(outside)} beyond what was measured")
     return Time(found.step, "predicted from the profile", tuple(notes))
 
 
-def differences(parts: Parts, planner: Planner) -> Iterator[str]:
+def differences(run: Run, planner: Planner) -> Iterator[str]:
     """Where the profile was measured on something else than this run."""
-    config, data, profile = parts.config, parts.data, planner.profile
+    config, data, profile = run.config, run.data, planner.profile
     work = profile.workload
     pairs = {
         "model": (work.model, config.model.name),
@@ -277,7 +254,7 @@ def differences(parts: Parts, planner: Planner) -> Iterator[str]:
         "attack steps": (1, config.attack.num_steps),
         "attack.share": (1, config.attack.share),
         "third view": (None, config.data.aug_view),
-        "device": (profile.device, parts.step.device.type),
+        "device": (profile.device, run.step.device.type),
         "processes per host": (profile.processes, processes_here()),
     }
     for name, (measured, mine) in pairs.items():

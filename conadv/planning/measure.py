@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from conadv.config.schema import Config, DataConfig, ModelConfig, OptimConfig
 from conadv.distributed.comm import Comm
 from conadv.distributed.environment import processes_here
+from conadv.distributed.reducer import cut
 from conadv.errors import ConadvError
 from conadv.planning.cost_model import MEASURED
 from conadv.planning.profile import (
@@ -43,24 +44,20 @@ LINK_ROUNDS = 7
 SHORTEST = 1e-12  # seconds per byte that a fit is not below: 8 Tbit/s
 
 
-def config_of(workload: Workload) -> Config:
-    """The settings of a run of ``workload``, but for the method."""
-    return Config(
+def build_trial(
+    workload: Workload, method: str, comm: Comm, micro_batch: int, **options: Any
+) -> Trial:
+    """A trial engine of a workload; ``options`` as those of :class:`Trial`."""
+    config = Config(
         steps=10**6,
         precision=workload.precision,
         channels_last=workload.channels_last,
         data=DataConfig(mean=(0.5,), std=(0.25,)),
         model=ModelConfig(name=workload.model, width=workload.width, args=workload.args),
-        optim=OptimConfig(name=workload.optimizer, lr=1.0),  # type: ignore[arg-type]
+        optim=OptimConfig(name=workload.optimizer, lr=1.0),
     )
-
-
-def build_trial(
-    workload: Workload, method: str, comm: Comm, micro_batch: int, **options: Any
-) -> Trial:
-    """A trial engine of a workload; ``options`` as those of :class:`Trial`."""
     shape = Shape(workload.channels, workload.image_size, workload.num_classes)
-    return Trial(with_method(config_of(workload), method), shape, comm, micro_batch, **options)
+    return Trial(with_method(config, method), shape, comm, micro_batch, **options)
 
 
 # ---- the phases of a step
@@ -159,15 +156,13 @@ def _buckets(trial: Trial) -> tuple[Bucket, ...]:
     for hook in hooks:
         hook.remove()
     ready = {i: statistics.median(step[i] for step in steps) for i in steps[0]}
-    order = sorted(ready, reverse=True)
-    size = {i: params[i].nbytes for i in order}
-    groups = [
-        *cut([(i, size[i]) for i in order if not ready[i]], 25 * MIB),
-        *cut([(i, size[i]) for i in order if ready[i]], MIB),
-    ]
+    early, late = (
+        [i for i in sorted(ready, reverse=True) if bool(ready[i]) == touched]
+        for touched in (False, True)
+    )
     return tuple(
-        Bucket(bytes=sum(size[i] for i in group), ready=max(ready[i] for i in group))
-        for group in groups
+        Bucket(bytes=sum(params[i].nbytes for i in group), ready=max(ready[i] for i in group))
+        for group in (*cut(params, early), *cut(params, late, first=MIB))
     )
 
 
@@ -192,22 +187,6 @@ def final_moments(spans: Sequence[Span]) -> dict[int, float]:
         number: min(1.0, (times[-1] - begin) / (end - begin)) if times[-1] >= first else 0.0
         for number, times in touches.items()
     }
-
-
-def cut(sizes: Sequence[tuple[int, int]], first: int, later: int = 25 * MIB) -> list[list[int]]:
-    """(number, bytes) pairs as groups, full when they reach ``first`` and then ``later`` bytes.
-
-    The rule of conadv.distributed.reducer for parameters of one dtype.
-    """
-    groups: list[list[int]] = []
-    room = 0
-    for number, size in sizes:
-        if room <= 0:
-            room = later if groups else first
-            groups.append([])
-        groups[-1].append(number)
-        room -= size
-    return groups
 
 
 # ---- the link between ranks

@@ -75,9 +75,7 @@ def _find(config: Config, comm: Comm, attack_ranks: int, tell: Callable[[str], N
             raise ConadvError(
                 "This system does not say how much memory is free. Give micro_batch_size a number."
             )
-    comm.all_reduce(
-        torch.zeros(1, device=device)
-    )  # a barrier: none measures what is free while another tries
+    comm.barrier()  # none measures what is free while another tries
     with comm.agreed():
         fits = fits_on_cuda if device.type == "cuda" else fits_on_cpu
         found = largest(sizes, fits(config, shape, device, learners, free))

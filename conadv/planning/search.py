@@ -65,7 +65,7 @@ class Row:
         """Plain values, with the derived ones; with ``steps`` also the seconds that they take."""
         found = self.prediction
         values = asdict(self) | {
-            "executor": found.layout.executor,
+            "executor": "ranks" if found.layout.attack_ranks else "inline",
             "images_per_second": found.images_per_second,
             "device_seconds_per_image": found.device_seconds_per_image,
         }

@@ -99,9 +99,7 @@ def interleave(
         order = list(runs)
         random.Random(number).shuffle(order)  # the same on every rank and machine
         for name in order:
-            world.all_reduce(
-                torch.zeros(1, device=world.device)
-            )  # a barrier: all begin the case together
+            world.barrier()
             samples = world.gather_objects(runs[name]())
             if number:
                 results[name].append(samples)

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from conadv import rng
-from conadv.config.resolve import optimizer_settings, resolve
-from conadv.config.schema import Config, OptimConfig, replace
+from conadv.config.resolve import resolve
+from conadv.config.schema import Config, replace
 from conadv.distributed.comm import Comm
 from conadv.engine.executors import Executor
 from conadv.models.trial import check_model
-from conadv.optim.groups import MODEL_RULES, parameter_groups
-from conadv.optim.make import build_optimizer
 from conadv.planning.cost_model import step_bytes
 from conadv.planning.profile import Sizes
-from conadv.training.build import make_model, method_of
-from conadv.training.build import make_step as make_engine
+from conadv.training.build import make_model, make_optimizer, make_step, method_of
 from conadv.types import Batch, MicroBatch, StepRecord
 
 LEARNING_RATE = 1e-6  # random labels must not blow the weights up
@@ -71,11 +66,9 @@ class Trial:
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         method = method_of(config)
-        decay = config.optim.weight_decay or 0.0
-        groups = parameter_groups(model, weight_decay=decay, rules=MODEL_RULES)
-        optimizer = make_optimizer(config.optim, groups)
+        optimizer = make_optimizer(config, model, LEARNING_RATE)
         calm = replace(config, on_nonfinite="skip", nonfinite_limit=100)
-        self.engine = make_engine(calm, model, optimizer, method, None, comm, executor)
+        self.engine = make_step(calm, model, optimizer, method, None, comm, executor)
         aug = ["aug"] if config.data.aug_view is not None else []
         views = ("clean", *method.data_views, *aug)
         self.config, self.micro_batch = config, micro_batch
@@ -102,7 +95,7 @@ class Trial:
         weights = sum(p.nbytes for p in self.engine.model.parameters())
         return Sizes(
             weights=weights,
-            optimizer_state=weights * state_copies(self.config.optim),
+            optimizer_state=weights * state_copies(self.config),
             image=x[0].nbytes,
             activations_per_image=activations(self.engine.model, x) // len(x),
             memory=1,
@@ -163,15 +156,10 @@ def random_images(
     return MicroBatch(number, y_N.to(device), images)
 
 
-def make_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
-    """The optimizer of a resolved config, with a small learning rate."""
-    return build_optimizer(optim.name, groups, LEARNING_RATE, **optimizer_settings(optim))
-
-
-def state_copies(optim: OptimConfig) -> int:
+def state_copies(config: Config) -> int:
     """Tensors of a weight's size that the optimizer keeps for it, seen after a step of a tiny layer."""
     layer = nn.Linear(2, 3)
-    optimizer = make_optimizer(optim, parameter_groups(layer, weight_decay=0.0))
+    optimizer = make_optimizer(config, layer, LEARNING_RATE)
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
