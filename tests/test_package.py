@@ -182,7 +182,12 @@ def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
-OWNERS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+OWNERS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+    "curvlinops": "curvlinops-for-pytorch",
+}
 """Whose modules have another name than their distribution."""
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from cycler import cycler
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 # A grey that can be read on a white page and on a dark one; backgrounds are transparent.
 GREY = "#768390"
