@@ -13,7 +13,6 @@ the steps, a background write takes their time: leave it one (``--threads``).
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -25,16 +24,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torchvision.models import resnet18
 
 from conadv import FGSM, LARS, Concurrent, PixelSpace, TrainStep, split_batchnorm
 from conadv.planning.timing import median_interval
-from conadv.training import provenance
 from conadv.training.allocator import keep_freed_memory
+from conadv.training.provenance import git_state, machine, now, versions
 from conadv.training.writer import Writer
 
 ARMS = ("none", "foreground", "background")
 LIMIT = 0.02  # what a background checkpoint may add to the steps between it and the next one
+
+
+@dataclass
+class Options:
+    every: int = 50
+    """Steps per checkpoint."""
+    turn: int = 10
+    """Steps of a turn."""
+    rounds: int = 60
+    batch: int = 64
+    threads: int = 1
+    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +64,9 @@ class Turn:
 
 def turn(engine: TrainStep, batch: Any, steps: int, writer: Writer | None) -> Turn:
     begin = time.perf_counter()
-    if writer is not None:
-        writer.save(engine.version, _state(engine))
+    if writer is not None:  # what a run saves: weights, optimizer state, images that wait
+        parts = {"model": engine.model, "optimizer": engine.optimizer, "engine": engine}
+        writer.save(engine.version, {name: part.state_dict() for name, part in parts.items()})
     saved = time.perf_counter()
     for _ in range(steps):
         engine(batch, batch)
@@ -63,46 +76,31 @@ def turn(engine: TrainStep, batch: Any, steps: int, writer: Writer | None) -> Tu
     return Turn(end - begin, saved - begin, time.perf_counter() - end)
 
 
-def _state(engine: TrainStep) -> dict[str, Any]:
-    """What a run saves: weights, the optimizer's state, images that wait."""
-    parts = {"model": engine.model, "optimizer": engine.optimizer, "engine": engine}
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: Options) -> dict[str, Any]:
     keep_freed_memory()  # as the program does
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     space = PixelSpace((0.0,), (1.0,))
     model = split_batchnorm(resnet18(num_classes=10), "adv")
-    engine = TrainStep(
-        model, LARS(model.parameters(), 0.1), Concurrent(FGSM(4 / 255, space=space)), space=space
-    )
+    method = Concurrent(FGSM(4 / 255, space=space))
+    engine = TrainStep(model, LARS(model.parameters(), 0.1), method, space=space)
     batch = torch.rand(options.batch, 3, 32, 32), torch.arange(options.batch) % 10
     turns: dict[str, list[Turn]] = {arm: [] for arm in ARMS}
     order = random.Random(0)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folders = {arm: Path(name) / arm for arm in ARMS[1:]}
         writers = {
-            arm: Writer(Path(folder) / arm, 1, background=arm == "background") for arm in ARMS[1:]
+            arm: Writer(folder, 1, background=arm == "background")
+            for arm, folder in folders.items()
         }
         for _ in range(options.rounds + 1):
             for arm in order.sample(ARMS, len(ARMS)):
                 turns[arm].append(turn(engine, batch, options.turn, writers.get(arm)))
-        size = sum(file.stat().st_size for file in (Path(folder) / "background").iterdir())
+        size = sum(file.stat().st_size for file in folders["background"].iterdir())
     turns = {arm: found[1:] for arm, found in turns.items()}  # the first round warms up
-    return {
-        "bench": "checkpoint_cost",
-        "time": provenance.now(),
-        "versions": provenance.versions(),
-        "machine": provenance.machine("cpu", options.threads),
-        "git": provenance.git_state(),
-        "every": options.every,
-        "steps_of_a_turn": options.turn,
-        "rounds": options.rounds,
-        "global_batch_size": options.batch,
-        "checkpoint_bytes": size,
-        **costs(turns, options.turn, options.every),
-    }
+    facts = {"time": now(), "versions": versions(), "git": git_state(), "checkpoint_bytes": size}
+    facts |= {"machine": machine("cpu", options.threads), "options": asdict(options)}
+    return facts | costs(turns, options.turn, options.every)
 
 
 def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[str, Any]:
@@ -111,30 +109,25 @@ def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[s
     "under_limit" is true or false where the whole interval of the background's share is below or above ``LIMIT``, and
     null where it is not, or where a turn ended before its checkpoint was written.
     """
-    none = turns["none"]
+    none = [each.total for each in turns["none"]]
     added = {
-        arm: [t.total - n.total for t, n in zip(turns[arm], none, strict=True)] for arm in ARMS[1:]
+        arm: [each.total - n for each, n in zip(turns[arm], none, strict=True)] for arm in ARMS[1:]
     }
-    between = [n.total / steps * every for n in none]  # seconds from one checkpoint to the next
-    shares = {
-        arm: median_interval([extra / time for extra, time in zip(found, between, strict=True)])
-        for arm, found in added.items()
+    shares = {  # of the time from one checkpoint to the next
+        arm: median_interval([x / (n / steps * every) for x, n in zip(extra, none, strict=True)])
+        for arm, extra in added.items()
     }
     unfinished = sum(each.unfinished for each in turns["background"])
     share = shares["background"]
     sure = not unfinished and not share.low <= LIMIT <= share.high
+    seconds = {arm: median_interval(values)._asdict() for arm, values in added.items()}
     return {
         "step_seconds": {
             arm: statistics.median(each.total for each in found) / steps
             for arm, found in turns.items()
         },
         "added_to_a_step": {arm: interval._asdict() for arm, interval in shares.items()},
-        "seconds_of_a_checkpoint": {
-            arm: median_interval(values)._asdict() for arm, values in added.items()
-        },
-        "call_seconds": {
-            arm: statistics.median(each.call for each in turns[arm]) for arm in ARMS[1:]
-        },
+        "seconds_of_a_checkpoint": seconds,
         "unfinished_turns": unfinished,
         "limit": LIMIT,
         "under_limit": share.high < LIMIT if sure else None,
@@ -142,23 +135,9 @@ def costs(turns: Mapping[str, Sequence[Turn]], steps: int, every: int) -> dict[s
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--every", type=int, default=50, help="steps per checkpoint")
-    parser.add_argument("--turn", type=int, default=10, help="steps of a turn")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--folder", type=Path, help="where to write (default: the temporary folder)"
-    )
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    found = measure(options)
-    print(json.dumps(found, indent=1))
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    options = tyro.cli(Options)
+    text = json.dumps(measure(options), indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")

@@ -8,12 +8,12 @@ accuracy decides. All full-batch arms of the demo use the rate chosen here for p
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
+from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from conadv.cli.demo import ARMS, Job, run_all
 from conadv.config import recipes
@@ -26,42 +26,24 @@ GRID = {
 }
 
 
-def jobs(out: Path) -> list[Job]:
-    made = []
-    for seed in SEEDS:
-        for arm, rates in GRID.items():
-            for lr in rates:
-                changes: dict[str, Any] = {
-                    **ARMS[arm],
-                    "optim__lr": lr,
-                    "seed": seed,
-                    "eval__robust_images": 0,
-                }
-                config = replace(recipes.get("digits"), **changes)
-                made.append(
-                    Job(f"{arm}, lr {lr:g}", config, out / f"{arm.split()[0]}-lr{lr:g}-seed{seed}")
-                )
-    return made
-
-
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--out", type=Path, default=Path("runs/digits_lr"))
-    out = options.parse_args().out
-    planned = jobs(out)
-    run_all(planned, os.cpu_count() or 1, quiet=False)
-    accuracies: dict[str, list[float]] = {}
-    for job in planned:
-        accuracy = json.loads((job.out / "summary.json").read_text())["test_accuracy"]
-        accuracies.setdefault(job.arm, []).append(accuracy)
-    for arm, values in sorted(accuracies.items()):
-        print(
-            f"{arm:32} {100 * mean(values):6.2f} %   {[round(100 * value, 2) for value in values]}"
-        )
-    (out / "summary.json").write_text(
-        json.dumps({"seeds": SEEDS, "test_accuracy": accuracies}, indent=1) + "\n"
-    )
+def main(out: Path) -> None:
+    jobs = []
+    for seed, (arm, rates) in product(SEEDS, GRID.items()):
+        for lr in rates:
+            changes = ARMS[arm] | {"optim__lr": lr, "seed": seed, "eval__robust_images": 0}
+            config = replace(recipes.get("digits"), **changes)
+            name = f"{arm.split()[0]}-lr{lr:g}-seed{seed}"
+            jobs.append(Job(f"{arm}, lr {lr:g}", config, out / name))
+    run_all(jobs, os.cpu_count() or 1, quiet=False)
+    found: dict[str, list[float]] = {}
+    for job in jobs:
+        summary = json.loads((job.out / "summary.json").read_text())
+        found.setdefault(job.arm, []).append(summary["test_accuracy"])
+    for arm, values in sorted(found.items()):
+        print(f"{arm:32} {mean(values):.2%}   {[round(100 * value, 2) for value in values]}")
+    content = {"seeds": SEEDS, "test_accuracy": found}
+    (out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[2] if sys.argv[1:2] == ["--out"] else "runs/digits_lr"))

@@ -25,28 +25,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from conadv import (
-    FGSM,
-    LAMB,
-    LARS,
-    Batch,
-    Comm,
-    Concurrent,
-    MicroBatch,
-    PixelSpace,
-    Sequential,
-    TrainStep,
-    frozen_stats,
-    parameter_groups,
-    route,
-    split_batchnorm,
-)
+import conadv
 from conadv.cli.bench import BenchArgs, prepare, show, write
 from conadv.models.small import SmallResNet
 from conadv.planning.timing import Case, burst, measure
 
-SPACE = PixelSpace((0.5,), (0.25,))
-ATTACK = FGSM(4 / 255, space=SPACE)
+SPACE = conadv.PixelSpace((0.5,), (0.25,))
+ATTACK = conadv.FGSM(4 / 255, space=SPACE)
 WORKLOADS = {  # depth, channels, size, images
     "ResNet-20, 32x32, batch 64": (20, 3, 32, 64),
     "ResNet-8, 8x8, batch 898": (8, 1, 8, 898),
@@ -63,33 +48,34 @@ class Args(BenchArgs):
     rounds: int = 20
 
 
-def engine(comm: Comm) -> Runs:
-    """vanilla, disadv and conadv by TrainStep and by hand; under torchrun vanilla beside DDP."""
+def engine(comm: conadv.Comm) -> Runs:
+    """conadv by conadv.TrainStep and by hand; under torchrun vanilla, beside DDP."""
     runs: Runs = {}
-    methods = {"vanilla": None, "disadv": Sequential(ATTACK), "conadv": Concurrent(ATTACK, 1)}
-    for workload, (depth, channels, size, count) in WORKLOADS.items():
+    method = conadv.Concurrent(ATTACK, 1) if comm.ranks == 1 else None
+    for name, (depth, channels, size, count) in WORKLOADS.items():
         x = torch.randn(count, channels, size, size, device=comm.device).clamp_(-2, 2)
         y = torch.randint(0, 10, (count,), device=comm.device)
-        for name, method in methods.items() if comm.ranks == 1 else [("vanilla", None)]:
-            torch.manual_seed(0)
-            model = split_batchnorm(SmallResNet(depth, 16, channels, 10), "adv").to(comm.device)
-            hand = f"{workload}: {name} by hand"
-            runs[hand] = by_hand(copy.deepcopy(model), name, x, y, comm), hand
-            step = TrainStep(
-                model, torch.optim.SGD(model.parameters(), 0.01, 0.9), method, comm=comm
-            )
-            runs[f"{workload}: {name} engine"] = partial(with_engine, step, x, y), hand
+        torch.manual_seed(0)
+        model = conadv.split_batchnorm(SmallResNet(depth, 16, channels, 10), "adv").to(comm.device)
+        hand = f"{name}: by hand"
+        runs[hand] = by_hand(copy.deepcopy(model), method, x, y, comm), hand
+        step = conadv.TrainStep(
+            model, torch.optim.SGD(model.parameters(), 0.01, 0.9), method, comm=comm
+        )
+        runs[f"{name}: engine"] = partial(with_engine, step, x, y), hand
     return runs
 
 
-def with_engine(step: TrainStep, x: Tensor, y: Tensor) -> None:
-    micro = (MicroBatch(step.comm.rank, y, {"clean": x}),)
-    ahead = Batch(step.version + step.ahead, micro) if step.ahead else None
-    step(Batch(step.version, micro), ahead)
+def with_engine(step: conadv.TrainStep, x: Tensor, y: Tensor) -> None:
+    micro = (conadv.MicroBatch(step.comm.rank, y, {"clean": x}),)
+    ahead = conadv.Batch(step.version + step.ahead, micro) if step.ahead else None
+    step(conadv.Batch(step.version, micro), ahead)
 
 
-def by_hand(model: nn.Module, method: str, x: Tensor, y: Tensor, comm: Comm) -> Callable[[], float]:
-    """A loop of one's own; the attack before (disadv) or after (conadv) backward."""
+def by_hand(
+    model: nn.Module, method: conadv.Concurrent | None, x: Tensor, y: Tensor, comm: conadv.Comm
+) -> Callable[[], float]:
+    """A loop of one's own: conadv on one rank, plain training by DistributedDataParallel on several."""
     update = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     network: Any = model
     if comm.ranks > 1:
@@ -99,19 +85,18 @@ def by_hand(model: nn.Module, method: str, x: Tensor, y: Tensor, comm: Comm) -> 
 
     def attack() -> Tensor:
         leaf = x.detach().requires_grad_()
-        with route(model, "adv"), frozen_stats(model):
+        with conadv.route(model, "adv"), conadv.frozen_stats(model):
             loss = F.cross_entropy(model(leaf), y, reduction="sum")
             return ATTACK.from_gradient(leaf, torch.autograd.grad(loss, leaf)[0])
 
     def step() -> float:
-        loss = F.cross_entropy(network(x), y) / (1 if method == "vanilla" else 2)
-        if method != "vanilla":
-            x_adv = waiting.pop() if waiting else attack()
-            loss.backward()
-            with route(model, "adv"):
-                loss = F.cross_entropy(model(x_adv), y) / 2
+        loss = F.cross_entropy(network(x), y)
+        if method is not None:
+            (loss / 2).backward()
+            with conadv.route(model, "adv"):
+                loss = F.cross_entropy(model(waiting.pop() if waiting else attack()), y) / 2
         loss.backward()
-        if method == "conadv":
+        if method is not None:
             waiting.append(attack())
         update.step()
         update.zero_grad()
@@ -120,20 +105,20 @@ def by_hand(model: nn.Module, method: str, x: Tensor, y: Tensor, comm: Comm) -> 
     return step
 
 
-def norm(comm: Comm) -> Runs:
+def norm(comm: conadv.Comm) -> Runs:
     one, two = "plain, one forward of both halves", "plain, two forwards"
     plain = SmallResNet(20, 16, 3, 10).to(comm.device)
     both = torch.randn(2 * HALF, 3, 32, 32, device=comm.device)
     halves = dict(zip(("clean", "adv"), both.split(HALF), strict=True))
-    split = split_batchnorm(copy.deepcopy(plain), "adv")
+    split = conadv.split_batchnorm(copy.deepcopy(plain), "adv")
 
     def together() -> None:
-        with route(split, {"clean": HALF, "adv": HALF}):
+        with conadv.route(split, {"clean": HALF, "adv": HALF}):
             passes(split, both)
 
     def apart() -> None:
         for name, half in halves.items():
-            with route(split, name):
+            with conadv.route(split, name):
                 passes(split, half)
 
     runs: Runs = {
@@ -155,15 +140,15 @@ def passes(model: nn.Module, *inputs: Tensor) -> None:
     model.zero_grad()
 
 
-def optim(comm: Comm) -> Runs:
+def optim(comm: conadv.Comm) -> Runs:
     sgd, adamw = "torch SGD fused", "torch AdamW fused"
     forms: dict[str, tuple[Any, dict[str, Any], str]] = {
         sgd: (torch.optim.SGD, {"momentum": 0.9, "fused": True}, sgd),
         adamw: (torch.optim.AdamW, {"fused": True}, adamw),
     }
     for form, foreach in {"default": None, "loop": False, "foreach": True}.items():
-        forms[f"conadv LARS {form}"] = LARS, {"foreach": foreach}, sgd
-        forms[f"conadv LAMB {form}"] = LAMB, {"foreach": foreach}, adamw
+        forms[f"conadv LARS {form}"] = conadv.LARS, {"foreach": foreach}, sgd
+        forms[f"conadv LAMB {form}"] = conadv.LAMB, {"foreach": foreach}, adamw
     if find_spec("timm"):
         import timm.optim
 
@@ -180,8 +165,8 @@ def optimizer_step(kind: Any, device: torch.device, **settings: Any) -> Callable
     model = torchvision.models.resnet50().to(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
-    groups = parameter_groups(model, weight_decay=5e-5)
-    if kind not in (LARS, LAMB):
+    groups = conadv.parameter_groups(model, weight_decay=5e-5)
+    if kind not in (conadv.LARS, conadv.LAMB):
         groups = [{name: group[name] for name in ("params", "weight_decay")} for group in groups]
     step: Callable[[], object] = kind(groups, lr=1e-3, **settings).step
     return step
@@ -190,7 +175,7 @@ def optimizer_step(kind: Any, device: torch.device, **settings: Any) -> Callable
 def main() -> None:
     args = tyro.cli(Args)
     prepare(args)
-    comm = Comm.from_environment(args.device)
+    comm = conadv.Comm.from_environment(args.device)
     runs = {"engine": engine, "norm": norm, "optim": optim}[args.what](comm)
     cases = {
         name: Case(partial(burst, run, 1), yardstick) for name, (run, yardstick) in runs.items()
