@@ -14,6 +14,8 @@ The kinds are accuracy, differences, costs and tuning (made from runs.jsonl and 
 (as summary.json has them), made (seeds, command, machine), and against. Options: at (a value of the axis), on (the
 metric), columns (which), pairs (of differences: "A minus B; C minus D"), to (of against: the arms that others are
 named after, such as "LARS; LAMB" for "LARS + ConAdv").
+
+`bench NAME` draws results/benchmarks/NAME.json and says how it was made (bench_tables.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import bench_tables
 import matplotlib as mpl
 import pandas as pd
 
@@ -83,6 +86,9 @@ def section(what: str) -> str:
     first, *rest = what.split(" | ")
     study, kind = first.split()
     options = dict(option.split(": ", 1) for option in rest)
+    if study == "bench":
+        frame, how = bench_tables.table(kind, options)
+        return f"{markdown_table(frame)}\n\n{how}"
     summary = json.loads((STUDIES / study / "summary.json").read_text())
     if kind == "made":
         return made(summary)
