@@ -27,6 +27,9 @@ def save(run: Run, writer: Writer) -> None:
     so a checkpoint does not depend on the number of ranks.
     """
     comm, step = run.comm, run.step.state_dict()
+    # Each rank tracks running statistics of its own, and rank 0's are saved: an attack that uses them
+    # must go on here as it will after a resume.
+    comm.broadcast(run.model.buffers())
     comm.at("checkpoint", run.step.version)
     waiting = gather(step["pending"], comm)
     with comm.agreed():

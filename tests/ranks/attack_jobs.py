@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -19,6 +19,8 @@ from conadv import Batch, Comm, Concurrent, TrainStep, windows
 from conadv.distributed.offset import clock_offset
 from conadv.distributed.teams import Teams, make_teams
 from conadv.engine.attack_ranks.executor import Ranks
+from conadv.engine.attack_ranks.failed import FailedRank
+from conadv.engine.attack_ranks.learner import Learner
 from conadv.engine.execution import Execution
 from conadv.engine.executors import Inline
 from conadv.training.loop import train
@@ -26,251 +28,152 @@ from conadv.training.loop import train
 from ..helpers import no_norm_net, state, tiny_resnet, train_step
 from ..test_methods import ATTACK, CASES, SEED, SPACE, as_batch, sgd
 from ..test_training import config
+from .launch import until
 
-MODELS = {
-    "batchnorm": lambda seed: tiny_resnet("adv", seed=seed),
-    "channels_last": lambda seed: tiny_resnet("adv", seed=seed).to(
-        memory_format=torch.channels_last
-    ),
-    "no norm": lambda seed: no_norm_net(seed=seed),
-}
-Answer = tuple[list[dict[str, Any]], dict[str, Tensor]] | list[int]
+LATE = 3  # with a gate, images of this step are late
 
 
-def method(tau: int, lookahead: bool | str) -> Concurrent:
-    return Concurrent(ATTACK, tau, bool(lookahead))
+@dataclass(frozen=True)
+class Case:
+    """One training run, on a single process or on learners and attack ranks.
+
+    lost: (rank, "killed" or "stopped") in its third batch. save_at: a learner's state before this step is kept.
+    gate: with late "skip", attack ranks hold the images of step LATE back until this file is there, which it is after
+    the next step; otherwise learners give every message the time that it takes, so that nothing depends on it.
+    """
+
+    model: str = "batchnorm"
+    tau: int = 1
+    lookahead: bool | str = False
+    micro: int = 2
+    steps: int = 6
+    share: float = 1.0
+    late: str = "wait"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    may_lose: bool = False
+    lost: tuple[int, str] | None = None
+    save_at: int | None = None
+    gate: Path | None = None
 
 
-def optimizer(net: nn.Module, lookahead: bool | str) -> torch.optim.Optimizer:
-    """SGD; for the look-ahead "last-update" without momentum, which it has no closed form for."""
-    return torch.optim.SGD(net.parameters(), 0.05) if lookahead == "last-update" else sgd(net)
+class Trained(NamedTuple):
+    records: list[dict[str, Any]]
+    weights: dict[str, Tensor]
+    failed: list[FailedRank]
+    saved: Any
 
 
-def engine_for(
-    teams: Teams, model: str, tau: int, lookahead: bool | str, late: str = "wait", **options: Any
-) -> TrainStep:
+def engine_for(teams: Teams, case: Case) -> TrainStep:
     """The engine of one process; ranks other than 0 begin with other weights, which must not matter."""
-    net: nn.Module = MODELS[model](teams.world.rank)
-    executor = Ranks(teams, late) if teams.attackers else Inline()
-    made = method(tau, lookahead)
-    return train_step(
-        net,
-        optimizer(net, lookahead),
-        made,
-        space=SPACE,
-        seed=SEED,
-        comm=teams.comm,
-        executor=executor,
-        **options,
-    )
+    seed = teams.world.rank
+    net: nn.Module = no_norm_net(seed=seed)
+    if case.model != "no norm":
+        net = tiny_resnet("adv", seed=seed)
+    if case.model == "channels last":
+        net = net.to(memory_format=torch.channels_last)
+    # without momentum there is no closed form, and the look-ahead repeats the last update
+    plain = case.lookahead == "last-update"
+    optimizer = torch.optim.SGD(net.parameters(), 0.05) if plain else sgd(net)
+    method = Concurrent(ATTACK, case.tau, bool(case.lookahead), share=case.share)
+    executor = Ranks(teams, case.late) if teams.attackers else Inline()
+    options = {"space": SPACE, "seed": SEED, "comm": teams.comm, "executor": executor}
+    return train_step(net, optimizer, method, **options, **case.options)
 
 
-def stream(teams: Teams, model: str, micro: int, steps: range) -> Iterator[Batch]:
+def stream(teams: Teams, case: Case, first: int = 0) -> Iterator[Batch]:
     """Global batches of ``micro`` micro-batches, of which this process takes its own."""
-    dtype = torch.float64 if model == "no norm" else torch.float32
-    mine = teams.micro_batches(micro // len(teams.learners))
-    for t in steps:
-        batch = as_batch(t, count=micro, dtype=dtype)
+    dtype = torch.float64 if case.model == "no norm" else torch.float32
+    mine = teams.micro_batches(case.micro // len(teams.learners))
+    for t in range(first, case.steps):
+        batch = as_batch(t, count=case.micro, dtype=dtype)
+        if case.lost and case.lost[0] == teams.world.rank and t == first + 2:
+            if case.lost[1] == "killed":
+                os._exit(7)
+            os.kill(os.getpid(), signal.SIGSTOP)
         yield replace(batch, micro=tuple(batch.micro[index] for index in mine))
 
 
-def learn(
-    engine: TrainStep, teams: Teams, model: str, micro: int, steps: int, first: int = 0
-) -> list[dict[str, Any]]:
-    batches = stream(teams, model, micro, range(first, steps))
-    return [asdict(engine(batch, future)) for batch, future in windows(batches, engine.ahead)]
+def training(world: Comm, attack_ranks: int, case: Case) -> Trained | list[int]:
+    """All steps of a case; an attack rank returns the steps that it served."""
+    teams = make_teams(world, attack_ranks, case.may_lose)
+    engine = engine_for(teams, case)
+    return attacked(engine, teams, case) if teams.attacking else trained(engine, teams, case)
 
 
-def training(
-    world: Comm,
-    attack_ranks: int,
-    model: str,
-    tau: int,
-    lookahead: bool | str,
-    micro: int,
-    options: dict[str, Any],
-) -> Answer:
-    """Six steps; a learner returns records and state, an attack rank the steps that it served."""
-    teams = make_teams(world, attack_ranks)
-    engine = engine_for(teams, model, tau, lookahead, **options)
-    if teams.attacking:
-        served: list[int] = []
-        engine.serve(
-            stream(teams, model, micro, range(tau, 6)), lambda step, _: served.append(step)
-        )
-        engine.executor.close()
-        return served
-    records = learn(engine, teams, model, micro, 6)
+def attacked(engine: TrainStep, teams: Teams, case: Case) -> list[int]:
+    served: list[int] = []
+    plain = engine.attack_batch
+
+    def gated(attack: Any, batch: Batch, weights: Any) -> Any:
+        if case.gate is not None and batch.step == LATE:
+            until(case.gate.exists, 60, "the gate")
+        return plain(attack, batch, weights)
+
+    with mock.patch.object(engine, "attack_batch", gated):
+        engine.serve(stream(teams, case, case.tau), lambda step, _: served.append(step))
     engine.executor.close()
-    return records, state(engine.model)
+    return served
 
 
-def shared(world: Comm, attack_ranks: int, late: str) -> Answer:
-    """As ``training`` with staleness 1, where half of each micro-batch is attacked."""
-    teams, micro = make_teams(world, attack_ranks), 2
-    net = MODELS["batchnorm"](teams.world.rank)
-    made = Concurrent(ATTACK, 1, share=0.5)
-    executor = Ranks(teams, late) if teams.attackers else Inline()
-    engine = train_step(
-        net, sgd(net), made, space=SPACE, seed=SEED, comm=teams.comm, executor=executor
-    )
-    if teams.attacking:
-        served: list[int] = []
-        engine.serve(
-            stream(teams, "batchnorm", micro, range(1, 8)), lambda step, _: served.append(step)
-        )
-        engine.executor.close()
-        return served
-    records = learn(engine, teams, "batchnorm", micro, 8)
-    engine.executor.close()
-    return records, state(engine.model)
-
-
-def interrupted(world: Comm, tau: int, at: int) -> Any:
-    """Save after ``at`` steps, while images are under way, and go on; then resume from the saved state, inline."""
-    teams = make_teams(world, 1)
-    engine = engine_for(teams, "batchnorm", tau, True)
-    if teams.attacking:
-        engine.serve(stream(teams, "batchnorm", 1, range(tau, 6)))
-        engine.executor.close()
-        return None
-    batches = windows(stream(teams, "batchnorm", 1, range(6)), tau)
-    records = [asdict(engine(*next(batches))) for _ in range(at)]
-    saved = engine.state_dict()
-    model, optimizer = state(engine.model), deepcopy(engine.optimizer.state_dict())
-    records += [asdict(engine(batch, future)) for batch, future in batches]
-    engine.executor.close()
-    return records, state(engine.model), (saved, model, optimizer)
-
-
-def slow_attacker(world: Comm, attack_ranks: int, late: str, seconds: float) -> Answer:
-    """As ``training``, but the attack of step 3 takes ``seconds``, and every learner's step a little."""
-    teams, micro = make_teams(world, attack_ranks), 2
-    engine = engine_for(teams, "no norm", 1, False, late)
-    if teams.attacking:
-        craft = engine.attack_batch
-
-        def slow(attack: Any, batch: Batch, weights: Any) -> Any:
-            time.sleep(seconds if batch.step == 3 else 0.0)
-            return craft(attack, batch, weights)
-
-        with mock.patch.object(engine, "attack_batch", slow):
-            engine.serve(stream(teams, "no norm", micro, range(1, 12)))
-        engine.executor.close()
-        return []
-    records = []
-    for batch, future in windows(stream(teams, "no norm", micro, range(12)), 1):
-        time.sleep(0.05)
+def trained(engine: TrainStep, teams: Teams, case: Case, first: int = 0) -> Trained:
+    records, saved = [], None
+    pairs = windows(stream(teams, case, first), case.tau)
+    for t, (batch, future) in enumerate(pairs, first):
+        if t == case.save_at:
+            parts = (engine.state_dict(), state(engine.model), engine.optimizer.state_dict())
+            saved = deepcopy(parts)
+        if case.late == "skip" and teams.attackers:
+            give_time(engine.executor._side, case, t, teams.world.timeout / 2)  # type: ignore[attr-defined]
         records.append(asdict(engine(batch, future)))
+        if case.gate is not None and t == LATE + 1:
+            case.gate.touch()
+    failed = engine.executor.failed_ranks()
     engine.executor.close()
-    return records, state(engine.model)
+    return Trained(records, state(engine.model), failed, saved)
 
 
-def someone_dies(world: Comm, who: int) -> None:
-    """Rank ``who`` ends in the middle of training."""
-    teams = make_teams(world, 1)
-    engine = engine_for(teams, "no norm", 1, False)
-    micro = len(teams.learners)
-
-    def until_death(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for number, batch in enumerate(batches):
-            if world.rank == who and number == 3:
-                os._exit(7)
-            yield batch
-
-    batches = until_death(stream(teams, "no norm", micro, range(1 if teams.attacking else 0, 100)))
-    if teams.attacking:
-        engine.serve(batches)
-    else:
-        for batch, future in windows(batches, 1):
-            engine(batch, future)
+def give_time(learner: Learner, case: Case, step: int, limit: float) -> None:
+    """Wait for what the step needs, but for what the gate holds back, and not for an attack rank that has failed."""
+    handles = [] if case.gate and step == LATE + 1 else list(learner._sent.values())
+    if step in learner._incoming and not (case.gate and step in (LATE, LATE + 1)):
+        handles += [arrival.handle for arrival in learner._incoming[step].arrivals]
+    for handle in handles:
+        until(lambda h=handle: h.done or time.monotonic() - h.begin > limit, 60, "a message")
 
 
-def losing(
-    world: Comm,
-    attack_ranks: int,
-    model: str,
-    tau: int,
-    lookahead: bool | str,
-    options: dict[str, Any],
-    how: str,
-) -> Any:
-    """Eight steps of two micro-batches; the last rank, an attack rank, is lost in its third attack.
-
-    ``how``: "killed", "stopped" (hangs for good) or "kept" (it is not lost). A learner returns records, final state,
-    what it has lost, and what a checkpoint after five steps would hold; an attack rank the steps that it served.
-    """
-    teams = make_teams(world, attack_ranks, may_lose=True)
-    engine = engine_for(teams, model, tau, lookahead, **options)
-    if teams.attacking:
-        served: list[int] = []
-
-        def until_lost(batches: Iterator[Batch]) -> Iterator[Batch]:
-            for number, batch in enumerate(batches):
-                if world.rank == world.ranks - 1 and number == 2:
-                    _be_lost(how)
-                yield batch
-
-        batches = until_lost(stream(teams, model, 2, range(tau, 8)))
-        engine.serve(batches, lambda step, _: served.append(step))
-        engine.executor.close()
-        return served
-    pairs = windows(stream(teams, model, 2, range(8)), tau)
-    records = [asdict(engine(*next(pairs))) for _ in range(5)]
-    saved = deepcopy((engine.state_dict(), state(engine.model), engine.optimizer.state_dict()))
-    for batch, future in pairs:
-        time.sleep(
-            1.5 if how == "stopped" and options.get("late") == "skip" else 0.0
-        )  # nobody waits otherwise
-        records.append(asdict(engine(batch, future)))
-    losses = engine.executor.failed_ranks()
-    engine.executor.close()
-    return records, state(engine.model), losses, saved
+def resumed(case: Case, saved: Any) -> Trained:
+    """What one process makes of a saved state."""
+    assert case.save_at is not None
+    teams = make_teams(Comm(), 0)
+    engine = engine_for(teams, case)
+    for part, values in zip((engine, engine.model, engine.optimizer), saved, strict=True):
+        part.load_state_dict(values)
+    return trained(engine, teams, case, case.save_at)
 
 
-def _be_lost(how: str) -> None:
-    if how == "killed":
-        os._exit(7)
-    if how == "stopped":
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def lose_of_a_run(
-    world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool
-) -> Any:
-    """A whole run whose last attack rank dies in its third attack, if ``lost``."""
-    craft, calls = TrainStep.attack_batch, [0]
-
-    def counted(engine: TrainStep, *args: Any) -> Any:
-        calls[0] += 1
-        if lost and world.rank == world.ranks - 1 and calls[0] == 3:
-            os._exit(7)
-        return craft(engine, *args)
-
-    execution = Execution(attack_ranks=attack_ranks, on_attack_loss="continue")
-    with mock.patch.object(TrainStep, "attack_batch", counted):
-        return train(config(**settings), out, auto_resume=True, comm=world, execution=execution)
+SMALL = Case("no norm")
 
 
 def learner_fails(world: Comm) -> bool:
     """The learner ends with an error of its own and says so; returns what the attack rank makes of it."""
     teams = make_teams(world, 1)
-    engine = engine_for(teams, "no norm", 1, False)
+    engine = engine_for(teams, SMALL)
     if teams.attacking:
-        engine.serve(stream(teams, "no norm", 1, range(1, 100)))
+        engine.serve(stream(teams, replace(SMALL, steps=100), 1))
         return engine.executor.close()
-    learn(engine, teams, "no norm", 1, 3)
+    for batch, future in windows(stream(teams, SMALL), 1):
+        engine(batch, future)
     return engine.executor.close(failed=True)
 
 
 def other_data(world: Comm, what: str) -> None:
     """The attack rank reads other steps, or other micro-batches, than the learner asks for."""
     teams = make_teams(world, 1)
-    engine = engine_for(teams, "no norm", 1, False)
+    engine = engine_for(teams, SMALL)
     if not teams.attacking:
-        learn(engine, teams, "no norm", 2, 4)
+        trained(engine, teams, SMALL)
         return
-    batches = stream(teams, "no norm", 2, range(2 if what == "steps" else 1, 6))
+    batches = stream(teams, SMALL, 2 if what == "steps" else 1)
     if what == "micro-batches":
         batches = (replace(batch, micro=batch.micro[:1]) for batch in batches)
     engine.serve(batches)
@@ -278,39 +181,26 @@ def other_data(world: Comm, what: str) -> None:
 
 def wrong(world: Comm, what: str) -> None:
     """Mistakes that are found before anything is sent."""
-    if what == "no learner":
-        make_teams(world, 2)
-    teams = make_teams(world, 1)
-    if what == "no attack":
-        model = no_norm_net()
-        train_step(model, sgd(model), CASES["noise"](), comm=teams.comm, executor=Ranks(teams))
-    if what == "running":
-        net = no_norm_net()
-        train_step(
-            net,
-            sgd(net),
-            Concurrent(ATTACK, 1, attack_statistics="running"),
-            comm=teams.comm,
-            executor=Ranks(teams),
-        )
-    if what == "comm":
-        net = no_norm_net()
-        train_step(net, sgd(net), method(1, False), space=SPACE, comm=Comm(), executor=Ranks(teams))
-    engine = engine_for(teams, "no norm", 1, False, "never" if what == "late" else "wait")
-    if what == "roles" and teams.attacking:
-        engine(as_batch(0))
-    if what == "roles":
-        engine.serve([])
+    teams = make_teams(world, 2 if what == "no learner" else 1)
+    net = no_norm_net()
+    method = {
+        "no attack": CASES["noise"],
+        "running": lambda: Concurrent(ATTACK, 1, attack_statistics="running"),
+    }.get(what, lambda: Concurrent(ATTACK, 1))()
+    executor = Ranks(teams, "never" if what == "late" else "wait")
+    comm = Comm() if what == "comm" else teams.comm
+    engine = train_step(net, sgd(net), method, space=SPACE, comm=comm, executor=executor)
+    if teams.attacking:
+        engine(as_batch(0, dtype=torch.float64))
+    engine.serve([])
 
 
 def wrong_share(world: Comm) -> None:
     """The learner gives the micro-batch of another rank."""
-    engine = engine_for(make_teams(world, 1), "no norm", 1, False)
+    engine = engine_for(make_teams(world, 1), SMALL)
     if world.rank == 0:
-        engine(
-            as_batch(0, dtype=torch.float64),
-            replace(as_batch(1), micro=as_batch(1, count=2).micro[1:]),
-        )
+        other = as_batch(1, count=2).micro[1:]
+        engine(as_batch(0, dtype=torch.float64), replace(as_batch(1), micro=other))
 
 
 def offset(world: Comm, shift: float) -> float:
@@ -320,8 +210,18 @@ def offset(world: Comm, shift: float) -> float:
         return clock_offset(world)
 
 
-def run(
-    world: Comm, out: Path, changes: dict[str, Any], attack_ranks: int, resume: bool = False
-) -> dict[str, Any]:
-    execution = Execution(attack_ranks=attack_ranks, timeline_steps=4)
-    return train(config(**changes), out, resume=resume, comm=world, execution=execution)
+def lose_of_a_run(
+    world: Comm, out: Path, settings: dict[str, Any], attack_ranks: int, lost: bool
+) -> Any:
+    """A whole run whose last attack rank dies in its third attack, if ``lost``."""
+    plain, calls = TrainStep.attack_batch, [0]
+
+    def counted(engine: TrainStep, *args: Any) -> Any:
+        calls[0] += 1
+        if lost and world.rank == world.ranks - 1 and calls[0] == 3:
+            os._exit(7)
+        return plain(engine, *args)
+
+    execution = Execution(attack_ranks=attack_ranks, on_attack_loss="continue")
+    with mock.patch.object(TrainStep, "attack_batch", counted):
+        return train(config(**settings), out, auto_resume=True, comm=world, execution=execution)

@@ -21,13 +21,11 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
+    with Ranks(2) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Ranks]:
-    pool = Ranks(3)
-    yield pool
-    pool.close()
+    with Ranks(3) as pool:
+        yield pool

@@ -12,8 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ONE_HOST = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 ROOT = Path(__file__).parents[2]
+
+
+def torchrun(options: Sequence[object], *program: object) -> list[object]:
+    """The command that runs ``conadv train`` with the arguments ``program`` under torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", *options]
+    return [*launch, "-m", "conadv", "train", *program, "--device", "cpu"]
 
 
 @contextmanager
@@ -45,33 +51,22 @@ def kill(pid: int) -> None:
 
 def descendants(pid: int) -> list[int]:
     """All processes below ``pid`` (Linux)."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has ended meanwhile
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-    found: list[int] = []
-    for parent in [pid]:
-        found += [child for child, its in parents.items() if its == parent]
-    return found + [grandchild for child in found for grandchild in descendants(child)]
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it has ended meanwhile
+            for child in map(int, file.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def workers(pid: int) -> dict[int, int]:
     """Process ids below ``pid`` by the rank that their environment gives them."""
-    found = {}
+    found: dict[int, int] = {}
     for child in descendants(pid):
-        try:
-            variables = dict(
-                part.split("=", 1)
-                for part in Path(f"/proc/{child}/environ").read_text().split("\0")
-                if "=" in part
-            )
-        except OSError:
-            continue
-        if "RANK" in variables:
-            found.setdefault(int(variables["RANK"]), child)
+        with suppress(OSError):
+            for text in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                if text.startswith("RANK="):
+                    found.setdefault(int(text.removeprefix("RANK=")), child)
     return found
 
 

@@ -11,12 +11,12 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
+HANGS = 150.0  # seconds: far beyond any timeout of a test, on a busy machine too
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks.jobs"])
 
@@ -66,15 +66,24 @@ class Ranks:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def answers(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
-        """("value", ...), ("error", (type, message, traceback)) or ("ended", exit code) of every rank."""
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
         for pipe in self.pipes:
             pipe.send((function, args))
-        return [self.answer(rank, timeout) for rank in range(len(self.pipes))]
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def answers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """("value", ...), ("error", (type, message, traceback)) or ("ended", exit code) of every rank."""
+        self.start(function, *args)
+        return [self.answer(rank) for rank in range(len(self.pipes))]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What ``function(comm, *args)`` returns on every rank; the test fails with the traceback if one raises."""
-        found = self.answers(function, *args, timeout=timeout)
+        found = self.answers(function, *args)
         failed = [
             f"rank {n}: {kind} {what[2] if kind == 'error' else what}"
             for n, (kind, what) in enumerate(found)
@@ -85,17 +94,21 @@ class Ranks:
             pytest.fail("\n".join(failed))
         return [value for _, value in found]
 
+    def errors(self, function: Callable[..., Any], *args: Any) -> list[str]:
+        """The message of the ConadvError that ``function(comm, *args)`` raises on every rank."""
+        found = self.answers(function, *args)
+        assert [(kind, what[0]) for kind, what in found] == [("error", "ConadvError")] * len(found)
+        return [what[1] for _, what in found]
+
     def close(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
 
-    def answer(self, rank: int, timeout: float) -> Any:
+    def answer(self, rank: int, timeout: float = HANGS) -> Any:
         if not self.pipes[rank].poll(timeout):
             self.close()
-            pytest.fail(
-                f"rank {rank} hangs: no answer after {timeout:g} s ({datetime.now():%H:%M:%S})"
-            )
+            pytest.fail(f"rank {rank} hangs: no answer after {timeout:g} s")
         try:
             return self.pipes[rank].recv()
         except EOFError:

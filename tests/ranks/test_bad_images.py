@@ -28,7 +28,7 @@ def test_two_ranks_list_what_either_of_them_left_out(two: Ranks, tmp_path: Path)
     ):
         (tmp_path / "data" / name).write_bytes(b"")
     settings = config(tmp_path / "data", eval__batch_size=3, checkpoint__every_epochs=0.5)
-    two.run(jobs.train_config, tmp_path / "two", settings)
+    two.run(jobs.train_run, tmp_path / "two", settings)
     train(settings, tmp_path / "one")
     found = {}
     for name in ("one", "two"):

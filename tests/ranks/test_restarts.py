@@ -23,7 +23,7 @@ from conadv.training.run_dir import RunDir
 
 from ..test_training import config, weights, without_times
 from . import jobs
-from .launch import TORCHRUN, kill, started, until, workers
+from .launch import ONE_HOST, kill, started, torchrun, until, workers
 from .pool import Ranks
 from .test_runs import same_weights
 
@@ -40,33 +40,20 @@ def test_a_killed_rank_is_made_up_for_by_a_restart(tmp_path: Path) -> None:
     # Red when: a restarted attempt finds its own run in the way; starts from the beginning; forgets images that wait.
     out, log = tmp_path / "cut", tmp_path / "log"
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**SETTINGS)))
-    command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "conadv", "train"]
-    command += [
-        "--config",
-        tmp_path / "config.yaml",
-        "--out",
-        out,
-        "--comm-timeout",
-        "30",
-        "--device",
-        "cpu",
-    ]
-    with started(command, log, GLOO_SOCKET_IFNAME="lo") as torchrun:
-        until(lambda: len(steps(out / "checkpoints")) >= 2, 60, "the second checkpoint")
-        kill(workers(torchrun.pid)[1])
-        assert torchrun.wait(60) == 0, log.read_text()
+    program = ["--config", tmp_path / "config.yaml", "--out", out, "--comm-timeout", 60]
+    command = torchrun([*ONE_HOST, "--max-restarts", 1], *program)
+    with started(command, log, GLOO_SOCKET_IFNAME="lo") as launcher:
+        until(lambda: len(steps(out / "checkpoints")) >= 2, 180, "the second checkpoint")
+        kill(workers(launcher.pid)[1])
+        assert launcher.wait(240) == 0, log.read_text()
     lines = read_lines(out / "record.jsonl")
     resumed = [line["step"] for line in lines if line["type"] == "resume"]
     assert len(resumed) == 1
     assert 2 <= resumed[0] < 18
     assert f"started again: going on from step {resumed[0]}" in log.read_text()
 
-    pool = Ranks(2)
-    try:
+    with Ranks(2) as pool:
         pool.run(jobs.train_run, tmp_path / "whole", SETTINGS)
-    finally:
-        pool.close()
     assert without_times(lines) == without_times(read_lines(tmp_path / "whole" / "record.jsonl"))
     assert same_weights(out, tmp_path / "whole")
 
@@ -98,14 +85,13 @@ def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
 def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
     # Red when: rank 0 does not show whom it has seen (rank 1 then takes the first start's prefix); rank 1 does not look
     # for a new prefix.
-    store, limit = torch.distributed.HashStore(), timedelta(seconds=20)
+    store, limit = torch.distributed.HashStore(), timedelta(seconds=60)
     with ThreadPoolExecutor(2) as pool:
         for start in range(3):
-            late = pool.submit(rendezvous, store, 1, 2, limit)
-            time.sleep(
-                0.2 if start else 0.0
-            )  # rank 1 comes first, and finds what the last start has left
-            stores = [pool.submit(rendezvous, store, 0, 2, limit).result(20), late.result(20)]
+            other = pool.submit(rendezvous, store, 1, 2, limit)
+            # rank 1 comes first, and finds what the last start has left
+            time.sleep(0.2 if start else 0.0)
+            stores = [pool.submit(rendezvous, store, 0, 2, limit).result(60), other.result(60)]
             stores[0].set("start", str(start))
             assert stores[1].get("start") == str(start).encode()
 

@@ -39,7 +39,7 @@ def test_one_ranks_signal_is_everybodys(name: str, three: Ranks, tmp_path: Path)
     # or an attack rank's request does not travel with its images.
     rank, attack, number, code = CASES[name]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
-    answers = three.run(jobs.stopped_run, cut, SETTINGS, rank, 3, int(number), attack)
+    answers = three.run(jobs.stopped_run, cut, SETTINGS, rank, int(number), attack)
     assert [answer[0] for answer in answers] == [code] * 3
     learners = answers[: 3 - attack]
     (at,) = {int(re.findall(r"after (\d+) steps", text)[0]) for _, text in learners}
