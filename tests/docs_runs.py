@@ -175,7 +175,11 @@ def _run_python(words: list[str]) -> None:
     imported = sys.modules.pop(
         target, None
     )  # by another test; in a process of its own it would not be there
-    with mock.patch.object(sys, "argv", [target, *args]):
+    beside = [] if module else [str((ROOT / target).parent)]  # as python finds a script's neighbours
+    with (
+        mock.patch.object(sys, "argv", [target, *args]),
+        mock.patch.object(sys, "path", [*beside, *sys.path]),
+    ):
         try:
             start(target if module else str(ROOT / target), run_name="__main__")
         except SystemExit as end:
