@@ -116,11 +116,9 @@ class Waiting(Protocol):
 
     def pop(self, step: int) -> ExtraBatch | None:
         """Take out the batch of ``step``; None if nobody put one."""
-        ...
 
     def skips(self, step: int) -> bool:
         """Whether ``step`` has to go without: attack ranks were late."""
-        ...
 
 
 class Engine(Protocol):
@@ -133,26 +131,22 @@ class Engine(Protocol):
 
     def images(self, micro: MicroBatch, view: str) -> Tensor:
         """A view's images (N, C, H, W) in model space, on the model's device."""
-        ...
 
     def labels(self, micro: MicroBatch) -> Tensor: ...
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name."""
-        ...
 
     def attack_batch(
         self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
     ) -> ExtraBatch:
         """The attacked images of a batch, made at the present weights or at ``weights``."""
-        ...
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
         """Look-ahead: the weights that ``num_steps`` more updates will reach, if momentum decides."""
-        ...
 
 
-class Method(Protocol):
+class Method:
     """A method decides which images join the clean ones, through which route, made at which weights.
 
     Derive from it and override what differs: the defaults are those of training on clean images alone. A method holds
@@ -172,6 +166,10 @@ class Method(Protocol):
     data_views: ClassVar[tuple[str, ...]] = ()  # further views that the loader has to make
     needs_input_gradient: ClassVar[bool] = False
     two_gradients: ClassVar[bool] = False
+    lookahead: bool = False  # whether it asks for engine.predicted_weights
+    share: float = 1.0  # of every micro-batch, that gets an extra copy
+    attack_route: str = "adv"  # the view, adv or clean, on whose route attacks take their gradient
+    attack_statistics: str = "batch"  # what batch norm normalises by in attacks, or running
 
     @property
     def ahead(self) -> int:
@@ -184,26 +182,6 @@ class Method(Protocol):
         return None
 
     @property
-    def lookahead(self) -> bool:
-        """Whether the method asks for ``engine.predicted_weights``."""
-        return False
-
-    @property
-    def share(self) -> float:
-        """Share of every micro-batch that gets an extra copy."""
-        return 1.0
-
-    @property
-    def attack_route(self) -> str:
-        """The view, "adv" or "clean", on whose batch-norm route attacks take their gradient."""
-        return "adv"
-
-    @property
-    def attack_statistics(self) -> str:
-        """What batch norm normalises by in attacks: "batch" or "running"."""
-        return "batch"
-
-    @property
     def future_attack(self) -> Attack | None:
         """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one.
 
@@ -213,12 +191,11 @@ class Method(Protocol):
 
     def num_attacked(self, num_images: int) -> int:
         """How many of ``num_images`` images get an extra copy: the first ones. ConadvError where that is none."""
-        count = round(self.share * num_images)
-        if not count:
-            raise ConadvError(
-                f"attack.share {self.share:g} of {num_images} images rounds to zero images; increase either."
-            )
-        return count
+        if count := round(self.share * num_images):
+            return count
+        raise ConadvError(
+            f"attack.share {self.share:g} of {num_images} images rounds to zero images; increase either."
+        )
 
     def attack_weights(self, engine: Engine) -> Mapping[str, Tensor] | None:
         """The weights for ``future_attack``, seen from the present step; None for the present ones."""
@@ -229,16 +206,14 @@ class Method(Protocol):
 
     def second_gradient(self, engine: Engine, norm: Tensor, again: Callable[[], None]) -> None:
         """Replace the gradient of the global batch, of this norm, by another: ``again()`` computes it anew."""
-        return
 
     def on_input_grad(
         self, engine: Engine, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
         """``clean``: the images of each micro-batch; ``gradients``: of the loss with respect to them."""
-        return
 
     def prepare(self, engine: Engine, future: Batch | None) -> None:
-        return
+        """``future``: B_{t + ahead}."""
 
     def attack_gradients(self) -> float:
         """Input gradients per attacked image (for counting cost)."""

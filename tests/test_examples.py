@@ -77,7 +77,7 @@ class Watched(TrainStep):
     def gradient(self, batch: Any) -> Any:
         twin, step = copy.deepcopy(self.model), self.version
         losses = super().gradient(batch)
-        micro = self._inputs.as_batch(batch, step, self.comm.rank).micro[0]
+        micro = self.inputs.as_batch(batch, step, self.comm.rank).micro[0]
         for name, images in (("clean", self.images(micro, "clean")), ("adv", self.made[step][1])):
             (self.loss(through(twin, name, images), self.labels(micro)) / 2).backward()
         for p, q in zip(self.model.parameters(), twin.parameters(), strict=True):

@@ -218,7 +218,7 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     engine = run.step
     assert (engine.space, engine.pending.dtype) == (space, torch.uint8)
     assert engine.view_weights == {"aug": 3.0, "adv": 2.0}
-    assert (engine._network._low, engine._inputs._format) == (torch.bfloat16, torch.channels_last)
+    assert (engine.network.low, engine.inputs.layout) == (torch.bfloat16, torch.channels_last)
     assert run.model.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     logits, y = torch.eye(10), torch.arange(10)
     assert engine.loss(logits, y) == torch.nn.functional.cross_entropy(

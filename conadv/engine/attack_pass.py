@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from conadv.nn import split_batchnorm as norm
 from conadv.types import Attack, Batch, ExtraBatch, Forward, Method
 
 
+@dataclass(frozen=True)
 class AttackPass:
     """Runs attacks. Model modes, ``requires_grad``, ``.grad``, statistics and global generators stay as they are."""
 
-    def __init__(self, network: Network, inputs: Inputs, seed: int) -> None:
-        self._network, self._inputs, self._seed = network, inputs, seed
+    network: Network
+    inputs: Inputs
+    seed: int
 
     def attack_batch(
         self,
@@ -34,44 +37,39 @@ class AttackPass:
         The method says how many images, on which route, by which statistics.
         Ranks: nothing is reduced. In flight: nothing; it may run beside the gradient of the same weights.
         """
-        self._inputs.check_space(batch)
+        self.inputs.check_space(batch)
         images, labels = [], []
         for micro in batch.micro:
             count = method.num_attacked(len(micro.y_N))
-            labels.append(self._inputs.labels(micro)[:count])
             # Keyed by step and micro-batch: the same draws whoever attacks it, and whenever.
-            with self.open(
-                "attack",
-                batch.step,
-                micro.index,
-                weights=weights,
-                route=method.attack_route,
-                running=method.attack_statistics == "running",
-            ) as (forward, draws):
-                x_NCHW = self._inputs.images(micro, "clean")[:count]
-                images.append(attack(forward, x_NCHW, labels[-1], draws))
+            path = ("attack", batch.step, micro.index)
+            how = method.attack_route, method.attack_statistics
+            with self.open(path, weights, *how) as (forward, draws):
+                x_NCHW, y_N = self.inputs.images(micro, "clean"), self.inputs.labels(micro)[:count]
+                images.append(attack(forward, x_NCHW[:count], y_N, draws))
+                labels.append(y_N)
         return ExtraBatch(tuple(images), tuple(labels), version)
 
     @contextmanager
     def open(
         self,
-        *path: str | int,
+        path: tuple[str | int, ...],
         weights: Mapping[str, Tensor] | None = None,
         route: str = "adv",
-        running: bool = False,
+        statistics: str = "batch",
     ) -> Iterator[tuple[Forward, torch.Generator]]:
         """The mode in which attacks see the model: yields (x_NCHW -> logits_NK, the generator of the attack's draws).
 
-        On the route of the view ``route``, with batch statistics, or the ``running`` ones, which are left alone either
-        way, at the present or given weights. ``path`` keys the draws of the attack and of the model (dropout); outside
-        of the block nothing has changed.
+        On the route of the view ``route``, with "batch" or "running" statistics, which are left alone either way, at
+        the present or given weights. ``path`` keys the draws of the attack and of the model (dropout); outside of the
+        block nothing has changed.
         """
-        network = self._network
-        draws = rng.generator(network.device, self._seed, *path)
-        statistics = norm.running_stats if running else norm.frozen_stats
+        network, seed = self.network, self.seed
+        draws = rng.generator(network.device, seed, *path)
+        frozen = norm.running_stats if statistics == "running" else norm.frozen_stats
         with (
-            rng.scope(network.device, self._seed, *path),
+            rng.scope(network.device, seed, *path),
             network.on_route_of(route),
-            statistics(network.model),
+            frozen(network.model),
         ):
             yield network.for_attack(weights), draws

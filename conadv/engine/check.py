@@ -13,23 +13,23 @@ from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError, unknown
 from conadv.nn import split_batchnorm as norm
+from conadv.types import Method
 
 VIEWS = ("clean", "aug", "adv")
 
 
-def check_model(model: nn.Module, route: str | None, ranks: int) -> None:
-    """ConadvError unless ``ranks`` ranks can train the model; ``route``: the extra view's own, None without one."""
-    if isinstance(model, nn.DataParallel):
+def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) -> None:
+    """ConadvError unless ``ranks`` ranks can train the model by the method."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConadvError(
-            "nn.DataParallel copies the model in every pass, which breaks routes. Use one process."
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ConadvError(
-            "The model is wrapped in DistributedDataParallel. TrainStep sums gradients over ranks itself: pass the "
+            f"The model is wrapped in {type(model).__name__}. TrainStep sums gradients over ranks itself: pass the "
             "plain model (model.module) and comm=Comm.from_environment(), in place of init_process_group."
         )
+    if adv_route not in ("adv", "clean"):
+        raise unknown("adv_route", adv_route, ("adv", "clean"))
+    own_route = method.route if adv_route == "adv" else None
     norm.check_sync(model, ranks)
-    norm.check_routes(model, [route] if route else [])
+    norm.check_routes(model, [own_route] if own_route else [])
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, scheduled: bool) -> None:

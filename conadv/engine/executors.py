@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from conadv.distributed.clock import PhaseClock
 from conadv.distributed.comm import Comm
-from conadv.engine.inputs import RawBatch
+from conadv.engine.inputs import Inputs, RawBatch
 from conadv.engine.pending import Pending
 from conadv.engine.stop import StopRequest
 from conadv.errors import ConadvError
-from conadv.types import Batch, Engine, Method, MicroBatch, Span, StepRecord
+from conadv.types import Batch, Engine, Method, Span, StepRecord
 
 Served = Callable[[int, list[Span]], None]
 """Hears of a batch that an attack rank has attacked: its step, and the spans of doing so."""
@@ -35,12 +35,13 @@ class Step(Engine, Protocol):
     device: torch.device
     stop: int
     stop_request: StopRequest
+    inputs: Inputs
 
     @property
     def pending(self) -> Pending: ...
+
     @property
     def ahead(self) -> int: ...
-    def example(self, micro: MicroBatch) -> Tensor: ...
     def snapshot(self) -> None: ...
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]: ...
     def prepare(self, future: RawBatch | None, *, early: bool = False) -> None: ...

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conadv.engine.inputs import Views
 from conadv.engine.numerics import Numerics
-from conadv.engine.precision import amplify, autocast, low_type
+from conadv.engine.precision import LOW_TYPES, amplify, autocast
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 from conadv.types import Forward
@@ -31,7 +31,7 @@ class Network:
         self._run: Any = (
             torch.compile(model, fullgraph=True, dynamic=False) if numerics.compile else model
         )
-        self._low = low_type(numerics.precision)
+        self.low = LOW_TYPES[numerics.precision]
         self._adv_route = adv_route
         self._has_batchnorm = norm.has_batchnorm(model)
         self._has_routes = bool(norm.routes_of(model))
@@ -45,9 +45,9 @@ class Network:
     def logits(self, views: Views) -> dict[str, Tensor]:
         """logits_NK of each view, all from one forward pass."""
         images = [x for x, _ in views.values()]
-        with autocast(self.device, self._low):
+        with autocast(self.device, self.low):
             logits_NK = self._call(torch.cat(images) if len(images) > 1 else images[0])
-        if self._low is not None:
+        if self.low is not None:
             logits_NK = logits_NK.float()
         sizes = [len(y) for _, y in views.values()]
         parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
@@ -61,14 +61,14 @@ class Network:
         fixed = {f"_orig_mod.{name}": w.detach() for name, w in (now or {}).items()}
 
         def forward(x_NCHW: Tensor) -> Tensor:
-            with autocast(self.device, self._low):
+            with autocast(self.device, self.low):
                 if self._compiled:
                     logits: Tensor = torch.func.functional_call(self._run, fixed, (x_NCHW,))
                 elif weights is None:
                     logits = self.model(x_NCHW)
                 else:
                     logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
-            return amplify(logits, self._low)
+            return amplify(logits, self.low)
 
         return forward
 
@@ -80,10 +80,6 @@ class Network:
 
     def on_route_of(self, view: str) -> AbstractContextManager[None]:
         return self._route(self._route_of(view))
-
-    def frozen_stats(self) -> AbstractContextManager[None]:
-        """Running statistics stay as they are in the block."""
-        return norm.frozen_stats(self.model)
 
     def _route_of(self, view: str) -> str:
         return self._adv_route if view == "adv" else view

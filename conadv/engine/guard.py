@@ -59,12 +59,10 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_keys(state, ("scale", "good_steps"), "its loss scale")
-        scale = state["scale"]
+        scale, most = state["scale"], self.growth_interval - 1
         if not isinstance(scale, float) or not 1 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
             raise ConadvError(f"its loss scale is {shown(scale)}, not a power of two")
-        self.good_steps = check_count(
-            state["good_steps"], "its good_steps", self.growth_interval - 1
-        )
+        self.good_steps = check_count(state["good_steps"], "its good_steps", most)
         self.scale = scale
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from conadv.attacks.space import PixelSpace
+from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch, MicroBatch
 
@@ -21,7 +22,7 @@ class Inputs:
 
     def __init__(self, space: PixelSpace, device: torch.device, channels_last: bool) -> None:
         self.space, self._device = space, device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self._checked = False
 
     def as_batch(self, raw: RawBatch, step: int, rank: int) -> Batch:
@@ -53,7 +54,7 @@ class Inputs:
     def _in_model_space(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
             x = self.space.normalize(x)
-        return x.contiguous(memory_format=self._format) if x.dim() == 4 else x
+        return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
 
     def labels(self, micro: MicroBatch) -> Tensor:
         return micro.y_N.to(self._device, non_blocking=True)
@@ -73,3 +74,15 @@ class Inputs:
         if not self._checked:
             self.space.check(self.images(batch.micro[0], "clean"))
             self._checked = True
+
+    def likely_cause(self, batch: Batch, comm: Comm) -> str:
+        """What to do about a number that is not finite. Ranks: collective; sync point."""
+        views = sorted(batch.micro[0].views)
+        finite = [
+            all(bool(self.images(m, view).isfinite().all()) for m in batch.micro) for view in views
+        ]
+        bad = comm.any(~torch.tensor(finite)).tolist()
+        if True in bad:
+            view = views[bad.index(True)]
+            return f"The images of the {view} view hold infinite or NaN values: check the data."
+        return "The images are finite: lower the learning rate, lengthen the warm-up, or clip (optim.clip_norm)."

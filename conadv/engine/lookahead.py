@@ -18,95 +18,74 @@ Our own addition to ConAdv; predicting stale weights by momentum goes back to Sp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conadv.engine.validate import check_keys, check_like
+from conadv.engine.validate import check_like
 from conadv.errors import unknown
 from conadv.optim.lamb import LAMB
 from conadv.optim.lars import LARS, VARIANTS
 
-Group = dict[str, Any]
-Lrs = Sequence[float]
 PREDICTORS = ("momentum", "last-update")
-_WHAT = "its look-ahead"
-Advance = Callable[[Tensor, Tensor, dict[str, Any], Group, Lrs], None]
+Advance = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], Sequence[float]], None]
 """(out, parameter, optimizer state of the parameter, its group, lr of each coming step): write the prediction."""
 
 
-def _along_buffer(out: Tensor, p: Tensor, state: dict[str, Any], factor: float) -> None:
+def _along_buffer(
+    out: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], lrs: Sequence[float]
+) -> None:
+    """SGD and LARS: theta - sum_k lr_k mu^k v; without lr_k where the buffer has the learning rate inside."""
     buffer = state.get("momentum_buffer")
-    if buffer is None:
+    if buffer is None:  # no update yet
         out.copy_(p)
-    else:
-        torch.add(p, buffer, alpha=-factor, out=out)
+        return
+    mu, inside = group["momentum"], "variant" in group and VARIANTS[group["variant"]].lr_inside
+    more = 1 if group.get("nesterov") else 0  # steps along mu v_{k+1} once more: one more factor mu
+    factor = sum((1.0 if inside else lr) * mu ** (k + more) for k, lr in enumerate(lrs, 1))
+    torch.add(p, buffer, alpha=-factor, out=out)
 
 
-def _sgd(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) -> None:
-    """theta - sum_k lr_k mu^k b; Nesterov steps along mu b_{k+1} once more: one more factor mu."""
-    mu = group["momentum"]
-    extra = 1 if group["nesterov"] else 0
-    _along_buffer(out, p, state, sum(lr * mu ** (k + extra) for k, lr in enumerate(lrs, 1)))
-
-
-def _lars(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) -> None:
-    """Learning rate inside the buffer: theta - sum_k mu^k v; outside: as SGD."""
-    mu, inside = group["momentum"], VARIANTS[group["variant"]].lr_inside
-    _along_buffer(
-        out, p, state, sum((1.0 if inside else lr) * mu**k for k, lr in enumerate(lrs, 1))
-    )
-
-
-def _adam_directions(state: dict[str, Any], group: Group, num_steps: int) -> Iterator[Tensor]:
-    """The bias-corrected Adam direction of each coming step when both moments only decay."""
-    m, v = state["exp_avg"], state["exp_avg_sq"]
-    done = state["step"].double()  # stays where it is: reading it back would wait for a CUDA device
-    beta1, beta2 = group["betas"]
-    for k in range(1, num_steps + 1):
-        m_hat = m * (beta1**k / (1 - beta1 ** (done + k)))
-        v_hat = v * (beta2**k / (1 - beta2 ** (done + k)))
-        yield m_hat.div_(v_hat.sqrt_().add_(group["eps"]))
-
-
-def _adam(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) -> None:
-    out.copy_(p)
-    if "exp_avg" in state:
-        for lr, direction in zip(lrs, _adam_directions(state, group, len(lrs)), strict=True):
-            out.sub_(direction.mul_(lr))
-
-
-def _lamb(out: Tensor, p: Tensor, state: dict[str, Any], group: Group, lrs: Lrs) -> None:
+def _adam(
+    out: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], lrs: Sequence[float]
+) -> None:
+    """Adam(W) and LAMB: bias-corrected updates while both moments only decay; LAMB's with its ratio."""
     out.copy_(p)
     if "exp_avg" not in state:
         return
-    for lr, direction in zip(lrs, _adam_directions(state, group, len(lrs)), strict=True):
-        w_norm, u_norm = out.norm(), direction.norm()
-        ratio = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0)
-        out.sub_(direction.mul_(ratio * lr if group["adapt"] else lr))
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    done = state["step"].double()  # stays where it is: reading it back would wait for a CUDA device
+    beta1, beta2 = group["betas"]
+    for k, lr in enumerate(lrs, 1):
+        m_hat = m * (beta1**k / (1 - beta1 ** (done + k)))
+        v_hat = v * (beta2**k / (1 - beta2 ** (done + k)))
+        direction = m_hat.div_(v_hat.sqrt_().add_(group["eps"]))
+        factor: float | Tensor = lr
+        if group.get("adapt"):
+            # At the predicted weights: the ratio of each coming update follows those before it.
+            w_norm, u_norm = out.norm(), direction.norm()
+            factor = torch.where((w_norm > 0) & (u_norm > 0), w_norm / u_norm, 1.0) * lr
+        out.sub_(direction.mul_(factor))
 
 
 def _advance_for(optimizer: torch.optim.Optimizer) -> Advance | None:
     """The closed form for an optimizer, None where there is none or no momentum to go by."""
-    forms: tuple[tuple[type, Advance], ...] = (
-        (LARS, _lars),
-        (LAMB, _lamb),
-        (torch.optim.SGD, _sgd),
-        (torch.optim.Adam, _adam),  # AdamW is a subclass
-    )
     groups = optimizer.param_groups
-    if isinstance(optimizer, (torch.optim.SGD, LARS)) and not all(
+    if any(group.get("maximize") or group.get("amsgrad") for group in groups):
+        return None
+    if isinstance(optimizer, (torch.optim.Adam, LAMB)):  # AdamW is an Adam
+        return _adam
+    if not isinstance(optimizer, (torch.optim.SGD, LARS)) or not all(
         group["momentum"] > 0 for group in groups
     ):
         return None
-    if isinstance(optimizer, LARS) and not all(
-        VARIANTS[group["variant"]].ratio_inside for group in groups
-    ):
-        return None  # the ratio of a gradient that is not known yet would scale the whole step
-    plain = not any(g.get("maximize") or g.get("amsgrad") for g in groups)
-    return next((form for kind, form in forms if plain and isinstance(optimizer, kind)), None)
+    # A ratio outside the buffer, of a gradient that is not known yet, would scale the whole step.
+    known = all(
+        "variant" not in group or VARIANTS[group["variant"]].ratio_inside for group in groups
+    )
+    return _along_buffer if known else None
 
 
 class LookAhead:
@@ -132,18 +111,16 @@ class LookAhead:
     ) -> None:
         if predictor not in PREDICTORS:
             raise unknown("predictor", predictor, PREDICTORS)
-        self._names: dict[Tensor, str] = {
-            p: name for name, p in model.named_parameters() if p.requires_grad
-        }
-        self._optimizer = optimizer
-        self._lr_at = lr_at
+        self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names = {p: name for name, p in self._params.items()}
+        self._optimizer, self._lr_at = optimizer, lr_at
         self._advance = _advance_for(optimizer) if predictor == "momentum" else None
-        self._weights = {name: p.detach().clone() for p, name in self._names.items()}
-        self._previous: dict[str, Tensor] | None = None
+        self._weights = {name: p.detach().clone() for name, p in self._params.items()}
+        self._previous: dict[str, Tensor] = {}
         if self._advance is None:
-            self._previous = (
-                {n: w.clone() for n, w in self._weights.items()} if keep else self._weights
-            )
+            # One buffer serves as memory and as prediction where it is predicted once between two updates.
+            copies = {name: w.clone() for name, w in self._weights.items()}
+            self._previous = copies if keep else self._weights
 
     @torch.no_grad()
     def predict(self, version: int, num_steps: int) -> dict[str, Tensor]:
@@ -151,38 +128,32 @@ class LookAhead:
 
         The tensors are the buffer itself: valid until the next call or :meth:`snapshot`.
         """
-        if self._previous is not None:
-            for p, name in self._names.items():  # p + num_steps (p - previous p)
+        if self._advance is None:
+            for name, p in self._params.items():  # p + num_steps (p - previous p)
                 torch.lerp(self._previous[name], p, 1.0 + num_steps, out=self._weights[name])
-        else:
-            self._by_momentum(version, num_steps)
-        return self._weights
-
-    def _by_momentum(self, version: int, num_steps: int) -> None:
-        assert self._advance is not None
+            return self._weights
         for group in self._optimizer.param_groups:
-            lrs = [
-                group["lr"] if self._lr_at is None else self._lr_at(version + k)
-                for k in range(num_steps)
-            ]
+            lrs = [group["lr"]] * num_steps
+            if self._lr_at is not None:
+                lrs = [self._lr_at(version + k) for k in range(num_steps)]
             for p in group["params"]:
                 if p in self._names:
                     state = self._optimizer.state.get(p, {})
                     self._advance(self._weights[self._names[p]], p, state, group, lrs)
+        return self._weights
 
     @torch.no_grad()
     def snapshot(self) -> None:
         """Call after the attack and before the update: the extrapolation needs theta_t once theta_{t+1} is there."""
-        if self._previous is not None:
-            for p, name in self._names.items():
-                self._previous[name].copy_(p)
+        for name, previous in self._previous.items():
+            previous.copy_(self._params[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights before the last update, by parameter; empty where the optimizer's state says all."""
-        return dict(self._previous or {})
+        return dict(self._previous)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        previous = self._previous or {}
-        for name, value in check_keys(state, previous, _WHAT).items():
-            previous[name].copy_(check_like(value, previous[name], f"{name} of {_WHAT}"))
+        check_like(state, self._previous, "its look-ahead")
+        for name, previous in self._previous.items():
+            previous.copy_(state[name])

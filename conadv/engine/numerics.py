@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from conadv.engine.precision import LOW_TYPES
 from conadv.errors import ConadvError, unknown
-
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Numerics:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise unknown("precision", self.precision, PRECISIONS)
+        if self.precision not in LOW_TYPES:
+            raise unknown("precision", self.precision, LOW_TYPES)
         if self.on_nonfinite not in ("stop", "skip"):
             raise unknown("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         if self.nonfinite_limit < 1:

@@ -11,65 +11,11 @@ from torch import Tensor
 
 from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
-from conadv.engine.validate import check_count, check_keys, check_mapping, check_tensor, shown
-from conadv.errors import ConadvError
+from conadv.engine.validate import check_count, check_keys, check_like, shown
+from conadv.errors import ConadvError, unknown
 from conadv.types import ExtraBatch
 
-_WHAT = "its images that wait"
-_KEYS = ("images", "labels", "weight_version", "dtype")
-_STEP = re.compile(r"[0-9]{1,10}")
-_MADE_AS = ["float32", "float16", "bfloat16", "float64"]
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "uint8")}
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What the images that wait for one step are, as :meth:`Pending.state_dict` saves them."""
-
-    micro_batches: int
-    images: tuple[int, int, int, int]
-    """(attacked images of a micro-batch, C, H, W)"""
-    classes: int
-    ahead: int
-    """How many steps before their use they are made, at most."""
-
-    def check(self, state: object, version: int, dtype: torch.dtype | None) -> None:
-        """Raise ConadvError unless ``state`` could wait at ``version``. ``dtype``: as they are stored, None as made."""
-        for step, entry in check_mapping(state, _WHAT).items():
-            if (
-                not isinstance(step, str)
-                or not _STEP.fullmatch(step)
-                or int(step) >= version + self.ahead
-            ):
-                raise ConadvError(
-                    f"{_WHAT} are for step {shown(step)}, not one up to {version + self.ahead - 1}"
-                )
-            self._check_entry(check_keys(entry, _KEYS, _WHAT), version, dtype)
-
-    def _check_entry(self, entry: dict[str, Any], version: int, dtype: torch.dtype | None) -> None:
-        made_as, made_at = entry["dtype"], entry["weight_version"]
-        if made_as not in _MADE_AS:
-            raise ConadvError(f"{_WHAT} are of {shown(made_as)}, not of {', '.join(_MADE_AS)}")
-        if made_at is not None:
-            check_count(made_at, f"the weights of {_WHAT}", version)
-        for part in ("images", "labels"):
-            if not isinstance(entry[part], list) or len(entry[part]) != self.micro_batches:
-                raise ConadvError(f"{_WHAT} have no {part} for {self.micro_batches} micro-batches")
-        for image in entry["images"]:
-            check_tensor(image, torch.Size(self.images), dtype or getattr(torch, made_as), _WHAT)
-        for label in entry["labels"]:
-            self._check_labels(label)
-
-    def _check_labels(self, label: object) -> None:
-        what, count = f"the labels of {_WHAT}", self.images[0]
-        if (
-            isinstance(label, Tensor) and label.is_floating_point()
-        ):  # probabilities, of mixed images
-            check_tensor(label, torch.Size((count, self.classes)), label.dtype, what)
-            return
-        found = check_tensor(label, torch.Size((count,)), torch.int64, what)
-        if bool(((found < 0) | (found >= self.classes)).any()):
-            raise ConadvError(f"{what} are not classes from 0 to {self.classes - 1}")
 
 
 class Pending:
@@ -82,19 +28,26 @@ class Pending:
 
     def __init__(self, space: PixelSpace, dtype: str | None = None) -> None:
         if dtype is not None and dtype not in DTYPES:
-            raise ConadvError(f"pending dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+            raise unknown("pending_dtype", dtype, DTYPES)
         self.space = space
-        self.dtype = None if dtype is None else DTYPES[dtype]
-        self._waiting: dict[int, tuple[ExtraBatch, torch.dtype]] = {}
+        self.dtype: torch.dtype | None = None if dtype is None else DTYPES[dtype]
+        self._waiting: dict[int, tuple[ExtraBatch, torch.dtype]] = {}  # and what images were before
         self._skipped: set[int] = set()
 
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
         """Store the extra batch of ``step``. ``dtype``: what its images were before somebody else encoded them."""
-        images = tuple(map(self.encode, extra.images))
-        self._waiting[step] = (
-            ExtraBatch(images, extra.labels, extra.weight_version),
-            dtype or extra.images[0].dtype,
+        stored = ExtraBatch(
+            tuple(map(self.encode, extra.images)), extra.labels, extra.weight_version
         )
+        self._waiting[step] = stored, dtype or extra.images[0].dtype
+
+    def pop(self, step: int) -> ExtraBatch | None:
+        """Take out the extra batch of ``step``, None if there is none."""
+        if step not in self._waiting:
+            return None
+        stored, dtype = self._waiting.pop(step)
+        images = tuple(self._decode(image, dtype) for image in stored.images)
+        return ExtraBatch(images, stored.labels, stored.weight_version)
 
     def skip(self, step: int) -> None:
         """Say that ``step`` has to go without its extra batch."""
@@ -106,20 +59,12 @@ class Pending:
         self._skipped.discard(step)
         return found
 
-    def __contains__(self, step: int) -> bool:
-        return step in self._waiting
-
-    def pop(self, step: int) -> ExtraBatch | None:
-        """Take out the extra batch of ``step``, None if there is none."""
-        stored, dtype = self._waiting.pop(step, (None, None))
-        if stored is None or dtype is None:
-            return None
-        images = tuple(self._decode(image, dtype) for image in stored.images)
-        return ExtraBatch(images, stored.labels, stored.weight_version)
-
     def clear(self) -> None:
         """Forget everything, as when a loop goes on with other data."""
         self._waiting.clear()
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._waiting
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -138,13 +83,12 @@ class Pending:
         if self.dtype is None or self.dtype == image.dtype:
             return image
         if self.dtype == torch.uint8:
+            # Rounded, not cut off: 8/255 comes back as 8/255 although the division left 7.9999.
             return self.space.to_pixels(image).mul_(255).round_().clamp_(0, 255).to(torch.uint8)
         return image.to(self.dtype)
 
     def _decode(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        if image.dtype == torch.uint8:
-            return self.space.normalize(image).to(dtype)
-        return image.to(dtype)
+        return (self.space.normalize(image) if image.dtype == torch.uint8 else image).to(dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, for a checkpoint that is read without unpickling code."""
@@ -160,17 +104,56 @@ class Pending:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Replace what waits by a saved state."""
-        self._waiting = {
-            int(step): (
-                ExtraBatch(
-                    tuple(image.to(device) for image in entry["images"]),
-                    tuple(label.to(device) for label in entry["labels"]),
-                    entry["weight_version"],
-                ),
-                getattr(torch, entry["dtype"]),
+        self._waiting.clear()
+        for step, entry in state.items():
+            images, labels = (
+                tuple(x.to(device) for x in entry[key]) for key in ("images", "labels")
             )
-            for step, entry in state.items()
-        }
+            extra = ExtraBatch(images, labels, entry["weight_version"])
+            self._waiting[int(step)] = extra, getattr(torch, entry["dtype"])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the images that wait for one step are, to compare a checkpoint's with.
+
+    images: (attacked images of a micro-batch, C, H, W). ahead: how many steps before their use they are made, at most.
+    """
+
+    micro_batches: int
+    images: tuple[int, int, int, int]
+    classes: int
+    ahead: int
+
+    def check(self, state: object, version: int, dtype: torch.dtype | None) -> None:
+        """ConadvError unless ``state`` could wait at ``version``. ``dtype``: as images are stored, None as made."""
+        what, last = "its images that wait", version + self.ahead - 1
+        for step, entry in check_keys(state, None, what).items():
+            if not re.fullmatch(r"[0-9]{1,10}", str(step)) or int(step) > last:
+                raise ConadvError(f"{what} are for step {shown(step)}, not one up to {last}")
+            check_keys(entry, ("images", "labels", "weight_version", "dtype"), what)
+            if entry["dtype"] not in ("float32", "float16", "bfloat16", "float64"):
+                raise ConadvError(f"{what} are of {shown(entry['dtype'])}, not of a float type")
+            if entry["weight_version"] is not None:
+                check_count(entry["weight_version"], f"the weights of {what}", version)
+            made_as = dtype or getattr(torch, entry["dtype"])
+            self._check_tensors(entry["images"], self.images, made_as, what)
+            self._check_labels(entry["labels"], f"the labels of {what}")
+
+    def _check_labels(self, labels: Any, what: str) -> None:
+        first = labels[0] if isinstance(labels, list) and labels else None
+        if isinstance(first, Tensor) and first.is_floating_point():  # probabilities of mixed images
+            self._check_tensors(labels, (self.images[0], self.classes), first.dtype, what)
+            return
+        self._check_tensors(labels, self.images[:1], torch.int64, what)
+        if any(bool(((y_N < 0) | (y_N >= self.classes)).any()) for y_N in labels):
+            raise ConadvError(f"{what} are not classes from 0 to {self.classes - 1}")
+
+    def _check_tensors(
+        self, found: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str
+    ) -> None:
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        check_like(found, [like] * self.micro_batches, what)
 
 
 def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:
@@ -193,11 +176,7 @@ def shard(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     """One rank's part of a merged state: the micro-batches that the data order gives it."""
 
     def mine(tensors: list[Tensor]) -> list[Tensor]:
-        count, rest = divmod(len(tensors), ranks)
-        assert not rest, (
-            len(tensors),
-            ranks,
-        )  # the config, which a resumed run may not change, has fixed both
+        count = len(tensors) // ranks
         return tensors[rank * count : (rank + 1) * count]
 
     return {

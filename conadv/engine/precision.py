@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conadv.errors import unknown
-
-_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOW_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the name of a precision, the type that autocast computes in."""
 ATTACK_SCALE = 2.0**10
 """fp16: factor on the gradient of an attack's loss, which directions do not depend on."""
-
-
-def low_type(precision: str) -> torch.dtype | None:
-    """The type that autocast computes in, None for fp32. Raises ConadvError for another name."""
-    if precision not in _TYPES:
-        raise unknown("precision", precision, _TYPES)
-    return _TYPES[precision]
 
 
 def autocast(device: torch.device, low: torch.dtype | None) -> AbstractContextManager[Any]:

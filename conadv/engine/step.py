@@ -12,7 +12,6 @@ needs is a collaborator each: inputs, forward, gradient, attack_pass, pending, l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from conadv.attacks.space import PixelSpace
 from conadv.distributed.clock import PhaseClock
 from conadv.distributed.comm import Comm
-from conadv.distributed.reducer import GradientReducer
 from conadv.engine import check
 from conadv.engine.attack_pass import AttackPass
 from conadv.engine.executors import Executor, Inline, Served
@@ -35,17 +33,9 @@ from conadv.engine.numerics import DEFAULT, Numerics
 from conadv.engine.pending import Expected, Pending
 from conadv.engine.stop import StopRequest
 from conadv.engine.validate import check_count, check_keys
-from conadv.errors import ConadvError, unknown
-from conadv.types import (
-    Attack,
-    Batch,
-    ExtraBatch,
-    Forward,
-    Method,
-    MicroBatch,
-    Schedule,
-    StepRecord,
-)
+from conadv.errors import ConadvError
+from conadv.nn.split_batchnorm import frozen_stats
+from conadv.types import Attack, Batch, ExtraBatch, Method, MicroBatch, Schedule, StepRecord
 
 
 class _CleanOnly(Method):
@@ -109,37 +99,26 @@ class TrainStep:
         self.method = _CleanOnly() if method is None else method
         self.device = next(model.parameters()).device
         self.comm = comm or check.alone(self.device)
-        if adv_route not in ("adv", "clean"):
-            raise unknown("adv_route", adv_route, ("adv", "clean"))
-        own_route = self.method.route if adv_route == "adv" else None
-        check.check_model(model, own_route, self.comm.ranks)
-        check.check_optimizer(optimizer, model, scheduled=lr_at is not None)
         self.space = check.one_space(space, self.method.space)
         self.view_weights = check.checked_weights(view_weights or {})
+        check.check_model(model, self.method, adv_route, self.comm.ranks)
+        check.check_optimizer(optimizer, model, scheduled=lr_at is not None)
         self.executor = executor or Inline()
 
         self.version = 0
         self.clock = PhaseClock(self.device)
         self.pending = Pending(self.space, numerics.pending_dtype)
-        self.stop = 0  # what all ranks have agreed on, in the last step
+        self.stop = 0  # what all ranks agreed on in the last step
         self.stop_request = StopRequest(self.comm.ranks)
-        self._lr_at = lr_at
-        self._inputs = Inputs(self.space, self.device, numerics.channels_last)
-        self._network = Network(model, adv_route, numerics)
-        self._attacks = AttackPass(self._network, self._inputs, seed)
-        self._guard = Guard(model, numerics)
+        self.inputs = inputs = Inputs(self.space, self.device, numerics.channels_last)
+        self.network = network = Network(model, adv_route, numerics)
+        self.attacks = AttackPass(network, inputs, seed)
+        weights, stop = self.view_weights, self.stop_request
+        self.gradients = GradientPass(network, inputs, loss, weights, seed, self.comm, stop)
+        self._lr_at, self._guard = lr_at, Guard(model, numerics)
         # An attack rank is sent the predicted weights; it has no optimizer state to predict them from.
         looks_ahead = self.method.lookahead and not self.executor.attack_only
         self._lookahead = LookAhead(model, optimizer, lr_at) if looks_ahead else None
-        self._gradients = GradientPass(
-            self._network,
-            self._inputs,
-            loss,
-            self.view_weights,
-            seed,
-            self.comm,
-            self.stop_request,
-        )
         self._batch: Batch | None = None  # of the gradient that has not been applied yet
         self._gradient_version: int | None = None
         self._extra_version: int | None = None
@@ -152,16 +131,6 @@ class TrainStep:
     def ahead(self) -> int:
         """How far ahead of the batch the ``future`` batch is; 0 if the method needs none."""
         return self.method.ahead
-
-    @property
-    def views_fused(self) -> bool:
-        """Whether all views of a micro-batch are in one forward pass."""
-        return self._network.fuses_views
-
-    @property
-    def reducer(self) -> GradientReducer | None:
-        """What sums the gradients over ranks; None on one rank."""
-        return self._gradients.reducer
 
     def __call__(self, batch: RawBatch, future: RawBatch | None = None) -> StepRecord:
         """Run one step and update the weights. Sync point: the losses are read back before the update."""
@@ -184,16 +153,16 @@ class TrainStep:
         with self.clock.phase("attack"):
             extra = method.extra_view(self, batch)
         self._extra_version = None if extra is None else extra.weight_version
-        factor = self._guard.factor
+        scale, input_grad = self._guard.factor, method.needs_input_gradient
         with self.clock.phase("gradient"):
-            clean = self._gradients.run(batch, extra, factor, method.needs_input_gradient)
+            clean = self.gradients.run(batch, extra, scale, input_grad=input_grad)
         if method.two_gradients:
             self._second_gradient(batch, extra)
-        if method.needs_input_gradient:
+        if input_grad:
             with self.clock.phase("attack"):
-                images = [x.detach() for x in clean]
-                method.on_input_grad(self, batch, images, [_gradient_of(x) for x in clean])
-        return self._gradients.losses
+                grads = [x.grad for x in clean if x.grad is not None]
+                method.on_input_grad(self, batch, [x.detach() for x in clean], grads)
+        return self.gradients.losses
 
     def prepare(self, future: RawBatch | None, *, early: bool = False) -> None:
         """The method's work for a later step, at the present weights; nothing for most methods.
@@ -212,10 +181,10 @@ class TrainStep:
 
     def wait(self) -> None:
         """Wait until gradients and losses are summed over the ranks; on one rank there is nothing to wait for."""
-        if self._gradients.busy:
+        if self.gradients.busy:
             self.comm.at("wait", self.version)
             with self.clock.phase("wait"):
-                self._gradients.wait(self.clock)
+                self.gradients.wait(self.clock)
 
     def update(self) -> StepRecord:
         """Check that loss and gradient are finite, set the learning rate, unscale, clip, update, clear the gradients.
@@ -234,27 +203,16 @@ class TrainStep:
             lr = float(self.optimizer.param_groups[0]["lr"])
             if skipped is None:
                 self.optimizer.step()
-            step = self.version
+            record = StepRecord(self.version, self._epoch, lr, loss, losses, grad_norm)
+            record.weight_version, record.skipped = self._extra_version, skipped
             self._count_update()
             self.optimizer.zero_grad(set_to_none=True)
-        phases, spans, seconds = self.clock.collect()
-        return StepRecord(
-            step,
-            self._epoch,
-            lr,
-            loss,
-            losses,
-            grad_norm,
-            self._extra_version,
-            phases,
-            seconds,
-            spans,
-            skipped=skipped,
-        )
+        record.phases, record.spans, record.seconds = self.clock.collect()
+        return record
 
     def advance(self) -> None:
         """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
-        if self._gradients.busy:
+        if self.gradients.busy:
             raise ConadvError(
                 "Call wait() before optimizer.step(): gradients were still being summed over the ranks."
             )
@@ -277,34 +235,20 @@ class TrainStep:
 
     def images(self, micro: MicroBatch, view: str) -> Tensor:
         """A view's images in model space on the model's device, (N, C, H, W)."""
-        return self._inputs.images(micro, view)
+        return self.inputs.images(micro, view)
 
     def labels(self, micro: MicroBatch) -> Tensor:
-        return self._inputs.labels(micro)
-
-    def example(self, micro: MicroBatch) -> Tensor:
-        """A tensor on the meta device like the clean view's images in model space."""
-        return self._inputs.example(micro)
+        return self.inputs.labels(micro)
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name."""
-        return self._network.trainable()
+        return self.network.trainable()
 
     def attack_batch(
         self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
     ) -> ExtraBatch:
         """Run ``attack`` on the clean view of every micro-batch, at the present weights or at ``weights``."""
-        return self._attacks.attack_batch(self.method, attack, batch, weights, self.version)
-
-    def attack_pass(
-        self,
-        *path: str | int,
-        weights: Mapping[str, Tensor] | None = None,
-        route: str = "adv",
-        running: bool = False,
-    ) -> AbstractContextManager[tuple[Forward, torch.Generator]]:
-        """The mode in which attacks see the model, see :meth:`conadv.engine.attack_pass.AttackPass.open`."""
-        return self._attacks.open(*path, weights=weights, route=route, running=running)
+        return self.attacks.attack_batch(self.method, attack, batch, weights, self.version)
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
         """Look-ahead weights for ``num_steps`` updates from now; valid until the next call."""
@@ -342,10 +286,10 @@ class TrainStep:
             images.check(state["pending"], self.version, self.pending.dtype)
         self.pending.load_state_dict(state["pending"], self.device)
         self._guard.load_state_dict(state["guard"])
-        if self._lookahead is not None:
-            self._lookahead.load_state_dict(state["lookahead"])
-        else:
+        if self._lookahead is None:
             check_keys(state["lookahead"], (), "its look-ahead")
+        else:
+            self._lookahead.load_state_dict(state["lookahead"])
 
     @property
     def has_updated(self) -> bool:
@@ -355,16 +299,15 @@ class TrainStep:
     # ---- internals
 
     def _as_batch(self, raw: RawBatch) -> Batch:
-        return self._inputs.as_batch(raw, self.version, self.comm.rank)
+        return self.inputs.as_batch(raw, self.version, self.comm.rank)
 
     def _as_future(self, raw: RawBatch | None) -> Batch | None:
-        if raw is None:
-            return None
-        return self._inputs.as_batch(raw, self.version + self.ahead, self.comm.rank)
+        step, rank = self.version + self.ahead, self.comm.rank
+        return None if raw is None else self.inputs.as_batch(raw, step, rank)
 
     def _check_cleared(self) -> None:
-        why = "of a method with two gradients" if self.method.two_gradients else ""
-        why = why or ("on several ranks" if self.comm.ranks > 1 else "")
+        why = "on several ranks" if self.comm.ranks > 1 else ""
+        why = "of a method with two gradients" if self.method.two_gradients else why
         if why and any(p.grad is not None for p in self.model.parameters()):
             raise ConadvError(
                 f"gradient() {why} starts from cleared gradients: what is there already would be counted twice. "
@@ -378,11 +321,11 @@ class TrainStep:
         first = [p.grad for p in self.trainable().values() if p.grad is not None]
 
         def again() -> None:
-            with torch.enable_grad(), self._network.frozen_stats():
-                self._gradients.run_again(batch, extra, self._guard.factor)
+            with torch.enable_grad(), frozen_stats(self.model):
+                self.gradients.run(batch, extra, self._guard.factor, record=False)
 
         with self.clock.phase("gradient"):
-            self.method.second_gradient(self, self._gradients.norm(first), again)
+            self.method.second_gradient(self, self.gradients.norm(first), again)
 
     def _all_gradients(self) -> list[Tensor]:
         params = (p for group in self.optimizer.param_groups for p in group["params"])
@@ -390,30 +333,29 @@ class TrainStep:
 
     def _read_back(self) -> tuple[float, dict[str, float], float]:
         """The loss, that of each view, and the norm of the unscaled gradient, in one transfer. Takes in ``stop``."""
-        passed, gradients = self._gradients, self._all_gradients()
+        passed, gradients = self.gradients, self._all_gradients()
         if not passed.losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
-        values = [*passed.losses.values(), passed.norm(gradients)]
-        if passed.requests is not None:
-            values.append(passed.requests)
-        *read, last = torch.stack(values).tolist()  # sync point
-        if passed.requests is None:
-            read.append(last)
-            self.stop = self.stop_request.mine()
-        else:
-            self.stop = self.stop_request.decoded(last)
+        requests = [] if passed.requests is None else [passed.requests]
+        values = [*passed.losses.values(), passed.norm(gradients), *requests]
+        read = torch.stack(values).tolist()  # sync point
+        stop = self.stop_request
+        self.stop = stop.decoded(read[-1]) if requests else stop.mine()
         losses = dict(zip(passed.losses, read, strict=False))
         loss = sum(passed.weights[view] * value for view, value in losses.items())
-        return loss / sum(passed.weights.values()), losses, read[-1] / self._guard.factor
+        grad_norm = read[len(losses)] / self._guard.factor
+        return loss / sum(passed.weights.values()), losses, grad_norm
 
     def _judge(self, losses: Mapping[str, float], grad_norm: float) -> str | None:
         """Unscale and clip the gradient if the update may be made; otherwise undo the step and say why."""
-        factor = self._guard.factor
+        factor = self._guard.factor  # judging may change it, for the next step
         try:
             skipped = self._guard.judge(self.version, losses, grad_norm)
         except NonFiniteError as error:
+            assert self._batch is not None
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"{error} {self._likely_cause()}") from None
+            cause = self.inputs.likely_cause(self._batch, self.comm)
+            raise NonFiniteError(f"{error} {cause}") from None
         if skipped is None:
             if (multiplier := self._guard.multiplier(factor, grad_norm)) != 1.0:
                 torch._foreach_mul_(self._all_gradients(), multiplier)
@@ -423,22 +365,6 @@ class TrainStep:
             self.pending.pop(self.version + 1)
         return skipped
 
-    def _likely_cause(self) -> str:
-        """What to do about a number that is not finite. Ranks: collective; all of them are here."""
-        assert self._batch is not None
-        micro, views = self._batch.micro, sorted(self._batch.micro[0].views)
-        finite = [all(bool(self.images(m, v).isfinite().all()) for m in micro) for v in views]
-        bad = self.comm.any(~torch.tensor(finite)).tolist()
-        if True in bad:
-            view = views[bad.index(True)]
-            return f"The images of the {view} view hold infinite or NaN values: check the data."
-        return "The images are finite: lower the learning rate, lengthen the warm-up, or clip (optim.clip_norm)."
-
     def _count_update(self) -> None:
         self.version += 1
         self._gradient_version = self._batch = None
-
-
-def _gradient_of(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from conadv.attacks.space import PixelSpace
-from conadv.errors import ConadvError
+from conadv.errors import ConadvError, unknown
 from conadv.types import Attack, Method
 
 
@@ -42,11 +42,10 @@ class AttackMethod(SharedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("attack_route", "adv clean"), ("attack_statistics", "batch running")):
-            if getattr(self, name) not in known.split():
-                raise ConadvError(
-                    f"{name} {getattr(self, name)!r} is not {' or '.join(known.split())}."
-                )
+        if self.attack_route not in ("adv", "clean"):
+            raise unknown("attack_route", self.attack_route, ("adv", "clean"))
+        if self.attack_statistics not in ("batch", "running"):
+            raise unknown("attack_statistics", self.attack_statistics, ("batch", "running"))
 
     @property
     def space(self) -> PixelSpace | None:

@@ -105,8 +105,8 @@ def _burst(trial: Trial, teams: Teams, how: str, steps: int) -> Callable[[bool],
     served = 0
 
     def learn(overlap: bool) -> Sample:
-        if engine.reducer is not None:
-            engine.reducer.overlap = overlap
+        if engine.gradients.reducer is not None:
+            engine.gradients.reducer.overlap = overlap
         return burst(trial.phases, steps)
 
     def serve(overlap: bool) -> Sample:

@@ -86,7 +86,7 @@ def measure_phases(
     sizes = trials["conadv"].sizes.model_copy(update={"memory": memory})
     methods = {}
     for method, trial in trials.items():
-        passes = 1 if method == "vanilla" or trial.engine.views_fused else 2
+        passes = 1 if method == "vanilla" or trial.engine.network.fuses_views else 2
         found, buckets = tuple(points[method]), _buckets(trial)
         methods[method] = Measured(points=found, passes=passes, buckets=buckets)
     name = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else "cpu"

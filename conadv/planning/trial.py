@@ -130,7 +130,7 @@ class Trial:
             local_batch=config.global_batch_size // learners,
             held=self.held,
             micro_batch=micro_batch,
-            views_per_pass=views if self.engine.views_fused else 1,
+            views_per_pass=views if self.engine.network.fuses_views else 1,
         )
 
 

@@ -99,7 +99,7 @@ def build(
     observer, execution = observer or Silent(), execution or Execution()
     with world.agreed():
         method = method_of(config)
-        choice = choose(execution, method, device)
+        choice = choose(execution, method)
     teams = make_teams(world, execution.attack_ranks, execution.may_lose)
     with world.agreed():
         data = _load_data(config, teams, observer)

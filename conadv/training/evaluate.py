@@ -15,7 +15,7 @@ from conadv import rng
 from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.engine.guard import NonFiniteError
-from conadv.engine.precision import amplify, autocast, low_type
+from conadv.engine.precision import LOW_TYPES, amplify, autocast
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 from conadv.types import Attack
@@ -58,7 +58,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def forward_pass(model: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
     """images_NCHW -> float32 logits_NK in the run's precision, with gradients that do not vanish in fp16."""
-    device, low = next(model.parameters()).device, low_type(precision)
+    device, low = next(model.parameters()).device, LOW_TYPES[precision]
 
     def forward(x: Tensor) -> Tensor:
         with autocast(device, low):

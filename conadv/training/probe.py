@@ -20,7 +20,7 @@ from conadv.config.schema import Config
 from conadv.data.loader import Data
 from conadv.engine.lookahead import LookAhead
 from conadv.engine.step import TrainStep
-from conadv.engine.validate import check_count, check_keys, check_like, check_mapping
+from conadv.engine.validate import check_count, check_keys, check_like
 from conadv.nn import split_batchnorm as norm
 from conadv.optim.schedules import WarmupDecay
 from conadv.types import Attack, MicroBatch
@@ -96,13 +96,12 @@ class Probe:
         check_keys(state, ("waiting", "ahead"), "its probe")
         check_keys(state["ahead"], self._ahead, "its probe's look-ahead")
         own, self._waiting = self._engine.trainable(), {}
-        for step, taus in check_mapping(state["waiting"], "its probe").items():
+        for step, taus in check_keys(state["waiting"], None, "its probe").items():
             check_count(step, "its probe's step", self._num_steps)
-            for tau, made in check_mapping(taus, "its probe").items():
+            for tau, made in check_keys(taus, None, "its probe").items():
                 check_count(tau, "its probe's staleness", step)
                 for name, weights in check_keys(made, (STALE, *self._ahead), "its probe").items():
-                    for part, value in check_keys(weights, own, f"its probe's {name}").items():
-                        check_like(value, own[part], f"{part} of its probe's {name}")
+                    check_like(weights, own, f"its probe's {name}")
                 on_host = {name: _on_host(weights) for name, weights in made.items()}
                 self._waiting.setdefault(step, {})[tau] = on_host
         for name, ahead in self._ahead.items():
@@ -186,7 +185,7 @@ class Probe:
     def _pass(self, step: int, micro: MicroBatch, weights: Weights | None) -> Any:
         """The attack's mode. All points get the same draws, so that they differ by weights alone."""
         path = ("probe", step, micro.index)
-        return self._engine.attack_pass(*path, weights=weights, route=self._route)
+        return self._engine.attacks.open(path, weights, self._route)
 
 
 def mean_cosine(a: list[Tensor], b: list[Tensor]) -> float | None:

@@ -103,7 +103,7 @@ def recalibration(comm: Comm, batch: int) -> dict[str, Tensor]:
 def launches(comm: Comm, case: str, count: int, options: dict[str, Any]) -> dict[str, int]:
     """Counts from the last of four steps, by what the reducer has done when."""
     engine, seen = make(comm, case, small_resnet(), **options), dict[str, int]()
-    buckets = engine.reducer
+    buckets = engine.gradients.reducer
     assert buckets is not None
 
     def watch(owner: Any, name: str, key: str, value: Callable[[], int]) -> Any:
@@ -145,9 +145,9 @@ def clipped(comm: Comm) -> list[tuple[float, float, float]]:
         engine.gradient(batch_of(comm, t))
         engine.wait()
         gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        recorded, wanted = engine.reducer.norm(gradients), torch.nn.utils.get_total_norm(gradients)
+        recorded, wanted = engine.gradients.reducer.norm(gradients), torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
-        found.append((float(recorded), float(wanted), float(engine.reducer.norm(gradients))))
+        found.append((float(recorded), float(wanted), float(engine.gradients.reducer.norm(gradients))))
         engine.update()
     return found
 

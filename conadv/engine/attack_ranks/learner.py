@@ -196,7 +196,7 @@ class Learner:
         """Receive before anybody sends: a message that is not awaited does not move."""
         engine, teams = self._engine, self._teams
         counts = {m.index: engine.method.num_attacked(len(m.y_N)) for m in future.micro}
-        images = {m.index: engine.example(m)[: counts[m.index]] for m in future.micro}
+        images = {m.index: engine.inputs.example(m)[: counts[m.index]] for m in future.micro}
         labels = {m.index: engine.labels(m)[: counts[m.index]] for m in future.micro}
         arrivals = []
         parts = shares(len(teams.learners) * accumulation, len(teams.attackers))
