@@ -175,7 +175,9 @@ def _run_python(words: list[str]) -> None:
     imported = sys.modules.pop(
         target, None
     )  # by another test; in a process of its own it would not be there
-    beside = [] if module else [str((ROOT / target).parent)]  # as python finds a script's neighbours
+    beside = (
+        [] if module else [str((ROOT / target).parent)]
+    )  # as python finds a script's neighbours
     with (
         mock.patch.object(sys, "argv", [target, *args]),
         mock.patch.object(sys, "path", [*beside, *sys.path]),
