@@ -1,11 +1,12 @@
 """The contracts of conadv on one page.
 
-Shape suffixes: N images, C channels, H height, W width, K classes. ``x_NCHW`` is *model space*: what the model takes,
-normally pixels normalised by mean and standard deviation. Pixels are uint8 0..255 or floats in [0, 1]; ``eps`` and
-``step_size`` are always in [0, 1] pixel units (see :class:`conadv.PixelSpace`).
+Shape suffixes: N images, C channels, H height, W width, K classes. ``x_NCHW`` is *model space*:
+what the model takes, normally pixels normalised by mean and standard deviation. Pixels are uint8
+0..255 or floats in [0, 1]; ``eps`` and ``step_size`` are always in [0, 1] pixel units (see
+:class:`conadv.PixelSpace`).
 
-Steps are counted from 0. The *weight version* t names the weights theta_t after t updates, so step t trains theta_t
-and an adversarial batch with version t - tau has staleness tau.
+Steps are counted from 0. The *weight version* t names the weights theta_t after t updates, so step
+t trains theta_t and an adversarial batch with version t - tau has staleness tau.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ Schedule = Callable[[int], float]
 
 
 class Attack(Protocol):
-    """Makes adversarial images. Pure: touches no module mode, no statistics, no ``.grad``, no global generator.
+    """Makes adversarial images. Pure: changes no module, ``.grad`` or global generator.
 
-    Returns a tensor like ``x_NCHW`` (same shape, dtype, device; detached) whose distance to it is at most ``eps``.
+    Returns a tensor like ``x_NCHW`` (same shape, dtype, device; detached) whose distance to it is
+    at most ``eps``.
     Ranks: attacks its own images only; nothing is reduced.
     """
 
@@ -45,11 +47,11 @@ class Attack(Protocol):
 class MicroBatch:
     """The images of one forward pass.
 
-    ``views`` maps a view's name to images of the same N samples: "clean" always, "aug" for the third route, "second"
-    for the multi-view control. uint8 images are pixels, which the engine moves to the device and normalises;
-    floating-point images are taken as model space.
-    ``index`` is this micro-batch's place in the global batch, rank * accumulation + m: it keys the randomness, so
-    that N ranks draw what one rank with N-fold accumulation draws.
+    ``views`` maps a view's name to images of the same N samples: "clean" always, "aug" for the
+    third route, "second" for the multi-view control. uint8 images are pixels, which the engine
+    moves to the device and normalises; floating-point images are taken as model space.
+    ``index`` is this micro-batch's place in the global batch, rank * accumulation + m: it keys the
+    randomness, so that N ranks draw what one rank with N-fold accumulation draws.
     ``y_N``: classes (int64), or probabilities (N, K; float) where images are mixed.
     """
 
@@ -71,7 +73,8 @@ class Batch:
 class ExtraBatch:
     """The images that join the clean ones in a step: adversarial ones, or a control's.
 
-    images, labels: one entry per micro-batch. weight_version: the weights that made them; None where no weights did.
+    images, labels: one entry per micro-batch. weight_version: the weights that made them; None
+    where no weights did.
     """
 
     images: tuple[Tensor, ...]
@@ -81,14 +84,15 @@ class ExtraBatch:
 
 @dataclass
 class StepRecord:
-    """What one step did. Losses are means over the *global* batch, weighted as in ``loss``; seconds per phase.
+    """What one step did. Losses are means over the *global* batch; times are seconds.
 
-    ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase (data, attack, gradient,
-    send, receive, wait, update) to seconds on this rank. They took ``seconds`` together, less than their sum where the
-    attack has a stream of its own. ``spans`` says when they ran, and when the network was busy beside them ("network":
-    a bucket of gradients; "transfer": weights or images). ``late``: the extra images did not arrive in time and the
-    step went without them. ``skipped``: why the update was not made (a loss or gradient was not finite, or overflowed
-    in fp16); such numbers are then NaN or infinite here.
+    ``staleness`` is measured (step - weight_version), not configured. ``phases`` maps a phase
+    (data, attack, gradient, send, receive, wait, update) to seconds on this rank. They took
+    ``seconds`` together, less than their sum where the attack has a stream of its own. ``spans``
+    says when they ran, and when the network was busy beside them ("network": a bucket of gradients;
+    "transfer": weights or images). ``late``: the extra images did not arrive in time and the step
+    went without them. ``skipped``: why the update was not made (a loss or gradient was not finite,
+    or overflowed in fp16); such numbers are then NaN or infinite here.
     """
 
     step: int
@@ -143,21 +147,23 @@ class Engine(Protocol):
         """The attacked images of a batch, made at the present weights or at ``weights``."""
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
-        """Look-ahead: the weights that ``num_steps`` more updates will reach, if momentum decides."""
+        """Look-ahead: the weights of ``num_steps`` updates later, if momentum decides."""
 
 
 class Method:
-    """A method decides which images join the clean ones, through which route, made at which weights.
+    """Which images join the clean ones, through which route, made at which weights.
 
-    Derive from it and override what differs: the defaults are those of training on clean images alone. A method holds
-    settings only. What waits between steps is in ``engine.pending``, so that checkpoints, records and executors treat
-    all methods alike. Within step t, at weights theta_t, the step calls in this order:
+    Derive from it and override what differs: the defaults are those of training on clean images
+    alone. A method holds settings only. What waits between steps is in ``engine.pending``, so that
+    checkpoints, records and executors treat all methods alike. Within step t, at weights theta_t,
+    the step calls in this order:
 
     1. ``extra_view(engine, batch)``: the extra images of step t; on the critical path.
     2. ``second_gradient(engine, norm, again)``: only if ``two_gradients``; after the backward pass.
     3. ``on_input_grad(engine, batch, clean, gradients)``: only if ``needs_input_gradient``.
-    4. ``prepare(engine, future)``: work for step t + ``ahead`` that needs nothing of this step's gradient, so an
-       executor may run it beside backward or communication. ``future`` is B_{t + ahead}, None when training ends first.
+    4. ``prepare(engine, future)``: work for step t + ``ahead`` that needs nothing of this step's
+       gradient, so an executor may run it beside backward or communication. ``future`` is B_{t +
+       ahead}, None when training ends first.
 
     Ranks: each rank handles its own images; nothing is reduced.
     """
@@ -183,34 +189,35 @@ class Method:
 
     @property
     def future_attack(self) -> Attack | None:
-        """The attack that ``prepare`` runs on a future batch, which attack ranks can run instead; None without one.
+        """The attack that ``prepare`` runs, which attack ranks can run instead.
 
         ``extra_view`` of such a method returns None where ``engine.pending.skips(step)``.
         """
         return None
 
     def num_attacked(self, num_images: int) -> int:
-        """How many of ``num_images`` images get an extra copy: the first ones. ConadvError where that is none."""
+        """How many of ``num_images`` images get an extra copy: the first ones."""
         if count := round(self.share * num_images):
             return count
         raise ConadvError(
-            f"attack.share {self.share:g} of {num_images} images rounds to zero images; increase either."
+            f"attack.share {self.share:g} of {num_images} images rounds to zero images; "
+            "increase either."
         )
 
     def attack_weights(self, engine: Engine) -> Mapping[str, Tensor] | None:
-        """The weights for ``future_attack``, seen from the present step; None for the present ones."""
+        """The weights for ``future_attack``; None for the present ones."""
         return None
 
     def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
         return None
 
     def second_gradient(self, engine: Engine, norm: Tensor, again: Callable[[], None]) -> None:
-        """Replace the gradient of the global batch, of this norm, by another: ``again()`` computes it anew."""
+        """Replace the gradient, of this ``norm``, by another: ``again()`` computes it."""
 
     def on_input_grad(
         self, engine: Engine, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        """``clean``: the images of each micro-batch; ``gradients``: of the loss with respect to them."""
+        """``clean``: each micro-batch's images; ``gradients``: of the loss by them."""
 
     def prepare(self, engine: Engine, future: Batch | None) -> None:
         """``future``: B_{t + ahead}."""
@@ -222,8 +229,8 @@ class Method:
     def gradient_images(self, views: Collection[str], num_images: int) -> float:
         """What a step that trained on ``views`` cost in gradient images per clean image.
 
-        A forward-backward of an image of any view counts 1, twice for two gradients; an input gradient counts 1.
-        ``num_images``: clean images of a micro-batch.
+        A forward-backward of an image of any view counts 1, twice for two gradients; an input
+        gradient counts 1. ``num_images``: clean images of a micro-batch.
         """
         share = self.num_attacked(num_images) / num_images
         passes = sum(share if view == "adv" else 1.0 for view in views)

@@ -22,7 +22,8 @@ from .test_training import CPU, config
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_share_is_a_mean_over_all_images_of_both_views(fuse: bool) -> None:
-    # Red when: the adversarial view keeps its full weight; the last images are taken instead of the first.
+    # Red when: the adversarial view keeps its full weight; the last images are taken instead of the
+    # first.
     model = no_norm_net()
     engine = make(
         Sequential(FGSM(EPS, space=SPACE), share=0.3),
@@ -43,7 +44,8 @@ def test_a_share_is_a_mean_over_all_images_of_both_views(fuse: bool) -> None:
 @pytest.mark.parametrize("where", ["adv", "clean"])
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 def test_route_and_statistics_of_the_attack(where: str, statistics: str) -> None:
-    # Red when: the attack stays on the adv route, or normalises by the batch; buffers or modes have changed after it.
+    # Red when: the attack stays on the adv route, or normalises by the batch; buffers or modes have
+    # changed after it.
     model = tiny_resnet("adv")
     with torch.no_grad():
         model.bn1.routes["adv"].weight.neg_()
@@ -81,7 +83,8 @@ def test_shared_affine_parameters_are_one_and_statistics_two() -> None:
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_the_clean_route_can_serve_both_views(fuse: bool) -> None:
-    # Red when: both views are normalised together; the adversarial view's statistics are not tracked.
+    # Red when: both views are normalised together; the adversarial view's statistics are not
+    # tracked.
     model = tiny_resnet(dtype=torch.float64)
     twin = copy.deepcopy(model)
     engine = make(MultiView(), model, adv_route="clean", fuse_views=fuse)

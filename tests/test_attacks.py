@@ -92,7 +92,8 @@ def test_touches_nothing(name: str) -> None:
     ],
 )
 def test_eps_zero_gives_the_clean_images_bitwise(attack: object) -> None:
-    # Red when: the box is made with other arithmetic than normalize (black and white move by an ulp).
+    # Red when: the box is made with other arithmetic than normalize (black and white move by an
+    # ulp).
     x, y = model_input()
     assert torch.equal(attack(no_norm_net(dtype=torch.float32), x, y, gen()), x)  # type: ignore[operator]
 
@@ -170,7 +171,8 @@ def test_random_start_is_drawn_per_image_with_its_probability() -> None:
 
 @pytest.mark.parametrize(("norm", "size"), [("linf", 0.05), ("l2", 0.1 * 0.5 ** (1 / 4))])
 def test_random_start_is_uniform_in_the_ball_and_valid(norm: Any, size: float) -> None:
-    # Red when: linf draws from [0, eps], the l2 radius is uniform or always eps, or the start leaves the box.
+    # Red when: linf draws from [0, eps], the l2 radius is uniform or always eps, or the start
+    # leaves the box.
     space, x = PixelSpace((0.5,), (0.25,)), torch.zeros(4000, 1, 2, 2)
     delta = space.to_pixels(space.random_start(x, 0.1, norm, gen())) - 0.5
     length = delta.abs() if norm == "linf" else delta.flatten(1).norm(dim=1)
@@ -192,7 +194,8 @@ def test_l2_steps_along_the_gradient_in_pixel_units() -> None:
 
 
 def test_pgd_takes_its_own_step_size_and_draws_its_targets_once() -> None:
-    # Red when: eps replaces step_size, the default is not 2.5 eps / num_steps, or every step draws a new target.
+    # Red when: eps replaces step_size, the default is not 2.5 eps / num_steps, or every step draws
+    # a new target.
     assert (PGD(0.1, 1).step_size, PGD(0.1, 5).step_size) == (0.1, pytest.approx(0.05))
     model = no_norm_net(dtype=torch.float32)
     x, y = model_input()

@@ -39,7 +39,8 @@ from .test_training import CPU, config
 
 @pytest.mark.parametrize("decay", [0.3, 0.99])
 def test_weights_and_statistics_of_every_route_are_averaged(decay: float) -> None:
-    # Red when: buffers are left out, a route's statistics come from another route, or the decay has no warm-up.
+    # Red when: buffers are left out, a route's statistics come from another route, or the decay has
+    # no warm-up.
     model = tiny_resnet("adv", dtype=torch.float64)
     engine, average = make(CASES["conadv"](), model), EMA(model, decay)
     want: dict[str, Any] = {}
@@ -93,7 +94,8 @@ def test_resumed_with_an_average_equals_uninterrupted(whole: Path, tmp_path: Pat
 
 
 def test_the_average_is_what_is_evaluated_and_exported(whole: Path, tmp_path: Path) -> None:
-    # Red when: _evaluate takes parts.model; load_run or load_plain_model takes the weights that train.
+    # Red when: _evaluate takes parts.model; load_run or load_plain_model takes the weights that
+    # train.
     import json
 
     summary = json.loads((whole / "summary.json").read_text())
@@ -149,8 +151,8 @@ def noisy_net() -> nn.Module:
 @pytest.mark.parametrize("make_model", [lambda: tiny_resnet("adv", dtype=torch.float64), noisy_net])
 @pytest.mark.parametrize("name", ["clean", "adv"])
 def test_statistics_are_those_of_all_images_together(make_model: Any, name: str) -> None:
-    # Red when: batches count alike whatever their size; the variance leaves out that of the means; dropout is on; the
-    # attack's own passes are counted.
+    # Red when: batches count alike whatever their size; the variance leaves out that of the means;
+    # dropout is on; the attack's own passes are counted.
     model = make_model()
     before, modes = state(model), [module.training for module in model.modules()]
     x, y = images(20, 5, torch.float64)
@@ -189,7 +191,8 @@ def test_one_batch_is_a_pass_with_momentum_1() -> None:
 
 
 def test_a_run_ends_with_precise_statistics_of_what_it_evaluates(whole: Path) -> None:
-    # Red when: the run recalibrates the weights that train and not their average, or after the last checkpoint.
+    # Red when: the run recalibrates the weights that train and not their average, or after the last
+    # checkpoint.
     parts = load_run(whole, CPU)
     data = parts.data.eval_batches(
         "train", 192, 64

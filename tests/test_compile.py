@@ -1,4 +1,6 @@
-"""torch.compile: one graph per route and one for the attack, none after the first step, and the same arithmetic."""
+"""torch.compile: one graph per route and one for the attack, none after the first step, and the
+same arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -99,8 +101,9 @@ def train(method: Method, steps: int, model: nn.Module | None = None, **options:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_graph_per_route_and_none_after_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: the look-ahead's weights go in as other types than the present ones (a fourth graph); the current route
-    # is looked up in a way that dynamo does not guard (the adversarial view then runs through the clean route).
+    # Red when: the look-ahead's weights go in as other types than the present ones (a fourth
+    # graph); the current route is looked up in a way that dynamo does not guard (the adversarial
+    # view then runs through the clean route).
     method, graphs = METHODS[name]
     want = train(method, 7)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=Graphs().backend))
@@ -111,7 +114,8 @@ def test_a_graph_per_route_and_none_after_that(name: str, monkeypatch: pytest.Mo
 
 
 def test_the_attack_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: the attack's graph gets the parameters themselves (a compiled backward computes all it has).
+    # Red when: the attack's graph gets the parameters themselves (a compiled backward computes all
+    # it has).
     graphs = Graphs()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs.backend))
     train(METHODS["conadv"][0], 2, compile=True)
@@ -122,7 +126,8 @@ def test_the_attack_computes_no_gradient_of_weights(monkeypatch: pytest.MonkeyPa
 def test_resnet18_is_a_graph_per_route_and_none_after_that(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: a split batch norm breaks the graph, or counts its calls in Python (a graph per step).
+    # Red when: a split batch norm breaks the graph, or counts its calls in Python (a graph per
+    # step).
     method, graphs = METHODS[name]
     torch.manual_seed(0)
     model = split_batchnorm(torchvision.models.resnet18(num_classes=5), "adv")

@@ -1,4 +1,6 @@
-"""The engine on a CUDA device: same numbers as on the CPU, phases measured by events, repeatable."""
+"""The engine on a CUDA device: same numbers as on the CPU, phases measured by events,
+repeatable.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def engine_on(device: str, name: str = "conadv", fuse: bool | None = None) -> Tr
 @pytest.mark.parametrize("name", ["vanilla", "multiview", "recycle"])
 @pytest.mark.parametrize("fuse", [False, True])
 def test_cuda_equals_cpu_in_float64(name: str, fuse: bool) -> None:
-    # Methods whose random draws are made on the device differ by those draws, so they are not compared.
+    # Methods whose random draws are made on the device differ by those draws, so they are not
+    # compared.
     losses = []
     for device in ("cpu", "cuda"):
         engine = engine_on(device, name, fuse)
@@ -65,7 +68,8 @@ def test_phases_are_device_times() -> None:
 
 
 def test_spans_lie_on_the_hosts_clock() -> None:
-    # Red when: the device's clock is not tied to the host's, or is tied once and drifts with float32.
+    # Red when: the device's clock is not tied to the host's, or is tied once and drifts with
+    # float32.
     engine = engine_on("cuda")
     for t in range(3):
         before = time.monotonic()
@@ -79,8 +83,9 @@ def test_spans_lie_on_the_hosts_clock() -> None:
 def test_the_second_stream_computes_what_inline_computes(
     lookahead: bool, pending_dtype: str | None
 ) -> None:
-    # Red when: the side stream does not wait for the update (stale weights), the update does not wait for the side
-    # stream, or images are freed while the other stream reads them. Large enough that kernels of both overlap.
+    # Red when: the side stream does not wait for the update (stale weights), the update does not
+    # wait for the side stream, or images are freed while the other stream reads them. Large enough
+    # that kernels of both overlap.
     torch.backends.cudnn.deterministic = True
     runs = []
     for executor in (Inline(), Stream()):

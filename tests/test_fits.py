@@ -1,4 +1,6 @@
-"""A stranger's checkpoint on resume: state of other shapes, types and numbers is refused before anything uses it."""
+"""A stranger's checkpoint on resume: state of other shapes, types and numbers is refused before
+anything uses it.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +96,9 @@ TENSORS: dict[str, Callable[[torch.Tensor], object]] = {
 def test_an_optimizer_state_that_its_optimizer_would_not_make_is_refused(
     name: str, kind: str, runs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Red when: load_optimizer leaves out _check_states (too small: the process may die), check_like its test of
-    # shape, dtype, layout or _is_dense, or check_keys lets a missing or unknown key pass.
+    # Red when: load_optimizer leaves out _check_states (too small: the process may die), check_like
+    # its test of shape, dtype, layout or _is_dense, or check_keys lets a missing or unknown key
+    # pass.
     keys = {"sgd": 1, "lars": 1, "adamw": 3, "lamb": 3}[name]
 
     for number in range(keys):
@@ -157,7 +160,8 @@ def _nan_step(value: float) -> Callable[[State], None]:
 def test_an_optimizer_with_other_numbers_and_groups_is_refused(
     change: Callable[[State], None], runs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Red when: the range of step, the keys of states or groups, `some`, or the values of a group are not looked at.
+    # Red when: the range of step, the keys of states or groups, `some`, or the values of a group
+    # are not looked at.
     with pytest.raises(ConadvError, match=r"does not fit the run's config: its optimizer"):
         resumed(runs("lamb"), tmp_path, change)
 
@@ -165,7 +169,8 @@ def test_an_optimizer_with_other_numbers_and_groups_is_refused(
 def test_how_a_step_is_carried_out_is_the_device_s(
     runs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Red when: `fused`, which a checkpoint of another device has otherwise, is compared, or taken from the checkpoint.
+    # Red when: `fused`, which a checkpoint of another device has otherwise, is compared, or taken
+    # from the checkpoint.
     mine = Path(shutil.copytree(runs("sgd"), tmp_path / "run"))
     state = checkpoint.load_newest(mine / "checkpoints", CPU)
     for group in state["optimizer"]["param_groups"]:
@@ -230,7 +235,8 @@ ENGINE: dict[str, Callable[[State], object]] = {
 def test_an_engine_s_state_that_is_not_of_this_run_is_refused(
     name: str, runs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Red when: Expected.check, check_count or check_keys is left out at that place, or load_weights compares nothing.
+    # Red when: Expected.check, check_count or check_keys is left out at that place, or load_weights
+    # compares nothing.
     with pytest.raises(ConadvError, match=r"does not fit the run's config"):
         resumed(runs("sgd"), tmp_path, ENGINE[name])
 
@@ -258,7 +264,8 @@ EXTRAS: dict[str, Callable[[State], object]] = {
 def test_a_look_ahead_an_average_and_a_probe_are_those_of_this_run(
     name: str, runs: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Red when: LookAhead, EMA or Probe load what they are given without a comparison (-10: a division by zero).
+    # Red when: LookAhead, EMA or Probe load what they are given without a comparison (-10: a
+    # division by zero).
     probe = {"probe__every_epochs": 0.1, "probe__staleness": (1,), "probe__images": 4}
     run = runs("sgd", lookahead=True, optim__momentum=0.0, ema__decay=0.9, **probe)
     with pytest.raises(ConadvError, match=r"does not fit the run's config"):

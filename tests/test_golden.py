@@ -4,7 +4,8 @@ A change that turns these red has changed what is computed. If that is meant, re
 
     python -m tests.test_golden
 
-and say why in CHANGELOG.md under "Numerics". Another processor may sum in another order, hence a tolerance of 1e-10.
+and say why in CHANGELOG.md under "Numerics". Another processor may sum in another order, hence a
+tolerance of 1e-10.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The methods: one table, and contracts that hold for every row; the identities of DESIGN, against Algorithm 1."""
+"""The methods: one table, and contracts that hold for every row; the identities of DESIGN, against
+Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,8 @@ def test_repeatable_and_leaves_the_callers_random_stream_alone(name: str) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_in_the_middle_equals_uninterrupted(name: str) -> None:
-    # Red when: state_dict leaves out pending (conadv, recycle), its weight versions, or the version.
+    # Red when: state_dict leaves out pending (conadv, recycle), its weight versions, or the
+    # version.
     whole = make(CASES[name]())
     want = run(whole, 6)[3:]
     half = make(CASES[name]())
@@ -148,8 +151,8 @@ def test_resumed_in_the_middle_equals_uninterrupted(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_sees_the_global_batch(name: str) -> None:
-    # Red when: the loss is not divided by the number of micro-batches. (No batch statistics, float64; the random
-    # draws are keyed by micro-batch, so the attacks here draw nothing.)
+    # Red when: the loss is not divided by the number of micro-batches. (No batch statistics,
+    # float64; the random draws are keyed by micro-batch, so the attacks here draw nothing.)
     plain = {
         "noise": MultiView(),  # random signs are drawn per micro-batch
         "disadv": Sequential(FGSM(EPS, space=SPACE)),
@@ -223,8 +226,11 @@ def test_models_without_batch_statistics_in_float64(name: str) -> None:
 @pytest.mark.parametrize("tau", [0, 1, 2, 4])
 @pytest.mark.parametrize(("lookahead", "fuse"), [(False, False), (False, True), (True, False)])
 def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> None:
-    """Bitwise, but where sums are taken in another order (all views in one pass, powers of mu): then to rounding."""
-    # Red when: prepare attacks `batch` instead of `future`; the attack runs after the update; staleness is tau - 1.
+    """Bitwise, but where sums are taken in another order (all views in one pass, powers of mu):
+    then to rounding.
+    """
+    # Red when: prepare attacks `batch` instead of `future`; the attack runs after the update;
+    # staleness is tau - 1.
     if lookahead and not tau:
         pytest.skip("look-ahead needs staleness")
     model = tiny_resnet("adv", dtype=torch.float64)
@@ -288,7 +294,8 @@ class _CleanTwice(MultiView):
 
 
 def test_recycle_perturbs_the_last_batch_by_its_own_clean_gradient() -> None:
-    # Red when: absorb stores other labels, or the gradient of the adversarial half (from the second step on).
+    # Red when: absorb stores other labels, or the gradient of the adversarial half (from the second
+    # step on).
     model = tiny_resnet("adv", dtype=torch.float64)
     engine = make(Recycle(FGSM(EPS, space=SPACE)), model)
     for t in range(2):
@@ -375,7 +382,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("tau", [1, 2, 4])
 def test_lookahead_is_what_the_optimizer_does_with_zero_gradients(name: str, tau: int) -> None:
-    # Red when: the sum starts at mu^0; Nesterov's extra factor is missing; Adam's bias correction uses step k - 1.
+    # Red when: the sum starts at mu^0; Nesterov's extra factor is missing; Adam's bias correction
+    # uses step k - 1.
     from conadv.reference.conadv import coast
 
     model = no_norm_net()
@@ -452,7 +460,8 @@ def test_fallback_lookahead_resumes_bitwise() -> None:
 
 
 def test_phases_called_one_by_one_equal_the_step() -> None:
-    # Red when: prepare advances the version, advance() is not counted, or a call numbers plain pairs in another way.
+    # Red when: prepare advances the version, advance() is not counted, or a call numbers plain
+    # pairs in another way.
     a, b, c = (make(Concurrent(ATTACK, 1)) for _ in range(3))
     run(a, 4)
     stream = [
@@ -566,7 +575,8 @@ def test_the_schedule_sets_the_rate_of_its_own_update() -> None:
 
 
 def test_draws_are_keyed_by_the_place_in_the_global_batch() -> None:
-    # Red when: the micro-batch's index is left out of the path (N ranks would then draw what one rank does not).
+    # Red when: the micro-batch's index is left out of the path (N ranks would then draw what one
+    # rank does not).
     engine = make(Noise(RandomSigns(EPS, SPACE)))
     (micro,) = as_batch(0).micro
     other = MicroBatch(1, micro.y_N, micro.views)
@@ -576,7 +586,8 @@ def test_draws_are_keyed_by_the_place_in_the_global_batch() -> None:
 
 
 def test_dropout_is_keyed_by_step_and_micro_batch_only() -> None:
-    # Red when: a pass runs outside of rng.scope, or the path of the scope lacks the step or the micro-batch.
+    # Red when: a pass runs outside of rng.scope, or the path of the scope lacks the step or the
+    # micro-batch.
     def masks(seed: int) -> list[bytes]:
         model = nn.Sequential(nn.Dropout(0.5), *no_norm_net())
         seen: list[bytes] = []
@@ -642,7 +653,8 @@ def test_stream_needs_cuda() -> None:
 
 
 def test_loops_that_mix_up_their_batches_are_told() -> None:
-    # Red when: the label check or the order check is removed: training goes on with images of another batch.
+    # Red when: the label check or the order check is removed: training goes on with images of
+    # another batch.
     engine = make(Concurrent(ATTACK, 1))
     engine(as_batch(0), as_batch(1))
     other = Batch(

@@ -1,4 +1,6 @@
-"""Numbers that are not finite: stop or skip, what a step that is left out leaves behind, fp16, clipping."""
+"""Numbers that are not finite: stop or skip, what a step that is left out leaves behind, fp16,
+clipping.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,8 @@ def momenta(engine: TrainStep) -> dict[str, Tensor]:
 
 
 def test_a_step_that_is_left_out_leaves_everything_as_it_was() -> None:
-    # Red when: restore is not called (running statistics hold NaN); the optimizer steps; the version stays.
+    # Red when: restore is not called (running statistics hold NaN); the optimizer steps; the
+    # version stays.
     stream = batches(3)
     engine = make(lr_at=lambda step: 0.1 / (step + 1))
     engine(stream[0])
@@ -238,7 +241,8 @@ def test_a_run_that_diverges_before_an_evaluation_ends_as_one_that_diverges_befo
 
 
 def test_with_skip_an_evaluation_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    # Red when: the loss is written as it is; summarize keeps NaN; a probe writes NaN; such a model is the best.
+    # Red when: the loss is written as it is; summarize keeps NaN; a probe writes NaN; such a model
+    # is the best.
     out = tmp_path / "run"
     settings = diverging(
         steps=3,
@@ -315,8 +319,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_fp16_is_torchs_recipe(optimizer: str, clip: float | None) -> None:
-    # Red when: the gradient is clipped before it is unscaled; LAMB sees the scaled one; the norm in the record is the
-    # scaled or the clipped one.
+    # Red when: the gradient is clipped before it is unscaled; LAMB sees the scaled one; the norm in
+    # the record is the scaled or the clipped one.
     stream = batches(5)
     want, norms = reference(tiny_resnet(), stream, clip, OPTIMIZERS[optimizer])
     model = tiny_resnet()
@@ -349,8 +353,9 @@ def test_clipping_is_torchs(optimizer: str) -> None:
 
 @pytest.mark.parametrize("clip", [None, 0.3])
 def test_lamb_gets_what_the_engine_clipped_and_clips_nothing(clip: float | None) -> None:
-    # Red when: LAMB.step clips as well, at 0.05 or at 1. Its first moment is (1 - beta1) times the gradient that it
-    # got; its weights would not tell, since a first step of LAMB does not depend on the gradient's length.
+    # Red when: LAMB.step clips as well, at 0.05 or at 1. Its first moment is (1 - beta1) times the
+    # gradient that it got; its weights would not tell, since a first step of LAMB does not depend
+    # on the gradient's length.
     model = tiny_resnet()
     optimizer = LAMB(model.parameters(), 0.01, betas=(0.9, 0.999))
     scale = 40.0  # so that the gradient is longer than any customary limit
@@ -371,7 +376,8 @@ def test_lamb_gets_what_the_engine_clipped_and_clips_nothing(clip: float | None)
 
 
 def test_an_overflow_lowers_the_scale_and_leaves_the_step_out() -> None:
-    # Red when: it is taken for an error, the running statistics of the step stay, or the scale is not saved.
+    # Red when: it is taken for an error, the running statistics of the step stay, or the scale is
+    # not saved.
     engine = make(on_nonfinite="stop", precision="fp16")
     scaler_of(engine).scale = 2.0**40
     before = state(engine.model)
@@ -400,7 +406,8 @@ def test_at_scale_one_an_overflow_is_the_gradients_own(monkeypatch: pytest.Monke
 
 
 def test_fp16_attacks_move_images_that_are_classified_with_confidence() -> None:
-    # Red when: amplify does nothing (gradients of about 1e-8 vanish in fp16 and the image stays as it is).
+    # Red when: amplify does nothing (gradients of about 1e-8 vanish in fp16 and the image stays as
+    # it is).
     class Sure(nn.Module):
         def __init__(self) -> None:
             super().__init__()

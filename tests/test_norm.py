@@ -1,4 +1,6 @@
-"""Split batch norm: the route rule, lossless strip, norm-plus-activation layers, frozen statistics."""
+"""Split batch norm: the route rule, lossless strip, norm-plus-activation layers, frozen
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,8 @@ def test_frozen_stats_touches_nothing_and_uses_the_batch() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_have_their_own_routing(how: str) -> None:
-    # Red when: __reduce_ex__ is removed (pickle), the copy shares _Routing with the original, or its layers do not.
+    # Red when: __reduce_ex__ is removed (pickle), the copy shares _Routing with the original, or
+    # its layers do not.
     model = tiny_resnet("adv")
     for name, value in model.state_dict().items():
         if ".routes." in name:

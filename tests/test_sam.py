@@ -25,8 +25,8 @@ def pairs(count: int) -> list[Any]:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_engine_equals_the_reference(optimizer: str) -> None:
     """Weights, statistics and losses after seven float64 steps with batch norm."""
-    # Red when: the weights are not restored before the update; the second pass moves running statistics; the gradient
-    # uphill is added to the first; g is not divided by its norm.
+    # Red when: the weights are not restored before the update; the second pass moves running
+    # statistics; the gradient uphill is added to the first; g is not divided by its norm.
     model = tiny_resnet("aug", dtype=torch.float64)
     twin = copy.deepcopy(model)
     engine = make(SAM(0.3), model, OPTIMIZERS[optimizer])
@@ -43,7 +43,9 @@ def test_engine_equals_the_reference(optimizer: str) -> None:
 
 
 class _WithoutRoutes(torch.nn.Module):
-    """The model with the parameters of its clean route alone, as the reference trains all that there are."""
+    """The model with the parameters of its clean route alone, as the reference trains all that
+    there are.
+    """
 
     def __init__(self, model: torch.nn.Module, trained: list[torch.nn.Parameter]) -> None:
         super().__init__()

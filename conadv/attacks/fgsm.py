@@ -14,11 +14,12 @@ from conadv.types import Forward
 
 @dataclass(frozen=True)
 class FGSM:
-    """x + eps * sign(grad_x L(x, y)), clipped to valid pixels. One input-only forward-backward pass.
+    """x + eps * sign(grad_x L(x, y)), clipped to valid pixels: one input-only gradient.
 
     Arguments as in :class:`PGD`; the l2 form moves by eps along the normalised gradient.
 
-    Source: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", arXiv 1412.6572, section 4.
+    Source: Goodfellow et al., "Explaining and Harnessing Adversarial Examples", arXiv 1412.6572,
+    section 4.
     """
 
     eps: float
@@ -37,6 +38,6 @@ class FGSM:
         return attack(forward, x_NCHW, y_N, generator)
 
     def from_gradient(self, x_NCHW: Tensor, gradient: Tensor) -> Tensor:
-        """The perturbed images for an input gradient that is already there (see the recycle method)."""
+        """The perturbed images for an input gradient that is already there (method recycle)."""
         x = self.space.ascend(x_NCHW.detach(), gradient, self.eps, self.norm)
         return self.space.project(x, x_NCHW.detach(), self.eps, self.norm)

@@ -14,7 +14,8 @@ from conadv.types import Attack
 def make_attack(name: str, **settings: Any) -> Attack:
     """The attack ``name`` of the table. ``settings``: its fields; None leaves one at its default.
 
-    Raises ConadvError for a name that is not in the table, and for a setting that the attack does not have.
+    Raises ConadvError for a name that is not in the table, and for a setting that the attack does
+    not have.
     """
     if name not in ATTACKS:
         raise unknown("attack", name, ATTACKS)

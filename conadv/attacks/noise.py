@@ -13,7 +13,7 @@ from conadv.types import Forward
 
 @dataclass(frozen=True)
 class RandomSigns:
-    """x + eps * s with s = -1 or +1 at random for every value, clipped to valid pixels. ``forward`` is not called."""
+    """x + eps * s, s = -1 or +1 at random, clipped to valid pixels; calls no ``forward``."""
 
     eps: float
     space: PixelSpace = field(default=PixelSpace())

@@ -17,15 +17,19 @@ from conadv.types import Forward
 class PGD:
     """x_{k+1} = Project(x_k + step_size * direction(grad_x L(x_k, y))), k = 0 .. num_steps - 1.
 
-    ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps / num_steps for more).
-    ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``: probability, for
-    each image, of starting from a random point of the ball instead of the image itself. ``space``: the model's
-    normalisation; attacks clip to valid pixels, not to a fixed interval of normalised values.
+    ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps /
+    num_steps for more).
+    ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``:
+    probability, for each image, of starting from a random point of the ball instead of the image
+    itself. ``space``: the model's normalisation; attacks clip to valid pixels, not to a fixed
+    interval of normalised values.
 
-    Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of range.
+    Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of
+    range.
     Reduces to: FGSM for num_steps = 1 and random_start = 0; the identity for eps = 0.
 
-    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv 1706.06083, eq. 2.2.
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", arXiv
+    1706.06083, eq. 2.2.
     """
 
     eps: float
@@ -50,7 +54,7 @@ class PGD:
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Adversarial images like ``x_NCHW``. Parameters get no gradient; randomness comes from ``generator`` only."""
+        """Adversarial images like ``x_NCHW``; parameters get no gradient."""
         assert self.step_size is not None
         origin = x_NCHW.detach()
         if (

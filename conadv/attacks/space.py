@@ -1,8 +1,9 @@
 """The pixel space: eps balls and the box of valid images, seen through the model's normalisation.
 
-Models take (pixel - mean) / std. An eps in [0, 1] pixels is eps / std there, another one for every channel, and the
-valid images are the box [(0 - mean) / std, (1 - mean) / std]. Clipping normalised images to a fixed interval instead,
-as the released ConAdv code does, moves nearly half of all values by more than eps (docs/numerics.md).
+Models take (pixel - mean) / std. An eps in [0, 1] pixels is eps / std there, another one for every
+channel, and the valid images are the box [(0 - mean) / std, (1 - mean) / std]. Clipping normalised
+images to a fixed interval instead, as the released ConAdv code does, moves nearly half of all
+values by more than eps (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Norm = Literal["linf", "l2"]
 
 @dataclass(frozen=True)
 class PixelSpace:
-    """Normalisation by mean and std per channel, in [0, 1] pixel units; one value serves all channels.
+    """Normalisation by mean and std in [0, 1] pixels, per channel or one for all.
 
     The default is no normalisation: model space is [0, 1] pixels.
 
@@ -43,12 +44,12 @@ class PixelSpace:
             )
         if min(self.std) <= 0 or max(map(abs, (*self.mean, *self.std))) > 2:
             raise ConadvError(
-                f"PixelSpace: mean {self.mean} and std {self.std} are in [0, 1] pixel units with std > 0. "
-                "Divide values meant for 0..255 pixels by 255."
+                f"PixelSpace: mean {self.mean} and std {self.std} are in [0, 1] pixel units with "
+                "std > 0. Divide values meant for 0..255 pixels by 255."
             )
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 0..255 (or floats in [0, 1]) of shape (N, C, H, W) -> model space, float32 or the given float type."""
+        """Pixels (N, C, H, W), uint8 or floats in [0, 1], -> model space in floats."""
         x = pixels.float().div_(255) if pixels.dtype == torch.uint8 else pixels
         mean, std, _, _ = self._constants(x)
         return (x - mean).div_(std)
@@ -64,18 +65,20 @@ class PixelSpace:
         return x.clamp_(low, high)
 
     def check(self, x: Tensor) -> None:
-        """ConadvError if ``x`` cannot be images in this space, the sign of a wrong mean and std. A sync point."""
+        """ConadvError if ``x`` cannot be in this space: wrong mean or std. Sync point."""
         _, _, low, high = self._constants(x)
         if bool(((x < low - 1e-3) | (x > high + 1e-3)).any()):
             raise ConadvError(
-                f"Images range from {x.min():.3g} to {x.max():.3g}, outside of {self}, so eps and clipping would be "
-                "wrong. Give the normalisation that the images had: space=PixelSpace(mean, std)."
+                f"Images range from {x.min():.3g} to {x.max():.3g}, outside of {self}, so eps and "
+                "clipping would be wrong. Give the normalisation that the images had: "
+                "space=PixelSpace(mean, std)."
             )
 
     def ascend(self, x: Tensor, gradient: Tensor, step_size: float, norm: Norm) -> Tensor:
-        """One steepest-ascent step of ``step_size`` pixels from x; out of place. A zero gradient moves nothing.
+        """One steepest-ascent step of ``step_size`` pixels; a zero gradient moves nothing.
 
-        linf: x + step_size * sign(g). l2: x + step_size * g / |g|, with g and the length taken in pixel units.
+        linf: x + step_size * sign(g). l2: x + step_size * g / |g|, with g and the length taken in
+        pixel units.
         """
         std = self._constants(x)[1]
         if norm == "linf":
@@ -85,7 +88,7 @@ class PixelSpace:
         return x + pixel_gradient.mul_(_per_image(step_size / length, x)).div_(std)
 
     def project(self, x: Tensor, origin: Tensor, eps: float, norm: Norm) -> Tensor:
-        """The eps ball around ``origin``, then the box. The box only brings x nearer to a valid origin."""
+        """Into the eps ball around ``origin``, then into the box, which only brings x nearer."""
         std = self._constants(x)[1]
         delta = x - origin
         if norm == "linf":
@@ -96,7 +99,7 @@ class PixelSpace:
         return self.clip(origin + delta)
 
     def random_start(self, x: Tensor, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
-        """A uniformly random valid point of the eps ball around each image (linf: per value; l2: in the ball)."""
+        """A random valid point of each image's eps ball, uniform in it."""
         std = self._constants(x)[1]
         if norm == "linf":
             draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -120,7 +123,7 @@ class PixelSpace:
 def _constants(
     space: PixelSpace, dtype: torch.dtype, device: torch.device, dim: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """mean, std, low and high as (1, C, 1, ...), made once per dtype, device and number of dimensions."""
+    """mean, std, low and high as (1, C, 1, ...), made once per kind of images."""
     shape = (1, -1, *[1] * (dim - 2))
     mean = torch.tensor(space.mean, dtype=dtype, device=device).view(shape)
     std = torch.tensor(space.std, dtype=dtype, device=device).view(shape)

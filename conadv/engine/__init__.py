@@ -1,1 +1,1 @@
-"""Running a step: phases, what waits between steps, look-ahead, and the order in which an executor runs things."""
+"""Running a step: its phases, what waits between steps, look-ahead, executors."""

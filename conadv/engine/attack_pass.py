@@ -18,7 +18,7 @@ from conadv.types import Attack, Batch, ExtraBatch, Forward, Method
 
 @dataclass(frozen=True)
 class AttackPass:
-    """Runs attacks. Model modes, ``requires_grad``, ``.grad``, statistics and global generators stay as they are."""
+    """Runs attacks. The model and all global generators stay as they are."""
 
     network: Network
     inputs: Inputs
@@ -32,10 +32,11 @@ class AttackPass:
         weights: Mapping[str, Tensor] | None,
         version: int,
     ) -> ExtraBatch:
-        """Attack the clean view of every micro-batch, at the present weights (of ``version``) or at ``weights``.
+        """Attack the clean view, at the present weights (of ``version``) or at ``weights``.
 
         The method says how many images, on which route, by which statistics.
-        Ranks: nothing is reduced. In flight: nothing; it may run beside the gradient of the same weights.
+        Ranks: nothing is reduced. In flight: nothing; it may run beside the gradient of the same
+        weights.
         """
         self.inputs.check_space(batch)
         images, labels = [], []
@@ -58,11 +59,11 @@ class AttackPass:
         route: str = "adv",
         statistics: str = "batch",
     ) -> Iterator[tuple[Forward, torch.Generator]]:
-        """The mode in which attacks see the model: yields (x_NCHW -> logits_NK, the generator of the attack's draws).
+        """The attack's mode; yields (x_NCHW -> logits_NK, the generator of the attack's draws).
 
-        On the route of the view ``route``, with "batch" or "running" statistics, which are left alone either way, at
-        the present or given weights. ``path`` keys the draws of the attack and of the model (dropout); outside of the
-        block nothing has changed.
+        On the route of the view ``route``, with "batch" or "running" statistics, which are left
+        alone either way, at the present or given weights. ``path`` keys the draws of the attack and
+        of the model (dropout); outside of the block nothing has changed.
         """
         network, seed = self.network, self.seed
         draws = rng.generator(network.device, seed, *path)

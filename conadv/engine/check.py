@@ -22,8 +22,9 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
     """ConadvError unless ``ranks`` ranks can train the model by the method."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ConadvError(
-            f"The model is wrapped in {type(model).__name__}. TrainStep sums gradients over ranks itself: pass the "
-            "plain model (model.module) and comm=Comm.from_environment(), in place of init_process_group."
+            f"The model is wrapped in {type(model).__name__}. TrainStep sums gradients over ranks "
+            "itself: pass the plain model (model.module) and comm=Comm.from_environment(), in "
+            "place of init_process_group."
         )
     if adv_route not in ("adv", "clean"):
         raise unknown("adv_route", adv_route, ("adv", "clean"))
@@ -33,7 +34,7 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, scheduled: bool) -> None:
-    """ConadvError unless the optimizer has all parameters; ``scheduled``: with one learning rate for all of them."""
+    """ConadvError unless it has all parameters; ``scheduled``: at one learning rate."""
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     if scheduled and len(rates) > 1:
         raise ConadvError(
@@ -70,10 +71,11 @@ def one_space(given: PixelSpace | None, of_method: PixelSpace | None) -> PixelSp
 
 
 def alone(device: torch.device) -> Comm:
-    """A Comm of one rank, where this process is one: otherwise nobody would notice that ranks do not talk."""
+    """A Comm of one rank. Among several that is an error: nobody would notice it."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConadvError(
-            f"There is a process group of {dist.get_world_size()}, but TrainStep has no comm: every rank would train "
-            "for itself. Pass comm=Comm.from_process_group(device), or comm=Comm(device=device) to mean just that."
+            f"There is a process group of {dist.get_world_size()}, but TrainStep has no comm: "
+            "every rank would train for itself. Pass comm=Comm.from_process_group(device), or "
+            "comm=Comm(device=device) to mean just that."
         )
     return Comm(device=device)

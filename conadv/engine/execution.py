@@ -1,4 +1,4 @@
-"""How a run is executed: settings that decide when and where things run, and which executor that comes to."""
+"""Settings that decide when and where things run, and which executor that comes to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
 class Execution:
     """None of this changes what is computed, with one exception: ``late`` = "skip".
 
-    executor: "auto" picks, see :func:`choose`. attack_ranks: how many of the ranks only attack. late: what happens to
-    adversarial images that attack ranks do not deliver in time (conadv.engine.attack_ranks). on_attack_loss: whether an
-    attack rank that fails ends the run, or learners attack in its place. timeline_steps: for so many steps the record
-    says when each phase ran, on every rank.
+    executor: "auto" picks, see :func:`choose`. attack_ranks: how many of the ranks only attack.
+    late: what happens to adversarial images that attack ranks do not deliver in time
+    (conadv.engine.attack_ranks). on_attack_loss: whether an attack rank that fails ends the run, or
+    learners attack in its place. timeline_steps: for so many steps the record says when each phase
+    ran, on every rank.
     """
 
     executor: ExecutorName = "auto"
@@ -40,8 +41,8 @@ class Execution:
                 raise ConadvError(f"--{option} {value} must be 0 or more.")
         if self.executor != "auto" and (self.executor == "ranks") != (self.attack_ranks > 0):
             raise ConadvError(
-                f"--executor {self.executor} does not fit --attack-ranks {self.attack_ranks}: the ranks executor needs "
-                "attack ranks, and the others have none."
+                f"--executor {self.executor} does not fit --attack-ranks {self.attack_ranks}: the "
+                "ranks executor needs attack ranks, and the others have none."
             )
         if not self.attack_ranks and (self.late == "skip" or self.may_lose):
             option = "--late skip" if self.late == "skip" else "--on-attack-loss continue"
@@ -69,8 +70,9 @@ class Choice:
 def choose(execution: Execution, method: Method) -> Choice:
     """The executor of a run.
 
-    The rule of "auto": attack ranks if there are any, and inline otherwise. Stream is never taken by itself: whether a
-    second stream gains anything depends on how full the device is (``conadv bench attack-cost`` measures it).
+    The rule of "auto": attack ranks if there are any, and inline otherwise. Stream is never taken
+    by itself: whether a second stream gains anything depends on how full the device is (``conadv
+    bench attack-cost`` measures it).
     Raises ConadvError for a choice that has no effect with the method.
     """
     if method.future_attack is None and (execution.attack_ranks or execution.executor == "stream"):
@@ -80,8 +82,8 @@ def choose(execution: Execution, method: Method) -> Choice:
             else "--executor stream"
         )
         raise ConadvError(
-            f"{option} has no effect with a method that attacks no future batch. Use --method conadv with staleness 1 "
-            "or more, or leave it out."
+            f"{option} has no effect with a method that attacks no future batch. Use --method "
+            "conadv with staleness 1 or more, or leave it out."
         )
     if execution.executor != "auto":
         return Choice(execution.executor, "asked for")

@@ -1,7 +1,7 @@
-"""Executors: when the phases of a step run. They may reorder phases, never change what comes out of them.
+"""Executors: when the phases of a step run, never what comes out of them.
 
-The contract: `gradient`, then `wait`, `update` last, and `prepare` anywhere before `update`, since both it and the
-gradient read the weights theta_t. All executors therefore give the same bits.
+The contract: `gradient`, then `wait`, `update` last, and `prepare` anywhere before `update`, since
+both it and the gradient read the weights theta_t. All executors therefore give the same bits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Executor(ABC):
         return False
 
     def attach(self, engine: Step) -> None:  # noqa: B027 (most executors have nothing to set up)
-        """Called once, at the end of the step's construction. Raises ConadvError where the two do not fit."""
+        """Called once, when the step is made. Raises ConadvError where the two do not fit."""
 
     @abstractmethod
     def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord: ...
@@ -75,15 +75,16 @@ class Executor(ABC):
         return []
 
     def close(self, *, failed: bool = False) -> bool:
-        """End the exchange with other processes. Returns whether training went well on all of them."""
+        """End the exchange with other processes; returns whether all of them did well."""
         return not failed
 
 
 class Inline(Executor):
-    """Everything on this process and device: gradient, the attack on the future batch, wait, update.
+    """One after the other on this process and device: gradient, attack, wait, update.
 
-    With several ranks ``gradient`` leaves its sums over ranks under way, and the attack runs while the network is
-    busy. On a single process nothing runs beside the attack, so it costs what its arithmetic costs.
+    With several ranks ``gradient`` leaves its sums over ranks under way, and the attack runs while
+    the network is busy. On a single process nothing runs beside the attack, so it costs what its
+    arithmetic costs.
     """
 
     def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
@@ -96,9 +97,11 @@ class Inline(Executor):
 class Stream(Executor):
     """CUDA: the attack runs on a stream of its own beside the gradient.
 
-    Both read theta_t: the side stream begins when the last update is done, and the update waits for it. Pays where a
-    small local batch leaves the device partly idle; on a full device the arithmetic costs what it costs.
-    Raises ConadvError without CUDA. In flight: the images of both streams at once, so more memory than :class:`Inline`.
+    Both read theta_t: the side stream begins when the last update is done, and the update waits for
+    it. Pays where a small local batch leaves the device partly idle; on a full device the
+    arithmetic costs what it costs.
+    Raises ConadvError without CUDA. In flight: the images of both streams at once, so more memory
+    than :class:`Inline`.
     """
 
     def __init__(self) -> None:

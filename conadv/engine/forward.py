@@ -20,8 +20,8 @@ from conadv.types import Forward
 class Network:
     """The model as a step calls it.
 
-    ``adv_route``: the route of the extra view. "clean" for no route of its own: views that share a route then go one
-    pass each, so that each is normalised by its own batch.
+    ``adv_route``: the route of the extra view. "clean" for no route of its own: views that share a
+    route then go one pass each, so that each is normalised by its own batch.
     """
 
     def __init__(self, model: nn.Module, adv_route: str, numerics: Numerics) -> None:
@@ -55,8 +55,8 @@ class Network:
 
     def for_attack(self, weights: Mapping[str, Tensor] | None) -> Forward:
         """x_NCHW -> logits_NK for an attack, at the present weights or at ``weights``."""
-        # A compiled backward pass computes all gradients that its graph has, asked for or not: the attack's graph gets
-        # weights that need none, the same graph for present and other weights.
+        # A compiled backward pass computes all gradients that its graph has, asked for or not: the
+        # attack's graph gets weights that need none, the same graph for present and other weights.
         now = self.trainable() if self._compiled and weights is None else weights
         fixed = {f"_orig_mod.{name}": w.detach() for name, w in (now or {}).items()}
 
@@ -85,7 +85,8 @@ class Network:
         return self._adv_route if view == "adv" else view
 
     def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
-        # Looking up the routing costs as much as a small layer: models that have nothing to switch skip it.
+        # Looking up the routing costs as much as a small layer: models that have nothing to switch
+        # skip it.
         needed = self._has_routes or (self._has_batchnorm and spec != norm.CLEAN)
         return norm.route(self.model, spec) if needed else nullcontext()
 
@@ -103,10 +104,11 @@ def _not_compiled(error: Exception) -> ConadvError:
     if "RecompileLimit" in type(error).__name__:
         return ConadvError(
             "torch.compile has made as many graphs of this network as it keeps in a process "
-            f"(torch._dynamo.config.recompile_limit): {str(error)[:300]} Give all micro-batches one shape, and call "
-            "torch.compiler.reset() where an engine with another shape was there before."
+            f"(torch._dynamo.config.recompile_limit): {str(error)[:300]} Give all micro-batches "
+            "one shape, and call torch.compiler.reset() where an engine with another shape was "
+            "there before."
         )
     return ConadvError(
-        f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or change the network "
-        "where torch names the break."
+        f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or "
+        "change the network where torch names the break."
     )

@@ -1,4 +1,4 @@
-"""The gradient of a step: forward and backward of all views of all micro-batches, summed over the ranks."""
+"""The gradient of a step: all views of all micro-batches, summed over the ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class GradientPass:
     """Adds d/dtheta of the weighted mean over views of L(theta; view) to ``.grad``.
 
     Ranks: after :meth:`wait` gradients and ``losses`` are means over the global batch.
-    In flight: from the last backward pass of :meth:`run` to :meth:`wait` the gradients' buckets and the losses.
+    In flight: from the last backward pass of :meth:`run` to :meth:`wait` the gradients' buckets and
+    the losses.
     """
 
     network: Network
@@ -55,9 +56,9 @@ class GradientPass:
         input_grad: bool = False,
         record: bool = True,
     ) -> list[Tensor]:
-        """All passes of a step; returns each micro-batch's clean images, with their gradient if ``input_grad``.
+        """All passes of a step; returns each micro-batch's clean images.
 
-        ``scale``: factor on the gradient (fp16). ``record``: ``losses`` become those of this run.
+        ``scale``: factor on the gradient (fp16). ``input_grad``: the images get one too. ``record``: ``losses`` become those of this run.
         """
         totals: dict[str, Tensor] = {}
         clean = []
@@ -118,7 +119,8 @@ class GradientPass:
             launch = self.reducer is not None and last and together is passes[-1]
             if self.reducer is not None and launch:
                 self.reducer.last_pass(tuple(views))
-            # Route and randomness also cover backward: activation checkpointing runs forward again there.
+            # Route and randomness also cover backward: activation checkpointing runs forward again
+            # there.
             with (
                 rng.scope(self.network.device, self.seed, *path, *together),
                 self.network.on_route(together),
@@ -129,14 +131,15 @@ class GradientPass:
                     totals[name] = totals.get(name, 0.0) + loss.detach()
                 if launch and record:
                     self._launch_losses(totals, len(batch.micro))
-                # The factors go in as gradients of the losses: no arithmetic of their own, forward or backward.
+                # The factors go in as gradients of the losses: no arithmetic of their own, forward
+                # or backward.
                 factors = [
                     torch.full_like(loss, share * self.weights[n]) for n, loss in losses.items()
                 ]
                 torch.autograd.backward(list(losses.values()), factors)
 
     def _launch_losses(self, totals: Mapping[str, Tensor], count: int) -> None:
-        """Start their sum before backward: a short message ahead of the large ones, not behind them."""
+        """Start their sum before backward, so that it is ahead of the large messages."""
         means = torch.stack(list(totals.values())) / count
         request = means.new_full((1,), self.stop.encoded())
         self._loss_sum = self.comm.all_reduce_async(torch.cat([means, request]))

@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients: skip the step or stop the run. With the loss scale, which fp16 needs for it."""
+"""Non-finite losses and gradients: skip the step or stop the run. The loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from conadv.errors import ConadvError
 
 
 class NonFiniteError(ConadvError):
-    """A loss or gradient is infinite or NaN. Raised before the update: the parameters are still the last good ones.
+    """A loss or gradient is infinite or NaN. The parameters are still the last good ones.
 
-    The forward pass has been through batch norm, so running statistics may hold NaN: to go on, load a checkpoint.
+    The forward pass has been through batch norm, so running statistics may hold NaN: to go on, load
+    a checkpoint.
     Ranks: all of them raise it, since what is checked has been summed over them.
     """
 
@@ -29,9 +30,10 @@ class NonFiniteError(ConadvError):
 class LossScale:
     """The factor on the loss in fp16, as ``torch.amp.GradScaler`` moves it.
 
-    Halved, and the step left out, when a gradient overflows; doubled after ``growth_interval`` steps without.
-    A power of two, so that neither scaling nor unscaling rounds. Ranks: a pure function of what all ranks have seen
-    in the same way (the norm of the summed gradient), so all have the same scale.
+    Halved, and the step left out, when a gradient overflows; doubled after ``growth_interval``
+    steps without. A power of two, so that neither scaling nor unscaling rounds. Ranks: a pure
+    function of what all ranks have seen in the same way (the norm of the summed gradient), so all
+    have the same scale.
 
     Source: Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.2.
     """
@@ -69,12 +71,14 @@ class LossScale:
 class Guard:
     """Judges every step by its losses and its gradient's norm, before the update.
 
-    on_nonfinite "stop" raises NonFiniteError, "skip" leaves the update out; after ``nonfinite_limit`` such steps in a
-    row the next one raises. In fp16 an overflow of the gradient alone lowers the scale and leaves the update out,
-    whatever on_nonfinite is; that is no error and does not count, until the scale is 1.
+    on_nonfinite "stop" raises NonFiniteError, "skip" leaves the update out; after
+    ``nonfinite_limit`` such steps in a row the next one raises. In fp16 an overflow of the gradient
+    alone lowers the scale and leaves the update out, whatever on_nonfinite is; that is no error and
+    does not count, until the scale is 1.
 
-    A step that is left out is an update by zero: parameters, optimizer state and all buffers (running statistics) are
-    those of before, while the step, the schedule and the data go on. For that the buffers are copied before each step.
+    A step that is left out is an update by zero: parameters, optimizer state and all buffers
+    (running statistics) are those of before, while the step, the schedule and the data go on. For
+    that the buffers are copied before each step.
     Ranks: what is judged is the same on all, so all decide alike; each restores its own buffers.
     """
 
@@ -83,7 +87,8 @@ class Guard:
         self._clip_norm = numerics.clip_norm
         self.scale = LossScale() if numerics.precision == "fp16" else None
         self._in_a_row = 0
-        # Nothing is ever undone where the first non-finite number ends the run, so nothing is copied.
+        # Nothing is ever undone where the first non-finite number ends the run, so nothing is
+        # copied.
         self._buffers = [] if self._stop and self.scale is None else list(model.buffers())
         self._copies = [buffer.clone() for buffer in self._buffers]
 
@@ -105,7 +110,7 @@ class Guard:
             torch._foreach_copy_(self._buffers, self._copies)
 
     def judge(self, step: int, losses: Mapping[str, float], grad_norm: float) -> str | None:
-        """Why the update must be left out, None if it may be made. Raises NonFiniteError where that ends the run."""
+        """Why the update must be left out, None if it may be made; or NonFiniteError."""
         bad = [
             f"loss of the {view} view is {v}" for view, v in losses.items() if not math.isfinite(v)
         ]
@@ -132,8 +137,8 @@ class Guard:
     def multiplier(self, factor: float, grad_norm: float) -> float:
         """What unscales and clips the gradient: one multiplication for both.
 
-        ``factor``: that of the gradients, before :meth:`judge` may have changed it. ``grad_norm``: unscaled, since the
-        clip's threshold is for the gradient without the scale.
+        ``factor``: that of the gradients, before :meth:`judge` may have changed it. ``grad_norm``:
+        unscaled, since the clip's threshold is for the gradient without the scale.
         """
         clip = 1.0 if self._clip_norm is None else min(1.0, self._clip_norm / (grad_norm + 1e-6))
         return clip / factor

@@ -1,4 +1,4 @@
-"""What goes into the network: batches of all forms as Batch, images in model space, labels, on the model's device."""
+"""What goes into the network: images in model space and labels, on the model's device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Inputs:
         self._checked = False
 
     def as_batch(self, raw: RawBatch, step: int, rank: int) -> Batch:
-        """``raw`` as the batch of ``step``. Raises ConadvError for what is neither a Batch nor a pair of tensors."""
+        """``raw`` as the batch of ``step``; ConadvError if it is none."""
         if isinstance(raw, Batch):
             if len({len(micro.y_N) for micro in raw.micro}) != 1:
                 raise ConadvError(
@@ -70,7 +70,7 @@ class Inputs:
         return views
 
     def check_space(self, batch: Batch) -> None:
-        """Once, before the first attack: ConadvError for images that the space cannot have made. Sync point."""
+        """Before the first attack: ConadvError unless images fit the space. Sync point."""
         if not self._checked:
             self.space.check(self.images(batch.micro[0], "clean"))
             self._checked = True

@@ -1,19 +1,22 @@
-"""Look-ahead: the weights that the next updates will reach, predicted from what is known before step t's gradient is.
+"""Look-ahead: the weights that the next updates will reach, as far as momentum decides.
 
-An attack at a prediction waits for nothing. The coming gradients are taken to be zero, so what is left is the part of
-the next tau updates that momentum has already decided. With the learning rate inside the momentum buffer (LARS "tf"):
+An attack at a prediction waits for nothing. The coming gradients are taken to be zero, so what is
+left is the part of the next tau updates that momentum has already decided. With the learning rate
+inside the momentum buffer (LARS "tf"):
 
     v_{t+1} = mu v_t + u_t,   theta_{t+1} = theta_t - v_{t+1}
     theta_{t+tau} ~ theta_t - (mu + ... + mu^tau) v_t
 
-The same definition, "what the optimizer does with zero gradients and no weight decay", gives the closed forms below
-for SGD, LARS with the learning rate outside, Adam(W) and LAMB. Any other optimizer, SGD or LARS without momentum, and
-LARS "nus" (its ratio is outside the buffer) get the last update once more for every step,
-theta_t + tau (theta_t - theta_{t-1}); the staleness probe measures that for all of them ("last-update").
+The same definition, "what the optimizer does with zero gradients and no weight decay", gives the
+closed forms below for SGD, LARS with the learning rate outside, Adam(W) and LAMB. Any other
+optimizer, SGD or LARS without momentum, and LARS "nus" (its ratio is outside the buffer) get the
+last update once more for every step, theta_t + tau (theta_t - theta_{t-1}); the staleness probe
+measures that for all of them ("last-update").
 
 Learning rates of the coming steps are the schedule's.
 
-Our own addition to ConAdv; predicting stale weights by momentum goes back to SpecTrain (Chen et al., arXiv 1809.02839).
+Our own addition to ConAdv; predicting stale weights by momentum goes back to SpecTrain (Chen et
+al., arXiv 1809.02839).
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ from conadv.optim.lars import LARS, VARIANTS
 
 PREDICTORS = ("momentum", "last-update")
 Advance = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any], Sequence[float]], None]
-"""(out, parameter, optimizer state of the parameter, its group, lr of each coming step): write the prediction."""
+"""(out, parameter, its optimizer state, its group, coming learning rates): write the prediction."""
 
 
 def _along_buffer(
     out: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], lrs: Sequence[float]
 ) -> None:
-    """SGD and LARS: theta - sum_k lr_k mu^k v; without lr_k where the buffer has the learning rate inside."""
+    """SGD and LARS: theta - sum_k lr_k mu^k v, without lr_k where v has it inside."""
     buffer = state.get("momentum_buffer")
     if buffer is None:  # no update yet
         out.copy_(p)
@@ -51,7 +54,7 @@ def _along_buffer(
 def _adam(
     out: Tensor, p: Tensor, state: dict[str, Any], group: dict[str, Any], lrs: Sequence[float]
 ) -> None:
-    """Adam(W) and LAMB: bias-corrected updates while both moments only decay; LAMB's with its ratio."""
+    """Adam(W) and LAMB: updates while both moments only decay; LAMB's with its ratio."""
     out.copy_(p)
     if "exp_avg" not in state:
         return
@@ -91,13 +94,14 @@ def _advance_for(optimizer: torch.optim.Optimizer) -> Advance | None:
 class LookAhead:
     """Predicts the parameters of a model some updates ahead into a buffer of its own.
 
-    ``lr_at``: the schedule, asked for the coming steps; None takes each group's present learning rate for all.
-    ``predictor``: "momentum", or "last-update" also where momentum has a closed form. ``keep``: a prediction leaves
-    the remembered weights as they are, so that one may follow another between two updates; repeating the last update
-    then needs a second copy of the parameters.
+    ``lr_at``: the schedule, asked for the coming steps; None takes each group's present learning
+    rate for all.
+    ``predictor``: "momentum", or "last-update" also where momentum has a closed form. ``keep``: a
+    prediction leaves the remembered weights as they are, so that one may follow another between two
+    updates; repeating the last update then needs a second copy of the parameters.
 
-    Raises ConadvError for an unknown predictor. Ranks: nothing is reduced; weights and optimizer state are the same on
-    all learners, so predictions are.
+    Raises ConadvError for an unknown predictor. Ranks: nothing is reduced; weights and optimizer
+    state are the same on all learners, so predictions are.
     """
 
     def __init__(
@@ -118,13 +122,13 @@ class LookAhead:
         self._weights = {name: p.detach().clone() for name, p in self._params.items()}
         self._previous: dict[str, Tensor] = {}
         if self._advance is None:
-            # One buffer serves as memory and as prediction where it is predicted once between two updates.
+            # With one prediction between two updates the memory can be its buffer.
             copies = {name: w.clone() for name, w in self._weights.items()}
             self._previous = copies if keep else self._weights
 
     @torch.no_grad()
     def predict(self, version: int, num_steps: int) -> dict[str, Tensor]:
-        """The parameters predicted for version ``version + num_steps``, seen from the present version.
+        """The parameters predicted for version ``version + num_steps``.
 
         The tensors are the buffer itself: valid until the next call or :meth:`snapshot`.
         """
@@ -144,12 +148,12 @@ class LookAhead:
 
     @torch.no_grad()
     def snapshot(self) -> None:
-        """Call after the attack and before the update: the extrapolation needs theta_t once theta_{t+1} is there."""
+        """Between attack and update: keeps theta_t for when theta_{t+1} is there."""
         for name, previous in self._previous.items():
             previous.copy_(self._params[name])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights before the last update, by parameter; empty where the optimizer's state says all."""
+        """The weights before the last update; empty where the optimizer's state says all."""
         return dict(self._previous)
 
     @torch.no_grad()

@@ -10,18 +10,21 @@ from conadv.errors import ConadvError, unknown
 
 @dataclass(frozen=True)
 class Numerics:
-    """precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a loss scale (:class:`conadv.engine.guard.LossScale`).
+    """How a step computes.
+
+    precision: "fp32"; "bf16" or "fp16" for autocast, fp16 with a loss scale
+        (:class:`conadv.engine.guard.LossScale`).
     clip_norm: an update scales the gradient, after unscaling, down to this norm; None does not.
-    on_nonfinite, nonfinite_limit: what an update does when a loss or gradient is infinite or NaN: "stop" raises
-        NonFiniteError, "skip" leaves the update out, at most so many times in a row.
+    on_nonfinite, nonfinite_limit: what an update does when a loss or gradient is infinite or NaN:
+        "stop" raises NonFiniteError, "skip" leaves the update out, at most so many times in a row.
     channels_last: the memory format of images (that of the model is the caller's).
-    pending_dtype: how images wait, see :class:`conadv.engine.pending.Pending`; None keeps their own type.
-    fuse_views: all views of a micro-batch in one forward pass, or one pass per view; equal up to rounding. Default:
-        one pass on CUDA (fewer, larger kernels), one per view on the CPU, where a smaller batch stays in caches and
-        needs less memory (docs/experiments.md).
-    compile: run the network through torch.compile, without graph breaks (an error otherwise): one graph for each route
-        and for the attack, none after that. Gradients are then there all at once, so their sums over ranks overlap
-        the attack but no longer backward.
+    pending_dtype: how images wait (:class:`conadv.engine.pending.Pending`); None: as they are.
+    fuse_views: all views of a micro-batch in one forward pass, or one pass per view; equal up to
+        rounding. Default: one pass on CUDA (fewer, larger kernels), one per view on the CPU, where
+        a smaller batch stays in caches and needs less memory (docs/experiments.md).
+    compile: run the network through torch.compile, without graph breaks (an error otherwise): one
+        graph for each route and for the attack, none after that. Gradients are then there all at
+        once, so their sums over ranks overlap the attack but no longer backward.
 
     Raises ConadvError for values that are not known or out of range.
     """

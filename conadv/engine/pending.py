@@ -21,9 +21,10 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat1
 class Pending:
     """Extra batches by the step that will use them.
 
-    ``dtype`` is how images are stored: "float32" keeps the bits of float32 images; "float16" halves the memory at a
-    relative error of 2^-11; "bfloat16" 2^-8 (1/255 is 2^-8: only for large eps); "uint8" a quarter, rounded to whole
-    pixel levels, exact for an eps that is a multiple of 1/255 on images that come from uint8.
+    ``dtype`` is how images are stored: "float32" keeps the bits of float32 images; "float16" halves
+    the memory at a relative error of 2^-11; "bfloat16" 2^-8 (1/255 is 2^-8: only for large eps);
+    "uint8" a quarter, rounded to whole pixel levels, exact for an eps that is a multiple of 1/255
+    on images that come from uint8.
     """
 
     def __init__(self, space: PixelSpace, dtype: str | None = None) -> None:
@@ -35,7 +36,7 @@ class Pending:
         self._skipped: set[int] = set()
 
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
-        """Store the extra batch of ``step``. ``dtype``: what its images were before somebody else encoded them."""
+        """Store the batch of ``step``. ``dtype``: of its images before somebody encoded them."""
         stored = ExtraBatch(
             tuple(map(self.encode, extra.images)), extra.labels, extra.weight_version
         )
@@ -117,7 +118,8 @@ class Pending:
 class Expected:
     """What the images that wait for one step are, to compare a checkpoint's with.
 
-    images: (attacked images of a micro-batch, C, H, W). ahead: how many steps before their use they are made, at most.
+    images: (attacked images of a micro-batch, C, H, W). ahead: how many steps before their use they
+    are made, at most.
     """
 
     micro_batches: int
@@ -126,7 +128,7 @@ class Expected:
     ahead: int
 
     def check(self, state: object, version: int, dtype: torch.dtype | None) -> None:
-        """ConadvError unless ``state`` could wait at ``version``. ``dtype``: as images are stored, None as made."""
+        """ConadvError unless ``state`` could wait at ``version``, stored as ``dtype``."""
         what, last = "its images that wait", version + self.ahead - 1
         for step, entry in check_keys(state, None, what).items():
             if not re.fullmatch(r"[0-9]{1,10}", str(step)) or int(step) > last:
@@ -157,10 +159,10 @@ class Expected:
 
 
 def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:
-    """The states of all ranks, in rank order, as that of one rank: micro-batches in their global order, on the CPU.
+    """The states of all ranks as that of one, in the global order, on the CPU.
 
-    Ranks: collective; the result is rank 0's. One micro-batch of each rank travels at a time: rank 0 then holds
-    little more than the result, which may be tens of GB.
+    Ranks: collective; the result is rank 0's. One micro-batch of each rank travels at a time: rank
+    0 then holds little more than the result, which may be tens of GB.
     """
     merged = {}
     for step in comm.broadcast_object(list(pending)):

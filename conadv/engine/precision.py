@@ -1,4 +1,4 @@
-"""Which type autocast computes in, and what fp16 needs so that an attack's gradient does not become zero."""
+"""The types of autocast, and what fp16 needs so that an attack's gradient is not zero."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def autocast(device: torch.device, low: torch.dtype | None) -> AbstractContextMa
 
 
 def amplify(logits_NK: Tensor, low: torch.dtype | None) -> Tensor:
-    """The logits as an attack sees them: float32, and in fp16 with a gradient that is ``ATTACK_SCALE`` times as large.
+    """The logits as an attack sees them: float32, in fp16 with an amplified gradient.
 
-    An attack uses only the direction of the gradient. Without the factor those of images that are classified with
-    confidence would vanish on the way back to the pixels, and the attack would leave them as they are.
+    An attack uses only the direction of the gradient. Without the factor those of images that are
+    classified with confidence would vanish on the way back to the pixels, and the attack would
+    leave them as they are.
     """
     if low is None:
         return logits_NK

@@ -1,12 +1,13 @@
 """One training step in named phases: gradient, prepare, wait, update.
 
-    g_t = d/dtheta mean over views of L(theta_t; view)      gradient: launches the sum over the ranks
-    B_{t + tau} is attacked at theta_t (or a prediction)    prepare: beside that sum
-    all ranks have g_t                                      wait
-    theta_{t + 1} = optimizer(theta_t, g_t)                 update
+    gradient    g_t = d/dtheta mean over views of L(theta_t; view); launches its sum over the ranks
+    prepare     B_{t + tau} is attacked at theta_t, or at a prediction, beside that sum
+    wait        all ranks have g_t
+    update      theta_{t + 1} = optimizer(theta_t, g_t)
 
-Executors order the phases (conadv.engine.executors); the method says what is computed (conadv.methods). What a phase
-needs is a collaborator each: inputs, forward, gradient, attack_pass, pending, lookahead, guard, stop.
+Executors order the phases (conadv.engine.executors); the method says what is computed
+(conadv.methods). What a phase needs is a collaborator each: inputs, forward, gradient, attack_pass,
+pending, lookahead, guard, stop.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class TrainStep:
         for batch, future in windows(loader, step.ahead):
             record = step(batch, future)
 
-    A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and micro-batches. A step
-    minimises the weighted mean over views of L(theta; view), each view through its own batch-norm route.
-    Instead of calling the step as a whole, a loop of one's own may call its phases: ``gradient(batch)`` in place of
-    ``loss.backward()``, ``prepare(future)`` anywhere before the weights change, ``wait()`` for the other ranks, and
-    ``update()``, or its own ``optimizer.step()`` followed by ``advance()``.
+    A batch is a ``(x_NCHW, y_N)`` pair, or a :class:`conadv.types.Batch` with further views and
+    micro-batches. A step minimises the weighted mean over views of L(theta; view), each view
+    through its own batch-norm route. Instead of calling the step as a whole, a loop of one's own
+    may call its phases: ``gradient(batch)`` in place of ``loss.backward()``, ``prepare(future)``
+    anywhere before the weights change, ``wait()`` for the other ranks, and ``update()``, or its own
+    ``optimizer.step()`` followed by ``advance()``.
 
     Args:
         model: with a route for every view (:func:`conadv.split_batchnorm`).
@@ -65,18 +67,23 @@ class TrainStep:
         lr_at: the schedule; each update sets every group's learning rate by it.
         numerics: precision, clipping, non-finite numbers, memory formats, compilation.
         view_weights: weight of each view's loss, default 1.
-        adv_route: the batch-norm route of the extra view: "adv", or "clean" for no route of its own. Views that
-            share a route go one pass each, so that each is normalised by its own batch.
+        adv_route: the batch-norm route of the extra view: "adv", or "clean" for no route of its
+            own. Views that share a route go one pass each, so that each is normalised by its own
+            batch.
         space: the model's normalisation, for uint8 images and uint8 pending; default: the method's.
-        seed: keys every random draw, in the model (dropout) as in attacks; global generators are left as they were.
-        comm: this process among several ranks; default: alone, which is an error inside a process group of several.
+        seed: keys every random draw, in the model (dropout) as in attacks; global generators are
+            left as they were.
+        comm: this process among several ranks; default: alone, which is an error inside a process
+            group of several.
         executor: the order of the phases; default :class:`Inline`.
 
-    Raises ConadvError where the model has batch norm without the routes that the views need, and where there is a
-    process group of several ranks but no ``comm``.
-    Ranks: each holds its share of the global batch and the same weights, which construction takes from rank 0.
-    Gradients and losses are averaged over the global batch; batch statistics and images that wait stay local.
-    In flight: from the last backward pass of ``gradient`` to ``wait`` the gradients' buckets are on the network.
+    Raises ConadvError where the model has batch norm without the routes that the views need, and
+    where there is a process group of several ranks but no ``comm``.
+    Ranks: each holds its share of the global batch and the same weights, which construction takes
+    from rank 0. Gradients and losses are averaged over the global batch; batch statistics and
+    images that wait stay local.
+    In flight: from the last backward pass of ``gradient`` to ``wait`` the gradients' buckets are on
+    the network.
     """
 
     def __init__(
@@ -116,7 +123,7 @@ class TrainStep:
         weights, stop = self.view_weights, self.stop_request
         self.gradients = GradientPass(network, inputs, loss, weights, seed, self.comm, stop)
         self._lr_at, self._guard = lr_at, Guard(model, numerics)
-        # An attack rank is sent the predicted weights; it has no optimizer state to predict them from.
+        # An attack rank is sent predicted weights; it has no optimizer state to predict them from.
         looks_ahead = self.method.lookahead and not self.executor.attack_only
         self._lookahead = LookAhead(model, optimizer, lr_at) if looks_ahead else None
         self._batch: Batch | None = None  # of the gradient that has not been applied yet
@@ -133,16 +140,17 @@ class TrainStep:
         return self.method.ahead
 
     def __call__(self, batch: RawBatch, future: RawBatch | None = None) -> StepRecord:
-        """Run one step and update the weights. Sync point: the losses are read back before the update."""
+        """Run one step and update the weights. Sync point: reads the losses back."""
         return self.executor(self, self._as_batch(batch), self._as_future(future))
 
     # ---- phases
 
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]:
-        """Forward and backward of all views of all micro-batches; adds to ``.grad``. Returns the loss of each view.
+        """Forward and backward of all views; adds to ``.grad`` and returns each view's loss.
 
-        ``.grad`` holds the gradient of the mean over the global batch, with several ranks only after :meth:`wait`; on
-        one rank a second call before the update adds to it. The losses are means over this rank's images.
+        ``.grad`` holds the gradient of the mean over the global batch, with several ranks only
+        after :meth:`wait`; on one rank a second call before the update adds to it. The losses are
+        means over this rank's images.
         """
         batch, method = self._as_batch(batch), self.method
         self._check_cleared()
@@ -168,7 +176,8 @@ class TrainStep:
         """The method's work for a later step, at the present weights; nothing for most methods.
 
         ``early``: before the step's gradient, not after it; the images are the same.
-        Raises ConadvError after the update: the images would be attacked at other weights and for another step.
+        Raises ConadvError after the update: the images would be attacked at other weights and for
+        another step.
         """
         if future is not None and self._gradient_version != self.version and not early:
             raise ConadvError(
@@ -180,17 +189,19 @@ class TrainStep:
             self.snapshot()
 
     def wait(self) -> None:
-        """Wait until gradients and losses are summed over the ranks; on one rank there is nothing to wait for."""
+        """Wait until gradients and losses are summed over the ranks."""
         if self.gradients.busy:
             self.comm.at("wait", self.version)
             with self.clock.phase("wait"):
                 self.gradients.wait(self.clock)
 
     def update(self) -> StepRecord:
-        """Check that loss and gradient are finite, set the learning rate, unscale, clip, update, clear the gradients.
+        """Check for finite numbers, set the learning rate, unscale, clip, update, clear.
 
-        Waits for the other ranks first if nobody has. Ranks: all see the same sums, so all make the update or none.
-        Raises NonFiniteError, or leaves the update out and says so in the record (``on_nonfinite``).
+        Waits for the other ranks first if nobody has. Ranks: all see the same sums, so all make the
+        update or none.
+        Raises NonFiniteError, or leaves the update out and says so in the record
+        (``on_nonfinite``).
         """
         self.wait()
         self.comm.at("update", self.version)
@@ -211,22 +222,25 @@ class TrainStep:
         return record
 
     def advance(self) -> None:
-        """Count a new weight version; for loops that call their own ``optimizer.step()`` instead of :meth:`update`."""
+        """Count a new weight version; for loops with an ``optimizer.step()`` of their own."""
         if self.gradients.busy:
             raise ConadvError(
-                "Call wait() before optimizer.step(): gradients were still being summed over the ranks."
+                "Call wait() before optimizer.step(): gradients were still being summed over the "
+                "ranks."
             )
         if self._guard.scale is not None:
             raise ConadvError(
                 "In fp16 gradients carry the loss scale: call update(), not optimizer.step()."
             )
         self._count_update()
-        self.clock.discard()  # there is no record to put the phases in, and CUDA events would pile up
+        # There is no record to put the phases in, and CUDA events would pile up.
+        self.clock.discard()
 
     def serve(self, batches: Iterable[Batch], served: Served | None = None) -> None:
-        """On an attack rank: attack ``batches`` for the learners until either ends (conadv.engine.attack_ranks).
+        """On an attack rank: attack ``batches`` for the learners until either ends.
 
-        ``batches``: this rank's micro-batches of step ``ahead`` after the learners' first, and of those that follow.
+        ``batches``: this rank's micro-batches of step ``ahead`` after the learners' first, and of
+        those that follow.
         ``served`` hears of each batch: its step and spans.
         """
         self.executor.serve(batches, served)
@@ -247,7 +261,7 @@ class TrainStep:
     def attack_batch(
         self, attack: Attack, batch: Batch, weights: Mapping[str, Tensor] | None = None
     ) -> ExtraBatch:
-        """Run ``attack`` on the clean view of every micro-batch, at the present weights or at ``weights``."""
+        """Run ``attack`` on the clean view, at the present weights or at ``weights``."""
         return self.attacks.attack_batch(self.method, attack, batch, weights, self.version)
 
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
@@ -256,7 +270,7 @@ class TrainStep:
         return self._lookahead.predict(self.version, num_steps)
 
     def snapshot(self) -> None:
-        """Once per step, after the attack's weights were taken and before the update; for executors."""
+        """For executors: once per step, between the attack and the update."""
         if self._lookahead is not None:
             self._lookahead.snapshot()
 
@@ -278,7 +292,8 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any], images: Expected | None = None) -> None:
         """Go on from a saved state. Raises ConadvError where it is none of this engine.
 
-        ``images``: what those that wait must look like, for a state that somebody else may have written.
+        ``images``: what those that wait must look like, for a state that somebody else may have
+        written.
         """
         check_keys(state, ("version", "pending", "lookahead", "guard"), "its engine")
         self.version = check_count(state["version"], "its engine's version")
@@ -310,12 +325,13 @@ class TrainStep:
         why = "of a method with two gradients" if self.method.two_gradients else why
         if why and any(p.grad is not None for p in self.model.parameters()):
             raise ConadvError(
-                f"gradient() {why} starts from cleared gradients: what is there already would be counted twice. "
-                "Call it once per update, and optimizer.zero_grad() after an optimizer.step() of your own."
+                f"gradient() {why} starts from cleared gradients: what is there already would be "
+                "counted twice. Call it once per update, and optimizer.zero_grad() after an "
+                "optimizer.step() of your own."
             )
 
     def _second_gradient(self, batch: Batch, extra: ExtraBatch | None) -> None:
-        """Have the method replace the gradient of the global batch, which it must see whole, by another."""
+        """Have the method replace the gradient of the global batch by another."""
         self.wait()
         self.comm.at("gradient", self.version)
         first = [p.grad for p in self.trainable().values() if p.grad is not None]
@@ -332,7 +348,7 @@ class TrainStep:
         return [p.grad for p in params if p.grad is not None]
 
     def _read_back(self) -> tuple[float, dict[str, float], float]:
-        """The loss, that of each view, and the norm of the unscaled gradient, in one transfer. Takes in ``stop``."""
+        """The loss, each view's, and the norm of the unscaled gradient. Takes in ``stop``."""
         passed, gradients = self.gradients, self._all_gradients()
         if not passed.losses or not gradients:
             raise ConadvError("update() without gradient(): there is no gradient to apply.")
@@ -347,7 +363,7 @@ class TrainStep:
         return loss / sum(passed.weights.values()), losses, grad_norm
 
     def _judge(self, losses: Mapping[str, float], grad_norm: float) -> str | None:
-        """Unscale and clip the gradient if the update may be made; otherwise undo the step and say why."""
+        """Unscale and clip the gradient for an update; or undo the step and say why."""
         factor = self._guard.factor  # judging may change it, for the next step
         try:
             skipped = self._guard.judge(self.version, losses, grad_norm)

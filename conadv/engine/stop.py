@@ -1,6 +1,7 @@
 """Requests to stop: what any rank was asked for, all ranks learn within the sum of the losses.
 
-A collective of its own per step would cost a round trip; one more number in a sum that is made anyway costs nothing.
+A collective of its own per step would cost a round trip; one more number in a sum that is made
+anyway costs nothing.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 INTERRUPT, TERMINATE = 1, 2
-"""Requests, the stronger one higher; 0 is none. Any rank's request is everybody's, the strongest of them counts."""
+"""The stronger request is the larger number; 0 is none. Any rank's is everybody's."""
 
 
 class StopRequest:
     """This rank's request to stop, and how it travels.
 
-    ``ask``: called once per step; the request that this process has received (see conadv.training.signals), 0 for none.
+    ``ask``: called once per step; the request that this process has received (see
+    conadv.training.signals), 0 for none.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -32,7 +34,8 @@ class StopRequest:
     def encoded(self) -> int:
         """A number whose sum over ranks tells what the strongest request was.
 
-        Interrupts of all ranks sum to ``ranks`` at most, so a single request to terminate counts for one more.
+        Interrupts of all ranks sum to ``ranks`` at most, so a single request to terminate counts
+        for one more.
         """
         request = self.mine()
         return self._ranks + 1 if request == TERMINATE else request

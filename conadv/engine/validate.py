@@ -1,8 +1,9 @@
 """Validate a checkpoint before loading it.
 
-torch loads an optimizer's state of any shape and hands it to kernels that do not check: a stranger's file could make
-them read and write outside of a tensor. So every part is compared with its like, part by part, before anything is
-loaded. All functions raise ConadvError that says which part does not fit.
+torch loads an optimizer's state of any shape and hands it to kernels that do not check: a
+stranger's file could make them read and write outside of a tensor. So every part is compared with
+its like, part by part, before anything is loaded. All functions raise ConadvError that says which
+part does not fit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def check_keys(value: object, keys: Collection[object] | None, what: str) -> dic
 
 
 def check_like(value: Any, like: Tensor | dict[str, Tensor] | list[Tensor], what: str) -> Any:
-    """``value``, which must be able to take the place of ``like``: same keys, shapes, dtypes, and memory of its own."""
+    """``value``, which must have the keys, shapes and dtypes of ``like``."""
     if isinstance(like, dict):
         for key in check_keys(value, like, what):
             check_like(value[key], like[key], f"{what}: {key}")
@@ -63,7 +64,7 @@ def check_like(value: Any, like: Tensor | dict[str, Tensor] | list[Tensor], what
 
 
 def load_weights(module: nn.Module, state: object, what: str = "its model") -> None:
-    """``module.load_state_dict(state)``, which itself casts other dtypes and drops the imaginary part of numbers.
+    """``module.load_state_dict(state)``, which by itself would cast other dtypes.
 
     RuntimeError (torch's) for names that differ.
     """
@@ -81,10 +82,10 @@ def load_average(average: EMA, state: object) -> None:
 
 
 def load_optimizer(optimizer: Optimizer, state: object, updates: int, *, some: bool) -> None:
-    """Load its state after ``updates`` steps. But for the learning rate its settings are the config's.
+    """Load its state after ``updates`` steps; settings but the learning rate are the run's.
 
-    Every parameter must have the tensors that this optimizer makes, or none of them, as one without a gradient so far;
-    with ``some`` at least one parameter must have them.
+    Every parameter must have the tensors that this optimizer makes, or none of them, as one without
+    a gradient so far; with ``some`` at least one parameter must have them.
     """
     saved = check_keys(state, ("state", "param_groups"), "its optimizer")
     own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]

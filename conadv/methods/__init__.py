@@ -1,7 +1,8 @@
 """The methods by name: what is computed in a step, apart from when it runs (that is conadv.engine).
 
-Torch-free: the config and ``--help`` read this table before torch is imported. A new method is a file with its class, a
-row here, a row in the table of tests/test_methods.py and a row in docs/methods/README.md.
+Torch-free: the config and ``--help`` read this table before torch is imported. A new method is a
+file with its class, a row here, a row in the table of tests/test_methods.py and a row in
+docs/methods/README.md.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 class Row:
     """One method.
 
-    target: "module:Class". summary: what it is, in a few words. settings: the top-level settings of a config that have
-    an effect on it, with their defaults. attack: the settings of the section ``attack`` that have one.
+    target: "module:Class". summary: what it is, in a few words. settings: the top-level settings of
+    a config that have an effect on it, with their defaults. attack: the settings of the section
+    ``attack`` that have one.
     """
 
     target: str

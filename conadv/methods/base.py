@@ -13,8 +13,9 @@ from conadv.types import Attack, Method
 class SharedMethod(Method):
     """A method whose extra images may be those of a part of every micro-batch.
 
-    share: only the first images of every micro-batch, this share of them rounded, get an extra copy. An image's loss
-    counts the same in every view, so the weight of the extra view falls with its share.
+    share: only the first images of every micro-batch, this share of them rounded, get an extra
+    copy. An image's loss counts the same in every view, so the weight of the extra view falls with
+    its share.
 
     Source: sharing out the mini-batch, Mei et al., "Fast AdvProp", arXiv 2204.09838.
     """
@@ -31,8 +32,9 @@ class SharedMethod(Method):
 class AttackMethod(SharedMethod):
     """A method that attacks the clean view.
 
-    attack_route: the batch-norm route of the attack's gradient, "adv" or "clean". attack_statistics: whether that
-    pass normalises by the "batch" or by the "running" statistics; neither moves the running ones.
+    attack_route: the batch-norm route of the attack's gradient, "adv" or "clean".
+    attack_statistics: whether that pass normalises by the "batch" or by the "running" statistics;
+    neither moves the running ones.
     """
 
     attack: Attack

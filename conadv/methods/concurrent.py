@@ -1,4 +1,4 @@
-"""Concurrent adversarial learning: the attack of step t + tau runs beside the gradient of step t."""
+"""Concurrent adversarial learning: the attack for a later step beside the gradient."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from conadv.types import Attack, Batch, Engine, ExtraBatch
 class Concurrent(AttackMethod):
     """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_{t - tau}))], tau = ``staleness``.
 
-    At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With ``lookahead`` the
-    attack uses a prediction of theta_{t + tau} instead (see conadv.engine.lookahead). A batch that nobody attacked in
-    time, such as the first tau ones, is attacked on the critical path at theta_t; its version tag says so.
+    At step t the batch B_{t + tau} is attacked at theta_t and waits, as images, for its step. With
+    ``lookahead`` the attack uses a prediction of theta_{t + tau} instead (see
+    conadv.engine.lookahead). A batch that nobody attacked in time, such as the first tau ones, is
+    attacked on the critical path at theta_t; its version tag says so.
 
     Reduces to: ``Sequential`` for staleness 0. Raises ConadvError for look-ahead with staleness 0.
     In flight: up to tau batches of images, and with look-ahead one copy of the weights.
@@ -54,7 +55,8 @@ class Concurrent(AttackMethod):
         if engine.pending.skips(batch.step):
             return None  # attack ranks were late, and all learners have agreed to go without
         if waiting is None:
-            # The first tau steps find nothing, by definition. Later ones mean a loop that breaks the stream of batches.
+            # The first tau steps find nothing, by definition. Later ones mean a loop that breaks
+            # the stream of batches.
             if self.staleness and batch.step >= self.staleness:
                 _warn_late()
             return engine.attack_batch(self.attack, batch)
@@ -67,9 +69,10 @@ class Concurrent(AttackMethod):
             engine.pending.put(future.step, made)
 
     def _check_same_batch(self, waiting: ExtraBatch, engine: Engine, batch: Batch) -> None:
-        """The images that wait must be those of the batch: a loop that changed its data in between is told.
+        """ConadvError unless the images that wait were made of this batch.
 
-        Labels stand for images: they are small, and two batches of the same labels in the same order are rare.
+        Labels stand for images: they are small, and two batches of the same labels in the same
+        order are rare.
         """
         labels = [
             engine.labels(micro)[: self.num_attacked(len(micro.y_N))] for micro in batch.micro
@@ -77,15 +80,16 @@ class Concurrent(AttackMethod):
         same = len(labels) == len(waiting.labels) and all(map(torch.equal, labels, waiting.labels))
         if not same:
             raise ConadvError(
-                f"The adversarial images that wait for step {batch.step} were made of another batch than the one "
-                "given. Pass prepare() the batch that comes `ahead` steps later (conadv.windows does), and call "
-                "step.pending.clear() when the data changes."
+                f"The adversarial images that wait for step {batch.step} were made of another "
+                "batch than the one given. Pass prepare() the batch that comes `ahead` steps later "
+                "(conadv.windows does), and call step.pending.clear() when the data changes."
             )
 
 
 def _warn_late() -> None:
     warnings.warn(
-        "A batch was not attacked ahead of time and is attacked at the present weights, on the critical path. Give "
-        "every step its future batch: one conadv.windows over all epochs, and step.prepare in each step.",
+        "A batch was not attacked ahead of time and is attacked at the present weights, on the "
+        "critical path. Give every step its future batch: one conadv.windows over all epochs, and "
+        "step.prepare in each step.",
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""The controls: what an attack must beat. Same views, same gradient work, same routes, no attack."""
+"""The controls that an attack must beat: same views, work and routes, no attack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from conadv.types import Batch, Engine, ExtraBatch, Method
 class MultiView(Method):
     """The extra images are a second, independent draw of the clean view's augmentation.
 
-    Without augmentation both draws are the same images; what is left is then a second set of batch-norm statistics.
+    Without augmentation both draws are the same images; what is left is then a second set of
+    batch-norm statistics.
     """
 
     data_views: ClassVar[tuple[str, ...]] = ("second",)
@@ -27,7 +28,7 @@ class MultiView(Method):
 
 @dataclass(frozen=True)
 class Noise(SharedMethod):
-    """The extra images are x + eps * random signs, clipped to valid pixels: an attack's size without its gradient."""
+    """x + eps * random signs, clipped to valid pixels: an attack's size, no gradient."""
 
     noise: RandomSigns
 

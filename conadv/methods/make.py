@@ -26,8 +26,8 @@ def make_method(
 ) -> Method:
     """The method ``name`` of the table, with those of the arguments that are fields of its class.
 
-    ``noise_eps``: the size of the noise control, in pixels. ``settings``: those of the method's row; the ones that are
-    the engine's (adv_weight, adv_route, pending_dtype) may be among them.
+    ``noise_eps``: the size of the noise control, in pixels. ``settings``: those of the method's
+    row; the ones that are the engine's (adv_weight, adv_route, pending_dtype) may be among them.
     Raises ConadvError for a name that is not in the table.
     """
     if name not in METHODS:

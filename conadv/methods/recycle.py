@@ -16,10 +16,11 @@ from conadv.types import Batch, Engine, ExtraBatch, Method
 
 @dataclass(frozen=True)
 class Recycle(Method):
-    """Step t trains B_t clean and B_{t-1} perturbed along grad_x L(theta_{t-1}; B_{t-1}) of the clean pass.
+    """Train B_t clean, and B_{t-1} perturbed along grad_x L(theta_{t-1}; B_{t-1}).
 
-    No forward pass is added, only the input gradient of the first layer. The price: the gradient comes through the
-    clean route, and the perturbed images are those of the step before. Step 0 has no extra images.
+    No forward pass is added, only the input gradient of the first layer. The price: the gradient
+    comes through the clean route, and the perturbed images are those of the step before. Step 0 has
+    no extra images.
 
     ``attack``: an untargeted FGSM; anything else raises ConadvError, one gradient is all there is.
     In flight: one batch of images. Staleness is 1 by construction.
@@ -33,8 +34,8 @@ class Recycle(Method):
     def __post_init__(self) -> None:
         if not isinstance(self.attack, FGSM) or self.attack.targeted:
             raise ConadvError(
-                "recycle needs an untargeted FGSM: it reuses one gradient of the true labels' loss. "
-                "Use method disadv or conadv for other attacks."
+                "recycle needs an untargeted FGSM: it reuses one gradient of the true labels' "
+                "loss. Use method disadv or conadv for other attacks."
             )
 
     @property
@@ -47,7 +48,8 @@ class Recycle(Method):
     def on_input_grad(
         self, engine: Engine, batch: Batch, clean: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> None:
-        # Directions only: the factor that the mean over the global batch put on the gradient does not matter.
+        # Directions only: the factor that the mean over the global batch put on the gradient does
+        # not matter.
         images = tuple(map(self.attack.from_gradient, clean, gradients))
         labels = tuple(engine.labels(micro) for micro in batch.micro)
         engine.pending.put(batch.step + 1, ExtraBatch(images, labels, batch.step))

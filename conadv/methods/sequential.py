@@ -10,9 +10,10 @@ from conadv.types import Batch, Engine, ExtraBatch
 
 @dataclass(frozen=True)
 class Sequential(AttackMethod):
-    """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_t))]: the attack waits for the weights, the gradient for the attack.
+    """L = E[L(theta_t; x)] + E[L(theta_t; x^(theta_t))]: one waits for the other.
 
-    Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221 ("DisAdv").
+    Source: Xie et al., AdvProp, arXiv 1911.09665, algorithm 1; Liu et al., ConAdv, arXiv 2106.00221
+    ("DisAdv").
     """
 
     def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:

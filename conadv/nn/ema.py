@@ -18,16 +18,20 @@ class EMA(AveragedModel):
             average.update_parameters(model)
         evaluate(average.module, ...)
 
-    ``average.module`` is a copy of the model with the same routes. The running statistics of every route are averaged
-    like its weights, so that a route's statistics never come from another route's images; counters are copied. Averaged
-    statistics are those of many weights, not of the averaged weights: :func:`conadv.recalibrate` computes the latter.
+    ``average.module`` is a copy of the model with the same routes. The running statistics of every
+    route are averaged like its weights, so that a route's statistics never come from another
+    route's images; counters are copied. Averaged statistics are those of many weights, not of the
+    averaged weights: :func:`conadv.recalibrate` computes the latter.
 
-    The smaller d at the start lets the average forget the first weights in short runs; the first update copies.
-    Raises ValueError for a decay outside of (0, 1). Sync point on CUDA: none, the counter stays on the CPU.
+    The smaller d at the start lets the average forget the first weights in short runs; the first
+    update copies.
+    Raises ValueError for a decay outside of (0, 1). Sync point on CUDA: none, the counter stays on
+    the CPU.
     Ranks: nothing is reduced. Weights are the same on all, statistics are each rank's own.
     In flight: one copy of weights and buffers.
 
-    Source: Polyak and Juditsky (1992); the warm-up is that of TensorFlow's ExponentialMovingAverage (num_updates).
+    Source: Polyak and Juditsky (1992); the warm-up is that of TensorFlow's ExponentialMovingAverage
+    (num_updates).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -1,21 +1,23 @@
-"""Split batch norm: named routes with statistics and affine parameters of their own, all else shared.
+"""Split batch norm: routes with statistics and affine parameters of their own.
 
     model = split_batchnorm(model, "adv")           # once, before the optimizer is built
-    with route(model, "adv"):                       # every batch-norm layer uses its adversarial copy
+    with route(model, "adv"):                       # every layer uses its adversarial copy
         model(x_NCHW)
-    with route(model, {"clean": 32, "adv": 32}):    # one forward: the first 32 images clean, the next 32 adversarial
+    with route(model, {"clean": 32, "adv": 32}):    # one forward: 32 images clean, 32 adversarial
         model(torch.cat([x_NCHW, x_adv_NCHW]))
 
-**The route rule**, in train and in eval mode alike: a layer uses the route of the innermost ``route`` block, and the
-clean route outside of any. Train or eval mode decides, as always, between batch and running statistics.
+**The route rule**, in train and in eval mode alike: a layer uses the route of the innermost
+``route`` block, and the clean route outside of any. Train or eval mode decides, as always, between
+batch and running statistics.
 
-**The clean route is the layer that was there**: the module itself, its class replaced by a subclass with the extra
-routes as children. So the clean weights keep their state-dict keys, norm-plus-activation layers (torchvision, timm)
-keep their activation, attributes and ``isinstance`` checks, and :func:`strip` restores the plain layer without loss.
-An extra route lives under ``<layer>.routes.<name>``.
+**The clean route is the layer that was there**: the module itself, its class replaced by a subclass
+with the extra routes as children. So the clean weights keep their state-dict keys,
+norm-plus-activation layers (torchvision, timm) keep their activation, attributes and ``isinstance``
+checks, and :func:`strip` restores the plain layer without loss. An extra route lives under
+``<layer>.routes.<name>``.
 
-Source: two batch norms, Xie et al., "Adversarial Examples Improve Image Recognition" (AdvProp), arXiv 1911.09665,
-section 4; three of them in the released code of ConAdv, arXiv 2106.00221.
+Source: two batch norms, Xie et al., "Adversarial Examples Improve Image Recognition" (AdvProp),
+arXiv 1911.09665, section 4; three of them in the released code of ConAdv, arXiv 2106.00221.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ class _Routing:
 
 
 class SplitBatchNorm:
-    """What :func:`split_batchnorm` mixes into the class of a batch-norm layer (isinstance tells them apart)."""
+    """What :func:`split_batchnorm` mixes into the class of a batch-norm layer."""
 
-    # Only ever combined with a _BatchNorm: Split<Layer>(SplitBatchNorm, <Layer>), so __mro__[2] is the plain class.
+    # Only ever combined with a _BatchNorm: Split<Layer>(SplitBatchNorm, <Layer>), so __mro__[2] is
+    # the plain class.
 
     routes: nn.ModuleDict
     _routing: _Routing
@@ -68,14 +71,15 @@ class SplitBatchNorm:
 
     def _run(self, name: str, x: Tensor) -> Tensor:
         layer: Any = self if name == CLEAN else self.routes[name]
-        forward: Callable[[Tensor], Tensor] = super().forward if name == CLEAN else layer  # type: ignore[misc]
+        forward = super().forward if name == CLEAN else layer  # type: ignore[misc]
         if layer.training and _inside_ddp():
             with _statistics_apart(layer):
                 return forward(x)
         return forward(x)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # the class is made at run time, so pickle and deepcopy are told the base class instead of a name
+        # the class is made at run time, so pickle and deepcopy are told the base class instead of a
+        # name
         return _rebuild, (_plain_class(self),), self.__dict__.copy()  # type: ignore[arg-type]
 
 
@@ -86,12 +90,12 @@ def _inside_ddp() -> bool:
 
 @contextmanager
 def _statistics_apart(layer: nn.Module) -> Iterator[None]:
-    """Inside the block the running statistics are the same memory under version counters of their own.
+    """The running statistics get version counters of their own, on the same memory.
 
-    DistributedDataParallel overwrites all buffers by rank 0's before each forward pass. Until torch 2.12 or so this
-    counts as a change of what autograd has saved, and the backward pass of two forward passes, one per route, ends in
-    "modified by an inplace operation" (pytorch issue 175024). In train mode, the only one that this is for, backward
-    does not read these values.
+    DistributedDataParallel overwrites all buffers by rank 0's before each forward pass. Until torch
+    2.12 or so this counts as a change of what autograd has saved, and the backward pass of two
+    forward passes, one per route, ends in "modified by an inplace operation" (pytorch issue
+    175024). In train mode, the only one that this is for, backward does not read these values.
     """
     kept = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
     layer._buffers.update(
@@ -104,7 +108,7 @@ def _statistics_apart(layer: nn.Module) -> Iterator[None]:
 
 
 def _segment_sizes(segments: tuple[tuple[str, int], ...], n: int) -> list[int]:
-    """Images per segment at this layer. Layers that fold more into dim 0 (patches, frames) see a multiple."""
+    """Images per segment; layers that fold more into dim 0 (patches) see a multiple."""
     total = sum(size for _, size in segments)
     factor, rest = divmod(n, total)
     if rest or not factor:
@@ -130,16 +134,17 @@ def _rebuild(base: Any) -> nn.Module:
 
 
 def split_batchnorm(model: nn.Module, *names: str, share_affine: bool = False) -> nn.Module:
-    """Give every batch-norm layer (1d, 2d, 3d, SyncBatchNorm and subclasses) the extra routes ``names``, in place.
+    """Give every batch-norm layer of any kind the extra routes ``names``, in place.
 
-    A new route starts as a copy of the clean route, running statistics included. Routes can be added later; new
-    parameters must reach the optimizer, so split before building it. Children of a layer that carry parameters of
-    their own, such as a PReLU activation, stay shared between the routes. ``share_affine``: the new routes have
-    statistics of their own only; their weight and bias are the clean route's parameters.
+    A new route starts as a copy of the clean route, running statistics included. Routes can be
+    added later; new parameters must reach the optimizer, so split before building it. Children of a
+    layer that carry parameters of their own, such as a PReLU activation, stay shared between the
+    routes. ``share_affine``: the new routes have statistics of their own only; their weight and
+    bias are the clean route's parameters.
 
-    Returns ``model``. Raises ConadvError for a name that is taken or reserved, for lazy layers, and for a split model
-    that went through ``convert_sync_batchnorm`` afterwards (convert first). A model without batch norm is returned
-    unchanged: its routes share everything.
+    Returns ``model``. Raises ConadvError for a name that is taken or reserved, for lazy layers, and
+    for a split model that went through ``convert_sync_batchnorm`` afterwards (convert first). A
+    model without batch norm is returned unchanged: its routes share everything.
     """
     for name in names:
         if name == CLEAN or not name.isidentifier():
@@ -195,7 +200,7 @@ def _split_layer(
 
 
 def _copy_plain(layer: _BatchNorm) -> _BatchNorm:
-    """A plain copy of the clean route: own tensors, no hooks (the layer's hooks run once), shared children."""
+    """A plain copy of the clean route: own tensors, no hooks, shared children."""
     plain = _plain_class(layer)
     clone: _BatchNorm = plain.__new__(plain)
     nn.Module.__init__(clone)
@@ -211,11 +216,12 @@ def _copy_plain(layer: _BatchNorm) -> _BatchNorm:
 
 
 def strip(model: nn.Module) -> nn.Module:
-    """Undo :func:`split_batchnorm` in place: the plain model with the clean route's weights and statistics."""
+    """Undo :func:`split_batchnorm` in place; the clean route is what stays."""
     for layer in list(_layers(model)):
         if isinstance(layer, SplitBatchNorm):
             base = _plain_class(layer)
-            layer._routing.names = ()  # a block that still names a route now fails instead of doing nothing
+            # A block that still names a route now fails instead of doing nothing.
+            layer._routing.names = ()
             del layer._modules["routes"]
             del layer.__dict__["_routing"]
             layer.__class__ = base
@@ -230,8 +236,9 @@ def _find_routing(model: nn.Module) -> _Routing | None:
 
 
 def _routing(model: nn.Module) -> _Routing | None:
-    # The name of a split layer is remembered: walking all modules would cost more than the smallest forward passes.
-    # It is looked up each time, since convert_sync_batchnorm and surgery on the model replace layers.
+    # The name of a split layer is remembered: walking all modules would cost more than the smallest
+    # forward passes. It is looked up each time, since convert_sync_batchnorm and surgery on the
+    # model replace layers.
     name = _FIRST_LAYER.get(model)
     layer: Any = model
     for part in name.split(".") if name else ():
@@ -266,7 +273,7 @@ def has_batchnorm(model: nn.Module) -> bool:
 
 
 def check_routes(model: nn.Module, names: Collection[str]) -> None:
-    """ConadvError unless every batch-norm layer has every route of ``names`` and all layers switch together.
+    """ConadvError unless all batch-norm layers have these routes and switch together.
 
     Nothing to check for a model without batch norm, or for the clean route alone.
     """
@@ -276,9 +283,10 @@ def check_routes(model: nn.Module, names: Collection[str]) -> None:
         missing = wanted - set(layer.routes) if isinstance(layer, SplitBatchNorm) else wanted
         if missing:
             raise ConadvError(
-                f"The model has batch norm without the route {min(missing)!r} (a {type(layer).__name__}): those images "
-                f"would share statistics with the clean ones. Call split_batchnorm(model, {min(missing)!r}) before you "
-                "build the optimizer."
+                f"The model has batch norm without the route {min(missing)!r} (a "
+                f"{type(layer).__name__}): those images would share statistics with the clean "
+                f"ones. Call split_batchnorm(model, {min(missing)!r}) before you build the "
+                "optimizer."
             )
     if len({id(layer._routing) for layer in layers if isinstance(layer, SplitBatchNorm)}) > 1:
         raise ConadvError(
@@ -287,11 +295,11 @@ def check_routes(model: nn.Module, names: Collection[str]) -> None:
 
 
 def check_sync(model: nn.Module, ranks: int) -> None:
-    """ConadvError unless the model's SyncBatchNorm layers can take their statistics over just ``ranks`` ranks.
+    """ConadvError unless SyncBatchNorm layers can take statistics over ``ranks`` ranks.
 
-    Every rank that runs the model must take part in the same passes, attacks included, or the ranks wait for each
-    other forever; and torch has SyncBatchNorm on accelerators only. Nothing to check without a process group, where
-    such a layer is a plain batch norm.
+    Every rank that runs the model must take part in the same passes, attacks included, or the ranks
+    wait for each other forever; and torch has SyncBatchNorm on accelerators only. Nothing to check
+    without a process group, where such a layer is a plain batch norm.
     """
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm))
     name, layer = next(layers, ("", None))
@@ -299,15 +307,17 @@ def check_sync(model: nn.Module, ranks: int) -> None:
         return
     if (device := next(layer.parameters(), next(model.parameters())).device).type == "cpu":
         raise ConadvError(
-            f"The layer {name!r} is a SyncBatchNorm on the {device.type}, where torch cannot run it in several "
-            "processes. Train on CUDA, or leave out convert_sync_batchnorm: each rank then normalises by its own "
-            "micro-batch. On the CPU a larger micro-batch, or GroupNorm, takes its place."
+            f"The layer {name!r} is a SyncBatchNorm on the {device.type}, where torch cannot run "
+            "it in several processes. Train on CUDA, or leave out convert_sync_batchnorm: each "
+            "rank then normalises by its own micro-batch. On the CPU a larger micro-batch, or "
+            "GroupNorm, takes its place."
         )
     if (together := dist.get_world_size(layer.process_group)) != ranks:
         raise ConadvError(
-            f"The layer {name!r} is a SyncBatchNorm over {together} processes, but {ranks} of them run this model in "
-            "the same order: they would wait for each other forever. Use it without attack ranks and with a Comm "
-            "(Comm.from_environment), or leave out convert_sync_batchnorm."
+            f"The layer {name!r} is a SyncBatchNorm over {together} processes, but {ranks} of them "
+            "run this model in the same order: they would wait for each other forever. Use it "
+            "without attack ranks and with a Comm (Comm.from_environment), or leave out "
+            "convert_sync_batchnorm."
         )
 
 
@@ -315,10 +325,11 @@ def check_sync(model: nn.Module, ranks: int) -> None:
 def route(model: nn.Module, spec: RouteSpec) -> Iterator[None]:
     """Send what happens inside the block through a route.
 
-    ``spec`` is a name, or a mapping of names to numbers of images for a concatenated batch, in the order of dim 0.
-    Backward passes need no route. A model without batch norm accepts any route; a model with batch norm raises
-    ConadvError for a route that it does not have.
-    In flight: the routing is a property of the model, so two threads must not run one model on different routes.
+    ``spec`` is a name, or a mapping of names to numbers of images for a concatenated batch, in the
+    order of dim 0. Backward passes need no route. A model without batch norm accepts any route; a
+    model with batch norm raises ConadvError for a route that it does not have.
+    In flight: the routing is a property of the model, so two threads must not run one model on
+    different routes.
     """
     routing = _routing(model)
     wanted = (spec,) if isinstance(spec, str) else tuple(spec)
@@ -327,7 +338,8 @@ def route(model: nn.Module, spec: RouteSpec) -> Iterator[None]:
     ]
     if missing and (routing is not None or has_batchnorm(model)):
         raise ConadvError(
-            f"The model has no route {missing[0]!r}. Call split_batchnorm(model, {missing[0]!r}) first."
+            f"The model has no route {missing[0]!r}. Call split_batchnorm(model, {missing[0]!r}) "
+            "first."
         )
     if routing is None:
         yield
@@ -342,9 +354,10 @@ def route(model: nn.Module, spec: RouteSpec) -> Iterator[None]:
 
 @contextmanager
 def running_stats(model: nn.Module) -> Iterator[None]:
-    """Have every batch-norm layer normalise by its running statistics inside the block, and leave them alone.
+    """Batch norm normalises by its running statistics, and leaves them alone.
 
-    Other layers stay in the mode that they are in, and the mode of the batch-norm layers is restored afterwards.
+    Other layers stay in the mode that they are in, and the mode of the batch-norm layers is
+    restored afterwards.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     for layer in layers:
@@ -360,8 +373,8 @@ def running_stats(model: nn.Module) -> Iterator[None]:
 def frozen_stats(model: nn.Module) -> Iterator[None]:
     """Leave the running statistics of every batch-norm layer alone inside the block.
 
-    Modes stay what they are: layers in train mode still normalise by the batch, layers in eval mode by the running
-    statistics. ``num_batches_tracked`` does not count either.
+    Modes stay what they are: layers in train mode still normalise by the batch, layers in eval mode
+    by the running statistics. ``num_batches_tracked`` does not count either.
     """
     layers = [
         m

@@ -1,1 +1,1 @@
-"""Plain, slow, obvious implementations in the papers' symbols: the oracles of the tests, and how to read a method."""
+"""Plain, slow, obvious implementations in the papers' symbols: the tests' oracles."""

@@ -1,10 +1,11 @@
-"""Algorithm 1 of ConAdv (Liu et al., arXiv 2106.00221), plain, slow and obvious: the oracle of the engine's tests.
+"""Algorithm 1 of ConAdv (Liu et al., arXiv 2106.00221), plain, slow and obvious.
 
-The paper's symbols: theta_t the weights before step t, tau the staleness, B_t the batch of step t, x_i its images,
-x^_i(theta) those images attacked at theta, L the loss. One worker (K = 1), unweighted mean of the two losses.
+The paper's symbols: theta_t the weights before step t, tau the staleness, B_t the batch of step t,
+x_i its images, x^_i(theta) those images attacked at theta, L the loss. One worker (K = 1),
+unweighted mean of the two losses.
 
-Where the engine keeps images and attacks ahead of time, this keeps every theta_t that there ever was and attacks when
-the batch is due, so staleness is right by definition.
+Where the engine keeps images and attacks ahead of time, this keeps every theta_t that there ever
+was and attacks when the batch is due, so staleness is right by definition.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def algorithm_1(
     draws: Callable[[int], torch.Generator],
     lookahead: bool = False,
 ) -> list[float]:
-    """Train ``model`` (split batch norm with an "adv" route) on B_0, B_1, ...; returns the loss of every step.
+    """Train ``model`` (with a route "adv") on B_0, B_1, ...; returns every step's loss.
 
-    draws(t): the attack's generator for B_t. lookahead: attack at :func:`coast` of theta_{t - tau} instead.
+    draws(t): the attack's generator for B_t. lookahead: attack at :func:`coast` of theta_{t - tau}
+    instead.
     """
     theta: list[dict[str, Tensor]] = []  # theta[t]: what an attack made at step t sees
     losses = []
@@ -71,7 +73,7 @@ def attacked(
 
 
 def coast(model: nn.Module, optimizer: torch.optim.Optimizer, tau: int) -> nn.Module:
-    """Look-ahead by definition: a copy of the model after tau steps of a copied optimizer with zero gradients.
+    """Look-ahead by definition: the model after tau steps with zero gradients.
 
     Weight decay is left out, as the prediction is of what momentum alone has decided.
     """

@@ -1,7 +1,8 @@
-"""LAMB written down line by line: slow, obvious, and what the tests hold :class:`conadv.LAMB` against.
+"""LAMB line by line: slow, obvious, and what the tests hold :class:`conadv.LAMB` against.
 
-Symbols: x weights, g gradient, m and v first and second moment, t the update counted from 1, r Adam's ratio, eta the
-learning rate, lambda weight decay (arXiv 1904.00962, Algorithm 2, with phi(z) = z).
+Symbols: x weights, g gradient, m and v first and second moment, t the update counted from 1, r
+Adam's ratio, eta the learning rate, lambda weight decay (arXiv 1904.00962, Algorithm 2, with phi(z)
+= z).
 """
 
 from __future__ import annotations

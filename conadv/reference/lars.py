@@ -1,7 +1,8 @@
-"""LARS written down line by line: slow, obvious, and what the tests hold :class:`conadv.LARS` against.
+"""LARS line by line: slow, obvious, and what the tests hold :class:`conadv.LARS` against.
 
-Symbols: w weights, g gradient, v momentum buffer, gamma learning rate, m momentum, beta weight decay, eta trust
-coefficient, r trust ratio (arXiv 1708.03888, Algorithm 1; there r is called lambda and stands inside v, as in "tf").
+Symbols: w weights, g gradient, v momentum buffer, gamma learning rate, m momentum, beta weight
+decay, eta trust coefficient, r trust ratio (arXiv 1708.03888, Algorithm 1; there r is called lambda
+and stands inside v, as in "tf").
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def lars_step(
     variant: str,
     adapt: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """One update; returns new weights and new buffers and changes nothing. Buffers start as zeros."""
+    """One update; returns new weights and buffers, which start as zeros."""
     new_weights, new_buffers = [], []
     gamma, m, beta = lr, momentum, weight_decay
     for w, g, v in zip(weights, gradients, buffers, strict=True):

@@ -1,7 +1,8 @@
-"""SAM (Foret et al., arXiv 2010.01412, algorithm 1), plain, slow and obvious: the oracle of the engine's tests.
+"""SAM (Foret et al., arXiv 2010.01412, algorithm 1), plain, slow and obvious.
 
-The paper's symbols: w the weights, L_B the loss on the batch B, rho the neighbourhood size, epsilon^ the excursion.
-p = 2, as in the paper's experiments: epsilon^(w) = rho grad L_B(w) / |grad L_B(w)|_2.
+The paper's symbols: w the weights, L_B the loss on the batch B, rho the neighbourhood size,
+epsilon^ the excursion. p = 2, as in the paper's experiments: epsilon^(w) = rho grad L_B(w) / |grad
+L_B(w)|_2.
 """
 
 from __future__ import annotations
