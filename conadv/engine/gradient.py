@@ -58,7 +58,8 @@ class GradientPass:
     ) -> list[Tensor]:
         """All passes of a step; returns each micro-batch's clean images.
 
-        ``scale``: factor on the gradient (fp16). ``input_grad``: the images get one too. ``record``: ``losses`` become those of this run.
+        ``scale``: factor on the gradient (fp16). ``input_grad``: the images get one too.
+        ``record``: ``losses`` become those of this run.
         """
         totals: dict[str, Tensor] = {}
         clean = []

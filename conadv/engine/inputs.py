@@ -85,4 +85,7 @@ class Inputs:
         if True in bad:
             view = views[bad.index(True)]
             return f"The images of the {view} view hold infinite or NaN values: check the data."
-        return "The images are finite: lower the learning rate, lengthen the warm-up, or clip (optim.clip_norm)."
+        return (
+            "The images are finite: lower the learning rate, lengthen the warm-up, or clip "
+            "(optim.clip_norm)."
+        )

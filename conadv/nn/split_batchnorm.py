@@ -71,11 +71,13 @@ class SplitBatchNorm:
 
     def _run(self, name: str, x: Tensor) -> Tensor:
         layer: Any = self if name == CLEAN else self.routes[name]
-        forward = super().forward if name == CLEAN else layer  # type: ignore[misc]
+        forward: Any = super().forward if name == CLEAN else layer  # type: ignore[misc]
         if layer.training and _inside_ddp():
             with _statistics_apart(layer):
-                return forward(x)
-        return forward(x)
+                y: Tensor = forward(x)
+        else:
+            y = forward(x)
+        return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and deepcopy are told the base class instead of a
