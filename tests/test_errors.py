@@ -69,9 +69,8 @@ def test_errors_have_a_code_and_one_message(
 def test_the_codes_are_documented() -> None:
     # Red when: a code is added without a line in --help and in docs/reliability.md.
     page = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
-    codes = {
-        name: code for name, code in (vars(cli) | vars(signals)).items() if name.startswith("EXIT_")
-    }
+    names = vars(cli) | vars(signals)
+    codes = {name: code for name, code in names.items() if name.startswith("EXIT_")}
     assert codes.keys() > {"EXIT_BUG", "EXIT_TERMINATED"}
     for name, code in codes.items():
         assert f"{code} " in cli.help_text().partition("exit codes")[2], name
@@ -79,40 +78,20 @@ def test_the_codes_are_documented() -> None:
 
 
 def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "conadv", *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        **options,
-    )
+    command = [sys.executable, "-m", "conadv", *args]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command, text=True, timeout=250, check=False, **pipes)
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
 def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None:
     # Red when: train() does not guard its observer.
     run = tmp_path / "run"
-    args = [
-        "train",
-        "digits",
-        "--steps",
-        "8",
-        "--schedule.warmup-epochs",
-        "0",
-        "--global-batch-size",
-        "32",
-    ]
-    args += [
-        "--data.train-images",
-        "64",
-        "--model.width",
-        "2",
-        "--eval.robust-images",
-        "0",
-        "--out",
-        str(run),
-    ]
+    options = (
+        "--steps 8 --schedule.warmup-epochs 0 --global-batch-size 32 --data.train-images 64 --model.width 2 "
+        "--eval.robust-images 0"
+    )
+    args = ["train", "digits", *options.split(), "--out", str(run)]
     if output == "a full disk" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     if output == "a full disk":
@@ -121,14 +100,7 @@ def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None
         reading, writing = os.pipe()
         os.close(reading)
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "conadv", *args],
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        done = program(*args, stdout=writing)
     finally:
         os.close(writing)
     assert done.returncode == (141 if output == "a closed pipe" else 2)
@@ -145,15 +117,8 @@ def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
     os.close(reading)
     try:
         for args in (["recipes"], ["--help"]):
-            done = subprocess.run(
-                [sys.executable, "-m", "conadv", *args],
-                stdout=writing,
-                stderr=subprocess.PIPE,
-                env=environment,
-                timeout=120,
-                check=False,
-            )
-            assert (done.returncode, done.stderr) == (141, b"")
+            done = program(*args, stdout=writing, env=environment)
+            assert (done.returncode, done.stderr) == (141, "")
     finally:
         os.close(writing)
 

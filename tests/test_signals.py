@@ -118,35 +118,24 @@ def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_acti
 
 
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
-    # Red when: Signals takes signals that the process was started to ignore (nohup, a script's `&`).
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)
-    }
+    # Red when: Signals takes signals that the process was started to ignore (nohup, a script's `&`), or changes any off
+    # the main thread.
+    ignored = (signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
         with Signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in ignored:
+                os.kill(os.getpid(), number)
             assert signals.request == 0
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert signals.request == TERMINATE
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            thread = threading.Thread(target=Signals().__enter__)
+            handler = signal.getsignal(signal.SIGTERM)
+            thread.start()
+            thread.join()
+            assert signal.getsignal(signal.SIGTERM) is handler
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def test_off_the_main_thread_handlers_stay_as_they_are() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    found: list[Any] = []
-
-    def enter() -> None:
-        with Signals():
-            found.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert found == [before]
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def test_a_forked_child_is_not_the_run() -> None:
@@ -198,25 +187,28 @@ def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> Non
         time.sleep(0.1)
 
 
+NAMES = ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "CONADV_GRACE_SECONDS")
+
+
 @pytest.mark.parametrize(
-    ("environment", "seconds"),
+    ("values", "seconds"),
     [
-        ({}, None),
-        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}, None),  # not under torchrun
-        ({"TORCHELASTIC_RUN_ID": "x"}, 30.0),
-        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}, 300.0),
-        ({"TORCHELASTIC_RUN_ID": "x", "CONADV_GRACE_SECONDS": "600"}, 600.0),
-        ({"CONADV_GRACE_SECONDS": "60"}, 60.0),
+        ((None, None, None), None),
+        ((None, "5", None), None),  # not under torchrun
+        (("x", None, None), 30.0),
+        (("x", "300", None), 300.0),
+        (("x", None, "600"), 600.0),
+        ((None, None, "60"), 60.0),
     ],
 )
 def test_how_long_a_launcher_waits(
-    environment: dict[str, str], seconds: float | None, monkeypatch: pytest.MonkeyPatch
+    values: tuple[str | None, ...], seconds: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: torchrun's own 30 seconds are not known, or the job script's word does not come first.
-    for name in ("CONADV_GRACE_SECONDS", "TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+    for name, value in zip(NAMES, values, strict=True):
         monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     assert granted_seconds() == seconds
 
 
@@ -272,24 +264,11 @@ def test_a_run_says_that_it_would_be_killed_before_it_has_saved(
 
 def program(out: Path, *options: str, **changes: Any) -> list[object]:
     (out.parent / "config.yaml").write_text(dump_yaml(config(**changes)))
-    command = [
-        sys.executable,
-        "-m",
-        "conadv",
-        "train",
-        "--config",
-        out.parent / "config.yaml",
-        "--out",
-        out,
-    ]
-    return [*command, "--device", "cpu", *options]
+    command = [sys.executable, "-m", "conadv", "train", "--config", out.parent / "config.yaml"]
+    return [*command, "--out", out, "--device", "cpu", *options]
 
 
-LONG: dict[str, Any] = {
-    "epochs": 3000,
-    "eval__every_epochs": None,
-    "checkpoint__every_epochs": 1000,
-}
+LONG = {"epochs": 3000, "eval__every_epochs": None, "checkpoint__every_epochs": 1000}
 
 
 def recorded(out: Path) -> int:
