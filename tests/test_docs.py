@@ -30,6 +30,7 @@ from conadv.cli.program import COMMANDS
 from conadv.config import recipes
 from conadv.config.files import dump_yaml
 from conadv.config.resolve import resolve
+from conadv.config.schema import Config
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
 from conadv.models.small import SmallResNet
@@ -124,23 +125,22 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-def parse(words: list[str]) -> None:
-    """Parse a `conadv` command as the program does. ConadvError or SystemExit if it cannot be."""
+def parse(words: list[str]) -> Config | None:
+    """Parse a `conadv` command as the program does; the config for `conadv train`. ConadvError or SystemExit if not."""
     name, *args = words[1:]
     if name in OPTIONS_ALONE:
-        return
+        return None
     assert name in COMMANDS, f"unknown command {name}"
     module = import_module(f"conadv.cli.{COMMANDS[name][0]}")
-    if name == "train":
-        if args[:1] == ["--config"]:  # a run that the reader has and we have not
-            Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
-            Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
-        if args and "--help" not in args:
-            module.read_options(args)
-    elif hasattr(module, "Args"):
+    if hasattr(module, "Args"):
         tyro.cli(module.Args, args=args)
-    elif args:
-        module.read_options(args)
+    if not args or hasattr(module, "Args") or {"--help", "--help-all"} & set(args):
+        return None
+    if args[0] == "--config":  # a run that the reader has and we have not
+        Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
+    found = module.read_options(args)
+    return found[0] if name == "train" else None
 
 
 @pytest.fixture(scope="module")
