@@ -145,9 +145,14 @@ def clipped(comm: Comm) -> list[tuple[float, float, float]]:
         engine.gradient(batch_of(comm, t))
         engine.wait()
         gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        recorded, wanted = engine.gradients.reducer.norm(gradients), torch.nn.utils.get_total_norm(gradients)
+        recorded, wanted = (
+            engine.gradients.reducer.norm(gradients),
+            torch.nn.utils.get_total_norm(gradients),
+        )
         torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
-        found.append((float(recorded), float(wanted), float(engine.gradients.reducer.norm(gradients))))
+        found.append(
+            (float(recorded), float(wanted), float(engine.gradients.reducer.norm(gradients)))
+        )
         engine.update()
     return found
 
