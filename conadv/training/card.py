@@ -1,7 +1,7 @@
 """The model card of an export: what the weights are, and where they come from (Mitchell et al., arXiv 1810.03993).
 
 Markdown with the YAML header that model hubs read (huggingface.co/docs/hub/model-cards). Every value may come from
-somebody else's run: the template escapes whatever it prints, a YAML writer makes the header, and code stands in a fence
+somebody else's run: the template escapes every value it prints, a YAML writer makes the header, and code stands in a fence
 of its own length.
 """
 
@@ -51,9 +51,8 @@ def model_card(run: RunDir, state: dict[str, Any]) -> str:
     )
     evaluations = _evaluations(lines, int(state["step"]))
     size = state.get("image_size", config.data.image_size)
-    ended = (
-        header.get("steps") == state["step"]
-    )  # statistics are made anew after the last step only
+    # batch-norm statistics are recalibrated after the last step only
+    ended = header.get("steps") == state["step"]
     eps = config.eval.robust_eps
     # the data may lie elsewhere for the reader
     settings = fenced(dump_yaml(replace(config, data__dir=None)), "yaml")
@@ -94,7 +93,7 @@ def escape(value: object) -> str:
 
 _ENVIRONMENT = Environment(
     loader=PackageLoader("conadv.training", "."),
-    finalize=escape,  # of whatever the template prints
+    finalize=escape,  # applied to every printed value
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

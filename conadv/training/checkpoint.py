@@ -176,7 +176,7 @@ def verify(path: Path) -> None:
     size = path.stat().st_size
     if not path.is_file():
         raise ConadvError(
-            f"{printable(path)} is not a regular file, so it is no checkpoint. Remove it."
+            f"{printable(path)} is not a regular file, so it cannot be a checkpoint. Remove it."
         )
     with path.open("rb") as file:
         file.seek(max(0, size - SEAL_BYTES))
@@ -300,7 +300,7 @@ def to_device(state: Any, device: torch.device) -> Any:
 
 
 def snapshot(state: Any) -> Any:
-    """A copy on the CPU that what trains on cannot change."""
+    """A copy on the CPU, which training goes on without changing."""
     return _map(state, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 

@@ -237,7 +237,7 @@ class Sweep(Document):
 
 def read_sweep(path: Path) -> Sweep:
     """A sweep.json. Raises ConadvError."""
-    return read_document(Sweep, path, "Run `conadv sweep` again to write it anew, or leave it out.")
+    return read_document(Sweep, path, "Run `conadv sweep` again to rewrite it, or leave it out.")
 
 
 def probes(lines: Iterable[dict[str, Any]], path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
 SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own all-reduce
-(conadv.engine.stop). After it SIGINT has the system's own action again: a second Ctrl-C leaves at once,
-whatever the process waits for.
+(conadv.engine.stop). After it SIGINT has the system's own action again: a second Ctrl-C ends the process at
+once, even while it waits for something.
 """
 
 from __future__ import annotations
