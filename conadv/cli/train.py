@@ -22,8 +22,6 @@ from conadv.config.schema import Config, Section, replace
 from conadv.errors import ConadvError, printable
 
 if TYPE_CHECKING:
-    from conadv.distributed.comm import Comm
-    from conadv.engine.execution import Execution
     from conadv.training.observer import Observer
 
 
@@ -158,79 +156,48 @@ def _train(config: Config, options: RunOptions) -> None:
             goes_on=options.resume or options.auto_resume or restarted,
             tell=observer.message if comm.is_main else lambda line: None,
         )
+        how: dict[str, Any] = {
+            "comm": comm,
+            "execution": execution,
+            "observer": observer,
+            "resume": options.resume,
+            "overwrite": options.overwrite,
+            "auto_resume": options.auto_resume,
+        }
         if options.dry_run:
-            _dry_run(config, out, options, execution, comm, observer)
-        else:
-            _run(config, out, options, execution, comm, observer, restarted)
+            _dry_run(config, out, options, how)
+            return
+        from conadv.training.loop import train
+
+        summary = train(config, out, restarted=restarted, **how)
     finally:
         comm.close()
-
-
-def _run(
-    config: Config,
-    out: Path,
-    options: RunOptions,
-    execution: Execution,
-    comm: Comm,
-    observer: Observer,
-    restarted: bool,
-) -> None:
-    from conadv.training.loop import train
-
-    summary = train(
-        config,
-        out,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        auto_resume=options.auto_resume,
-        restarted=restarted,
-        observer=observer,
-        comm=comm,
-        execution=execution,
-    )
     if comm.is_main and not options.quiet:
         say(_result_line(summary))
         say(f"run directory: {printable(out)}")
 
 
-def _dry_run(
-    config: Config,
-    out: Path,
-    options: RunOptions,
-    execution: Execution,
-    comm: Comm,
-    observer: Observer,
-) -> None:
-    """Everything up to the first step."""
+def _dry_run(config: Config, out: Path, options: RunOptions, how: dict[str, Any]) -> None:
+    """Everything up to the first step. ``how``: what training would be called with."""
     from conadv.cli.dry_run import draw, show
     from conadv.planning.cost_model import Planner
     from conadv.planning.dry_run import preview
     from conadv.planning.profile import link_of, load
 
-    link = options.link_gbit, options.latency_us
+    comm, link = how["comm"], (options.link_gbit, options.latency_us)
     try:
         planner = None
         with comm.agreed():
             if options.profile is not None:
                 profile = load(options.profile)
                 planner = Planner(profile, link_of(profile, *link), config.staleness or 1)
-        found = preview(
-            config,
-            out,
-            comm=comm,
-            execution=execution,
-            observer=observer,
-            planner=planner,
-            link_given=link != (None, None),
-            resume=options.resume,
-            overwrite=options.overwrite,
-            auto_resume=options.auto_resume,
-        )
+        given = link != (None, None)
+        found = preview(config, out, planner=planner, link_given=given, **how)
         with comm.agreed():
             if comm.is_main and options.figure is not None:
                 draw(found, options.figure)
     finally:
-        observer.finish()
+        how["observer"].finish()
     if comm.is_main and not options.quiet:
         show(found)
 
