@@ -160,6 +160,13 @@ def test_an_images_attack_does_not_depend_on_the_others() -> None:
         )
 
 
+def test_attacks_take_any_number_of_dimensions() -> None:
+    x, y = torch.rand(6, 4, 5), torch.arange(6) % 5
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 5))
+    for attack in (FGSM(0.1), PGD(0.1, 3, norm="l2", random_start=0.5)):
+        assert attack(model, x, y, gen()).shape == x.shape
+
+
 def test_random_start_is_drawn_per_image_with_its_probability() -> None:
     # Red when: one coin is thrown for the whole batch.
     x = torch.full((4000, 1, 1, 1), 0.5)

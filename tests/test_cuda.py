@@ -138,3 +138,12 @@ def test_evaluation_on_cuda() -> None:
     assert evaluate(copy.deepcopy(model).cuda(), pairs, SPACE).loss == pytest.approx(
         cpu.loss, rel=1e-4
     )
+
+
+def test_fp16_trains() -> None:
+    model = tiny_resnet("adv").cuda()
+    engine = train_step(
+        model, sgd(model), CASES["conadv"](), space=SPACE, precision="fp16", clip_norm=1.0
+    )
+    stream = [as_batch(t) for t in range(6)]
+    assert all(torch.isfinite(torch.tensor(engine(*pair).loss)) for pair in windows(stream, 1))
