@@ -34,6 +34,7 @@ class FGSM:
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Adversarial images like ``x_NCHW``."""
+        # One step of PGD without a random start is FGSM, in the same bits.
         attack = PGD(self.eps, 1, self.eps, self.norm, self.targeted, 0.0, self.space)
         return attack(forward, x_NCHW, y_N, generator)
 

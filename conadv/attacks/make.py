@@ -22,6 +22,7 @@ def make_attack(name: str, **settings: Any) -> Attack:
     kind = resolve_name(ATTACKS[name])
     given = {key: value for key, value in settings.items() if value is not None}
     fields = {field.name for field in dataclasses.fields(kind)}
+    # A setting that an attack ignores would look as if it had been tried.
     if without_effect := sorted(given.keys() - fields):
         raise ConadvError(f"attack.{without_effect[0]} has no effect with attack {name}.")
     attack: Attack = kind(**given)

@@ -26,8 +26,9 @@ class RandomSigns:
     ) -> Tensor:
         """Perturbed images like ``x_NCHW``."""
         x = x_NCHW.detach()
-        if x.device.type == "cpu":
+        if x.device.type == "cpu":  # elsewhere a check would wait for the device
             self.space.check(x)
+        # Drawn as bytes: a quarter of the memory of floats, and every value takes one draw.
         coins = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
         signs = coins.to(x.dtype).mul_(2).sub_(1)
         moved = self.space.ascend(x, signs, self.eps, "linf")

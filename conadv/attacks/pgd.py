@@ -43,6 +43,7 @@ class PGD:
     def __post_init__(self) -> None:
         check_eps("eps", self.eps, self.norm)
         if self.step_size is None:
+            # 2.5 eps in all: steps can reach the ball's edge from anywhere in it, and walk on it.
             share = 1.0 if self.num_steps == 1 else 2.5 / max(self.num_steps, 1)
             object.__setattr__(self, "step_size", share * self.eps)
         check_eps("step_size", self.step_size, self.norm)  # type: ignore[arg-type]
@@ -57,24 +58,20 @@ class PGD:
         """Adversarial images like ``x_NCHW``; parameters get no gradient."""
         assert self.step_size is not None
         origin = x_NCHW.detach()
-        if (
-            origin.device.type == "cpu"
-        ):  # elsewhere it would wait for the device; the engine checks the first batch
+        if origin.device.type == "cpu":
+            # Elsewhere it would wait for the device: there the engine checks the first batch only.
             self.space.check(origin)
-        target_N = None
+        aim_N, sign = y_N, 1
         x = self._start(origin, generator)
         for _ in range(self.num_steps):
             x.requires_grad_()
             with torch.enable_grad():
                 logits_NK = forward(x)
-                if self.targeted and target_N is None:
-                    target_N = random_other_class(y_N, logits_NK.shape[1], generator)
-                loss = (
-                    ascent_loss(logits_NK, y_N, 1)
-                    if target_N is None
-                    else ascent_loss(logits_NK, target_N, -1)
-                )
-                (gradient,) = torch.autograd.grad(loss, x)
+                if self.targeted and sign == 1:
+                    # Drawn once, in the first step: only the logits know the number of classes.
+                    aim_N, sign = random_other_class(y_N, logits_NK.shape[1], generator), -1
+                # Not backward(): that would leave gradients in the parameters.
+                (gradient,) = torch.autograd.grad(ascent_loss(logits_NK, aim_N, sign), x)
             with torch.no_grad():
                 x = self.space.ascend(x.detach(), gradient, self.step_size, self.norm)
                 x = self.space.project(x, origin, self.eps, self.norm)
@@ -83,8 +80,8 @@ class PGD:
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
         if not self.random_start:
             return origin.clone()
-        chosen = (
-            torch.rand(len(origin), generator=generator, device=origin.device) < self.random_start
-        )
+        # A coin per image, not per batch: clean and random starts are mixed in every batch.
+        coins = torch.rand(len(origin), generator=generator, device=origin.device)
+        chosen = coins < self.random_start
         start = self.space.random_start(origin, self.eps, self.norm, generator)
         return torch.where(chosen.view(-1, *[1] * (origin.dim() - 1)), start, origin)

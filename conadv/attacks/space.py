@@ -36,6 +36,7 @@ class PixelSpace:
     std: Sequence[float] = (1.0,)
 
     def __post_init__(self) -> None:
+        # Tuples, so that the space can be a key of the cache below.
         object.__setattr__(self, "mean", tuple(map(float, self.mean)))
         object.__setattr__(self, "std", tuple(map(float, self.std)))
         if len(self.mean) != len(self.std) or not self.mean:
@@ -67,6 +68,7 @@ class PixelSpace:
     def check(self, x: Tensor) -> None:
         """ConadvError if ``x`` cannot be in this space: wrong mean or std. Sync point."""
         _, _, low, high = self._constants(x)
+        # With room for the rounding of whoever normalised the images.
         if bool(((x < low - 1e-3) | (x > high + 1e-3)).any()):
             raise ConadvError(
                 f"Images range from {x.min():.3g} to {x.max():.3g}, outside of {self}, so eps and "
@@ -84,6 +86,7 @@ class PixelSpace:
         if norm == "linf":
             return x + gradient.sign().mul_(step_size / std)
         pixel_gradient = gradient / std  # chain rule: d loss / d pixel = (d loss / d x) / std
+        # The bound keeps a zero gradient from becoming NaN: 0 / tiny is 0.
         length = pixel_gradient.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
         return x + pixel_gradient.mul_(_per_image(step_size / length, x)).div_(std)
 
@@ -104,10 +107,10 @@ class PixelSpace:
         if norm == "linf":
             draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             return self.clip(x + (2 * draw - 1).mul_(eps / std))
+        # A normal direction is uniform on the sphere; the root makes radii uniform in the volume.
         direction = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        radius = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype) ** (
-            1 / x[0].numel()
-        )
+        draw = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
+        radius = draw ** (1 / x[0].numel())
         length = direction.flatten(1).norm(dim=1)
         return self.clip(x + direction.mul_(_per_image(eps * radius / length, x)).div_(std))
 

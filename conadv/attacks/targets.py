@@ -20,6 +20,7 @@ def random_other_class(y_N: Tensor, num_classes: int, generator: torch.Generator
     if y_N.is_floating_point():
         least_NK = (y_N == y_N.amin(1, keepdim=True)).float()
         return torch.multinomial(least_NK, 1, generator=generator).squeeze(1)
+    # A shift by 1 .. K - 1 is uniform over the other classes and can never be the own one.
     shift = torch.randint(1, num_classes, y_N.shape, generator=generator, device=y_N.device)
     return (y_N + shift) % num_classes
 

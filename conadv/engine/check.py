@@ -26,9 +26,11 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
             "itself: pass the plain model (model.module) and comm=Comm.from_environment(), in "
             "place of init_process_group."
         )
+    # Not a view's name: "aug" would send the extra images through the third view's statistics.
     if adv_route not in ("adv", "clean"):
         raise unknown("adv_route", adv_route, ("adv", "clean"))
     own_route = method.route if adv_route == "adv" else None
+    # Before the first step: a missing route would show as shared statistics, or as a deadlock.
     norm.check_sync(model, ranks)
     norm.check_routes(model, [own_route] if own_route else [])
 
@@ -40,6 +42,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, sched
         raise ConadvError(
             f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}."
         )
+    # A route that was split after the optimizer was built would never train, without a word.
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     orphans = [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known

@@ -33,17 +33,16 @@ class Execution:
     timeline_steps: int = 200
 
     def __post_init__(self) -> None:
-        for option, value in (
-            ("attack-ranks", self.attack_ranks),
-            ("timeline-steps", self.timeline_steps),
-        ):
-            if value < 0:
-                raise ConadvError(f"--{option} {value} must be 0 or more.")
+        for name in ("attack_ranks", "timeline_steps"):
+            if getattr(self, name) < 0:
+                option = name.replace("_", "-")
+                raise ConadvError(f"--{option} {getattr(self, name)} must be 0 or more.")
         if self.executor != "auto" and (self.executor == "ranks") != (self.attack_ranks > 0):
             raise ConadvError(
                 f"--executor {self.executor} does not fit --attack-ranks {self.attack_ranks}: the "
                 "ranks executor needs attack ranks, and the others have none."
             )
+        # Settings without effect are errors: they would look as if they had been tried.
         if not self.attack_ranks and (self.late == "skip" or self.may_lose):
             option = "--late skip" if self.late == "skip" else "--on-attack-loss continue"
             raise ConadvError(f"{option} has no effect without --attack-ranks.")
@@ -76,11 +75,8 @@ def choose(execution: Execution, method: Method) -> Choice:
     Raises ConadvError for a choice that has no effect with the method.
     """
     if method.future_attack is None and (execution.attack_ranks or execution.executor == "stream"):
-        option = (
-            f"--attack-ranks {execution.attack_ranks}"
-            if execution.attack_ranks
-            else "--executor stream"
-        )
+        count = execution.attack_ranks
+        option = f"--attack-ranks {count}" if count else "--executor stream"
         raise ConadvError(
             f"{option} has no effect with a method that attacks no future batch. Use --method "
             "conadv with staleness 1 or more, or leave it out."

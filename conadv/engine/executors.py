@@ -89,6 +89,7 @@ class Inline(Executor):
 
     def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         engine.gradient(batch)
+        # The sums over the ranks are under way now: the attack fills the wait.
         engine.prepare(future)
         engine.wait()
         return engine.update()

@@ -28,6 +28,7 @@ class Network:
         self.model = model
         self.device = next(model.parameters()).device
         self._compiled = numerics.compile
+        # One graph or an error: a break would fall back to eager code without a word.
         self._run: Any = (
             torch.compile(model, fullgraph=True, dynamic=False) if numerics.compile else model
         )
@@ -35,6 +36,7 @@ class Network:
         self._adv_route = adv_route
         self._has_batchnorm = norm.has_batchnorm(model)
         self._has_routes = bool(norm.routes_of(model))
+        # Two segments on one route would be normalised by one batch: those go one pass each.
         fuse = self.device.type == "cuda" if numerics.fuse_views is None else numerics.fuse_views
         self.fuses_views = fuse and (adv_route == "adv" or not self._has_batchnorm)
 
@@ -47,7 +49,7 @@ class Network:
         images = [x for x, _ in views.values()]
         with autocast(self.device, self.low):
             logits_NK = self._call(torch.cat(images) if len(images) > 1 else images[0])
-        if self.low is not None:
+        if self.low is not None:  # the loss in float32, as autocast itself would have it
             logits_NK = logits_NK.float()
         sizes = [len(y) for _, y in views.values()]
         parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
@@ -85,8 +87,7 @@ class Network:
         return self._adv_route if view == "adv" else view
 
     def _route(self, spec: norm.RouteSpec) -> AbstractContextManager[None]:
-        # Looking up the routing costs as much as a small layer: models that have nothing to switch
-        # skip it.
+        # Without routes there is nothing to switch, and looking for them walks over all modules.
         needed = self._has_routes or (self._has_batchnorm and spec != norm.CLEAN)
         return norm.route(self.model, spec) if needed else nullcontext()
 

@@ -87,8 +87,7 @@ class Guard:
         self._clip_norm = numerics.clip_norm
         self.scale = LossScale() if numerics.precision == "fp16" else None
         self._in_a_row = 0
-        # Nothing is ever undone where the first non-finite number ends the run, so nothing is
-        # copied.
+        # Where the first non-finite number ends the run nothing is ever undone, nor copied.
         self._buffers = [] if self._stop and self.scale is None else list(model.buffers())
         self._copies = [buffer.clone() for buffer in self._buffers]
 
@@ -96,6 +95,8 @@ class Guard:
     def factor(self) -> float:
         """By how much the present gradients are larger than those of the loss."""
         return 1.0 if self.scale is None else self.scale.scale
+
+    # Buffers only: parameters and optimizer state change in the update alone.
 
     @torch.no_grad()
     def snapshot(self) -> None:
@@ -119,6 +120,7 @@ class Guard:
             if self.scale is not None:
                 self.scale.good()
             return None
+        # Finite losses and an infinite gradient: the scale was too large, the gradient may be fine.
         if not bad and self.scale is not None and self.scale.can_shrink:
             self.scale.shrink()
             return f"the gradient overflowed at loss scale {2 * self.scale.scale:g}"
@@ -126,12 +128,10 @@ class Guard:
         reason = f"the {bad[0] if bad else f'gradient is {grad_norm}'}"
         if self._stop or self._in_a_row > self._limit:
             self.restore()
-            more = (
-                ""
-                if self._stop
-                else f" So were the {self._limit} steps before it (nonfinite_limit)."
-            )
-            raise NonFiniteError(f"Step {step}: {reason}. The update was not made.{more}")
+            text = f"Step {step}: {reason}. The update was not made."
+            if not self._stop:
+                text += f" So were the {self._limit} steps before it (nonfinite_limit)."
+            raise NonFiniteError(text)
         return reason
 
     def multiplier(self, factor: float, grad_norm: float) -> float:
@@ -140,6 +140,7 @@ class Guard:
         ``factor``: that of the gradients, before :meth:`judge` may have changed it. ``grad_norm``:
         unscaled, since the clip's threshold is for the gradient without the scale.
         """
+        # As torch.nn.utils.clip_grad_norm_, which adds the same 1e-6.
         clip = 1.0 if self._clip_norm is None else min(1.0, self._clip_norm / (grad_norm + 1e-6))
         return clip / factor
 

@@ -38,6 +38,7 @@ class Inputs:
             raise ConadvError(
                 f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}."
             )
+        # The rank numbers the micro-batch: N ranks then draw what one rank with N of them draws.
         x_NCHW, y_N = raw
         return Batch(step, (MicroBatch(rank, y_N, {"clean": x_NCHW}),))
 
@@ -71,7 +72,7 @@ class Inputs:
 
     def check_space(self, batch: Batch) -> None:
         """Before the first attack: ConadvError unless images fit the space. Sync point."""
-        if not self._checked:
+        if not self._checked:  # one batch tells, and each check waits for the device
             self.space.check(self.images(batch.micro[0], "clean"))
             self._checked = True
 
@@ -81,6 +82,7 @@ class Inputs:
         finite = [
             all(bool(self.images(m, view).isfinite().all()) for m in batch.micro) for view in views
         ]
+        # Together: the bad image may lie on one rank, and all ranks say the same.
         bad = comm.any(~torch.tensor(finite)).tolist()
         if True in bad:
             view = views[bad.index(True)]

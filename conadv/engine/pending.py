@@ -32,7 +32,8 @@ class Pending:
             raise unknown("pending_dtype", dtype, DTYPES)
         self.space = space
         self.dtype: torch.dtype | None = None if dtype is None else DTYPES[dtype]
-        self._waiting: dict[int, tuple[ExtraBatch, torch.dtype]] = {}  # and what images were before
+        # With what images were before they were encoded: models want their own type back.
+        self._waiting: dict[int, tuple[ExtraBatch, torch.dtype]] = {}
         self._skipped: set[int] = set()
 
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:

@@ -28,6 +28,7 @@ def amplify(logits_NK: Tensor, low: torch.dtype | None) -> Tensor:
     if low is None:
         return logits_NK
     logits_NK = logits_NK.float()
+    # bf16 has the range of float32, so only fp16 loses small gradients.
     if low == torch.float16 and logits_NK.requires_grad:
         logits_NK.register_hook(lambda gradient: gradient * ATTACK_SCALE)
     return logits_NK

@@ -37,7 +37,7 @@ class StopRequest:
         Interrupts of all ranks sum to ``ranks`` at most, so a single request to terminate counts
         for one more.
         """
-        request = self.mine()
+        request = self.mine()  # as late as possible: a signal may come at any time
         return self._ranks + 1 if request == TERMINATE else request
 
     def decoded(self, total: float) -> int:

@@ -69,6 +69,7 @@ def load_weights(module: nn.Module, state: object, what: str = "its model") -> N
     RuntimeError (torch's) for names that differ.
     """
     found = check_keys(state, None, what)
+    # Names that differ are left to torch, which lists all of them at once.
     for name, own in module.state_dict().items():
         if isinstance(own, Tensor) and name in found:
             check_like(found[name], own, f"{what}: {name}")
@@ -133,6 +134,8 @@ def _check_states(optimizer: Optimizer, states: dict[Any, Any], updates: int, so
 
 def _made_by(optimizer: Optimizer, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """What this optimizer keeps for ``p``, without memory: found out by a step on two numbers."""
+    # Asked of the optimizer itself, so that any optimizer is known. On p's device and dtype: some
+    # keep their step there, some on the CPU.
     twin = nn.Parameter(torch.zeros(2, dtype=p.dtype, device=p.device))
     twin.grad = torch.zeros_like(twin)
     kind: Any = type(optimizer)

@@ -27,8 +27,10 @@ class Row:
     attack: Collection[str] = ()
 
 
+# Shared by rows: a setting has the same default with every method that has it.
 _EXTRA_VIEW = {"adv_weight": 1.0, "adv_route": "own"}
 _PENDING = {"pending_dtype": "float32"}
+# recycle has one gradient and no choice of route or images, so the rest has no effect there.
 _ONE_GRADIENT = ("name", "eps", "norm", "step_size")
 _ATTACK = (*_ONE_GRADIENT, "num_steps", "targeted", "random_start", "share", "route", "statistics")
 

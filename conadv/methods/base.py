@@ -49,6 +49,8 @@ class AttackMethod(SharedMethod):
         if self.attack_statistics not in ("batch", "running"):
             raise unknown("attack_statistics", self.attack_statistics, ("batch", "running"))
 
+    # An attack of one's own may know no normalisation, or make no gradient steps.
+
     @property
     def space(self) -> PixelSpace | None:
         return getattr(self.attack, "space", None)

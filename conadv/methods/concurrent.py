@@ -65,6 +65,7 @@ class Concurrent(AttackMethod):
 
     def prepare(self, engine: Engine, future: Batch | None) -> None:
         if future is not None and self.staleness:
+            # Images wait, not weights: a batch is smaller, and its version tag is a measured fact.
             made = engine.attack_batch(self.attack, future, self.attack_weights(engine))
             engine.pending.put(future.step, made)
 

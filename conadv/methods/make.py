@@ -33,6 +33,7 @@ def make_method(
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind = resolve_name(METHODS[name].target)
+    # Fields say what a class needs, so that a new method is its file and a row of the table.
     offered = {
         "attack": attack,
         "noise": RandomSigns(noise_eps, space),
