@@ -24,7 +24,7 @@ SMALL = (
     "--eval.robust-images 32 --eval.train-images 64 --quiet"
 ).split()
 TORCH_FREE = [[], ["recipes"], ["train"], ["train", "digits", "--help"], ["--version"]]
-TORCH_FREE += [[name, "--help"] for name in COMMANDS if name not in ("train", "demo", "doctor")]
+TORCH_FREE += [[name, "--help"] for name in COMMANDS if name not in ("train", "doctor")]
 
 
 def python(*args: str) -> subprocess.CompletedProcess[str]:

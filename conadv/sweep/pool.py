@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from conadv.errors import ConadvError
 from conadv.sweep.cells import Run
@@ -21,11 +22,13 @@ from conadv.sweep.choose import Result
 from conadv.sweep.folder import tidy
 from conadv.training.observer import Silent
 from conadv.training.run_dir import RunDir
-from conadv.types import StepRecord
 
 Work = Callable[[Run], None]
 """Trains a run; workers import it."""
 Ended = list[tuple[Run, Result]]
+
+if TYPE_CHECKING:  # types imports torch, which no help text needs
+    from conadv.types import StepRecord
 
 
 def run_pool(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from conadv.types import StepRecord
+if TYPE_CHECKING:  # types imports torch, which no help text needs
+    from conadv.types import StepRecord
 
 
 class Observer(Protocol):
