@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,7 +28,7 @@ Draws = Mapping[str, Draw]
 Bad = list[BadImage] | None  # where images that cannot be read are noted; None: they are raised
 
 
-class _Split:
+class _Split(ABC):
     """Images 0..N-1 of a data set with ``labels``, N int64. Sent to worker processes, so it must pickle.
 
     ``views(indices_N, draws, bad)``: uint8 N,C,H,W for every view in ``draws``, a pure function of its arguments. With
@@ -39,8 +40,9 @@ class _Split:
 
     labels: Tensor
 
+    @abstractmethod
     def _read(self, index: int) -> Any:
-        raise NotImplementedError
+        """One image; BadImage where it cannot be read."""
 
     def _try(self, index: int, bad: Bad) -> Any:
         """What ``_read`` returns, or None once it is noted that it cannot."""

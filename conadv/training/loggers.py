@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from conadv.training.observer import Silent
 from conadv.types import StepRecord
 
 
-class _Logger(Silent):
+class _Logger(Silent, ABC):
     """Sends scalars to :meth:`log`; the base of both loggers, which open their files only when the run starts."""
 
+    @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
-        raise NotImplementedError
+        """Send the numbers of one step."""
 
     def step(self, record: StepRecord) -> None:
         values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
