@@ -174,6 +174,8 @@ class Method:
     two_gradients: ClassVar[bool] = False
     lookahead: bool = False  # whether it asks for engine.predicted_weights
     share: float = 1.0  # of every micro-batch, that gets an extra copy
+    mix: str = "add"  # extra images beside the clean ones, or "replace": in the place of some
+    reads_fewer: ClassVar[bool] = False  # with replace: its extra images are of another batch
     attack_route: str = "adv"  # the view, adv or clean, on whose route attacks take their gradient
     attack_statistics: str = "batch"  # what batch norm normalises by in attacks, or running
 
@@ -204,6 +206,12 @@ class Method:
             "increase either."
         )
 
+    def num_fresh(self, num_images: int) -> int:
+        """How many images of the data a micro-batch reads, to train on ``num_images``."""
+        if self.mix == "replace" and self.reads_fewer:
+            return num_images - round(self.share * num_images)
+        return num_images
+
     def attack_weights(self, engine: Engine) -> Mapping[str, Tensor] | None:
         """The weights for ``future_attack``; None for the present ones."""
         return None
@@ -227,11 +235,15 @@ class Method:
         return 0.0
 
     def gradient_images(self, views: Collection[str], num_images: int) -> float:
-        """What a step that trained on ``views`` cost in gradient images per clean image.
+        """What a step that trained on ``views`` cost in gradient images per image of its batch.
 
         A forward-backward of an image of any view counts 1, twice for two gradients; an input
-        gradient counts 1. ``num_images``: clean images of a micro-batch.
+        gradient counts 1. ``num_images``: the size of a micro-batch. Plain training costs 1.
         """
-        share = self.num_attacked(num_images) / num_images
-        passes = sum(share if view == "adv" else 1.0 for view in views)
-        return (2 if self.two_gradients else 1) * passes + share * self.attack_gradients()
+        extra = round(self.share * num_images)
+        # What replaces images leaves fewer clean ones; late images leave all, unless fewer were read.
+        replaced = self.mix == "replace" and ("adv" in views or self.reads_fewer)
+        sizes = {"adv": extra, "clean": num_images - extra * replaced}
+        passes = sum(sizes.get(view, num_images) for view in views)
+        gradients = (2 if self.two_gradients else 1) * passes + extra * self.attack_gradients()
+        return gradients / num_images

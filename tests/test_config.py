@@ -48,7 +48,16 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {  # what is set: what is said
     "adv route": ({"adv_route": "clean"}, "adv_route has no effect with method 'vanilla'"),
     "share": ({"attack__share": 0.5}, "attack.share has no effect with method 'vanilla'"),
     "noise": ({"method": "noise", "attack__route": "clean"}, "attack.route has no effect with"),
-    "recycle": ({"method": "recycle", "attack__share": 0.5}, "attack.share has no effect with"),
+    "recycle": ({"method": "recycle", "attack__route": "clean"}, "attack.route has no effect with"),
+    "mix": ({"mix": "replace"}, "mix has no effect with method 'vanilla'"),
+    "replace all": (
+        {"method": "disadv", "mix": "replace"},
+        "leaves no clean image to train the clean route",
+    ),
+    "replace a part of an image": (
+        {"method": "disadv", "mix": "replace", "attack__share": 0.3, "global_batch_size": 64},
+        "is not a whole number",
+    ),
     "clean twice": (
         {"method": "disadv", "attack__route": "clean", "adv_route": "clean"},
         "goes there anyway",

@@ -39,7 +39,7 @@ from conadv import (
 )
 from conadv.engine.executors import Executor
 from conadv.methods import METHODS
-from conadv.reference.conadv import algorithm_1, coast
+from conadv.reference.conadv import algorithm_1, coast, recycled, replaced
 from conadv.types import Method
 
 from .helpers import images, no_norm_net, parameters, same, state, tiny_resnet, train_step
@@ -59,6 +59,10 @@ CASES: dict[str, Callable[[], Method]] = {
     "conadv-tau3": lambda: Concurrent(ATTACK, 3),
     "conadv-lookahead": lambda: Concurrent(ATTACK, 2, lookahead=True),
     "recycle": lambda: Recycle(FGSM(EPS, space=SPACE)),
+    "conadv-replace": lambda: Concurrent(ATTACK, 1, mix="replace", share=0.5),
+    "noise-replace": lambda: Noise(RandomSigns(EPS, SPACE), mix="replace", share=0.25),
+    "recycle-signs": lambda: Recycle(RandomSigns(EPS, SPACE), mix="replace", share=0.5),
+    "recycle-replace": lambda: Recycle(FGSM(EPS, space=SPACE), mix="replace", share=0.5),
 }
 CLEAN_ONLY = ("vanilla", "sam")
 
@@ -157,6 +161,8 @@ def test_accumulation_sees_the_global_batch(name: str) -> None:
         "conadv-tau3": Concurrent(FGSM(EPS, space=SPACE), 3),
         "conadv-lookahead": Concurrent(FGSM(EPS, space=SPACE), 2, lookahead=True),
     }
+    if name in ("conadv-replace", "noise-replace", "recycle-signs"):
+        pytest.skip("draws, or the images that are replaced, are those of the micro-batch")
     method = plain.get(name) or CASES[name]()
     one, four = (make(method, no_norm_net()) for _ in range(2))
     a = run(one, 4, dtype=torch.float64)
@@ -175,7 +181,7 @@ def test_only_the_clean_route_and_the_methods_own_are_used(name: str) -> None:
     after = state(engine.model)
     assert after["bn1.num_batches_tracked"] == 3
     used = (
-        0 if name in CLEAN_ONLY else {"recycle": 2}.get(name, 3)
+        0 if name in CLEAN_ONLY else 2 if name.startswith("recycle") else 3
     )  # recycle has nothing to perturb before step 0
     assert after["bn1.routes.adv.num_batches_tracked"] == used
     assert torch.equal(after["bn1.routes.adv.weight"], before["bn1.routes.adv.weight"]) == (
@@ -203,10 +209,12 @@ def test_record_has_a_loss_per_view_and_the_measured_staleness(name: str) -> Non
         "conadv-lookahead": [0, 0] + [2] * 4,
         "recycle": [None] + [1] * 5,
     }
-    assert tags == want.get(name, [None] * 6)
+    assert tags == want.get(name.removesuffix("-replace"), [None] * 6)
     for r in records[1:]:
         assert set(r.losses) == ({"clean"} if name in CLEAN_ONLY else {"clean", "adv"})
-        assert r.loss == pytest.approx(sum(r.losses.values()) / len(r.losses))
+        adv = r.losses.get("adv", r.losses["clean"])
+        weight = 0.25 if name == "noise-replace" else 0.5
+        assert r.loss == pytest.approx(weight * adv + (1 - weight) * r.losses["clean"])
         assert r.grad_norm > 0
         assert set(r.phases) == {"attack", "gradient", "update"}
 
@@ -300,6 +308,57 @@ def test_recycle_perturbs_the_last_batch_by_its_own_clean_gradient() -> None:
         assert torch.allclose(waiting.images[0], want, atol=1e-12)
         assert torch.equal(waiting.labels[0], batch.micro[0].y_N)
         engine.pending.put(t + 1, waiting)
+
+
+@pytest.mark.parametrize("adv_route", ["adv", "clean"])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+@pytest.mark.parametrize("tau", [0, 1])
+def test_conadv_in_the_place_of_clean_images(tau: int, share: float, adv_route: str) -> None:
+    """Bitwise, but for one forward pass of both."""
+    # Red when: views of unequal size weigh the same; the images that were attacked train as well.
+    model = tiny_resnet("adv", dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    method = Concurrent(ATTACK, tau, mix="replace", share=share)
+    records = run(make(method, model, adv_route=adv_route), 5, dtype=torch.float64)
+    stream = [as_batch(t, dtype=torch.float64).micro[0] for t in range(5)]
+    pairs = [(micro.views["clean"], micro.y_N) for micro in stream]
+    one = adv_route == "clean"
+    losses = replaced(twin, sgd(twin), pairs, ATTACK, tau, draws, share, one_batch=one)
+    assert [r.loss for r in records] == pytest.approx(losses, rel=1e-12)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    assert [r.staleness for r in records] == [0] * tau + [tau] * (5 - tau)
+
+
+@pytest.mark.parametrize("adv_route", ["adv", "clean"])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_recycle_in_the_place_of_clean_images(share: float, adv_route: str) -> None:
+    # Red when: all images of the last step come back, not share / (1 - share) of the fresh ones;
+    # the gradient that moves them is that of the perturbed half.
+    model = tiny_resnet("adv", dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    fgsm = FGSM(EPS, space=SPACE)
+    engine = make(Recycle(fgsm, mix="replace", share=share), model, adv_route=adv_route)
+    records = run(engine, 5, dtype=torch.float64)
+    stream = [as_batch(t, dtype=torch.float64).micro[0] for t in range(5)]
+    pairs = [(micro.views["clean"], micro.y_N) for micro in stream]
+    one = adv_route == "clean"
+    losses = recycled(twin, sgd(twin), pairs, fgsm, share, one_batch=one)
+    assert [r.loss for r in records] == pytest.approx(losses, rel=1e-12)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_replaced_by_themselves_images_train_as_plain_ones(share: float) -> None:
+    # Red when: the replaced images change place in the batch, or their loss weighs otherwise.
+    a = make(Concurrent(FGSM(0.0, space=SPACE), 1, mix="replace", share=share), adv_route="clean")
+    b = make(Noise(RandomSigns(0.0, SPACE), mix="replace", share=share), adv_route="clean")
+    c = make(Vanilla())
+    losses = [[r.loss for r in run(engine, 4)] for engine in (a, b, c)]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-6)
+    assert same(state(a.model), state(c.model))
+    assert same(state(b.model), state(c.model))
 
 
 def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:

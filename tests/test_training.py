@@ -95,6 +95,21 @@ METHODS = {
         "optim__lr": 0.01,
     },
     "recycle": {"method": "recycle", "optim__name": "sgd", "optim__lr": 0.05},
+    "recycle-replace": {
+        "method": "recycle",
+        "mix": "replace",
+        "attack__share": 0.25,
+        "pending_dtype": "uint8",
+        "data__augment": "basic",
+        "data__mixup": 0.2,
+        "ema__decay": 0.9,
+    },
+    "conadv-replace": {
+        "method": "conadv",
+        "mix": "replace",
+        "attack__share": 0.5,
+        "adv_route": "clean",
+    },
     "three-routes": {
         "method": "conadv",
         "data__aug_view": "basic",
@@ -353,17 +368,22 @@ def test_evaluation_repeats_the_summary(tmp_path: Path) -> None:
 
 def test_costs_are_counted_in_images(tmp_path: Path) -> None:
     # Red when: the attack's gradients, or SAM's second ones, are left out of the count.
+    free = {"mix": "replace", "attack__share": 0.5}
+    cases = {name: {"method": name} for name in ("vanilla", "sam", "noise", "disadv", "recycle")}
+    cases["noise-replace"] = {"method": "noise", **free}
+    cases["disadv-replace"] = {"method": "disadv", **free}
+    cases["recycle-replace"] = {"method": "recycle", **free}
     ratios = {}
-    for method in ("vanilla", "sam", "noise", "disadv", "recycle"):
-        s = train(config(method=method), tmp_path / method)
+    for method, changes in cases.items():
+        s = train(config(**changes), tmp_path / method)
         ratios[method] = s["gradient_images_per_clean_image"]
         assert s["gradient_images_per_second"] == pytest.approx(
             s["clean_images_per_second"] * ratios[method]
         )
         assert s["clean_images_per_second"] == pytest.approx(6 * 256 / s["seconds"])
-    assert ratios == pytest.approx(
-        {"vanilla": 1, "sam": 2, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6}
-    )
+    want = {"vanilla": 1, "sam": 2, "noise": 2, "disadv": 3, "recycle": 2 - 1 / 6}
+    want |= {"noise-replace": 1, "disadv-replace": 1.5, "recycle-replace": 1 - 0.5 / 6}
+    assert ratios == pytest.approx(want)
 
 
 def test_checkpoints_keep_the_last_and_survive_a_failed_write(tmp_path: Path) -> None:

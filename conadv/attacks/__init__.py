@@ -10,4 +10,5 @@ from __future__ import annotations
 ATTACKS = {
     "fgsm": "conadv.attacks.fgsm:FGSM",
     "pgd": "conadv.attacks.pgd:PGD",
+    "random-signs": "conadv.attacks.noise:RandomSigns",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from conadv.types import Forward
 class RandomSigns:
     """x + eps * s, s = -1 or +1 at random, clipped to valid pixels; calls no ``forward``."""
 
+    num_steps: ClassVar[int] = 0  # input gradients of an image, as in the attacks
     eps: float
     space: PixelSpace = field(default=PixelSpace())
 

@@ -194,9 +194,24 @@ def _check_method(config: Config) -> None:
 def _check_share(config: Config) -> None:
     auto = config.micro_batch_size == "auto"
     micro = config.global_batch_size if auto else micro_batch(config)
-    if not round(config.attack.share * micro):
+    share, images = config.attack.share, config.attack.share * micro
+    if not round(images):
         raise ConadvError(
-            f"attack.share {config.attack.share:g} of {micro} images rounds to zero images; increase either."
+            f"attack.share {share:g} of {micro} images rounds to zero images; increase either."
+        )
+    if config.mix != "replace":
+        return
+    if "share" not in METHODS[config.method].attack:
+        return  # what mix has no effect on is said elsewhere
+    if share == 1 and config.adv_route != "clean":
+        raise ConadvError(
+            "attack.share 1 with mix replace leaves no clean image to train the clean route of batch norm. Take a "
+            "smaller share, such as 0.5, or adv_route clean."
+        )
+    if abs(images - round(images)) > 1e-6:
+        raise ConadvError(
+            f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: with mix replace a "
+            "step has to have as many images as its batch. Change one of them."
         )
 
 

@@ -161,7 +161,7 @@ class AttackConfig(Section):
     random_start: float = Field(0.0, ge=0, le=1)
     """Probability that an image starts from a random point of the eps ball."""
     share: float = Field(1.0, gt=0, le=1)
-    """Share of every micro-batch that gets an adversarial copy; its view weighs as much less."""
+    """Share of every micro-batch that gets an adversarial copy, or with mix replace becomes one."""
     route: Literal["adv", "clean"] = "adv"
     """Batch-norm route of the attack's gradient."""
     statistics: Literal["batch", "running"] = "batch"
@@ -229,6 +229,9 @@ class Config(Section):
     """Attack at predicted weights instead of stale ones (conadv only)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
+    mix: Literal["add", "replace"] | None = None
+    """Extra images beside the clean ones, as published (add, the default), or in the place of attack.share of them
+    (replace): a step then has no more gradients than plain training."""
     adv_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
     adv_route: Literal["own", "statistics", "clean"] = "own"

@@ -55,7 +55,8 @@ class Data:
 
     ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
     ``ranks``, rank x accumulation and the following, so that N ranks see what one rank with N-fold accumulation sees.
-    Of evaluation batches it reads every ``ranks``-th. ``augments``: the views that can be asked for.
+    Of evaluation batches it reads every ``ranks``-th. ``read``: images of the data in a micro-batch, where the method
+    adds images of its own (:meth:`conadv.types.Method.num_fresh`); default all. ``augments``: the views that can be asked for.
     Raises ConadvError for batch sizes that do not divide, or a global batch larger than the training set.
     Ranks: nothing is reduced.
     """
@@ -66,6 +67,7 @@ class Data:
         *,
         global_batch_size: int,
         micro_batch_size: int,
+        read: int | None = None,
         seed: int = 0,
         augment: str = "none",
         aug_view: str | None = None,
@@ -86,7 +88,9 @@ class Data:
         self.source, self.channels, self.image_size = source, source.channels, source.image_size
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
         self.train_size, self.test_size = len(source.train.labels), len(source.test.labels)
-        self.order = Order(self.train_size, global_batch_size, seed)
+        self.read = read or micro_batch_size
+        of_step = global_batch_size // micro_batch_size * self.read
+        self.order = Order(self.train_size, global_batch_size, seed, of_step)
         self.augments = {"clean": augment, "second": augment}
         if aug_view is not None:
             self.augments["aug"] = aug_view
@@ -138,7 +142,7 @@ class Data:
         """
         (step, index), order, split = key, self.order, self.source.train
         indices_N, epoch = (
-            order.micro_batch(step, index, self.micro_batch_size),
+            order.micro_batch(step, index, self.read),
             order.epoch_of(step),
         )
         draws = {

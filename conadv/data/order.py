@@ -19,6 +19,8 @@ class Order:
     An epoch has ``num_images // global_batch_size`` steps; the tail of its permutation is dropped, so an epoch shows
     every image at most once. Any step can be asked for at any time: nothing is consumed.
     Raises ConadvError where the global batch is larger than the data set.
+    ``read``: images that a step reads, where a method trains on some of the step before as well. A
+    permutation then lasts for global_batch_size / read epochs.
     Ranks: the same on all of them.
 
     >>> order = Order(num_images=10, global_batch_size=4, seed=0)
@@ -29,6 +31,7 @@ class Order:
     num_images: int
     global_batch_size: int
     seed: int
+    read: int | None = None
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1:
@@ -48,20 +51,27 @@ class Order:
         return step // self.steps_per_epoch
 
     def indices(self, step: int) -> Tensor:
-        """int64 indices of the whole global batch of ``step``, ``global_batch_size`` of them."""
-        return self.micro_batch(step, 0, self.global_batch_size)
+        """int64 indices of all that ``step`` reads, ``global_batch_size`` of them by default."""
+        return self.micro_batch(step, 0, self.read or self.global_batch_size)
 
-    def micro_batch(self, step: int, index: int, micro_batch_size: int) -> Tensor:
-        """int64 indices of slice [index * micro_batch_size, (index + 1) * micro_batch_size) of the global batch."""
+    def micro_batch(self, step: int, index: int, size: int) -> Tensor:
+        """int64 indices of slice [index * size, (index + 1) * size) of what ``step`` reads."""
+        read = self.read or self.global_batch_size
         assert step >= 0, step
-        assert 0 <= index < self.global_batch_size // micro_batch_size, (index, micro_batch_size)
-        start = step % self.steps_per_epoch * self.global_batch_size + index * micro_batch_size
-        permutation = _permutation(self.num_images, self.seed, self.epoch_of(step))
-        # a view would let the caller edit the cache
-        return permutation[start : start + micro_batch_size].clone()
+        assert 0 <= index < read // size, (index, size)
+        # The permutations one after the other, each without its tail, are read step by step.
+        length = self.steps_per_epoch * self.global_batch_size
+        number, start = divmod(step * read + index * size, length)
+        found = self._permutation(number)[:length][start : start + size]
+        if rest := size - len(found):
+            return torch.cat([found, self._permutation(number + 1)[:rest]])
+        return found.clone()  # a view would let the caller edit the cache
+
+    def _permutation(self, number: int) -> Tensor:
+        return _permutation(self.num_images, self.seed, number)
 
 
 # an attack on a future batch reads the next epoch while this one is still running
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _permutation(num_images: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_images, generator=rng.generator("cpu", seed, "order", epoch))

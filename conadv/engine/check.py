@@ -30,6 +30,11 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
     if adv_route not in ("adv", "clean"):
         raise unknown("adv_route", adv_route, ("adv", "clean"))
     own_route = method.route if adv_route == "adv" else None
+    if own_route and method.mix == "replace" and method.share == 1 and norm.has_batchnorm(model):
+        raise ConadvError(
+            "With mix replace and share 1 no image goes the clean route, which evaluation uses. "
+            "Take a smaller share, or adv_route clean."
+        )
     # Before the first step: a missing route would show as shared statistics, or as a deadlock.
     norm.check_sync(model, ranks)
     norm.check_routes(model, [own_route] if own_route else [])

@@ -21,10 +21,13 @@ class Network:
     """The model as a step calls it.
 
     ``adv_route``: the route of the extra view. "clean" for no route of its own: views that share a
-    route then go one pass each, so that each is normalised by its own batch.
+    route then go one pass each, so that each is normalised by its own batch. ``replace``: the extra
+    images stand for clean ones. On the clean route they are then part of its one batch.
     """
 
-    def __init__(self, model: nn.Module, adv_route: str, numerics: Numerics) -> None:
+    def __init__(
+        self, model: nn.Module, adv_route: str, numerics: Numerics, *, replace: bool = False
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self._compiled = numerics.compile
@@ -39,10 +42,21 @@ class Network:
         # Two segments on one route would be normalised by one batch: those go one pass each.
         fuse = self.device.type == "cuda" if numerics.fuse_views is None else numerics.fuse_views
         self.fuses_views = fuse and (adv_route == "adv" or not self._has_batchnorm)
+        self._one_batch = replace and adv_route == "clean"
 
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def passes(self, views: Views) -> list[Views]:
+        """``views`` by the forward passes that they make together."""
+        if self.fuses_views:
+            return [views]
+        one = ("adv", "clean") if self._one_batch else ()
+        names: list[str] = [name for name in one if name in views]
+        # The replaced images come first again: with eps 0 the pass has the bits of plain training.
+        groups = [names, *([name] for name in views if name not in names)]
+        return [{name: views[name] for name in group} for group in groups if group]
 
     def logits(self, views: Views) -> dict[str, Tensor]:
         """logits_NK of each view, all from one forward pass."""
@@ -76,7 +90,7 @@ class Network:
 
     def on_route(self, views: Views) -> AbstractContextManager[None]:
         """The block's passes go through the routes of ``views``, image by image in their order."""
-        if len(views) > 1 and self._has_batchnorm:
+        if len(views) > 1 and self._has_batchnorm and not self._one_batch:
             return self._route({self._route_of(name): len(y) for name, (_, y) in views.items()})
         return self.on_route_of(next(iter(views)))
 

@@ -38,6 +38,7 @@ class GradientPass:
     seed: int
     comm: Comm
     stop: StopRequest
+    replace: bool = False  # whether extra images stand for those of the batch that they came from
 
     def __post_init__(self) -> None:
         several = self.comm.ranks > 1
@@ -56,19 +57,20 @@ class GradientPass:
         input_grad: bool = False,
         record: bool = True,
     ) -> list[Tensor]:
-        """All passes of a step; returns each micro-batch's clean images.
+        """All passes of a step; returns each micro-batch's clean images where they get a gradient.
 
-        ``scale``: factor on the gradient (fp16). ``input_grad``: the images get one too.
+        ``scale``: factor on the gradient (fp16). ``input_grad``: whether the images get one too.
         ``record``: ``losses`` become those of this run.
         """
         totals: dict[str, Tensor] = {}
         clean = []
         for m, micro in enumerate(batch.micro):
-            views = self.inputs.views(m, micro, extra)
+            views = self.inputs.views(m, micro, extra, self.replace)
             if input_grad:  # on a tensor of its own: what came in may be the caller's
                 x_NCHW, y_N = views["clean"]
-                views["clean"] = x_NCHW.detach().requires_grad_(), y_N
-            clean.append(views["clean"][0])
+                x_NCHW = x_NCHW.detach().requires_grad_()
+                views["clean"] = x_NCHW, y_N
+                clean.append(x_NCHW)
             last = m == len(batch.micro) - 1
             self._micro_gradient(batch, micro, views, scale, totals, last, record)
         if self.reducer is not None:
@@ -115,7 +117,7 @@ class GradientPass:
         }
         share = scale / (len(batch.micro) * self.comm.ranks * sum(self.weights.values()))
         path = ("gradient", batch.step, micro.index)
-        passes = [views] if self.network.fuses_views else [{name: views[name]} for name in views]
+        passes = self.network.passes(views)
         for together in passes:
             launch = self.reducer is not None and last and together is passes[-1]
             if self.reducer is not None and launch:

@@ -42,11 +42,11 @@ class Inputs:
         x_NCHW, y_N = raw
         return Batch(step, (MicroBatch(rank, y_N, {"clean": x_NCHW}),))
 
-    def images(self, micro: MicroBatch, view: str) -> Tensor:
-        """A view's images in model space on the model's device, (N, C, H, W)."""
+    def images(self, micro: MicroBatch, view: str, first: int = 0) -> Tensor:
+        """A view's images from ``first`` on in model space on the model's device, (N, C, H, W)."""
         if view not in micro.views:
             raise ConadvError(f"The method needs a view {view!r} in every batch.")
-        return self._in_model_space(micro.views[view].to(self._device, non_blocking=True))
+        return self._in_model_space(micro.views[view][first:].to(self._device, non_blocking=True))
 
     def example(self, micro: MicroBatch) -> Tensor:
         """A tensor on the meta device like the clean view's images in model space."""
@@ -60,10 +60,16 @@ class Inputs:
     def labels(self, micro: MicroBatch) -> Tensor:
         return micro.y_N.to(self._device, non_blocking=True)
 
-    def views(self, m: int, micro: MicroBatch, extra: ExtraBatch | None) -> Views:
-        """What micro-batch ``m`` of a step trains on."""
+    def views(self, m: int, micro: MicroBatch, extra: ExtraBatch | None, replace: bool) -> Views:
+        """What micro-batch ``m`` of a step trains on.
+
+        ``replace``: the extra images stand for the clean ones that they were made of, the first.
+        """
         y_N = self.labels(micro)
-        views = {"clean": (self.images(micro, "clean"), y_N)}
+        first = len(extra.labels[m]) if extra is not None and replace else 0
+        views = {}
+        if first < len(y_N):  # a share of 1 leaves no clean image
+            views["clean"] = (self.images(micro, "clean", first), y_N[first:])
         if "aug" in micro.views:
             views["aug"] = (self.images(micro, "aug"), y_N)
         if extra is not None:

@@ -118,10 +118,12 @@ class TrainStep:
         self.stop = 0  # what all ranks agreed on in the last step
         self.stop_request = StopRequest(self.comm.ranks)
         self.inputs = inputs = Inputs(self.space, self.device, numerics.channels_last)
-        self.network = network = Network(model, adv_route, numerics)
+        replace = self.method.mix == "replace"
+        self.network = network = Network(model, adv_route, numerics, replace=replace)
         self.attacks = AttackPass(network, inputs, seed)
         weights, stop = self.view_weights, self.stop_request
         self.gradients = GradientPass(network, inputs, loss, weights, seed, self.comm, stop)
+        self.gradients.replace = replace and not self.method.reads_fewer
         self._lr_at, self._guard = lr_at, Guard(model, numerics)
         # An attack rank is sent predicted weights; it has no optimizer state to predict them from.
         looks_ahead = self.method.lookahead and not self.executor.attack_only

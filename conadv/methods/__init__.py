@@ -28,11 +28,11 @@ class Row:
 
 
 # Shared by rows: a setting has the same default with every method that has it.
-_EXTRA_VIEW = {"adv_weight": 1.0, "adv_route": "own"}
+_EXTRA_VIEW = {"adv_weight": 1.0, "adv_route": "own", "mix": "add"}
 _PENDING = {"pending_dtype": "float32"}
-# recycle has one gradient and no choice of route or images, so the rest has no effect there.
-_ONE_GRADIENT = ("name", "eps", "norm", "step_size")
-_ATTACK = (*_ONE_GRADIENT, "num_steps", "targeted", "random_start", "share", "route", "statistics")
+# recycle has one gradient and no choice of route, so the rest has no effect there.
+_ONE_GRADIENT = ("name", "eps", "norm", "step_size", "share")
+_ATTACK = (*_ONE_GRADIENT, "num_steps", "targeted", "random_start", "route", "statistics")
 
 METHODS = {
     "vanilla": Row("conadv.methods.vanilla:Vanilla", "clean images only"),
@@ -45,6 +45,7 @@ METHODS = {
         "conadv.methods.controls:MultiView",
         "control: a second draw of the clean view",
         _EXTRA_VIEW,
+        ("share",),
     ),
     "noise": Row(
         "conadv.methods.controls:Noise",

@@ -16,16 +16,23 @@ class SharedMethod(Method):
     share: only the first images of every micro-batch, this share of them rounded, get an extra
     copy. An image's loss counts the same in every view, so the weight of the extra view falls with
     its share.
+    mix: with "add" a step trains on the extra images beside all clean ones, as published. With
+    "replace" they take the place of the images that they were made of: a step has as many gradients
+    as a step of plain training.
 
-    Source: sharing out the mini-batch, Mei et al., "Fast AdvProp", arXiv 2204.09838.
+    Source: sharing out the mini-batch, Mei et al., "Fast AdvProp", arXiv 2204.09838. To replace
+    images is our own.
     """
 
     _: KW_ONLY
     share: float = 1.0
+    mix: str = "add"
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ConadvError(f"attack.share = {self.share} must be above 0 and at most 1.")
+        if self.mix not in ("add", "replace"):
+            raise unknown("mix", self.mix, ("add", "replace"))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar
 from conadv.attacks.noise import RandomSigns
 from conadv.attacks.space import PixelSpace
 from conadv.methods.base import SharedMethod
-from conadv.types import Batch, Engine, ExtraBatch, Method
+from conadv.types import Batch, Engine, ExtraBatch
 
 
 @dataclass(frozen=True)
-class MultiView(Method):
+class MultiView(SharedMethod):
     """The extra images are a second, independent draw of the clean view's augmentation.
 
     Without augmentation both draws are the same images; what is left is then a second set of
@@ -22,8 +22,10 @@ class MultiView(Method):
     data_views: ClassVar[tuple[str, ...]] = ("second",)
 
     def extra_view(self, engine: Engine, batch: Batch) -> ExtraBatch | None:
-        images = tuple(engine.images(micro, "second") for micro in batch.micro)
-        return ExtraBatch(images, tuple(engine.labels(micro) for micro in batch.micro))
+        counts = [self.num_attacked(len(micro.y_N)) for micro in batch.micro]
+        pairs = list(zip(batch.micro, counts, strict=True))
+        images = tuple(engine.images(micro, "second")[:count] for micro, count in pairs)
+        return ExtraBatch(images, tuple(engine.labels(micro)[:count] for micro, count in pairs))
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class Trial:
         views = ("clean", *method.data_views, *aug)
         self.config, self.micro_batch = config, micro_batch
         self.micro = tuple(
-            random_images(shape, micro_batch, number, comm.device, views) for number in numbers
+            random_images(shape, method.num_fresh(micro_batch), number, comm.device, views)
+            for number in numbers
         )
 
     def batch(self, step: int) -> Batch:

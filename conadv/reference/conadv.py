@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conadv.attacks.fgsm import FGSM
 from conadv.nn.split_batchnorm import frozen_stats, route
 from conadv.types import Attack
 
@@ -55,6 +56,79 @@ def algorithm_1(
     return losses
 
 
+def replaced(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    attack: Attack,
+    tau: int,
+    draws: Callable[[int], torch.Generator],
+    share: float,
+    *,
+    one_batch: bool,
+) -> list[float]:
+    """:func:`algorithm_1` where x^_i stands for x_i in a ``share`` of B_t, its first images.
+
+    one_batch: one main batch norm for all images of a step, not one for each kind.
+    """
+    theta: list[dict[str, Tensor]] = []
+    losses = []
+    for t, (x, y) in enumerate(batches):
+        theta.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        count = round(share * len(x))
+        made = theta[t - tau if t >= tau else t]
+        x_hat = attacked(model, made, attack, x[:count], y[:count], draws(t), one_batch)
+        loss = mean_loss(model, x[count:], y[count:], x_hat, y[:count], one_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def recycled(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    attack: FGSM,
+    share: float,
+    *,
+    one_batch: bool,
+) -> list[float]:
+    """Fresh images and those of the last step, moved by the gradient that it had by them.
+
+    batches: the fresh images. Of the images that a step trains on, the old ones are a ``share``.
+    """
+    x_hat, y_hat = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    losses = []
+    for x, y in batches:
+        x = x.clone().requires_grad_()
+        loss = mean_loss(model, x, y, x_hat, y_hat, one_batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert x.grad is not None
+        count = round(share / (1 - share) * len(x))
+        x_hat = attack.from_gradient(x.detach()[:count], x.grad[:count])
+        y_hat = y[:count]
+        losses.append(loss.item())
+    return losses
+
+
+def mean_loss(
+    model: nn.Module, x: Tensor, y: Tensor, x_hat: Tensor, y_hat: Tensor, one_batch: bool
+) -> Tensor:
+    """The mean over all images of a step, clean and adversarial."""
+    if not len(x_hat):
+        return F.cross_entropy(model(x), y)
+    if one_batch:
+        return F.cross_entropy(model(torch.cat([x_hat, x])), torch.cat([y_hat, y]))
+    loss = F.cross_entropy(model(x), y, reduction="sum")
+    with route(model, "adv"):
+        loss = loss + F.cross_entropy(model(x_hat), y_hat, reduction="sum")
+    return loss / (len(x) + len(x_hat))
+
+
 def attacked(
     model: nn.Module,
     theta: Mapping[str, Tensor],
@@ -62,13 +136,14 @@ def attacked(
     x: Tensor,
     y: Tensor,
     draws: torch.Generator,
+    main: bool = False,
 ) -> Tensor:
-    """x^(theta), on a copy of the model that has the weights theta."""
+    """x^(theta), on a copy of the model that has the weights theta; ``main``: its batch norm."""
     attacker = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in attacker.named_parameters():
             parameter.copy_(theta[name])
-    with route(attacker, "adv"), frozen_stats(attacker):
+    with route(attacker, "clean" if main else "adv"), frozen_stats(attacker):
         return attack(attacker, x, y, draws)
 
 

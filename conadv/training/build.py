@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conadv import rng
 from conadv.attacks.make import make_attack
 from conadv.attacks.space import PixelSpace
-from conadv.config.resolve import Derived, accumulation, derive, optimizer_settings
+from conadv.config.resolve import Derived, accumulation, derive, micro_batch, optimizer_settings
 from conadv.config.schema import AttackConfig, Config
 from conadv.data.loader import Data
 from conadv.distributed.comm import Comm
@@ -102,7 +102,7 @@ def build(
         choice = choose(execution, method)
     teams = make_teams(world, execution.attack_ranks, execution.may_lose)
     with world.agreed():
-        data = _load_data(config, teams, observer)
+        data = _load_data(config, method, teams, observer)
         derived = derive(config, data.train_size, len(teams.learners))
         model = _checked_model(config, data)
         model = model.to(device)
@@ -125,10 +125,11 @@ def build(
     return run
 
 
-def _load_data(config: Config, teams: Teams, observer: Observer) -> Data:
+def _load_data(config: Config, method: Method, teams: Teams, observer: Observer) -> Data:
     mine = teams.micro_batches(accumulation(config, len(teams.learners)))
     comm, source = teams.comm, load_source(config, observer.loading)
-    return load_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, source=source)
+    read = method.num_fresh(micro_batch(config))
+    return load_data(config, rank=comm.rank, ranks=comm.ranks, mine=mine, read=read, source=source)
 
 
 def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:

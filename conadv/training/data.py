@@ -48,6 +48,7 @@ def load_data(
     rank: int = 0,
     ranks: int = 1,
     mine: range | None = None,
+    read: int | None = None,
     source: Source | None = None,
 ) -> Data:
     """The batches of a resolved config; ``source``: what :func:`load_source` has made of it, where it is there already.
@@ -59,6 +60,7 @@ def load_data(
         source or load_source(config),
         global_batch_size=config.global_batch_size,
         micro_batch_size=micro_batch(config),
+        read=read,
         seed=config.seed,
         augment=config.data.augment,
         aug_view=config.data.aug_view,

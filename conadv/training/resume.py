@@ -86,7 +86,7 @@ def scatter(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
 def _expected_images(run: Run) -> Expected:
     """What this rank's share of the images of one step looks like."""
     data, method = run.data, run.step.method
-    count = method.num_attacked(run.derived.micro_batch_size)
+    count = method.num_attacked(run.data.read)
     return Expected(
         micro_batches=run.derived.accumulation,
         images=(count, data.channels, data.image_size, data.image_size),

@@ -48,6 +48,7 @@ class Case:
     micro: int = 2
     steps: int = 6
     share: float = 1.0
+    mix: str = "add"
     late: str = "wait"
     options: Mapping[str, Any] = field(default_factory=dict)
     may_lose: bool = False
@@ -74,7 +75,7 @@ def engine_for(teams: Teams, case: Case) -> TrainStep:
     # without momentum there is no closed form, and the look-ahead repeats the last update
     plain = case.lookahead == "last-update"
     optimizer = torch.optim.SGD(net.parameters(), 0.05) if plain else sgd(net)
-    method = Concurrent(ATTACK, case.tau, bool(case.lookahead), share=case.share)
+    method = Concurrent(ATTACK, case.tau, bool(case.lookahead), share=case.share, mix=case.mix)
     executor = Ranks(teams, case.late) if teams.attackers else Inline()
     options = {"space": SPACE, "seed": SEED, "comm": teams.comm, "executor": executor}
     return train_step(net, optimizer, method, **options, **case.options)

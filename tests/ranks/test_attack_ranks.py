@@ -56,6 +56,7 @@ BF16 = {"channels_last": True, "precision": "bf16"}
         Case(),
         Case(lookahead=True),
         Case(share=0.5),
+        Case(share=0.25, mix="replace"),
         Case(late="skip"),
         Case(tau=2, lookahead="last-update"),
         Case(tau=3, options={"pending_dtype": "uint8"}),
