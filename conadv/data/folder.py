@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -118,12 +118,29 @@ def scan_split(root: Path) -> Photos:
     labels_N = torch.repeat_interleave(torch.tensor([len(found) for found in files]))
     check_classes(str(root), labels_N, tuple(classes))
     keys = np.array([os.fsencode(os.path.relpath(path, root)) for path in chain(*files)])
-    opener = partial(_open, root)
-    return Photos(root.parent, root.name, keys, labels_N, tuple(classes), opener)
+    return Photos(root.parent, root.name, keys, labels_N, tuple(classes), Files(root))
 
 
-def _open(root: Path, key: bytes) -> IO[bytes]:
-    return open_file(root / os.fsdecode(key))
+@dataclass(frozen=True)
+class Files:
+    """Image files by their names in bytes, below ``root``."""
+
+    root: Path
+
+    def open(self, key: bytes) -> IO[bytes]:
+        return open_file(self.root / os.fsdecode(key))
+
+    def tags(self, keys: NDArray[Any]) -> list[bytes]:
+        """Names and sizes."""
+        root, names = os.fsencode(self.root), keys.tolist()
+
+        def size(name: bytes) -> int:
+            try:
+                return os.stat(b"%b/%b" % (root, name)).st_size  # noqa: PTH116
+            except OSError:  # it went away since the folder was read
+                return -1
+
+        return [b"%b\0%d\0" % (name, size(name)) for name in names]
 
 
 def class_files(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from conadv.data.images import Photos
 from conadv.data.source import Source, SourceSettings, check_classes, on_demand
@@ -86,20 +87,28 @@ def _photos(folder: Path, split: str, table: Any) -> Photos:
         columns += found
     image, label = columns
     labels = [-1 if value is None else int(value) for value in table[label]]
-    opener = _Row(table.select_columns([image]), image)
+    store = Rows(table.select_columns([image]), image)
     names = tuple(map(str, table.features[label].names))
-    return Photos(folder, split, np.arange(len(labels)), torch.tensor(labels), names, opener)
+    return Photos(folder, split, np.arange(len(labels)), torch.tensor(labels), names, store)
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Number of a row -> its image's own bytes. ``table``: a ``datasets.Dataset``, mapped into memory."""
+class Rows:
+    """Images by the number of their row. ``table``: a ``datasets.Dataset``, mapped into memory."""
 
     table: Any
     column: str
 
-    def __call__(self, number: int) -> IO[bytes]:
-        content = self.table[int(number)][self.column]
+    def open(self, key: int) -> IO[bytes]:
+        content = self.table[int(key)][self.column]
         if not content or not content["bytes"]:
             raise ValueError("the row has no bytes")
         return BytesIO(content["bytes"])
+
+    def tags(self, keys: NDArray[Any]) -> list[bytes]:
+        """Numbers of bytes."""
+        from pyarrow import compute  # type: ignore[import-untyped]
+
+        content = compute.struct_field(self.table.data.column(self.column), "bytes")
+        sizes = compute.fill_null(compute.binary_length(content), -1).to_numpy()
+        return [b"%d\0" % size for size in sizes[keys].tolist()]

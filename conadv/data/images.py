@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -34,12 +34,22 @@ class BadImage(ConadvError):
         return type(self), (self.folder, self.name, self.reason)
 
 
+class Store(Protocol):
+    """Where encoded images lie. Sent to worker processes, so it must pickle."""
+
+    def open(self, key: Any) -> IO[bytes]:
+        """The image's bytes as an open file; raises anything where there are none."""
+
+    def tags(self, keys: NDArray[Any]) -> list[bytes]:
+        """What tells images apart without reading them, one per key: names, sizes."""
+
+
 @dataclass(frozen=True)
 class Photos:
     """The encoded images of one split below ``folder``: files, or rows of a table. Sent to worker processes.
 
-    ``keys``: N names of files in bytes, or numbers of rows. An array and not a list: worker processes would copy the
-    memory of a list of strings page by page, by counting references. ``open``: key -> the bytes as an open file.
+    ``keys``: N names of files in bytes, or numbers of rows. An array and not a list: counting
+    references would make worker processes copy the memory of a list page by page.
     """
 
     folder: Path
@@ -47,12 +57,12 @@ class Photos:
     keys: NDArray[Any]
     labels: Tensor
     class_names: tuple[str, ...]
-    open: Callable[[Any], IO[bytes]]
+    store: Store
 
     def read(self, index: int) -> Image.Image:
         """As :func:`read_rgb`."""
         try:
-            with self.open(self.keys[index]) as file:
+            with self.store.open(self.keys[index]) as file:
                 return decode_rgb(file)
         except Exception as error:  # decoders raise nearly anything on damaged files
             raise BadImage(self.folder, self.name(index), why(error)) from error

@@ -25,7 +25,8 @@ Progress = Callable[[str, int, int], None]
 class Source:
     """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8.
 
-    ``validation``: images held out of ``train`` to choose settings by, None without.
+    ``validation``: images held out of ``train`` to choose settings by, None without. ``name``: its
+    row in SOURCES.
     """
 
     train: Split
@@ -34,6 +35,7 @@ class Source:
     channels: int
     image_size: int
     validation: Split | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def build_source(source: str, **settings: Any) -> Source:
     if source not in SOURCES:
         raise unknown("data source", source, SOURCES)
     wanted = SourceSettings(source=source, **settings)
-    found: Source = pkgutil.resolve_name(SOURCES[source])(wanted)
+    found: Source = replace(pkgutil.resolve_name(SOURCES[source])(wanted), name=source)
     if wanted.validation_images is None:
         return found
     train, names = found.train, found.class_names
