@@ -182,7 +182,7 @@ def relative_cost(config: Config) -> float:
     method, attack = METHODS[config.method], config.attack
     share = attack.share if "share" in method.attack else 1.0
     gradients = 1.0 + (config.data.aug_view is not None) + (config.method == "sam")
-    gradients += share if "adv_weight" in method.settings else 0.0
+    gradients += share if "adv_weight" in method.settings and config.mix != "replace" else 0.0
     gradients += 0.67 * attack.num_steps * share if "num_steps" in method.attack else 0.0
     if config.epochs is not None:
         images = config.epochs * (config.data.train_images or 1000)
