@@ -60,15 +60,6 @@ def test_route_and_statistics_of_the_attack(where: str, statistics: str) -> None
     assert torch.equal(got, want)
 
 
-def test_running_stats_normalises_by_the_buffers() -> None:
-    # Red when: running_stats does nothing.
-    model = tiny_resnet()
-    x = as_batch(0).micro[0].views["clean"]
-    with running_stats(model):
-        inside = model(x)
-    assert torch.equal(inside, model.eval()(x))
-
-
 def test_shared_affine_parameters_are_one_and_statistics_two() -> None:
     # Red when: the route keeps a copy (two sets of parameters), or shares the buffers.
     model = split_batchnorm(tiny_resnet(), "adv", share_affine=True)

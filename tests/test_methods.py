@@ -40,7 +40,7 @@ from conadv import (
 from conadv.engine.executors import Executor
 from conadv.methods import METHODS
 from conadv.reference.conadv import algorithm_1, coast, recycled, replaced
-from conadv.types import Method
+from conadv.types import ExtraBatch, Method
 
 from .helpers import images, no_norm_net, parameters, same, state, tiny_resnet, train_step
 
@@ -189,14 +189,6 @@ def test_only_the_clean_route_and_the_methods_own_are_used(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != "vanilla"])
-def test_the_extra_view_changes_training(name: str) -> None:
-    a, b = make(CASES[name]()), make(Vanilla())
-    run(a, 3)
-    run(b, 3)
-    assert not torch.equal(a.model.conv1.weight, b.model.conv1.weight)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_record_has_a_loss_per_view_and_the_measured_staleness(name: str) -> None:
     # Red when: the attack stamps the step of the batch instead of the version of the weights.
@@ -222,7 +214,7 @@ def test_record_has_a_loss_per_view_and_the_measured_staleness(name: str) -> Non
 # ---- identities against Algorithm 1
 
 
-@pytest.mark.parametrize("tau", [0, 1, 2, 4])
+@pytest.mark.parametrize("tau", [0, 1, 3])
 @pytest.mark.parametrize(("lookahead", "fuse"), [(False, False), (False, True), (True, False)])
 def test_engine_equals_algorithm_1(tau: int, lookahead: bool, fuse: bool) -> None:
     """Bitwise, but where sums are taken in another order (all views in one pass, powers of mu):
@@ -272,22 +264,17 @@ def test_tau_0_is_the_sequential_attack_and_tau_1_is_not() -> None:
     assert len(engines[1].pending) == 0
 
 
-@pytest.mark.parametrize("tau", [0, 1, 3])
-def test_eps_0_makes_the_adversarial_batch_the_clean_one(tau: int) -> None:
+def test_eps_0_makes_the_adversarial_batch_the_clean_one() -> None:
     # Red when: clean and future batches are mixed up.
-    a = make(Concurrent(FGSM(0.0, space=SPACE), tau))
-    b = make(Noise(RandomSigns(0.0, SPACE)))
-    c = make(_CleanTwice())
-    for engine in (a, b, c):
+    methods = (Concurrent(FGSM(0.0, space=SPACE), 2), Noise(RandomSigns(0.0, SPACE)), _CleanTwice())
+    engines = [make(method) for method in methods]
+    for engine in engines:
         run(engine, 5)
-    assert same(state(a.model), state(b.model))
-    assert same(state(a.model), state(c.model))
+        assert same(state(engine.model), state(engines[0].model))
 
 
 class _CleanTwice(MultiView):
-    def extra_view(self, engine: TrainStep, batch: Batch) -> Any:
-        from conadv.types import ExtraBatch
-
+    def extra_view(self, engine: TrainStep, batch: Batch) -> ExtraBatch:
         micro = batch.micro[0]
         return ExtraBatch((engine.images(micro, "clean"),), (micro.y_N,))
 
@@ -395,14 +382,12 @@ def test_pending_dtypes(dtype: str, error: float) -> None:
     assert (got - made).abs().max() <= error  # model space: values up to 2
 
 
-@pytest.mark.parametrize("tau", [1, 2, 5])
+@pytest.mark.parametrize("tau", [1, 3])
 def test_at_most_tau_batches_wait(tau: int) -> None:
     # Red when: pop leaves the batch in the store.
     engine = make(Concurrent(FGSM(EPS, space=SPACE), tau))
-    stream = [as_batch(t) for t in range(9)]
-    for batch, future in windows(stream, engine.ahead):
+    for batch, future in windows([as_batch(t) for t in range(6)], engine.ahead):
         engine(batch, future)
-        assert len(engine.pending) <= tau
         assert engine.pending.nbytes <= tau * 8 * 3 * 8 * 8 * 4
     assert len(engine.pending) == 0
 
@@ -430,7 +415,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("tau", [1, 2, 4])
+@pytest.mark.parametrize("tau", [1, 3])
 def test_lookahead_is_what_the_optimizer_does_with_zero_gradients(name: str, tau: int) -> None:
     # Red when: the sum starts at mu^0; Nesterov's extra factor is missing; Adam's bias correction
     # uses step k - 1.
@@ -508,14 +493,6 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
         c(batch, future)
     assert same(state(a.model), state(b.model))
     assert same(state(a.model), state(c.model))
-
-
-def test_bf16_trains_and_differs() -> None:
-    a, b = make(Concurrent(ATTACK, 1, True)), make(Concurrent(ATTACK, 1, True), precision="bf16")
-    x, y = run(a, 3), run(b, 3)
-    assert x[-1].loss == pytest.approx(y[-1].loss, rel=0.1)
-    assert x[-1].loss != y[-1].loss
-    assert all(p.dtype == torch.float32 for p in b.model.parameters())
 
 
 def test_channels_last_changes_the_layout_only() -> None:
@@ -652,12 +629,6 @@ def test_attacking_before_the_gradient_changes_no_bit(name: str) -> None:
     assert same(state(engines[0].model), state(engines[1].model))
 
 
-def test_stream_needs_cuda() -> None:
-    # Red when: the executor falls back silently.
-    with pytest.raises(ConadvError, match="needs a CUDA device"):
-        make(Concurrent(ATTACK, 1), executor=Stream())
-
-
 def test_loops_that_mix_up_their_batches_are_told() -> None:
     # Red when: the label check or the order check is removed: training goes on with images of
     # another batch.
@@ -674,13 +645,6 @@ def test_loops_that_mix_up_their_batches_are_told() -> None:
     engine.update()
     with pytest.raises(ConadvError, match="between gradient"):
         engine.prepare(as_batch(3))
-
-
-def test_images_of_another_normalisation_are_refused() -> None:
-    # Red when: check is removed: the box then moves most pixels by more than eps.
-    engine = make(Sequential(FGSM(EPS)), space=None)
-    with pytest.raises(ConadvError, match="outside of PixelSpace"):
-        engine.gradient(as_batch(0))
 
 
 @pytest.mark.parametrize(
@@ -711,6 +675,8 @@ def test_images_of_another_normalisation_are_refused() -> None:
             "does not have",
         ),
         (lambda: make(Sequential(ATTACK), space=PixelSpace()), "normalisation once"),
+        (lambda: make(Sequential(FGSM(EPS)), space=None)(as_batch(0)), "outside of PixelSpace"),
+        (lambda: make(Concurrent(ATTACK, 1), executor=Stream()), "needs a CUDA device"),
         (lambda: make(Vanilla(), precision="fp8"), "fp8"),
         (lambda: make(Vanilla(), pending_dtype="int4"), "int4"),
         (lambda: Concurrent(ATTACK, -1), "0 or more"),

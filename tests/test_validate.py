@@ -106,7 +106,7 @@ def refused(name: str, change: Change) -> None:
     saved = copy.deepcopy(optimizer(name, 2).state_dict())
     change(saved)
     with pytest.raises(ConadvError, match="its optimizer"):
-        load_optimizer(optimizer(name), saved, 2, some=True)
+        load_optimizer(optimizer(name), saved)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -114,7 +114,7 @@ def test_an_optimizer_loads_what_it_makes_and_nothing_else(name: str) -> None:
     # Red when: load_optimizer leaves out _check_states (too small: the process may die), or
     # check_keys lets a missing or unknown key pass.
     saved, fresh = optimizer(name, 2).state_dict(), optimizer(name)
-    load_optimizer(fresh, copy.deepcopy(saved), 2, some=True)
+    load_optimizer(fresh, copy.deepcopy(saved))
     first = next(n for n, state in saved["state"].items() if any(x.dim() for x in state.values()))
     for key, value in saved["state"][first].items():
         assert same(fresh.state_dict()["state"][first], saved["state"][first])
@@ -132,33 +132,28 @@ def _put(*path: Any) -> Change:
 @pytest.mark.parametrize(
     "change",
     [
-        *(_put("state", 0, "step", torch.tensor(x)) for x in (float("nan"), 0.0, -1.0, 1.5, 3.0)),
-        _put("state", {}),
         _put("state", 10_000, {}),
         _put("state", "x"),
         _put("state", 0, "x"),
         _put("param_groups", []),
-        _put("param_groups", 0, "params", 0, 1),
+        _put("param_groups", 0, "x"),
         _put("param_groups", 0, "lr", "x"),
+        _put("param_groups", 0, "lr", float("nan")),
         _put("param_groups", 0, "lr", torch.ones(10)),
-        _put("param_groups", 0, "eps", torch.tensor(1e-6)),
-        _put("param_groups", 0, "foreach", "x"),
-        _put("param_groups", 0, "maximize", True),
         _put("more", 1),
     ],
 )
 def test_an_optimizer_with_other_numbers_and_groups_is_refused(change: Change) -> None:
-    # Red when: the range of step, the keys of states or groups, `some`, or a group's values are
-    # not looked at.
+    # Red when: the keys of states, the number of groups or a learning rate are not looked at.
     refused("lamb", change)
 
 
 def test_how_a_step_is_carried_out_is_the_device_s() -> None:
-    # Red when: `fused`, which a checkpoint of another device has otherwise, is compared or loaded.
+    # Red when: `fused`, which a checkpoint of another device has otherwise, is loaded.
     saved, fresh = optimizer("sgd", 1).state_dict(), optimizer("sgd")
     for group in saved["param_groups"]:
         group["fused"] = None
-    load_optimizer(fresh, saved, 1, some=True)
+    load_optimizer(fresh, saved)
     assert all(group["fused"] for group in fresh.param_groups)
 
 
@@ -244,7 +239,6 @@ def test_a_steps_state_that_is_not_of_this_run_is_refused(name: str, lookahead: 
     [
         *({"scale": x, "good_steps": 0} for x in (3.0, 0.0, float("inf"), "x")),
         {"scale": 2.0, "good_steps": -1},
-        {"scale": 2.0, "good_steps": 2000},
         {"scale": 2.0},
     ],
 )

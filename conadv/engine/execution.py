@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from conadv.distributed.teams import Teams
 from conadv.engine.attack_ranks.executor import Ranks
-from conadv.engine.executors import Executor, Inline, Stream
+from conadv.engine.executors import Executor, Inline, Stream, check_future_attack
 from conadv.errors import ConadvError
 from conadv.types import Method
 
@@ -46,6 +46,11 @@ class Execution:
         if not self.attack_ranks and (self.late == "skip" or self.may_lose):
             option = "--late skip" if self.late == "skip" else "--on-attack-loss continue"
             raise ConadvError(f"{option} has no effect without --attack-ranks.")
+        if self.late == "skip" and self.may_lose:
+            raise ConadvError(
+                "--late skip does not go with --on-attack-loss continue: a step that waits for "
+                "nobody cannot tell a late attack rank from a lost one. Leave one of them out."
+            )
 
     @property
     def may_lose(self) -> bool:
@@ -74,13 +79,9 @@ def choose(execution: Execution, method: Method) -> Choice:
     bench attack-cost`` measures it).
     Raises ConadvError for a choice that has no effect with the method.
     """
-    if method.future_attack is None and (execution.attack_ranks or execution.executor == "stream"):
-        count = execution.attack_ranks
-        option = f"--attack-ranks {count}" if count else "--executor stream"
-        raise ConadvError(
-            f"{option} has no effect with a method that attacks no future batch. Use --method "
-            "conadv with staleness 1 or more, or leave it out."
-        )
+    if execution.attack_ranks or execution.executor == "stream":
+        used = "stream" if execution.executor == "stream" else "ranks"
+        check_future_attack(method, f"The {used} executor")
     if execution.executor != "auto":
         return Choice(execution.executor, "asked for")
     if execution.attack_ranks:

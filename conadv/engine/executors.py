@@ -49,6 +49,15 @@ class Step(Engine, Protocol):
     def update(self) -> StepRecord: ...
 
 
+def check_future_attack(method: Method, what: str) -> None:
+    """ConadvError unless the method leaves an attack to do for ``what``."""
+    if method.future_attack is None:
+        raise ConadvError(
+            f"{what}: no effect with {type(method).__name__}, which attacks no future batch. Use "
+            "method conadv with staleness 1 or more, or leave it out."
+        )
+
+
 class Executor(ABC):
     """Runs one step and returns its record."""
 

@@ -111,19 +111,9 @@ class Network:
         except Exception as error:
             if not (self._compiled and type(error).__module__.startswith("torch._dynamo")):
                 raise
-            raise _not_compiled(error) from error
+            raise ConadvError(
+                f"torch.compile cannot run the network as one graph per shape: {str(error)[:500]}. "
+                "Leave out compile, change the network where torch names a break, or give all "
+                "micro-batches one shape (torch.compiler.reset() forgets earlier engines)."
+            ) from error
         return logits_NK
-
-
-def _not_compiled(error: Exception) -> ConadvError:
-    if "RecompileLimit" in type(error).__name__:
-        return ConadvError(
-            "torch.compile has made as many graphs of this network as it keeps in a process "
-            f"(torch._dynamo.config.recompile_limit): {str(error)[:300]} Give all micro-batches "
-            "one shape, and call torch.compiler.reset() where an engine with another shape was "
-            "there before."
-        )
-    return ConadvError(
-        f"The network cannot be compiled as one graph: {str(error)[:500]}. Leave out compile, or "
-        "change the network where torch names the break."
-    )

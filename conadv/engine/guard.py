@@ -61,10 +61,11 @@ class LossScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_keys(state, ("scale", "good_steps"), "its loss scale")
-        scale, most = state["scale"], self.growth_interval - 1
-        if not isinstance(scale, float) or not 1 <= scale < math.inf or math.frexp(scale)[0] != 0.5:
+        scale = state["scale"]
+        # Only a power of two scales and unscales without rounding.
+        if not isinstance(scale, float) or math.frexp(scale)[0] != 0.5:
             raise ConadvError(f"its loss scale is {shown(scale)}, not a power of two")
-        self.good_steps = check_count(state["good_steps"], "its good_steps", most)
+        self.good_steps = check_count(state["good_steps"], "its good_steps")
         self.scale = scale
 
 
@@ -154,8 +155,3 @@ class Guard:
             self.scale.load_state_dict(state["scale"])
         else:
             check_keys(state["scale"], (), "its loss scale")
-
-    @property
-    def in_a_row(self) -> int:
-        """How many of the last steps were left out, one after the other."""
-        return self._in_a_row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,31 +131,30 @@ class Expected:
         """ConadvError unless ``state`` could wait at ``version``, stored as ``dtype``."""
         what, last = "its images that wait", version + self.ahead - 1
         for step, entry in check_keys(state, None, what).items():
-            if not re.fullmatch(r"[0-9]{1,10}", str(step)) or int(step) > last:
+            if not str(step).isdecimal() or int(step) > last:
                 raise ConadvError(f"{what} are for step {shown(step)}, not one up to {last}")
             check_keys(entry, ("images", "labels", "weight_version", "dtype"), what)
             if entry["dtype"] not in ("float32", "float16", "bfloat16", "float64"):
                 raise ConadvError(f"{what} are of {shown(entry['dtype'])}, not of a float type")
             if entry["weight_version"] is not None:
                 check_count(entry["weight_version"], f"the weights of {what}", version)
-            made_as = dtype or getattr(torch, entry["dtype"])
-            self._check_tensors(entry["images"], self.images, made_as, what)
-            self._check_labels(entry["labels"], f"the labels of {what}")
+            image = torch.empty(
+                self.images, dtype=dtype or getattr(torch, entry["dtype"]), device="meta"
+            )
+            check_like(entry["images"], [image] * self.micro_batches, what)
+            label = torch.empty(self.images[0], dtype=torch.int64, device="meta")
+            if mixed := _holds_floats(entry["labels"]):  # probabilities of mixed images
+                label = image.new_empty((len(label), self.classes), dtype=torch.float32)
+            check_like(entry["labels"], [label] * self.micro_batches, f"the labels of {what}")
+            if not mixed and any(
+                not 0 <= y.min() <= y.max() < self.classes for y in entry["labels"]
+            ):
+                raise ConadvError(f"the labels of {what} are not 0 to {self.classes - 1}")
 
-    def _check_labels(self, labels: Any, what: str) -> None:
-        first = labels[0] if isinstance(labels, list) and labels else None
-        if isinstance(first, Tensor) and first.is_floating_point():  # probabilities of mixed images
-            self._check_tensors(labels, (self.images[0], self.classes), first.dtype, what)
-            return
-        self._check_tensors(labels, self.images[:1], torch.int64, what)
-        if any(bool(((y_N < 0) | (y_N >= self.classes)).any()) for y_N in labels):
-            raise ConadvError(f"{what} are not classes from 0 to {self.classes - 1}")
 
-    def _check_tensors(
-        self, found: Any, shape: tuple[int, ...], dtype: torch.dtype, what: str
-    ) -> None:
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        check_like(found, [like] * self.micro_batches, what)
+def _holds_floats(tensors: object) -> bool:
+    first = tensors[0] if isinstance(tensors, list) and tensors else None
+    return isinstance(first, Tensor) and first.is_floating_point()
 
 
 def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:

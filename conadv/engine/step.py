@@ -308,11 +308,6 @@ class TrainStep:
         else:
             self._lookahead.load_state_dict(state["lookahead"])
 
-    @property
-    def has_updated(self) -> bool:
-        """Whether there was an update for certain: not every step so far may have been left out."""
-        return self._guard.scale is None and self.version > self._guard.in_a_row
-
     # ---- internals
 
     def _as_batch(self, raw: RawBatch) -> Batch:

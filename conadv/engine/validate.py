@@ -21,10 +21,6 @@ from conadv.nn.ema import EMA
 
 MOST = 10**9
 """Of anything that is counted: the product of two counts still fits into 64 bits."""
-_HOW = (
-    "fused",
-    "foreach",
-)  # how a step is carried out, which depends on the device: those of the run stay
 
 
 def check_count(value: object, what: str, most: int = MOST) -> int:
@@ -82,54 +78,37 @@ def load_average(average: EMA, state: object) -> None:
     check_count(updates, "its average's number of updates")
 
 
-def load_optimizer(optimizer: Optimizer, state: object, updates: int, *, some: bool) -> None:
-    """Load its state after ``updates`` steps; settings but the learning rate are the run's.
+def load_optimizer(optimizer: Optimizer, state: object) -> None:
+    """Load its state and learning rates; the other settings stay those of the run.
 
     Every parameter must have the tensors that this optimizer makes, or none of them, as one without
-    a gradient so far; with ``some`` at least one parameter must have them.
+    a gradient so far.
     """
     saved = check_keys(state, ("state", "param_groups"), "its optimizer")
     own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
     if not isinstance(groups, list) or len(groups) != len(own):
         raise ConadvError("its optimizer has other groups of parameters")
-    groups = [_check_group(group, like) for group, like in zip(groups, own, strict=True)]
-    _check_states(
-        optimizer, check_keys(saved["state"], None, "its optimizer's state"), updates, some
-    )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    # A checkpoint of another device may say `fused` or `foreach` where this one must not, so only
+    # the learning rate, which the schedule has set, is taken from it.
+    rates = [check_keys(group, None, "its optimizer's group").get("lr") for group in groups]
+    for rate in rates:
+        if not isinstance(rate, (int, float)) or not math.isfinite(rate):
+            raise ConadvError(f"its optimizer's learning rate is {shown(rate)}")
+    states = check_keys(saved["state"], None, "its optimizer's state")
+    _check_states(optimizer, states)
+    merged = [{**like, "lr": rate} for like, rate in zip(own, rates, strict=True)]
+    optimizer.load_state_dict({"state": states, "param_groups": merged})
 
 
-def _check_group(group: object, like: dict[str, Any]) -> dict[str, Any]:
-    """``like`` with the saved learning rate, which the schedule has set."""
-    for name, value in check_keys(group, like, "its optimizer's group").items():
-        if name == "lr":
-            fits = isinstance(value, (int, float)) and math.isfinite(value)
-        elif name in _HOW:
-            fits = value is None or isinstance(value, bool)
-        else:
-            fits = not isinstance(value, Tensor) and value == like[name]
-        if not fits:
-            raise ConadvError(f"its optimizer has other settings: {name} is {shown(value)}")
-    assert isinstance(group, dict)
-    return {**like, "lr": group["lr"]}
-
-
-def _check_states(optimizer: Optimizer, states: dict[Any, Any], updates: int, some: bool) -> None:
+def _check_states(optimizer: Optimizer, states: dict[Any, Any]) -> None:
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     if odd := set(states) - set(range(len(params))):
         raise ConadvError(f"its optimizer's state {shown(odd.pop())} is of no parameter")
-    if some and not any(states.values()) and _made_by(optimizer, *params[0]):
-        raise ConadvError("its optimizer has no state, after steps that make one")
     for number, state in states.items():
-        what, (p, group) = f"its optimizer's state {number}", params[number]
-        if check_keys(
-            state, None, what
-        ):  # none without a gradient so far, as of a route that comes later
-            made = _made_by(optimizer, p, group)
-            check_like(state, made, what)
-            for count in (state[key].item() for key in made if not made[key].dim()):
-                if not (1 <= count <= updates and count == int(count)):
-                    raise ConadvError(f"{what} counts {count} updates, not 1 to {updates}")
+        what = f"its optimizer's state {number}"
+        # Empty without a gradient so far, as of a route that comes later.
+        if check_keys(state, None, what):
+            check_like(state, _made_by(optimizer, *params[number]), what)
 
 
 def _made_by(optimizer: Optimizer, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

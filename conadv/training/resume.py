@@ -57,7 +57,7 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     with checkpoint.restoring(state):
         load_weights(run.model, state["model"])
         step.load_state_dict(state["engine"], _expected_images(run))
-        load_optimizer(step.optimizer, state["optimizer"], step.version, some=step.has_updated)
+        load_optimizer(step.optimizer, state["optimizer"])
         if run.probe is not None:
             run.probe.load_state_dict(state["probe"])
         run.best.update(state["best"] or {})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor
 
 from conadv.distributed.handle import Handle
 from conadv.distributed.message import Message
 from conadv.distributed.teams import Teams
-from conadv.engine.attack_ranks.messages import STOP, WORK, Channels, Header
+from conadv.engine.attack_ranks.messages import STOP, WORK, Channels, Header, check_micro_batches
 from conadv.engine.executors import Served, Step
 from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch
@@ -37,16 +37,20 @@ class Attacker:
 
     def serve(self, batches: Iterable[Batch], served: Served | None) -> None:
         """Attack ``batches``, as learners ask for them, until either ends."""
-        stream = iter(batches)
-        while (batch := self._read(stream)) is not None:
-            header = self._await_weights()
-            if header is None:
+        engine, stream = self._engine, iter(batches)
+        while True:
+            with engine.clock.phase("data"):
+                batch = next(stream, None)
+            if batch is None or (header := self._await_weights()) is None:
                 return
-            weights = dict(zip(self._engine.trainable(), self._buffers[0].parts, strict=True))
+            weights = dict(zip(engine.trainable(), self._buffers[0].parts, strict=True))
             if not self._skip:
                 self._next = self._ask()
-            self._attack(self._up_to(batch, stream, header.step), header, weights)
-            spans = self._engine.clock.collect().spans
+            with engine.clock.phase("data"):
+                while batch is not None and batch.step < header.step:
+                    batch = next(stream, None)  # with `skip`, learners leave steps out
+            self._attack(batch, header, weights)
+            spans = engine.clock.collect().spans
             if served is not None:
                 served(header.step, spans)
 
@@ -54,11 +58,8 @@ class Attacker:
         """Wait for the learners' end, unless this side has failed or has seen it."""
         if failed:
             return False
-        if self._end is None and self._await_weights() is not None:
-            raise ConadvError(
-                f"Attack rank {self._world.rank} was asked for another batch after its last one. "
-                "Its batches must end with those of the learners."
-            )
+        if self._end is None and (header := self._await_weights()) is not None:
+            raise self._out_of_step(None, header)
         self._world.at("close", self._engine.version)
         for handle in self._sent:
             handle.wait()
@@ -78,7 +79,8 @@ class Attacker:
         if self._end is not None:
             return None
         with engine.clock.phase("receive"):
-            # NCCL: the first message on a channel blocks until both sides are there, so not before
+            # NCCL: the first message on a channel blocks until both sides are there, so it is
+            # awaited here and not at the start.
             (self._next or self._ask()).wait()
         self._next = None
         header = Header.of(self._buffers[0])
@@ -88,36 +90,13 @@ class Attacker:
         engine.version = header.version
         return header
 
-    # ---- batches
-
-    def _read(self, stream: Iterator[Batch]) -> Batch | None:
-        with self._engine.clock.phase("data"):
-            return next(stream, None)
-
-    def _up_to(self, batch: Batch, stream: Iterator[Batch], step: int) -> Batch:
-        """The batch of ``step``: with ``skip``, learners leave steps out."""
-        found: Batch | None = batch
-        while found is not None and found.step < step:
-            batch, found = found, self._read(stream)
-        batch = found or batch
-        if batch.step != step:
-            raise ConadvError(
-                f"Attack rank {self._world.rank} was asked for step {step}, but its data goes on "
-                f"with step {batch.step}. Its batches must begin `ahead` steps after the learners'."
-            )
-        return batch
-
     # ---- images
 
-    def _attack(self, batch: Batch, header: Header, weights: dict[str, Tensor]) -> None:
-        engine = self._engine
-        expected = list(self._teams.micro_batches(header.accumulation))
-        found = [micro.index for micro in batch.micro]
-        if found != expected:
-            raise ConadvError(
-                f"Attack rank {self._world.rank} has micro-batches {found}, its share is {expected}"
-            )
-        attack = engine.method.future_attack
+    def _attack(self, batch: Batch | None, header: Header, weights: dict[str, Tensor]) -> None:
+        engine, attack = self._engine, self._engine.method.future_attack
+        if batch is None or batch.step != header.step:
+            raise self._out_of_step(batch, header)
+        check_micro_batches(self._teams, batch, header.accumulation)
         assert attack is not None
         self._world.at("attack", batch.step)
         with engine.clock.phase("attack"):
@@ -137,8 +116,16 @@ class Attacker:
         for micro, images in zip(batch.micro, extra.images, strict=True):
             learner = self._teams.learners[micro.index // header.accumulation]
             by_learner.setdefault(learner, []).append(engine.pending.encode(images))
+        # An attack rank takes part in no sum: a signal that reached it travels with its images.
         request = engine.stop_request.mine()
         for learner, parts in by_learner.items():
             message = Message(parts, engine.device)
             message.fill(header._replace(request=request), parts)
             self._sent.append(self._world.send(message.bytes, learner, self._channels.images))
+
+    def _out_of_step(self, batch: Batch | None, header: Header) -> ConadvError:
+        found = "has ended" if batch is None else f"goes on with step {batch.step}"
+        return ConadvError(
+            f"Attack rank {self._world.rank} was asked for step {header.step}, but its data "
+            f"{found}. Its batches must be those of the learners, from `ahead` steps later on."
+        )

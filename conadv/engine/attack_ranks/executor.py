@@ -21,7 +21,7 @@ from conadv.engine.attack_ranks.attacker import Attacker
 from conadv.engine.attack_ranks.failed import FailedRank
 from conadv.engine.attack_ranks.learner import Learner
 from conadv.engine.attack_ranks.messages import Channels
-from conadv.engine.executors import Executor, Served, Step
+from conadv.engine.executors import Executor, Served, Step, check_future_attack
 from conadv.errors import ConadvError
 from conadv.types import Batch, StepRecord
 
@@ -41,9 +41,10 @@ class Ranks(Executor):
     def __init__(self, teams: Teams, late: str = "wait") -> None:
         if late not in ("wait", "skip"):
             raise ConadvError(f"late {late!r} is not 'wait' or 'skip'.")
-        if not teams.attackers:
+        if not teams.attackers or (teams.may_lose and late == "skip"):
             raise ConadvError(
-                "The ranks executor needs attack ranks: make_teams(comm, attack_ranks=1) or more."
+                "The ranks executor needs attack ranks, make_teams(comm, attack_ranks=1) or more, "
+                "and late 'wait' where they may be lost."
             )
         self.teams = teams
         self._skip = late == "skip"
@@ -55,11 +56,7 @@ class Ranks(Executor):
 
     def attach(self, engine: Step) -> None:
         """Collective over the world: all ranks take rank 0's weights."""
-        if engine.method.future_attack is None:
-            raise ConadvError(
-                f"Attack ranks have nothing to do with {type(engine.method).__name__}: it attacks "
-                "no future batch. Use conadv with staleness 1 or more, or no attack ranks."
-            )
+        check_future_attack(engine.method, "Attack ranks")
         if engine.method.attack_statistics == "running":
             raise ConadvError(
                 "Attack ranks have no running statistics: use attack.statistics batch, or no "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import time
 from dataclasses import dataclass
 
 from conadv.distributed.comm import first_line
@@ -42,26 +40,16 @@ class FailedRanks:
         if not self._teams.may_lose:
             handle.wait()
             return True
-        return self._check(handle, attacker, step, 0.0 if attacker in self.ranks else self._limit)
-
-    def check_overdue(self, handle: Handle, attacker: int, step: int) -> None:
-        """Give the attack rank up if its message has been under way for too long."""
-        assert isinstance(handle.begin, float)  # CPU
-        if not handle.done and time.monotonic() - handle.begin > self._limit:
-            self._check(handle, attacker, step, 0.0)
+        # Nobody waits twice for a rank that is gone: its other messages are through, or never are.
+        error = handle.failure(0.0 if attacker in self.ranks else self._limit)
+        if error is not None and attacker not in self.ranks:
+            self.ranks.add(attacker)
+            silent = isinstance(error, TimeoutError)
+            reason = f"no word within {self._limit:g} s" if silent else first_line(error)
+            self._news.append(FailedRank(step, self._teams.world.rank, attacker, reason))
+        return error is None
 
     def take(self) -> list[FailedRank]:
         """Those that nobody has been told of yet."""
         news, self._news = self._news, []
         return news
-
-    def _check(self, handle: Handle, attacker: int, step: int, seconds: float) -> bool:
-        error = handle.failure(seconds)
-        if error is not None and attacker not in self.ranks:
-            self.ranks.add(attacker)
-            reason = f"no word within {self._limit:g} s"
-            if not isinstance(error, TimeoutError):
-                # without the place in gloo's own source, such as "[/a/pair.cc:534] "
-                reason = re.sub(r"^\[\S+:\d+\] ", "", first_line(error)).split(". ")[0].rstrip(".")
-            self._news.append(FailedRank(step, self._teams.world.rank, attacker, reason))
-        return error is None

@@ -12,10 +12,16 @@ from conadv.distributed.handle import Handle
 from conadv.distributed.message import Message
 from conadv.distributed.teams import Teams, shares
 from conadv.engine.attack_ranks.failed import FailedRanks
-from conadv.engine.attack_ranks.messages import FAILED, STOP, WORK, Channels, Header
+from conadv.engine.attack_ranks.messages import (
+    FAILED,
+    STOP,
+    WORK,
+    Channels,
+    Header,
+    check_micro_batches,
+)
 from conadv.engine.executors import Step
-from conadv.errors import ConadvError
-from conadv.types import Batch, ExtraBatch
+from conadv.types import Batch, ExtraBatch, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -23,27 +29,24 @@ class Arrival:
     """The images of some of this learner's micro-batches, on their way from one attack rank."""
 
     attacker: int
-    indices: tuple[int, ...]
+    indices: Sequence[int]
     message: Message
     handle: Handle
 
 
 @dataclass(frozen=True)
 class Incoming:
-    """The images of one step, on their way.
+    """The images of one step, on their way; ``version``: of the weights that they are made at.
 
-    ``own``: those made here in place of attack ranks that failed, by micro-batch.
-    ``weights``: what they are made at, kept where attack ranks may fail.
-    ``version``: of which weights.
+    ``weights``: those weights, kept where attack ranks may fail. ``images``: those that are here, by
+    micro-batch.
     """
 
     batch: Batch
     version: int
-    labels: Mapping[int, Tensor]
-    dtype: torch.dtype  # of the images before they were encoded
     arrivals: Sequence[Arrival]
     weights: Mapping[str, Tensor] | None
-    own: dict[int, Tensor] = field(default_factory=dict)
+    images: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def done(self) -> bool:
@@ -84,16 +87,17 @@ class Learner:
         self._world.at("receive", step)
         with engine.clock.phase("receive"):
             if late:
-                self._drop(step)
+                engine.pending.skip(step)
+                self._too_late += [self._incoming.pop(step)] if step in self._incoming else []
             arrived = self._await(step)
         self._hand_over(step, arrived)
         return late
 
     def prepare(self) -> None:
-        """Attack what failed attack ranks would have had to attack at this step's weights."""
+        """Attack, beside the sums, what failed attack ranks were not even asked for at this step."""
         for incoming in self._incoming.values():
             if incoming.version == self._engine.version:
-                self._attack_missing(incoming, incoming.arrivals)
+                self._attack(incoming, {i for a in incoming.arrivals for i in a.indices})
 
     def settle(self) -> None:
         """Take everything that is under way, so that the engine's state is complete."""
@@ -110,7 +114,7 @@ class Learner:
         self._send(Header(FAILED if failed else STOP, self._engine.stop))
         self._free_weights()
         if self.failed.ranks:
-            # leave without waiting: messages of the failed may still be under way
+            # Leave without waiting: messages of the failed ranks may still be under way.
             self._world.broken = True
         return not failed
 
@@ -122,38 +126,20 @@ class Learner:
         All learners must train on the same views, and ask for the same steps. Sync point.
         """
         self._too_late = [incoming for incoming in self._too_late if not incoming.done]
-        if self._teams.may_lose:
-            self._give_up_overdue()
-        failed = self.failed.ranks
-        busy = any(not handle.done for a, handle in self._sent.items() if a not in failed)
         incoming = self._incoming.get(step)
+        busy = not all(handle.done for handle in self._sent.values())
         here = step in self._engine.pending or (incoming is not None and incoming.done)
+        # The first steps were asked of nobody: they attack their own images.
         missing = step >= self._engine.ahead and not here
         flags = self._teams.comm.any(torch.tensor([busy, missing]))
         return bool(flags[0]), bool(flags[1])
-
-    def _give_up_overdue(self) -> None:
-        """With ``skip`` nobody waits for a silent attack rank: look at how old its messages are."""
-        late = [arrival for incoming in self._too_late for arrival in incoming.arrivals]
-        messages = [*self._sent.items(), *((arrival.attacker, arrival.handle) for arrival in late)]
-        for attacker, handle in messages:
-            self.failed.check_overdue(handle, attacker, self._engine.version)
-
-    def _drop(self, step: int) -> None:
-        self._engine.pending.skip(step)
-        if step in self._incoming:
-            self._too_late.append(self._incoming.pop(step))
 
     # ---- weights out
 
     def _request(self, future: Batch, accumulation: int) -> None:
         """Ask for the images of ``future``, at these weights or the look-ahead's prediction."""
-        engine, found = self._engine, [micro.index for micro in future.micro]
-        if found != (mine := list(self._teams.micro_batches(accumulation))):
-            raise ConadvError(
-                f"Rank {self._world.rank} was given micro-batches {found} of the global batch, not "
-                f"{mine}: MicroBatch says how they are numbered."
-            )
+        engine = self._engine
+        check_micro_batches(self._teams, future, accumulation)
         weights: Mapping[str, Tensor] = {}
         if self._fed or self._teams.may_lose:
             weights = engine.method.attack_weights(engine) or engine.trainable()
@@ -194,26 +180,23 @@ class Learner:
         self, future: Batch, accumulation: int, weights: Mapping[str, Tensor]
     ) -> None:
         """Receive before anybody sends: a message that is not awaited does not move."""
-        engine, teams = self._engine, self._teams
-        counts = {m.index: engine.method.num_attacked(len(m.y_N)) for m in future.micro}
-        images = {m.index: engine.inputs.example(m)[: counts[m.index]] for m in future.micro}
-        labels = {m.index: engine.labels(m)[: counts[m.index]] for m in future.micro}
-        arrivals = []
+        engine, teams, arrivals = self._engine, self._teams, []
         parts = shares(len(teams.learners) * accumulation, len(teams.attackers))
         for attacker, part in zip(teams.attackers, parts, strict=True):
-            common = tuple(index for index in images if index in part)
-            if common and attacker not in self.failed.ranks:
-                like = [engine.pending.encoded_like(images[index]) for index in common]
+            mine = [micro for micro in future.micro if micro.index in part]
+            if mine and attacker not in self.failed.ranks:
+                like = [engine.pending.encoded_like(self._example(micro)) for micro in mine]
                 message = Message(like, engine.device)
                 handle = self._world.receive(message.bytes, attacker, self._channels.images)
-                arrivals.append(Arrival(attacker, common, message, handle))
-        kept = None
-        if teams.may_lose:
-            kept = {name: weight.detach().clone() for name, weight in weights.items()}
-        dtype = next(iter(images.values())).dtype
-        self._incoming[future.step] = Incoming(
-            future, engine.version, labels, dtype, arrivals, kept
-        )
+                arrivals.append(Arrival(attacker, [m.index for m in mine], message, handle))
+        # A copy: by the time that an attack rank turns out to have failed, theta has moved on.
+        kept = {name: w.detach().clone() for name, w in weights.items()} if teams.may_lose else None
+        self._incoming[future.step] = Incoming(future, engine.version, arrivals, kept)
+
+    def _example(self, micro: MicroBatch) -> Tensor:
+        """A tensor on the meta device like the attacked images of a micro-batch."""
+        count = self._engine.method.num_attacked(len(micro.y_N))
+        return self._engine.inputs.example(micro)[:count]
 
     def _await(self, step: int) -> list[Arrival]:
         """Block until the images of ``step`` are here; returns those that are."""
@@ -225,27 +208,27 @@ class Learner:
         incoming = self._incoming.pop(step, None)
         if incoming is None:
             return
-        self._attack_missing(incoming, arrived)
-        images = dict(incoming.own)
+        engine, micros = self._engine, incoming.batch.micro
         for arrival in arrived:
             header = Header.of(arrival.message)
             assert (header.version, header.step) == (incoming.version, step), header
-            self._engine.stop_request.hear(header.request)
-            images |= zip(arrival.indices, arrival.message.parts, strict=True)
-        indices = [micro.index for micro in incoming.batch.micro]
-        parts, labels = (tuple(d[index] for index in indices) for d in (images, incoming.labels))
-        self._engine.pending.put(step, ExtraBatch(parts, labels, incoming.version), incoming.dtype)
+            engine.stop_request.hear(header.request)
+            incoming.images.update(zip(arrival.indices, arrival.message.parts, strict=True))
+        self._attack(incoming, set())
+        # In the order of the batch, whoever made them and whichever came first.
+        parts = tuple(incoming.images[micro.index] for micro in micros)
+        counts = [engine.method.num_attacked(len(micro.y_N)) for micro in micros]
+        labels = tuple(engine.labels(m)[:n] for m, n in zip(micros, counts, strict=True))
+        dtype = self._example(micros[0]).dtype
+        engine.pending.put(step, ExtraBatch(parts, labels, incoming.version), dtype)
 
-    def _attack_missing(self, incoming: Incoming, arrivals: Sequence[Arrival]) -> None:
-        """Attack here what is not in ``arrivals``, to the bits that an attack rank would send."""
-        there = {index for arrival in arrivals for index in arrival.indices} | incoming.own.keys()
+    def _attack(self, incoming: Incoming, awaited: set[int]) -> None:
+        """Attack what is neither here nor awaited: the same weights and draws, so the same bits."""
+        there = incoming.images.keys() | awaited
         missing = tuple(micro for micro in incoming.batch.micro if micro.index not in there)
-        if not missing:
-            return
-        engine, attack = self._engine, self._engine.method.future_attack
-        assert attack is not None
-        with engine.clock.phase("attack"):
-            extra = engine.attack_batch(
-                attack, replace(incoming.batch, micro=missing), incoming.weights
-            )
-        incoming.own.update(zip((micro.index for micro in missing), extra.images, strict=True))
+        attack = self._engine.method.future_attack
+        if missing and attack is not None:
+            with self._engine.clock.phase("attack"):
+                batch = replace(incoming.batch, micro=missing)
+                extra = self._engine.attack_batch(attack, batch, incoming.weights)
+            incoming.images.update(zip((m.index for m in missing), extra.images, strict=True))

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from conadv.distributed.comm import Comm
 from conadv.distributed.message import Message
+from conadv.distributed.teams import Teams
+from conadv.errors import ConadvError
+from conadv.types import Batch
 
 STOP, WORK, FAILED = range(3)
 
@@ -50,3 +53,14 @@ class Channels(NamedTuple):
     def open(cls, world: Comm) -> Channels:
         """New ones. Collective."""
         return cls(world.new_channel(), world.new_channel())
+
+
+def check_micro_batches(teams: Teams, batch: Batch, accumulation: int) -> None:
+    """ConadvError unless ``batch`` has this rank's share of the global batch."""
+    found, mine = [m.index for m in batch.micro], list(teams.micro_batches(accumulation))
+    if found != mine:
+        # Somebody else's would be attacked by nobody, or sent to a learner that does not wait.
+        raise ConadvError(
+            f"Rank {teams.world.rank} has micro-batches {found} of the global batch, its share is "
+            f"{mine}: MicroBatch says how they are numbered."
+        )
