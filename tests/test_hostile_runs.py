@@ -195,15 +195,15 @@ def test_an_image_size_that_is_not_the_configs_is_an_error(copy: Path) -> None:
 
 
 def test_values_that_do_not_fit_are_errors(copy: Path) -> None:
-    # Red when: restoring catches no OverflowError, load_run takes the average outside of it, or the optimizer's settings
-    # are not compared; the waiting images are dealt out outside of it.
+    # Red when: restoring catches no OverflowError, load_run takes the average outside of it, or the optimizer's state
+    # is not compared; the waiting images are dealt out outside of it.
     folder = copy / "checkpoints"
     for *path, value in (
         ("ema", {"module.a": 1}),
         ("engine", "guard", "in_a_row", float("inf")),
         ("engine", "guard", None),
         ("optimizer", "param_groups", 0, "lr", "x"),
-        ("optimizer", "param_groups", 0, "momentum", torch.ones(2)),
+        ("optimizer", "state", 0, "momentum_buffer", torch.ones(2)),
     ):
         state = part = checkpoint.load_newest(folder, CPU)
         for key in path[:-1]:

@@ -54,7 +54,7 @@ BF16 = {"channels_last": True, "precision": "bf16"}
     "case",
     [
         Case(),
-        Case(share=0.25, mix=\"replace\"),
+        Case(share=0.25, mix="replace"),
         Case(share=0.5, late="skip"),
         Case(tau=2, lookahead="last-update"),
         Case(tau=3, lookahead=True, options={"pending_dtype": "uint8", "fuse_views": True}),
