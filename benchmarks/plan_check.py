@@ -112,12 +112,12 @@ def worker(options: argparse.Namespace, here: list[Case]) -> None:
     world.close()
 
 
-def predict(case: Case, folder: Path, processors: int) -> tuple[Planner, Prediction]:
+def predict(case: Case, folder: Path) -> tuple[Planner, Prediction]:
     """By the profile in ``folder`` alone; the rate of a limited link is given."""
     profile = load(folder / case.profile)
     rate = None if case.place.isdigit() else float(case.place.removesuffix("mbit")) * 1e-3
     link = link_of(profile, rate, None) if case.processes > 1 else None
-    planner = Planner(profile, link, processors=processors)
+    planner = Planner(profile, link)
     learners = case.processes - case.attack_ranks
     layout = Layout(learners, case.attack_ranks, case.micro_batch, case.accumulation)
     return planner, planner.predict(case.method, layout)
@@ -125,7 +125,7 @@ def predict(case: Case, folder: Path, processors: int) -> tuple[Planner, Predict
 
 def compare(case: Case, folder: Path, bursts: list[float]) -> dict[str, Any]:
     """Predicted and measured step time of a case."""
-    planner, found = predict(case, folder, os.cpu_count() or 1)
+    planner, found = predict(case, folder)
     measured = statistics.median(bursts)
     return {
         "name": case.name,

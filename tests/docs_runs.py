@@ -9,7 +9,6 @@ page has none like it. torchrun's options go through torchrun's parser, and its 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import runpy
 import shutil
@@ -202,12 +201,8 @@ def _provide(words: list[str], kept: Path) -> None:
             and not place.exists()
         ):
             shutil.copytree(kept, place)
-    profiles = [after for word, after in itertools.pairwise(words) if word == "--profile"]
-    if words[1] == "plan" and "--measure" not in words:
-        profiles.append(words[2])
-    for profile in profiles:
-        if not Path(profile).exists():
-            shutil.copy(ROOT / "results" / "plan" / "profile-2.json", profile)
+    if words[1] == "plan" and "--measure" not in words and not Path(words[2]).exists():
+        shutil.copy(ROOT / "results" / "plan" / "profile-2.json", words[2])
 
 
 def furnish(folder: Path, kept: Path) -> None:

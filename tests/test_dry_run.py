@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,45 +17,33 @@ from PIL import Image
 from conadv import ConadvError
 from conadv.cli.format import bars, plot
 from conadv.cli.program import main
-from conadv.config import recipes
 from conadv.config.files import load_yaml
-from conadv.config.resolve import derive, resolve
+from conadv.config.resolve import resolve
 from conadv.config.schema import Config, replace
 from conadv.distributed.comm import Comm
 from conadv.planning import dry_run, memory, micro_batch
-from conadv.planning.cost_model import Layout, Planner
-from conadv.planning.dry_run import predicted_time, preview
-from conadv.planning.micro_batch import beside_a_pass, candidates, fits_on_cpu, largest, settle
-from conadv.planning.profile import link_of, load
-from conadv.planning.search import divisors
+from conadv.planning.dry_run import preview
+from conadv.planning.micro_batch import beside_a_pass, candidates, fits_on_cpu, settle
 from conadv.planning.timing import Sample
 from conadv.planning.trial import Shape, Trial
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
-from conadv.training.build import Run, build, make_schedule
+from conadv.training.build import make_schedule
 from conadv.training.loop import train
 from conadv.training.record import read_lines
+
+from .test_training import config as settings
 
 CPU = torch.device("cpu")
 DIGITS = Shape(1, 8, 10)
 
 
 def config(**changes: Any) -> Config:
-    """Four steps of ConAdv on digits."""
-    base = replace(
-        recipes.get("digits"),
-        method="conadv",
-        global_batch_size=64,
-        epochs=None,
-        steps=4,
-        model__width=4,
-        schedule__warmup_epochs=0,
-        data__train_images=128,
-        eval__robust_images=0,
-        eval__train_images=32,
-        checkpoint__every_epochs=1,
-    )
-    return replace(base, **changes)
+    """Four steps of ConAdv on 128 digits."""
+    short = {"method": "conadv", "global_batch_size": 64, "micro_batch_size": None, "epochs": None}
+    short |= {"steps": 4, "schedule__warmup_epochs": 0, "data__train_images": 128}
+    short |= {"checkpoint__every_epochs": 1, "checkpoint__keep": 2, "eval__robust_images": 0}
+    return settings(**short | changes)
 
 
 def trial(size: int = 16, **changes: Any) -> Trial:
@@ -67,22 +53,23 @@ def trial(size: int = 16, **changes: Any) -> Trial:
 # ---- the micro-batch
 
 
-def test_the_largest_that_fits_is_found_without_trying_much_more() -> None:
-    # Red when: bisection returns high, the doubling stops at the first size, or a size beyond twice the last is tried.
-    for number in (1, 7, 96, 898, 4096, 12288):
-        sizes = divisors(number)
-        for limit in [0, *sizes, number + 1]:
-            tried: list[int] = []
+def fitting(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Micro-batches of up to ``most`` images fit; returns those that will have been tried."""
+    tried: list[int] = []
+    monkeypatch.setattr(
+        micro_batch, "fits_on_cpu", lambda *_: lambda size: tried.append(size) or size <= most
+    )
+    return tried
 
-            def fits(size: int, tried: list[int] = tried, limit: int = limit) -> bool:
-                tried.append(size)
-                return size <= limit
 
-            best = max((size for size in sizes if size <= limit), default=None)
-            assert largest(sizes, fits) == best
-            following = sizes[: sizes.index(best) + 2 if best else 1]
-            assert set(tried) <= {size for size in sizes if size <= 2 * (best or 0)} | {*following}
-            assert len(tried) == len(set(tried))
+@pytest.mark.parametrize(("most", "found"), [(2, 2), (3, 2), (16, 16), (63, 32), (1000, 64)])
+def test_the_largest_that_fits_is_found(
+    most: int, found: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: bisection returns the size above, or one is tried twice.
+    tried = fitting(monkeypatch, most)
+    assert settle(config(micro_batch_size="auto"), Comm()).micro_batch_size == found
+    assert len(tried) == len(set(tried)) <= 3
 
 
 def test_candidates_divide_the_share_of_a_learner() -> None:
@@ -108,6 +95,7 @@ def test_work_that_runs_out_of_memory_has_no_peak(
     error: Exception | None, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: the error is not caught, another one is, or what was allocated before counts.
+    monkeypatch.setattr(memory, "_release", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 700)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
@@ -149,7 +137,7 @@ def test_images_that_wait_and_buckets_are_counted() -> None:
 
 def test_ranks_agree_on_the_smallest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     # Red when: every rank keeps its own answer, or the largest is taken.
-    monkeypatch.setattr(micro_batch, "largest", lambda sizes, fits: 16)
+    fitting(monkeypatch, 16)
     comm: Any = SimpleNamespace(
         device=CPU,
         ranks=2,
@@ -173,10 +161,10 @@ def test_auto_is_settled_before_a_run_and_a_resume_keeps_it(
     with pytest.raises(ConadvError, match=r"micro_batch\.settle"):
         train(auto, out)
     assert not out.exists()
-    monkeypatch.setattr(micro_batch, "largest", lambda sizes, fits: 16)
+    fitting(monkeypatch, 16)
     train(settle(auto, Comm(), out, goes_on=True), out)
     assert load_yaml(out / "config.yaml").micro_batch_size == 16
-    monkeypatch.setattr(micro_batch, "largest", lambda sizes, fits: 32)
+    fitting(monkeypatch, 32)
     assert settle(auto, Comm(), out).micro_batch_size == 32
     again = settle(auto, Comm(), out, goes_on=True)
     assert again.micro_batch_size == 16
@@ -280,13 +268,10 @@ def test_what_does_not_fit_ends_the_dry_run(
 
 def photographs(folder: Path) -> Path:
     """Two classes of four images in each split, of which one is no image."""
-    draws = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = draws.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (folder / place).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (20, 20), (60 * i, 0, 90)).save(folder / place / f"{i}.png")
     (folder / "train" / "a" / "1.png").write_bytes(b"no image")
     return folder
 
@@ -310,117 +295,17 @@ def test_the_command_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert words in said
     assert Image.open(png).format == "PNG"
     assert not out.exists()
-    for given, message in (
-        (["--figure", str(png)], "no effect without --dry-run"),
-        (["--dry-run", "--link-gbit", "1"], "--link-gbit has no effect without --profile"),
-        (["--dry-run", "--latency-us", "1"], "--latency-us has no effect without --profile"),
-    ):
-        assert main([*args, *given]) == 2
-        assert message in capsys.readouterr().err
+    assert main([*args, "--figure", str(png)]) == 2
+    assert "no effect without --dry-run" in capsys.readouterr().err
 
 
 # ---- the time
 
-PLANNED = load(Path(__file__).parent / "golden" / "plan_profile.json")  # micro-batches 8 to 32
-THIS = {"model": "resnet8", "width": 4, "image_size": 8, "channels": 1}
-PROFILE = PLANNED.model_copy(
-    update={"workload": PLANNED.workload.model_copy(update=THIS), "processes": 1}
-)
-DIFFERENCES: list[tuple[str, dict[str, Any], str]] = [
-    ("workload", {}, ""),
-    ("workload", {"model": "resnet14"}, "model resnet14, the run has resnet8"),
-    ("workload", {"width": None}, "model width 16, the run has 4"),
-    ("workload", {"args": ("drop_rate=0.1",)}, "model.args ['drop_rate=0.1'], the run has []"),
-    ("workload", {"image_size": 32}, "image size 32, the run has 8"),
-    ("workload", {"optimizer": "lamb"}, "optimizer lamb, the run has lars"),
-    ("profile", {"device": "cuda"}, "device cuda, the run has cpu"),
-    ("profile", {"processes": 2}, "processes per host 2, the run has 1"),
-    ("config", {"compile": True}, "compile False, the run has True"),
-    ("config", {"micro_batch_size": 4}, "extrapolated: batch"),
-    ("config", {"micro_batch_size": 64}, "extrapolated: batch"),
-    ("config", {"attack__share": 0.5}, "attack.share 1, the run has 0.5"),
-]
 
-
-@pytest.fixture(scope="module")
-def digits() -> Run:
-    return build(resolve(config(micro_batch_size=16)), CPU)
-
-
-def changed(run: Run, learners: int = 1, **changes: Any) -> Run:
-    """``run`` with other settings, on so many learners."""
-    new = replace(run.config, **changes)
-    derived = derive(new, run.data.train_size, learners)
-    teams = dataclasses.replace(run.teams, learners=tuple(range(learners)))
-    return dataclasses.replace(run, config=new, derived=derived, teams=teams)
-
-
-@pytest.mark.parametrize(
-    ("where", "changes", "message"), DIFFERENCES, ids=[message for *_, message in DIFFERENCES]
-)
-def test_a_dry_run_names_what_the_profile_is_not_of(
-    where: str, changes: dict[str, Any], message: str, digits: Run
-) -> None:
-    # Red when: a line of the comparison goes, or a run is told something of what was measured.
-    profile, run = PROFILE, digits
-    if where == "config":
-        run = changed(digits, **changes)
-    elif where == "workload":
-        work = profile.workload.model_copy(update=changes)
-        profile = profile.model_copy(update={"workload": work})
-    else:
-        profile = profile.model_copy(update=changes)
-    notes = set(predicted_time(run, Planner(profile)).notes) - {"without loading images"}
-    (named,) = notes or {""}
-    assert message in named
-    assert bool(message) == bool(named)
-
-
-def test_the_time_of_several_ranks_is_that_of_the_cost_model(digits: Run) -> None:
-    # Red when: accumulation or a rank is left out, or ranks or a given link are taken for measured.
-    several = changed(digits, 2, micro_batch_size=8)
-    given = Planner(PROFILE, link_of(PROFILE, 0.1, 1000.0))
-    layout = Layout(2, 0, 8, 4)
-    found = predicted_time(several, given, link_given=True)
-    assert found.step == given.predict("conadv", layout).step
-    assert any("extrapolated: link" in note for note in found.notes)
-    sequential = predicted_time(changed(several, 2, staleness=0), given)
-    assert sequential.step == given.predict("disadv", layout).step
-    with pytest.raises(ConadvError, match="or give --link-gbit and --latency-us"):
-        predicted_time(several, Planner(PROFILE))
-    with pytest.raises(ConadvError, match="cannot predict sam"):
-        predicted_time(changed(digits, method="sam"), given)
-
-
-def test_the_time_of_trial_steps_counts_every_micro_batch(
-    digits: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: the time is that of one micro-batch, or the notes leave out what is not measured.
+def test_the_time_counts_every_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Red when: the time is that of one micro-batch.
     monkeypatch.setattr(dry_run, "burst", lambda step, count: Sample(0.25))
-    found = dry_run.trial_time(digits, DIGITS)
-    assert found.step == 4 * 0.25
-    assert "counted once per micro-batch" in found.notes[-1]
-
-
-def test_the_command_predicts_from_a_profile(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: the profile or the given link does not get as far as the prediction.
-    planners: list[tuple[Planner, bool]] = []
-
-    def remember(run: Run, planner: Planner, link_given: bool) -> dry_run.Time:
-        planners.append((planner, link_given))
-        return dry_run.Time(2.0, "predicted from the profile", ())
-
-    monkeypatch.setattr(dry_run, "predicted_time", remember)
-    profile = Path(__file__).parent / "golden" / "plan_profile.json"
-    command = (
-        f"train digits --steps 600 --schedule.warmup-epochs 0 --out {tmp_path / 'run'} --dry-run"
-    )
-    given = f"--profile {profile} --link-gbit 0.1 --latency-us 1000"
-    assert main([*command.split(), *given.split()]) == 0
-    assert planners == [(Planner(PLANNED, link_of(PLANNED, 0.1, 1000.0)), True)]
-    assert "20 min" in capsys.readouterr().out  # 600 steps of 2 s
+    assert look(config(micro_batch_size=16), tmp_path / "run").step_seconds == 4 * 0.25
 
 
 # ---- the picture

@@ -39,8 +39,8 @@ def show(shown: Preview, console: Console | None = None) -> None:
     for name, text in _needs(shown).items():
         table.add_row(name, Text(text))
     console.print(table)
-    notes = "; ".join(shown.time.notes)
-    console.print(f"- time: evaluation and checkpoints come on top; {notes}", markup=False)
+    notes = "loading images, evaluation, checkpoints and communication between ranks come on top"
+    console.print(f"- time: of random images on this device; {notes}", markup=False)
     console.print(
         "ready: nothing has been trained, and nothing written into the run directory", style="bold"
     )
@@ -55,14 +55,14 @@ def _needs(shown: Preview) -> dict[str, str]:
     free = "not known" if shown.memory_free is None else gib(shown.memory_free)
     waiting = f", {gib(shown.waiting)} of it images that wait" if shown.waiting else ""
     left = shown.run.derived.steps - shown.first_step
-    step, how = shown.time.step, shown.time.source
+    step = shown.step_seconds
     needs = {
         "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images{files}",
         "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free",
         "disk": f"{shown.checkpoints} checkpoint(s) of about {gib(shown.checkpoint)}{waiting}; "
         f"{gib(shown.disk_free)} free",
         "cost": f"{shown.gradient_images:.3f} gradient images per clean image",
-        "time": f"about {duration(step * left)}: {left:,} steps of {duration(step)}, {how}",
+        "time": f"about {duration(step * left)}: {left:,} steps of {duration(step)}",
     }
     if bad:
         needs["left out"] = f"cannot be read: {bad[0]}"

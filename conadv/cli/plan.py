@@ -16,7 +16,7 @@ from rich.table import Table
 from conadv.cli.format import duration
 from conadv.errors import ConadvError, printable
 from conadv.planning.cost_model import KINDS, Planner, kind_of
-from conadv.planning.profile import Profile, Workload, link_of, load, save
+from conadv.planning.profile import Workload, link_of, load, save
 from conadv.planning.search import Row, Rules, make_plan
 from conadv.safe_io import write_atomic
 
@@ -228,7 +228,7 @@ def show(
             names.remove(name)
             table = table_of(rows, names, args)
     console.print(table)
-    for line in (*LEGEND, *_stream(planner.profile, rows), *_left_out(omitted)):
+    for line in (*LEGEND, *_left_out(omitted)):
         console.print(f"- {line}", markup=False)
 
 
@@ -286,16 +286,6 @@ def about(planner: Planner) -> str:
         f"{profile.machine.get(device, profile.device)}, {profile.processes} process(es) of "
         f"{profile.threads} thread(s); link: {rate}"
     )
-
-
-def _stream(profile: Profile, rows: Sequence[Row]) -> Iterator[str]:
-    found = [(row, row.prediction) for row in rows if row.prediction.lower < row.prediction.step]
-    if profile.device == "cuda" and found:
-        gains = "; ".join(
-            f"{row.method} on {row.devices}: {duration(each.lower)} to {duration(each.step)}"
-            for row, each in found
-        )
-        yield f"stream executor, bounds of a step, not measured: {gains}."
 
 
 def _left_out(omitted: Sequence[dict[str, Any]]) -> Iterator[str]:

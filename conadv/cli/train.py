@@ -42,12 +42,6 @@ class RunOptions(Section):
     dry_run: bool = False
     """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time, and end before
     the first step. Writes nothing."""
-    profile: Path | None = None
-    """With --dry-run: take the time from this profile of `conadv plan`, instead of a few synthetic steps."""
-    link_gbit: float | None = Field(None, gt=0)
-    """With --profile: the link between ranks has this many Gbit/s per rank, instead of the measured one."""
-    latency_us: float | None = Field(None, ge=0)
-    """With --profile: this latency per step of an all-reduce, in microseconds."""
     figure: Path | None = None
     """With --dry-run: also write the schedule as this PNG."""
     tensorboard: bool = False
@@ -180,19 +174,11 @@ def _train(config: Config, options: RunOptions) -> None:
 def _dry_run(config: Config, out: Path, options: RunOptions, how: dict[str, Any]) -> None:
     """Everything up to the first step. ``how``: what training would be called with."""
     from conadv.cli.dry_run import draw, show
-    from conadv.planning.cost_model import Planner
     from conadv.planning.dry_run import preview
-    from conadv.planning.profile import link_of, load
 
-    comm, link = how["comm"], (options.link_gbit, options.latency_us)
+    comm = how["comm"]
     try:
-        planner = None
-        with comm.agreed():
-            if options.profile is not None:
-                profile = load(options.profile)
-                planner = Planner(profile, link_of(profile, *link), config.staleness or 1)
-        given = link != (None, None)
-        found = preview(config, out, planner=planner, link_given=given, **how)
+        found = preview(config, out, **how)
         with comm.agreed():
             if comm.is_main and options.figure is not None:
                 draw(found, options.figure)
@@ -276,19 +262,11 @@ def default_out(config: Config) -> Path:
 
 
 def _check_dry_run(options: RunOptions) -> None:
-    """ConadvError for options that have no effect without others."""
-    needs = {
-        "profile": "dry_run",
-        "figure": "dry_run",
-        "link_gbit": "profile",
-        "latency_us": "profile",
-    }
-    for name, needed in needs.items():
-        if getattr(options, name) is not None and not getattr(options, needed):
-            option, other = (f"--{word.replace('_', '-')}" for word in (name, needed))
-            raise ConadvError(
-                f"{option} has no effect without {other}. Give it too, or leave {option} out."
-            )
+    """ConadvError for an option that has no effect without another."""
+    if options.figure is not None and not options.dry_run:
+        raise ConadvError(
+            "--figure has no effect without --dry-run. Give it too, or leave --figure out."
+        )
 
 
 def _observer(config: Config, options: RunOptions, out: Path) -> Observer:

@@ -19,11 +19,7 @@ from conadv.engine.attack_ranks.executor import Ranks
 from conadv.engine.executors import Executor, Inline, Stream
 from conadv.errors import ConadvError
 from conadv.planning.timing import WARMUP, Case, Row, Sample, burst, mean, measure
-from conadv.planning.trial import (
-    Shape,
-    Trial,
-    with_method,
-)
+from conadv.planning.trial import Shape, Trial, with_method
 from conadv.types import Span
 
 CONCURRENT = ("conadv", "conadv-lookahead")
@@ -56,36 +52,31 @@ def attack_cost(
         raise ConadvError(
             "--overlap has no effect on one learner: nothing is sent during backward."
         )
+    if "noise" not in methods:
+        raise ConadvError("All methods are compared with 'noise': add that to --methods.")
     torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest kernels, for all cases
     cases: dict[str, Case] = {}
     opened: list[Executor] = []
     for size, method in product(batches, methods):
         for how in executors if method in CONCURRENT else ("inline",):
             opened.append(EXECUTORS[how](teams))
-            numbers = teams.micro_batches(1)
+            numbers, learners = teams.micro_batches(1), len(teams.learners)
             trial = Trial(with_method(config, method), shape, teams.comm, size, numbers, opened[-1])
             run = _burst(trial, teams, how, steps)
-            gradients = trial.engine.trainable().values()
             labels = {
                 "method": method,
                 "executor": how,
                 "local_batch_size": size,
-                "images": size * len(teams.learners),
-                "learners": len(teams.learners),
-                "ranks": len(teams.learners) + (len(teams.attackers) if how == "ranks" else 0),
-                "gradient_bytes": sum(p.nbytes for p in gradients),
+                "images": size * learners,
+                "learners": learners,
+                "ranks": learners + (len(teams.attackers) if how == "ranks" else 0),
+                "gradient_bytes": sum(p.nbytes for p in trial.engine.trainable().values()),
             }
             for overlap in overlaps:
                 noise = name_of("noise", "inline", size, overlap)
-                about = labels | {"overlap": overlap and len(teams.learners) > 1}
-                cases[name_of(method, how, size, overlap)] = Case(
-                    partial(run, overlap), noise, about
-                )
-    for name, case in cases.items():
-        if case.yardstick not in cases:
-            raise ConadvError(
-                f"{name!r} is compared with {case.yardstick!r}: add that to --methods."
-            )
+                about = labels | {"overlap": overlap and learners > 1}
+                case = Case(partial(run, overlap), noise, about)
+                cases[name_of(method, how, size, overlap)] = case
     rows = measure(cases, rounds, teams.world)
     for executor in opened:
         executor.close()

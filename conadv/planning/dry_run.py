@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +13,9 @@ from conadv.config.schema import Config
 from conadv.data.images import BadImage
 from conadv.data.splits import PhotoSplit
 from conadv.distributed.comm import Comm
-from conadv.distributed.environment import processes_here
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable
-from conadv.models.small import WIDTH
 from conadv.planning import memory
-from conadv.planning.cost_model import KINDS, Layout, Planner
 from conadv.planning.memory import gib
 from conadv.planning.timing import burst
 from conadv.planning.trial import Shape, Trial
@@ -34,20 +30,12 @@ SAMPLE = 512
 
 
 @dataclass(frozen=True)
-class Time:
-    """Seconds of a step and where they come from. notes: how the run may differ."""
-
-    step: float
-    source: str
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Preview:
     """What a run is going to be: its ``run``, and what they need. Sizes in bytes.
 
     files_read, bad_files: of the sample of image files. memory_free: None if it is not known.
     waiting: the part of a checkpoint that is images for later steps. checkpoints: files at a time.
+    step_seconds: without loading images and talking to other ranks.
     """
 
     run: Run
@@ -60,7 +48,7 @@ class Preview:
     waiting: int
     checkpoints: int
     disk_free: int
-    time: Time
+    step_seconds: float
 
     @property
     def gradient_images(self) -> float:
@@ -78,14 +66,12 @@ def preview(
     comm: Comm,
     execution: Execution | None = None,
     observer: Observer | None = None,
-    planner: Planner | None = None,
-    link_given: bool = False,
     **existing: bool,
 ) -> Preview:
     """Check data, settings, memory and disk as a run into ``out`` would need them; no step is made.
 
-    Writes nothing (data.download aside) and leaves ``out`` as it is. ``planner``: predicts the time by
-    a measured profile; without it a few steps of one micro-batch of random images are timed.
+    Writes nothing (data.download aside) and leaves ``out`` as it is. The time is that of a few steps
+    of one micro-batch of random images.
     ``existing``: resume, overwrite, auto_resume, as in training. The micro-batch must be settled.
     Raises ConadvError for all that :func:`conadv.training.loop.train` would stop at before its
     first step, and where image files in the sample cannot be read, or memory or disk are too small.
@@ -120,11 +106,8 @@ def preview(
                 f"a smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
                 "(--pending-dtype)."
             )
-        if planner is None:
-            time = trial_time(run, shape)
-        else:
-            time = predicted_time(run, planner, link_given)
-    slowest = max(comm.gather_objects(time.step), default=0.0)
+        seconds = step_seconds(run, shape)
+    slowest = max(comm.gather_objects(seconds), default=0.0)
     everyones = [value for value in comm.gather_objects(free) if value is not None]
     done = checkpoint.steps(folder.checkpoints) if resume and comm.is_main else []
     return Preview(
@@ -138,7 +121,7 @@ def preview(
         waiting,
         count,
         disk_free,
-        Time(slowest, time.source, time.notes),
+        slowest,
     )
 
 
@@ -199,64 +182,8 @@ def free_disk(out: Path) -> int:
 # ---- time
 
 
-def trial_time(run: Run, shape: Shape) -> Time:
+def step_seconds(run: Run, shape: Shape) -> float:
     """From steps of one micro-batch on this device, times the accumulation. Each rank for itself."""
-    config = run.config
-    count = run.derived.accumulation
-    trial = Trial(config, shape, Comm(device=run.step.device), run.derived.micro_batch_size)
-    seconds = burst(trial.phases, 1).seconds or 0.0
-    notes = ["without loading images"]
-    if run.teams.world.ranks > 1:
-        notes.append("without communication between ranks")
-    if count > 1:
-        notes.append("the optimizer's update is counted once per micro-batch")
-    return Time(seconds * count, "of random images on this device", tuple(notes))
-
-
-def predicted_time(run: Run, planner: Planner, link_given: bool = False) -> Time:
-    """By the cost model, for as many ranks as there are now.
-
-    Raises ConadvError for what a profile cannot predict, and for several ranks without a link.
-    """
-    config, teams = run.config, run.teams
-    method = config.method + ("-lookahead" if config.lookahead else "")
-    if method == "conadv" and config.staleness == 0:
-        method = "disadv"
-    if method not in KINDS:
-        raise ConadvError(
-            f"A profile cannot predict {method}, only {', '.join(KINDS)}. Leave --profile out."
-        )
-    learners, attackers = len(teams.learners), len(teams.attackers)
-    layout = Layout(learners, attackers, run.derived.micro_batch_size, run.derived.accumulation)
-    found = planner.predict(method, layout)
-    outside = planner.extrapolated(found, link_given)
-    notes = ["without loading images", *differences(run, planner)]
-    if outside:
-        notes.append(f"extrapolated: {', '.join(outside)} beyond what was measured")
-    return Time(found.step, "predicted from the profile", tuple(notes))
-
-
-def differences(run: Run, planner: Planner) -> Iterator[str]:
-    """Where the profile was measured on something else than this run."""
-    config, data, profile = run.config, run.data, planner.profile
-    work = profile.workload
-    pairs = {
-        "model": (work.model, config.model.name),
-        "model width": (work.width or WIDTH, config.model.width or WIDTH),
-        "model.args": (sorted(work.args), sorted(config.model.args)),
-        "classes": (work.num_classes, data.num_classes),
-        "image size": (work.image_size, data.image_size),
-        "channels": (work.channels, data.channels),
-        "precision": (work.precision, config.precision),
-        "optimizer": (work.optimizer, config.optim.name),
-        "channels_last": (work.channels_last, config.channels_last),
-        "compile": (False, config.compile),
-        "attack steps": (1, config.attack.num_steps),
-        "attack.share": (1, config.attack.share),
-        "third view": (None, config.data.aug_view),
-        "device": (profile.device, run.step.device.type),
-        "processes per host": (profile.processes, processes_here()),
-    }
-    for name, (measured, mine) in pairs.items():
-        if measured != mine:
-            yield f"the profile is of {name} {measured}, the run has {mine}: measure one of its own"
+    size, device = run.derived.micro_batch_size, run.step.device
+    trial = Trial(run.config, shape, Comm(device=device), size)
+    return (burst(trial.phases, 1).seconds or 0.0) * run.derived.accumulation

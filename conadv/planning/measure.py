@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from scipy.optimize import nnls
+from torch import Tensor
 
 from conadv.config.schema import Config, DataConfig, ModelConfig, OptimConfig
 from conadv.distributed.comm import Comm
@@ -20,15 +20,7 @@ from conadv.distributed.environment import processes_here
 from conadv.distributed.reducer import cut
 from conadv.errors import ConadvError
 from conadv.planning.cost_model import MEASURED
-from conadv.planning.profile import (
-    Bucket,
-    Link,
-    LinkSample,
-    Measured,
-    Point,
-    Profile,
-    Workload,
-)
+from conadv.planning.profile import Bucket, Link, Measured, Point, Profile, Workload
 from conadv.planning.timing import Sample, burst, interleave
 from conadv.planning.trial import Shape, Trial, with_method
 from conadv.training.provenance import git_state, machine, now, versions
@@ -36,7 +28,6 @@ from conadv.types import Span
 
 KIB, MIB = 2**10, 2**20
 BURST_STEPS = 3
-COPIES = 10
 HOOKED_STEPS = 3
 TOUCHED = "touched "
 LINK_SIZES = (4 * KIB, 64 * KIB, 512 * KIB, 2 * MIB, 8 * MIB)
@@ -78,17 +69,14 @@ def measure_phases(
         runs = {m: partial(burst, trial.phases, BURST_STEPS) for m, trial in trials.items()}
         for method, samples in interleave(runs, rounds, comm).items():
             points[method] += [point(size, samples)] if comm.is_main else []
-    copies = _copies(trials["conadv"].engine.model)
-    seconds = interleave({"copy": partial(burst, copies, COPIES)}, 1, comm)["copy"]
     if not comm.is_main:
         return None
     memory = _device_memory(comm.device)
-    sizes = trials["conadv"].sizes.model_copy(update={"memory": memory})
     methods = {}
     for method, trial in trials.items():
         passes = 1 if method == "vanilla" or trial.engine.network.fuses_views else 2
-        found, buckets = tuple(points[method]), _buckets(trial)
-        methods[method] = Measured(points=found, passes=passes, buckets=buckets)
+        buckets = _buckets(trial, passes)
+        methods[method] = Measured(points=tuple(points[method]), passes=passes, buckets=buckets)
     name = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" else "cpu"
     return Profile(
         format=1,
@@ -97,8 +85,7 @@ def measure_phases(
         processes=processes_here(),
         threads=torch.get_num_threads(),
         methods=methods,
-        sizes=sizes,
-        copy_seconds_per_byte=_middle(seconds, lambda sample: sample.seconds or 0) / sizes.weights,
+        sizes=trials["conadv"].sizes.model_copy(update={"memory": memory}),
         machine=machine(name, torch.get_num_threads()),
         versions=versions(),
         git=git_state(),
@@ -107,29 +94,14 @@ def measure_phases(
 
 
 def point(micro_batch: int, rounds: Sequence[Sequence[Sample]]) -> Point:
-    """The point of one method and micro-batch from the samples of all rounds and ranks."""
-    gradient, attack = (
-        _middle(rounds, lambda sample, name=name: sample.phases[name])  # type: ignore[misc]
-        for name in ("gradient", "attack")
-    )
-    rest = _middle(rounds, lambda s: (s.seconds or 0) - s.phases["gradient"] - s.phases["attack"])
+    """The point of one method and micro-batch: medians over rounds of means over ranks."""
+
+    def middle(value: Callable[[Sample], float]) -> float:
+        return statistics.median(statistics.fmean(map(value, samples)) for samples in rounds)
+
+    gradient, attack = middle(lambda s: s.phases["gradient"]), middle(lambda s: s.phases["attack"])
+    rest = middle(lambda s: (s.seconds or 0) - s.phases["gradient"] - s.phases["attack"])
     return Point(micro_batch=micro_batch, gradient=gradient, attack=attack, rest=max(rest, 1e-9))
-
-
-def _middle(rounds: Sequence[Sequence[Sample]], value: Callable[[Sample], float]) -> float:
-    """Median over rounds of the mean over ranks."""
-    return statistics.median(statistics.fmean(map(value, samples)) for samples in rounds)
-
-
-def _copies(model: nn.Module) -> Callable[[], object]:
-    """Copy tensors like the gradients into a flat buffer, as the reducer does."""
-    parts = [torch.ones_like(p) for p in model.parameters()]
-    flat = torch.empty(sum(p.numel() for p in parts), device=parts[0].device)
-    views = [
-        view.view(p.shape)
-        for view, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
-    ]
-    return lambda: torch._foreach_copy_(views, parts)
 
 
 def _device_memory(device: torch.device) -> int:
@@ -142,7 +114,7 @@ def _device_memory(device: torch.device) -> int:
 # ---- when gradients become final
 
 
-def _buckets(trial: Trial) -> tuple[Bucket, ...]:
+def _buckets(trial: Trial, passes: int) -> tuple[Bucket, ...]:
     """A step's buckets and when each is complete within the last pass, from steps with hooks."""
     clock = trial.engine.clock
     params = [p for p in trial.engine.model.parameters() if p.requires_grad]
@@ -152,51 +124,44 @@ def _buckets(trial: Trial) -> tuple[Bucket, ...]:
         clock.add(f"{TOUCHED}{number}", moment, moment, beside=True)
 
     hooks = [p.register_post_accumulate_grad_hook(partial(note, i)) for i, p in enumerate(params)]
-    steps = [final_moments(trial.step().spans) for _ in range(HOOKED_STEPS)]
+    steps = [final_moments(trial.step().spans, passes) for _ in range(HOOKED_STEPS)]
     for hook in hooks:
         hook.remove()
-    ready = {i: statistics.median(step[i] for step in steps) for i in steps[0]}
-    early, late = (
-        [i for i in sorted(ready, reverse=True) if bool(ready[i]) == touched]
-        for touched in (False, True)
-    )
+    ready = {
+        i: statistics.median(step[i] for step in steps) for i in sorted(steps[0], reverse=True)
+    }
+    early, late = ([i for i in ready if bool(ready[i]) == touched] for touched in (False, True))
     return tuple(
         Bucket(bytes=sum(params[i].nbytes for i in group), ready=max(ready[i] for i in group))
         for group in (*cut(params, early), *cut(params, late, first=MIB))
     )
 
 
-def final_moments(spans: Sequence[Span]) -> dict[int, float]:
-    """Parameter -> when its gradient is final, as a share of the last pass.
+def final_moments(spans: Sequence[Span], passes: int) -> dict[int, float]:
+    """Parameter -> when its gradient is final, as a share of the last of equally long passes.
 
     0 for parameters that only earlier passes touch. ``spans``: the step's gradient phase, and one span
-    for every touch of a parameter, of which each pass makes at most one. The first touch of the last
-    pass is the first that completes a parameter's number of touches, if that is the number of passes;
-    that pass begins where the touches of the one before end.
+    for every touch of a parameter.
     """
-    touches: dict[int, list[float]] = {}
-    for name, start, _ in spans:
-        if name.startswith(TOUCHED):
-            touches.setdefault(int(name.removeprefix(TOUCHED)), []).append(start)
     begin, end = next((start, end) for name, start, end in spans if name == "gradient")
-    passes = max(map(len, touches.values()))
-    first = min(times[-1] for times in touches.values() if len(times) == passes)
-    earlier = [moment for times in touches.values() for moment in times if moment < first]
-    begin = max(earlier, default=begin)
-    return {
-        number: min(1.0, (times[-1] - begin) / (end - begin)) if times[-1] >= first else 0.0
-        for number, times in touches.items()
+    last = (end - begin) / passes
+    touches = {
+        int(name.removeprefix(TOUCHED)): start  # the last one counts
+        for name, start, _ in sorted(spans, key=lambda span: span[1])
+        if name.startswith(TOUCHED)
     }
+    return {i: min(max(1 - (end - at) / last, 0.0), 1.0) for i, at in touches.items()}
 
 
 # ---- the link between ranks
 
 
 def measure_link(comm: Comm) -> Link | None:
-    """Bandwidth, latency and contention between the ranks; needs two. Rank 0 gets it.
+    """Bandwidth, latency and contention of all-reduces; needs two ranks. Rank 0 gets it.
 
     Least squares of t = steps * latency + sent * seconds_per_byte with relative errors, over the
-    medians at LINK_SIZES.
+    medians at LINK_SIZES. What a rank's work loses is the processor time of the largest: none where
+    a device sends.
     """
     if comm.ranks < 2:
         raise ConadvError(
@@ -204,85 +169,31 @@ def measure_link(comm: Comm) -> Link | None:
             "--nproc-per-node 2 -m conadv plan PROFILE.json --measure link, or one torchrun per host to "
             "measure the network between them."
         )
-    runs: dict[str, Callable[[], None]] = {}
-    for size in LINK_SIZES:
-        box = torch.zeros(size // 4, device=comm.device)
-        runs |= {f"sum {size}": partial(_sum, comm, box), f"ping {size}": partial(_ping, comm, box)}
-    seconds = _timed(runs, comm)
-    sums = [LinkSample(bytes=size, seconds=seconds[f"sum {size}"]) for size in LINK_SIZES]
-    messages = [LinkSample(bytes=size, seconds=seconds[f"ping {size}"] / 2) for size in LINK_SIZES]
-    steps, part = 2 * (comm.ranks - 1), 2 * (comm.ranks - 1) / comm.ranks
-    latency, per_byte = fit([s.bytes * part for s in sums], [s.seconds for s in sums], steps)
-    point_latency, point_per_byte = fit(LINK_SIZES, [s.seconds for s in messages], 1)
+    boxes = {f"{size}": torch.zeros(size // 4, device=comm.device) for size in LINK_SIZES}
+    sums = {name: partial(comm.all_reduce, box) for name, box in boxes.items()}
+    runs = {name: partial(burst, run, 1) for name, run in sums.items()}
+    rounds = interleave(runs, LINK_ROUNDS, comm)
+    begin = time.process_time()
+    for _ in range(LINK_ROUNDS):
+        sums[f"{LINK_SIZES[-1]}"]()
+    busy = (time.process_time() - begin) / LINK_ROUNDS if comm.device.type == "cpu" else 0.0
+    if not comm.is_main:
+        return None
+    seconds = [statistics.median(s[0].seconds or 0 for s in found) for found in rounds.values()]
+    part = 2 * (comm.ranks - 1) / comm.ranks
+    sent = [size * part for size in LINK_SIZES]
+    latency, per_byte = fit(sent, seconds, 2 * (comm.ranks - 1))
     return Link(
         ranks=comm.ranks,
         algorithm="ring" if comm.backend == "gloo" else "ring-or-tree",
         seconds_per_byte=per_byte,
         latency=latency,
-        busy_seconds_per_byte=_busy(comm, sums[-1]) / part,
-        point_seconds_per_byte=point_per_byte,
-        point_latency=point_latency,
-        all_reduce=tuple(sums),
-        point_to_point=tuple(messages),
-    )
-
-
-def _timed(runs: dict[str, Callable[[], None]], comm: Comm) -> dict[str, float]:
-    """Median over rounds of rank 0's seconds, the same on all ranks."""
-    once = {name: partial(burst, run, 1) for name, run in runs.items()}
-    rounds = interleave(once, LINK_ROUNDS, comm).items()
-    return comm.broadcast_object(
-        {name: statistics.median(s[0].seconds or 0 for s in found) for name, found in rounds}
-        if comm.is_main
-        else None
+        busy_seconds_per_byte=busy / sent[-1],
     )
 
 
 def fit(sent: Sequence[float], seconds: Sequence[float], steps: int) -> tuple[float, float]:
     """(latency, seconds per byte) of t = steps * latency + sent * seconds per byte, at least 0."""
-    t = np.asarray(seconds)
-    a = np.stack([np.full(len(t), float(steps)), np.asarray(sent, float)], axis=1) / t[:, None]
-    latency, per_byte = np.linalg.lstsq(a, np.ones(len(t)), rcond=None)[0]
-    if latency < 0:
-        latency, per_byte = 0.0, np.mean(t / np.asarray(sent))
+    a = np.column_stack([np.full(len(sent), float(steps)), sent]) / np.asarray(seconds)[:, None]
+    latency, per_byte = nnls(a, np.ones(len(sent)))[0]
     return float(latency), max(float(per_byte), SHORTEST)
-
-
-def _sum(comm: Comm, box: Tensor) -> None:
-    comm.all_reduce(box)
-
-
-def _ping(comm: Comm, box: Tensor) -> None:
-    """From rank 0 to the last rank, which is on another host where there are several, and back."""
-    last = comm.ranks - 1
-    with comm.guard():
-        if comm.rank == 0:
-            dist.send(box, last)
-            dist.recv(box, last)
-        elif comm.rank == last:
-            dist.recv(box, 0)
-            dist.send(box, 0)
-
-
-def _busy(comm: Comm, largest: LinkSample) -> float:
-    """Seconds per byte of a sum by which work beside it takes longer.
-
-    The work lasts about twice as long as the sum, which is over before it.
-    """
-    box = torch.ones(largest.bytes // 4, device=comm.device)
-    x = torch.ones(8, 32, 16, 16, device=comm.device)
-    w = torch.ones(32, 32, 3, 3, device=comm.device)
-
-    def work(units: int) -> None:
-        for _ in range(units):
-            F.conv2d(x, w, padding=1)
-
-    def beside(units: int) -> None:
-        handle = comm.all_reduce_async(box)
-        work(units)
-        handle.wait()
-
-    ten = burst(partial(work, 10), 1).seconds or 1.0
-    units = comm.broadcast_object(max(10, round(20 * largest.seconds / ten)))
-    found = _timed({"alone": partial(work, units), "beside": partial(beside, units)}, comm)
-    return max(0.0, found["beside"] - found["alone"]) / largest.bytes

@@ -9,7 +9,8 @@ too, the cost model says what a size needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -78,13 +79,15 @@ def _find(config: Config, comm: Comm, attack_ranks: int, tell: Callable[[str], N
     comm.barrier()  # none measures what is free while another tries
     with comm.agreed():
         fits = fits_on_cuda if device.type == "cuda" else fits_on_cpu
-        found = largest(sizes, fits(config, shape, device, learners, free))
-        if found is None:
+        fit = fits(config, shape, device, learners, free)
+        # what is larger than a size that does not fit does not fit either
+        count = bisect_left(sizes, True, key=lambda size: not fit(size))
+        if not count:
             raise ConadvError(
                 f"Not even a micro-batch of {sizes[0]} fits into the {memory.gib(free)} that are "
                 f"free on {device}. Use a smaller model or image_size, bf16, or more ranks."
             )
-    answers = comm.gather_objects(found)
+    answers = comm.gather_objects(sizes[count - 1])
     chosen = comm.broadcast_object(min(answers) if answers else None)
     larger = [size for size in sizes if size > chosen]
     beyond = f"{larger[0]} does not fit" if larger else "the whole share of a rank"
@@ -109,24 +112,6 @@ def candidates(config: Config, learners: int, attack_ranks: int = 0) -> list[int
             f"{attack_ranks} attack rank(s) work and attack.share {share:g} an image. Change one of them."
         )
     return sizes
-
-
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of the ascending ``sizes`` that fits: doubling from the first, then bisection.
-
-    What is larger than a size that does not fit does not fit either. Nothing more than twice as large
-    as what fits (or the next divisor) is tried. None where not even the first fits.
-    """
-    low, high = -1, 0  # sizes[low] fits; sizes[high] is next, and does not fit after the first loop
-    while high < len(sizes) and fits(sizes[high]):
-        low, twice = high, 2 * sizes[high]
-        high = max(
-            [i for i, size in enumerate(sizes) if size <= twice and i > low], default=low + 1
-        )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-    return sizes[low] if low >= 0 else None
 
 
 def fits_on_cuda(

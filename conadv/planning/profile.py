@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import JSON_BYTES, read_text, write_atomic
+from conadv.safe_io import Document, read_document, write_atomic
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -19,10 +19,10 @@ PAYLOAD = 1448 / 1514
 """Share of an Ethernet frame that carries data (TCP over IPv4 with timestamps)."""
 
 
-class Part(BaseModel):
-    """Frozen; an unknown key, a wrong type, an infinity or a NaN is an error."""
+class Part(Document):
+    """Frozen; a missing key, a wrong type, an infinity or a NaN is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(strict=False)  # JSON has lists for tuples
 
 
 class Point(Part):
@@ -55,12 +55,13 @@ class Measured(Part):
     passes: Count
     buckets: tuple[Bucket, ...] = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Measured:
-        sizes = [point.micro_batch for point in self.points]
+    @field_validator("points")
+    @classmethod
+    def _ordered(cls, points: tuple[Point, ...]) -> tuple[Point, ...]:
+        sizes = [point.micro_batch for point in points]
         if sizes != sorted(set(sizes)):
-            raise ValueError(f"points must have rising, different micro_batch, not {sizes}")
-        return self
+            raise ValueError("points must have rising, different micro_batch")
+        return points
 
 
 class Sizes(Part):
@@ -77,20 +78,12 @@ class Sizes(Part):
     memory: Count
 
 
-class LinkSample(Part):
-    """One timed operation between ranks."""
-
-    bytes: Count
-    seconds: Positive
-
-
 class Link(Part):
-    """The network between ``ranks`` ranks, as measured.
+    """The network between ``ranks`` ranks, as measured by all-reduces.
 
-    algorithm: of an all-reduce; gloo has a ring, NCCL a ring or a double binary tree.
-    seconds_per_byte: per byte that a rank sends in an all-reduce; latency: per step of it.
-    busy_seconds_per_byte: what a rank's own work loses per byte that it sends meanwhile.
-    point_*: of a message from one rank to another.
+    algorithm: gloo has a ring, NCCL a ring or a double binary tree. seconds_per_byte: per byte that a
+    rank sends; latency: per step of the algorithm. busy_seconds_per_byte: what a rank's own work loses
+    per byte that it sends meanwhile.
     """
 
     ranks: Annotated[int, Field(ge=2)]
@@ -98,10 +91,6 @@ class Link(Part):
     seconds_per_byte: Positive
     latency: NotNegative
     busy_seconds_per_byte: NotNegative
-    point_seconds_per_byte: Positive
-    point_latency: NotNegative
-    all_reduce: tuple[LinkSample, ...] = ()
-    point_to_point: tuple[LinkSample, ...] = ()
 
 
 class Workload(Part):
@@ -121,8 +110,7 @@ class Workload(Part):
 class Profile(Part):
     """A machine and a workload, measured: everything that a plan needs.
 
-    processes: per host, all at work while the points were taken. copy_seconds_per_byte: of copying
-    gradients or weights into a flat buffer.
+    processes: per host, all at work while the points were taken.
     """
 
     format: Literal[1]
@@ -132,10 +120,9 @@ class Profile(Part):
     threads: Count
     methods: dict[str, Measured]
     sizes: Sizes
-    copy_seconds_per_byte: Positive
     link: Link | None = None
-    machine: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    machine: dict[str, Any] = Field({})
+    versions: dict[str, str] = Field({})
     git: dict[str, Any] | None = None
     measured_at: str = ""
 
@@ -151,18 +138,8 @@ class Profile(Part):
 
 def load(path: Path) -> Profile:
     """Read a profile. Raises ConadvError that names the file, the key and what is wrong with it."""
-    try:
-        return Profile.model_validate_json(read_text(path, JSON_BYTES))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        problem = f"{where}: {first['msg']}" if where else first["msg"]
-    except (OSError, UnicodeDecodeError) as error:
-        problem = str(error)
-    raise ConadvError(
-        f"Cannot read the profile {printable(path)}: {problem[:300]}. "
-        f"Measure one: conadv plan {printable(path)} --measure all."
-    )
+    remedy = f"Measure a profile: conadv plan {printable(path)} --measure all."
+    return read_document(Profile, path, remedy)
 
 
 def save(profile: Profile, path: Path) -> None:
@@ -177,30 +154,22 @@ def link_of(profile: Profile, gbit: float | None, latency_us: float | None) -> L
     ``gbit`` is the rate of the wire, of which PAYLOAD carries data. Where processors move the bytes
     themselves, no link is faster than they are.
     """
-    link = profile.link
     if gbit is None and latency_us is None:
-        return link
+        return profile.link
+    if profile.link is None and (gbit is None or latency_us is None):
+        raise ConadvError(
+            "The profile has no link: give both --link-gbit and --latency-us, or measure it with "
+            "--measure link."
+        )
     if (gbit is not None and gbit <= 0) or (latency_us is not None and latency_us < 0):
         raise ConadvError("--link-gbit must be more than 0, and --latency-us at least 0.")
-    if link is None:
-        if gbit is None or latency_us is None:
-            raise ConadvError(
-                "The profile has no link: give both --link-gbit and --latency-us, or measure it with "
-                "--measure link."
-            )
-        link = Link(
-            ranks=2,
-            algorithm="ring-or-tree" if profile.device == "cuda" else "ring",
-            seconds_per_byte=1.0,
-            latency=0.0,
-            busy_seconds_per_byte=0.0,
-            point_seconds_per_byte=1.0,
-            point_latency=0.0,
-        )
-    changes: dict[str, float] = {}
+    algorithm = "ring-or-tree" if profile.device == "cuda" else "ring"
+    link = profile.link or Link(
+        ranks=2, algorithm=algorithm, seconds_per_byte=1.0, latency=0.0, busy_seconds_per_byte=0.0
+    )
+    changes = {}
     if gbit is not None:
-        per_byte = max(8e-9 / gbit / PAYLOAD, link.busy_seconds_per_byte)
-        changes |= {"seconds_per_byte": per_byte, "point_seconds_per_byte": per_byte}
+        changes["seconds_per_byte"] = max(8e-9 / gbit / PAYLOAD, link.busy_seconds_per_byte)
     if latency_us is not None:
-        changes |= {"latency": latency_us * 1e-6, "point_latency": latency_us * 1e-6}
+        changes["latency"] = latency_us * 1e-6
     return link.model_copy(update=changes)

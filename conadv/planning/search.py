@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -31,12 +31,6 @@ class Rules:
         """What :func:`best` minimises; of equal layouts it takes the one with fewer devices."""
         seconds = found.step if self.objective == "speed" else found.device_seconds_per_image
         return float(f"{seconds:.9g}"), found.layout.devices  # equal up to rounding is equal
-
-    def fixed(self) -> str:
-        names = {"executor": self.executor, "micro_batch": self.micro_batch}
-        names["attack_ranks"] = self.attack_ranks
-        words = [f"{name} {value}" for name, value in names.items() if value not in (None, "auto")]
-        return f" with {', '.join(words)}" if words else ""
 
 
 DEFAULT = Rules()
@@ -118,8 +112,8 @@ def best(
     layouts = list(_layouts(planner, method, devices, global_batch, rules))
     if not layouts:
         raise ConadvError(
-            f"{method}: a global batch of {global_batch} does not divide over {devices} device(s)"
-            f"{rules.fixed()}."
+            f"{method}: a global batch of {global_batch} does not divide over {devices} device(s) "
+            "with this executor, micro-batch and number of attack ranks."
         )
     fitting = [layout for layout in layouts if _fits(planner, method, layout, rules)]
     if not fitting:
@@ -162,34 +156,26 @@ def _layouts(
 
 def _largest(planner: Planner, method: str, learners: int, global_batch: int, rules: Rules) -> int:
     """The micro-batch: the largest measured divisor of the local batch that fits, or as fixed."""
-    local = global_batch // learners
     if rules.micro_batch is not None:
         return rules.micro_batch
-    measured = planner.measured(method).points[-1].micro_batch
-    for size in sorted(divisors(local), reverse=True):
-        layout = Layout(learners, 0, size, local // size)
-        if size <= measured and _fits(planner, method, layout, rules):
-            return size
-    return 1
+    local, points = global_batch // learners, planner.measured(method).points
+    sizes = [size for size in divisors(local) if size <= points[-1].micro_batch]
+    layouts = (Layout(learners, 0, size, local // size) for size in reversed(sizes))
+    fitting = (each.micro_batch for each in layouts if _fits(planner, method, each, rules))
+    return next(fitting, 1)
 
 
 def _fits(planner: Planner, method: str, layout: Layout, rules: Rules) -> bool:
     return rules.memory is None or planner.device_bytes(method, layout) <= rules.memory
 
 
-def _splits(micro_batches: int, most: int, fixed: int | None) -> Iterator[int]:
+def _splits(micro_batches: int, most: int, fixed: int | None) -> Iterable[int]:
     """Attack ranks that differ in the largest share, ceil(micro_batches / M); the fewest of each.
 
     More attack ranks with the same share make no step faster, so they need not be looked at.
     """
-    if fixed is not None:
-        yield from [fixed] if 0 < fixed <= most else []
-        return
-    count = 1
-    while count <= most:
-        yield count
-        share = -(-micro_batches // count)
-        count = -(-micro_batches // (share - 1)) if share > 1 else most + 1
+    counts = range(most, 0, -1) if fixed is None else [fixed] * (0 < fixed <= most)
+    return {-(-micro_batches // count): count for count in counts}.values()
 
 
 def divisors(number: int) -> list[int]:

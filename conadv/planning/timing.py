@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from scipy.stats import quantile_test
 
@@ -82,9 +83,8 @@ def burst(step: Callable[[], object], count: int) -> Sample:
 
 def mean(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Mean seconds per phase; a phase that a part lacks took no time there."""
-    parts = list(parts)
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: statistics.fmean(part.get(name, 0.0) for part in parts) for name in names}
+    means: dict[Any, Any] = pd.DataFrame([*parts]).fillna(0.0).mean().to_dict()
+    return means
 
 
 def interleave(
@@ -114,36 +114,28 @@ def measure(cases: Mapping[str, Case], rounds: int, world: Comm) -> list[Row]:
 
 def row(name: str, case: Case, results: Mapping[str, Sequence[Sequence[Sample]]]) -> Row:
     """The row of a case. The time of a round is the slowest learner's, phases are their mean."""
-    mine, theirs = (list(map(_slowest, results[each])) for each in (name, case.yardstick))
-    ratio = median_interval([a / b for a, b in zip(mine, theirs, strict=True)])
+
+    def seconds(of: str) -> list[float]:
+        return [max(s.seconds for s in round_ if s.seconds is not None) for round_ in results[of]]
+
+    def phases_ms(learning: bool) -> Any:
+        ranks = [[s for s in r if (s.seconds is not None) == learning] for r in results[name]]
+        found = pd.DataFrame([mean(s.phases for s in r if s.phases) for r in ranks]).fillna(0.0)
+        return (1e3 * found.median()).to_dict()
+
+    own = seconds(name)
+    ratio = median_interval([a / b for a, b in zip(own, seconds(case.yardstick), strict=True)])
     return Row(
-        name=name,
-        median_ms=1e3 * statistics.median(mine),
-        min_ms=1e3 * min(mine),
-        yardstick=case.yardstick,
-        ratio=ratio.median,
-        ratio_low=ratio.low,
-        ratio_high=ratio.high,
-        samples_ms=[1e3 * seconds for seconds in mine],
-        phases_ms=_phases_ms(results[name], learning=True),
-        server_phases_ms=_phases_ms(results[name], learning=False),
-        labels=case.labels,
+        name,
+        1e3 * statistics.median(own),
+        1e3 * min(own),
+        case.yardstick,
+        *ratio,
+        [1e3 * each for each in own],
+        phases_ms(True),
+        phases_ms(False),
+        case.labels,
     )
-
-
-def _slowest(samples: Sequence[Sample]) -> float:
-    return max(sample.seconds for sample in samples if sample.seconds is not None)
-
-
-def _phases_ms(rounds: Sequence[Sequence[Sample]], learning: bool) -> dict[str, float]:
-    means = [
-        mean(s.phases for s in samples if (s.seconds is not None) == learning and s.phases)
-        for samples in rounds
-    ]
-    names = dict.fromkeys(name for phases in means for name in phases)
-    return {
-        name: 1e3 * statistics.median(phases.get(name, 0.0) for phases in means) for name in names
-    }
 
 
 class Interval(NamedTuple):
@@ -160,7 +152,6 @@ def median_interval(values: Sequence[float]) -> Interval:
     Needs independent values, of any distribution. Source: David and Nagaraja, Order Statistics, 3rd
     edition (2003), section 7.1; ``scipy.stats.quantile_test``.
     """
-    low, high = quantile_test(values, p=0.5).confidence_interval(0.95)
-    enough = math.isfinite(low)
-    ends = (low, high) if enough else (min(values), max(values))
-    return Interval(statistics.median(values), float(ends[0]), float(ends[1]))
+    ends = quantile_test(values, p=0.5).confidence_interval(0.95)
+    low, high = ends if math.isfinite(ends[0]) else (min(values), max(values))
+    return Interval(statistics.median(values), float(low), float(high))

@@ -91,12 +91,14 @@ class Trial:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes of the network, its optimizer and its images."""
+        """Bytes of the network, its optimizer and its images. Takes a step where there was none."""
+        if not self.engine.optimizer.state:
+            self.step()
         x = self.engine.images(self.micro[0], "clean")
-        weights = sum(p.nbytes for p in self.engine.model.parameters())
+        states = [value for of in self.engine.optimizer.state.values() for value in of.values()]
         return Sizes(
-            weights=weights,
-            optimizer_state=weights * state_copies(self.config),
+            weights=sum(p.nbytes for p in self.engine.model.parameters()),
+            optimizer_state=sum(x.nbytes for x in states if isinstance(x, Tensor) and x.dim()),
             image=x[0].nbytes,
             activations_per_image=activations(self.engine.model, x) // len(x),
             memory=1,
@@ -155,17 +157,6 @@ def random_images(
     }
     y_N = torch.randint(0, shape.num_classes, (count,), generator=draws)
     return MicroBatch(number, y_N.to(device), images)
-
-
-def state_copies(config: Config) -> int:
-    """Tensors of a weight's size that the optimizer keeps for it, seen after a step of a tiny layer."""
-    layer = nn.Linear(2, 3)
-    optimizer = make_optimizer(config, layer, LEARNING_RATE)
-    for p in layer.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    state = optimizer.state[layer.weight].values()
-    return sum(isinstance(x, Tensor) and x.shape == layer.weight.shape for x in state)
 
 
 def activations(model: nn.Module, x_NCHW: Tensor) -> int:

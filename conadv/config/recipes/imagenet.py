@@ -15,9 +15,9 @@ DIR has train/<class>/* and val/<class>/*; ImageNet's own val has to be sorted f
 up for a smaller number of devices: the global batch, and the images that batch norm sees (micro_batch_size), stay what
 they are. So the number of ranks times micro_batch_size must divide the global batch: at 4K with 128, 32 ranks at most.
 
-Time: `conadv plan NODE.json --measure all` on one node, with the recipe's network (docs/imagenet.md has the commands),
-then the first command above with `--dry-run --profile NODE.json` says how long the whole training takes, and each
-recipe's last command what a step takes on other numbers of devices. No time is stated here that nobody has measured.
+Time: `conadv plan NODE.json --measure all` on one node, with the recipe's network (docs/imagenet.md has the commands);
+each recipe's last command then says how long the training takes on any number of devices. No time is stated here that
+nobody has measured.
 
 Warm-up: an epoch is floor(1,281,167 / batch) steps. The reference implementation rounds up, so its warm-up is up to 5 %
 longer at 64K. Its decay has ``decay_steps`` steps after the warm-up; so have these.
