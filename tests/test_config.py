@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from conadv.config import recipes
 from conadv.config.files import REMOVED, dump_yaml, home, load_yaml, parse
@@ -39,15 +39,12 @@ def test_fractions() -> None:
 
 
 RULES: dict[str, tuple[dict[str, Any], str]] = {  # what is set: what is said
-    "both durations": ({"steps": 3}, "Give the duration once"),
-    "no duration": ({"epochs": None}, "Give the duration once"),
+    "both durations": ({"steps": 3}, "duration once"),
+    "no duration": ({"epochs": None}, "duration once"),
     "staleness": ({"staleness": 1}, "staleness has no effect with method 'vanilla'"),
-    "lookahead": ({"method": "disadv", "lookahead": True}, "lookahead has no effect"),
-    "pending": ({"method": "noise", "pending_dtype": "uint8"}, "pending_dtype has no effect"),
     "sam": ({"sam_rho": 0.1}, "sam_rho has no effect with method 'vanilla'"),
     "adv route": ({"adv_route": "clean"}, "adv_route has no effect with method 'vanilla'"),
     "share": ({"attack__share": 0.5}, "attack.share has no effect with method 'vanilla'"),
-    "noise": ({"method": "noise", "attack__route": "clean"}, "attack.route has no effect with"),
     "recycle": ({"method": "recycle", "attack__route": "clean"}, "attack.route has no effect with"),
     "mix": ({"mix": "replace"}, "mix has no effect with method 'vanilla'"),
     "replace all": (
@@ -63,10 +60,8 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {  # what is set: what is said
         "goes there anyway",
     ),
     "no image": ({"method": "disadv", "attack__share": 1e-4}, "rounds to zero images"),
-    "adv weight": ({"adv_weight": 2.0}, "adv_weight has no effect"),
     "aug weight": ({"aug_weight": 2.0}, "data.aug_view"),
     "eps": ({"method": "disadv", "attack__eps": 8.0}, "Did you mean 8/255"),
-    "whole range": ({"method": "disadv", "attack__eps": 1.0}, "Did you mean 1/255"),
     "step size": ({"method": "disadv", "attack__step_size": 2.0}, "Did you mean 2/255"),
     "robust eps": ({"eval__robust_eps": 8.0}, "Did you mean 8/255"),
     "nesterov": (
@@ -75,20 +70,18 @@ RULES: dict[str, tuple[dict[str, Any], str]] = {  # what is set: what is said
     ),
     "betas of lars": ({"optim__betas": (0.9, 0.99)}, "optim.betas has no effect with optimizer"),
     "variant": ({"optim__name": "sgd", "optim__variant": "tf"}, "optim.variant has no effect"),
-    "betas": ({"optim__name": "lamb", "optim__betas": (0.9, 1.0)}, r"\[0, 1\)"),
-    "scaling": ({"optim__lr_scaling": "linear"}, "belong together"),
+    "scaling": ({"optim__lr_scaling": "linear"}, "no effect without optim.lr_reference_batch"),
+    "reference": ({"optim__lr_reference_batch": 64}, "no effect without optim.lr_scaling"),
     "scaled too far": (
         {"optim__lr": 1e30, "optim__lr_scaling": "linear", "optim__lr_reference_batch": 1},
         r"after optim\.lr_scaling",
     ),
     "micro": ({"micro_batch_size": 100}, "micro-batch that divides 898"),
-    "micro too large": ({"micro_batch_size": 1000}, "micro-batch that divides 898"),
     "mixing one": ({"micro_batch_size": 1, "data__mixup": 0.2}, "has only one"),
     "subset seed": ({"data__subset_seed": 3}, "data.subset_seed has no effect"),
     "best": ({"checkpoint__keep_best": True}, "data.validation_images"),
     "limit": ({"nonfinite_limit": 3}, "nonfinite_limit has no effect"),
     "probe": ({"probe__images": 3}, "probe.images has no effect without probe.every_epochs"),
-    "probe twice": ({"probe__every_epochs": 1.0, "probe__staleness": (1, 1)}, "one value twice"),
 }
 
 
@@ -107,15 +100,11 @@ BAD_VALUES = [
     ({"optim": {"lr": 0}}, "greater than 0"),
     ({"optim": {"lr": math.inf}}, "finite"),
     ({"optim": {"lr": 1e31}}, "less than or equal"),
-    ({"optim": {"weight_decay": 1e300}}, "less than or equal"),
+    ({"optim": {"betas": [0.9, 1.0]}}, "optim.betas.1 = 1.0"),
     ({"epochs": 1e308}, "less than or equal"),
-    ({"schedule": {"warmup_epochs": 1e308}}, "less than or equal"),
     ({"attack": {"eps": -0.1}}, "attack.eps"),
-    ({"attack": {"random_start": 1.5}}, "attack.random_start"),
     ({"data": {"mixup": 9e-4}}, "data.mixup.*neither 0 .off. nor 0.001 or more"),
-    ({"data": {"cutmix": 1e7}}, "less than or equal"),
     ({"method": "conad"}, "conadv"),
-    ({"seed": "x"}, "seed"),
 ]
 
 
@@ -251,8 +240,8 @@ SHORT = {
         {"method": "conadv", "staleness": 5, "steps": 5},
         "staleness 5 has no effect in 5",
     ),
-    "probe": ({"steps": 5, "probe__every_epochs": 9.0}, "nothing would be measured"),
-    "tau": ({"steps": 5, "probe__every_epochs": 1.0}, "probe.staleness 8 has no effect"),
+    "probe": ({"steps": 5, "probe__every_epochs": 9.0}, "last one measured is step 0"),
+    "tau": ({"steps": 5, "probe__every_epochs": 2.0}, "probe.staleness 8 has no effect"),
 }
 
 
@@ -371,11 +360,6 @@ def test_the_home_of_nobody_is_an_error(folder: str) -> None:
     # Red when: expanduser's RuntimeError goes through.
     with pytest.raises(ConadvError, match=r"~nobodyhere.*Write the folder out"):
         home(Path(folder))
-
-
-def test_a_section_is_frozen() -> None:
-    with pytest.raises(ValidationError):
-        BASE.seed = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)

@@ -104,7 +104,7 @@ def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None
     finally:
         os.close(writing)
     assert done.returncode == (141 if output == "a closed pipe" else 2)
-    assert "progress is not shown any more" in done.stderr
+    assert "progress is no longer shown" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 8
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000008.pt"]

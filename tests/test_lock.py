@@ -17,7 +17,7 @@ from conadv.config.schema import Config
 from conadv.training import loop as trainer
 from conadv.training.lock import Lock
 from conadv.training.loop import train
-from conadv.training.observer import Silent
+from conadv.training.observer import Observer
 from conadv.training.run_dir import RunDir
 
 from .test_training import config
@@ -101,7 +101,7 @@ def test_a_second_program_in_a_run_folder_ends_at_once(tmp_path: Path) -> None:
     out = tmp_path / "run"
     refused: list[str] = []
 
-    class Second(Silent):
+    class Second(Observer):
         def start(self, title: str, first_step: int, num_steps: int) -> None:
             for options in ({}, {"overwrite": True}, {"resume": True}, {"auto_resume": True}):
                 with pytest.raises(ConadvError, match="Another program is training") as caught:

@@ -9,28 +9,21 @@ from __future__ import annotations
 import math
 import os
 import re
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from conadv.cli.train import read_options
 from conadv.config import recipes
 from conadv.config.resolve import accumulation, derive, resolve, scaled_lr
-from conadv.config.schema import Config, replace
+from conadv.config.schema import Config
 from conadv.data.workers import GRACE_SECONDS
 from conadv.methods import METHODS
 from conadv.optim.schedules import WarmupDecay
 from conadv.training.build import make_schedule
-from conadv.training.checkpoint import steps
-from conadv.training.record import read_lines
-
-from .ranks.launch import started, until, workers
 
 ROOT = Path(__file__).parent.parent
 SLURM = ROOT / "conadv" / "config" / "recipes" / "slurm_imagenet.sh"
@@ -142,19 +135,6 @@ def test_lamb_points_step_by_step(
     assert accumulation(config, 8) * 8 * 128 == accumulation(config, 32) * 32 * 128 == batch
 
 
-@pytest.mark.parametrize("name", IMAGENET)
-def test_every_imagenet_recipe_is_one_for_photographs(name: str) -> None:
-    # Red when: a recipe names another in its config, its docstring plans another batch, or a method does not go with it.
-    config = resolve(recipes.get(name))
-    sizes = f"--global-batch-size {config.global_batch_size} --micro-batch-size {config.micro_batch_size}"
-    assert sizes in (recipes.RECIPES[name].__doc__ or "")
-    assert config.recipe == name
-    assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
-    assert config.checkpoint.background
-    for method in METHODS:
-        resolve(replace(recipes.get(name), method=method))
-
-
 def ranks_of(doc: str) -> list[int]:
     """The number of ranks of every command in a recipe's docstring, in the order of the commands."""
     default = int(re.findall(r"#SBATCH --nodes=(\d+)", SLURM.read_text())[0])
@@ -172,11 +152,15 @@ def ranks_of(doc: str) -> list[int]:
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_the_commands_of_a_recipe_divide_its_batch(name: str) -> None:
-    # Red when: a 4K recipe is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm, or its plan
-    # is for other numbers of devices than its commands.
-    config = resolve(recipes.get(name))
-    one_node, several, slurm, *planned = ranks_of(recipes.RECIPES[name].__doc__ or "")
+def test_the_commands_of_a_recipe_are_those_of_its_config(name: str) -> None:
+    # Red when: a recipe names another in its config, its docstring plans another batch, or a 4K recipe
+    # is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm.
+    config, doc = resolve(recipes.get(name)), recipes.RECIPES[name].__doc__ or ""
+    sizes = (config.global_batch_size, config.micro_batch_size)
+    assert "--global-batch-size {} --micro-batch-size {}".format(*sizes) in doc
+    assert (config.recipe, config.checkpoint.background) == (name, True)
+    assert (config.data.source, config.data.image_size, config.precision) == ("folder", 224, "bf16")
+    one_node, several, slurm, *planned = ranks_of(doc)
     assert (one_node, several, planned) == (8, slurm, [one_node, several])
     for ranks in planned:
         accumulation(config, ranks)  # raises where the numbers do not divide
@@ -199,31 +183,23 @@ done
 code=0
 for ((i = 0; i < SLURM_NTASKS; i++)); do wait -n || code=$?; done
 exit $code"""
+RANK = """echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE at $MASTER_ADDR"
+exit 143"""
 
 
-def slurm_job(folder: Path, srun: str, **job: str) -> tuple[list[object], dict[str, str]]:
-    """The script as a job of a Slurm that is played by two small programs: the command and its environment."""
-    for name, body in (("srun", srun), ("scontrol", SCONTROL)):
+def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[str]:
+    """The script as a job of a Slurm that is played by two small programs; ``stdout`` is its log."""
+    for name, body in (("srun", srun), ("scontrol", SCONTROL), ("rank", RANK)):
         (folder / name).write_text(TOOL.format(body))
         (folder / name).chmod(0o755)
     around = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}
     around |= {"HOSTS_NAMED": "2", "SLURM_CPUS_PER_TASK": "12", "DATA": str(folder)}
-    around |= {"PYTHON": sys.executable, "OUT": str(folder / "run")}
-    return ["bash", SLURM], {**around, "PATH": f"{folder}:{os.environ['PATH']}", **job}
-
-
-def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[str]:
-    """The job at its end; ``stdout`` is its log."""
-    command, environment = slurm_job(folder, srun, **job)
-    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    around |= {"PYTHON": "python", "OUT": str(folder / "run")}
+    around["PATH"] = f"{folder}:{os.environ['PATH']}"
+    environment = {**os.environ, **around, **job}
+    pipe, both, command = subprocess.PIPE, subprocess.STDOUT, ["bash", SLURM]
     return subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, **environment},
-        stdout=pipe,
-        stderr=both,
-        text=True,
-        check=False,
+        command, cwd=folder, env=environment, stdout=pipe, stderr=both, text=True, check=False
     )
 
 
@@ -265,67 +241,30 @@ def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> No
 
 
 def test_slurm_script_grants_what_workers_outlive() -> None:
-    # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and how long the
-    # loader's workers go on after a signal to all processes.
-    text = SLURM.read_text()
-    (lead,), (told,) = (
-        re.findall(pattern, text) for pattern in (r"--signal=TERM@(\d+)", r"GRACE_SECONDS=(\d+)")
-    )
-    assert int(lead) == int(told) == GRACE_SECONDS
+    # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and how
+    # long the loader's workers go on after a signal to all processes.
+    found = re.findall(r"(?:--signal=TERM@|GRACE_SECONDS=)(\d+)", SLURM.read_text())
+    assert list(map(int, found)) == [GRACE_SECONDS] * 2
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (143, True)])
-def test_slurm_script_requeues_what_was_stopped_and_nothing_else(
-    code: int, requeued: bool, tmp_path: Path
-) -> None:
-    # Red when: an error is requeued for ever, or the exit code is scontrol's.
-    job = ended(tmp_path, SRUN_SHOWS, SRUN_EXIT=str(code))
-    assert job.returncode == code
-    assert (tmp_path / "requeued").exists() == requeued
-
-
-def test_slurm_script_does_not_start_on_hosts_that_it_does_not_know(tmp_path: Path) -> None:
-    # Red when: the number of hosts is not compared (mapfile does not see that scontrol failed).
+def test_slurm_script_requeues_no_error_and_starts_on_no_unknown_hosts(tmp_path: Path) -> None:
+    # Red when: an error is requeued for ever, or the number of hosts is not compared (mapfile does not
+    # see that scontrol failed).
+    for code in (0, 2):
+        assert ended(tmp_path, SRUN_SHOWS, SRUN_EXIT=str(code)).returncode == code
+        assert not (tmp_path / "requeued").exists()
     job = ended(tmp_path, SRUN_SHOWS, HOSTS_NAMED="1")
     assert job.returncode == 1
     assert "names 1 hosts of 2" in job.stdout
-    assert "train" not in job.stdout
+    assert "master" not in job.stdout
 
 
-def test_slurm_job_is_stopped_requeued_and_goes_on(tmp_path: Path) -> None:
-    # Red when: a task's RANK is not its SLURM_PROCID, a signal to all tasks does not end in a checkpoint and exit code
-    # 143, or the requeued job starts again from the beginning.
-    for split, count in (("train", 16), ("val", 2)):
-        for label, name in enumerate("ab"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for n in range(count):
-                Image.new("RGB", (16, 16), (100 * label, 5 * n, 0)).save(
-                    tmp_path / split / name / f"{n}.png"
-                )
-    options = "--method conadv --model resnet8 --model.width 4 --data.image-size 8 --data.num-workers 1 --lr 0.1 "
-    options += "--global-batch-size 8 --micro-batch-size 2 --schedule.warmup-epochs 0 --eval.robust-images 0 --quiet "
-    options += "--eval.every-epochs 1000 --checkpoint.every-epochs 1000 --device cpu --epochs 25"
-    job = {"RECIPE": "imagefolder", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    job |= {"NODE": "localhost"}
-    job |= {"SLURM_JOB_ID": str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo", "OPTIONS": options}
-    command, environment = slurm_job(tmp_path, SRUN_STARTS, **job)
-    record, log = tmp_path / "run" / "record.jsonl", tmp_path / "log"
-    with started(command, log, **environment) as process:
-        until(
-            lambda: record.exists() and record.read_bytes().count(b'"type": "step"') > 2,
-            120,
-            "the first steps",
-        )
-        for task in workers(process.pid).values():
-            os.kill(task, signal.SIGTERM)
-        assert process.wait(60) == 143, log.read_text()
-    assert (tmp_path / "requeued").read_text().strip() == job["SLURM_JOB_ID"]
-    (saved,) = steps(tmp_path / "run" / "checkpoints")
-    assert saved < 100
-    with started(command, log, **environment) as process:
-        assert process.wait(120) == 0, log.read_text()
-    lines = read_lines(record)
-    assert [line["step"] for line in lines if line["type"] == "step"] == list(range(100))
-    assert [(line["step"], line["ranks"]) for line in lines if line["type"] == "resume"] == [
-        (saved, 2)
-    ]
+def test_slurm_tasks_are_ranks_and_a_stopped_job_is_requeued(tmp_path: Path) -> None:
+    # Red when: a task's RANK is not its SLURM_PROCID; exit code 143 of a task, which is a stop with a
+    # checkpoint (tests/test_signals.py), does not reach the script.
+    tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "PYTHON": str(tmp_path / "rank")}
+    job = ended(tmp_path, SRUN_STARTS, **tasks)
+    assert job.returncode == 143
+    said = {line for line in job.stdout.splitlines() if line.startswith("rank ")}
+    assert said == {f"rank {n} of 2, {n} of 2 at node1" for n in range(2)}
+    assert (tmp_path / "requeued").read_text().strip() == "7"

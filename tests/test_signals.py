@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from conadv.engine.stop import INTERRUPT, TERMINATE
 from conadv.errors import ConadvError
 from conadv.training.checkpoint import steps
 from conadv.training.loop import train
-from conadv.training.observer import Silent
+from conadv.training.observer import Observer
 from conadv.training.record import read_lines
 from conadv.training.signals import (
     Patience,
@@ -33,7 +32,7 @@ from .test_nonfinite import same
 from .test_training import config, weights, without_times
 
 
-class Sends(Silent):
+class Sends(Observer):
     """Sends a signal to this process after step ``at``, or during the evaluation after it."""
 
     def __init__(self, number: int, at: int) -> None:
@@ -48,6 +47,18 @@ class Sends(Silent):
         self.heard.append(text)
 
 
+SHORT = {"epochs": None, "steps": 4, "eval__every_epochs": None, "checkpoint__every_epochs": None}
+CONADV = config(method="conadv", staleness=2, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody stops."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(CONADV, out)
+    return out
+
+
 @pytest.mark.parametrize(
     ("number", "name", "code"),
     [
@@ -57,29 +68,27 @@ class Sends(Silent):
     ],
 )
 def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
-    number: int, name: str, code: int, tmp_path: Path
+    number: int, name: str, code: int, whole: Path, tmp_path: Path
 ) -> None:
-    # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before do not come back.
-    settings = config(
-        method="conadv", staleness=2, checkpoint__every_epochs=None, eval__every_epochs=None
-    )
+    # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before do
+    # not come back; the last step is an exception.
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    seen = Sends(number, 2)
-    with pytest.raises(
-        Stopped, match=f"by {name} after 4 steps; --resume goes on from step 4"
-    ) as caught:
-        train(settings, tmp_path / "cut", observer=seen)
+    step = 2 if number == signal.SIGHUP else 1
+    seen, saved = Sends(number, step), step + 2
+    message = f"by {name} after {saved} steps; --resume goes on from step {saved}"
+    with pytest.raises(Stopped, match=message) as caught:
+        train(CONADV, tmp_path, observer=seen)
     assert caught.value.code == code
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    assert steps(tmp_path / "cut" / "checkpoints") == [4]
-    last = read_lines(tmp_path / "cut" / "record.jsonl")[-1]
-    assert (last["type"], last["step"], last["signal"]) == ("stop", 4, name)
+    assert steps(tmp_path / "checkpoints") == [saved]
+    last = read_lines(tmp_path / "record.jsonl")[-1]
+    assert (last["type"], last["step"], last["signal"]) == ("stop", saved, name)
+    assert not (tmp_path / "summary.json").exists()
     until(lambda: any("stopping after this step" in text for text in seen.heard), 5, "the message")
-    train(settings, tmp_path / "cut", auto_resume=True)
-    train(settings, tmp_path / "whole")
-    lines = [read_lines(tmp_path / run / "record.jsonl") for run in ("cut", "whole")]
+    train(CONADV, tmp_path, auto_resume=True)
+    lines = [read_lines(run / "record.jsonl") for run in (tmp_path, whole)]
     assert without_times(lines[0]) == without_times(lines[1])
-    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert same(weights(tmp_path), weights(whole))
 
 
 def test_a_signal_during_an_evaluation_counts_at_that_step(
@@ -98,13 +107,6 @@ def test_a_signal_during_an_evaluation_counts_at_that_step(
     with pytest.raises(Stopped, match="after 3 steps"):
         train(config(checkpoint__every_epochs=None), tmp_path)
     assert steps(tmp_path / "checkpoints") == [3]
-
-
-def test_the_last_step_is_no_exception(tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="after 6 steps"):
-        train(config(), tmp_path, observer=Sends(signal.SIGTERM, 4))
-    assert not (tmp_path / "summary.json").exists()
-    assert train(config(), tmp_path, resume=True)["steps"] == 6
 
 
 def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_action() -> None:
@@ -163,21 +165,21 @@ def load(key):
 
 if __name__ == "__main__":
     from conadv.data.loader import _stream
-    multiprocessing.set_start_method(sys.argv[1])
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["torch"])
     stream = _stream(load, range(100), 2)
     print(next(stream), next(stream), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
-def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> None:
-    # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork server, which lives on).
+def test_loader_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork server,
+    # which lives on).
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = subprocess.run(
-        [sys.executable, script, start], stdout=subprocess.PIPE, text=True, timeout=100
-    )
+    command = [sys.executable, script]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100)
     assert done.returncode == -signal.SIGKILL
     workers = [int(word) for word in done.stdout.split()]
     assert len(set(workers)) == 2
@@ -188,38 +190,29 @@ def test_loader_workers_end_with_a_killed_run(tmp_path: Path, start: str) -> Non
 
 
 NAMES = ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "CONADV_GRACE_SECONDS")
+WAITS: list[tuple[tuple[str | None, ...], float | None]] = [
+    ((None, None, None), None),
+    ((None, "5", None), None),  # not under torchrun
+    (("x", None, None), 30.0),
+    (("x", "300", None), 300.0),
+    (("x", None, "600"), 600.0),
+    ((None, None, "60"), 60.0),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "seconds"),
-    [
-        ((None, None, None), None),
-        ((None, "5", None), None),  # not under torchrun
-        (("x", None, None), 30.0),
-        (("x", "300", None), 300.0),
-        (("x", None, "600"), 600.0),
-        ((None, None, "60"), 60.0),
-    ],
-)
-def test_how_long_a_launcher_waits(
-    values: tuple[str | None, ...], seconds: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: torchrun's own 30 seconds are not known, or the job script's word does not come first.
-    for name, value in zip(NAMES, values, strict=True):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    assert granted_seconds() == seconds
-
-
-@pytest.mark.parametrize("text", ["ten", "nan", "-1", "inf"])
-def test_a_time_that_is_no_number_ends_the_run_before_it_begins(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Red when: the variable is looked at by the first step only, or a time may be infinite or below 0.
-    monkeypatch.setenv("CONADV_GRACE_SECONDS", text)
-    with pytest.raises(ConadvError, match=f"CONADV_GRACE_SECONDS is '{text}'"):
-        train(config(), tmp_path / "run")
+def test_how_long_a_launcher_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Red when: torchrun's own 30 seconds are not known, the job script's word does not come first, or
+    # a time may be infinite or below 0, or is looked at by the first step only.
+    for values, seconds in WAITS:
+        for name, value in zip(NAMES, values, strict=True):
+            monkeypatch.setenv(name, value or "")
+            if value is None:
+                monkeypatch.delenv(name)
+        assert granted_seconds() == seconds, values
+    for text in ("ten", "nan", "-1", "inf"):
+        monkeypatch.setenv("CONADV_GRACE_SECONDS", text)
+        with pytest.raises(ConadvError, match=f"CONADV_GRACE_SECONDS is '{text}'"):
+            train(config(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -244,22 +237,16 @@ def test_stopping_takes_the_longest_turn_and_what_saving_takes(
     assert len(heard) == said
 
 
-@pytest.mark.parametrize("background", [False, True])
 def test_a_run_says_that_it_would_be_killed_before_it_has_saved(
-    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: the loop does not judge, or the writer never says what a write in the background took.
-    seen = Sends(0, -1)
-    settings = config(
-        checkpoint__every_epochs=0.5, checkpoint__background=background, eval__every_epochs=None
-    )
-    monkeypatch.setenv("CONADV_GRACE_SECONDS", "1e-9")
-    train(settings, tmp_path / "short", observer=seen)
-    assert sum("killed 1e-09 s after SIGTERM" in text for text in seen.heard) == 1
-    seen = Sends(0, -1)
-    monkeypatch.setenv("CONADV_GRACE_SECONDS", "600")
-    train(settings, tmp_path / "long", observer=seen)
-    assert not any("SIGTERM" in text for text in seen.heard)
+    # Red when: the loop does not judge, or the writer never says what a background write took.
+    settings = config(**{**SHORT, "checkpoint__every_epochs": 0.3}, checkpoint__background=True)
+    for granted, said in (("1e-9", 1), ("600", 0)):
+        seen = Sends(0, -1)
+        monkeypatch.setenv("CONADV_GRACE_SECONDS", granted)
+        train(settings, tmp_path / granted, observer=seen)
+        assert sum("s after SIGTERM" in text for text in seen.heard) == said
 
 
 def program(out: Path, *options: str, **changes: Any) -> list[object]:
@@ -276,20 +263,14 @@ def recorded(out: Path) -> int:
     return path.read_bytes().count(b'{"type": "step"') if path.exists() else 0
 
 
-def exit_of(process: subprocess.Popen[bytes], send: Callable[[], None]) -> int:
-    send()
-    return process.wait(60)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="signals a process group")
 def test_the_program_and_its_loader_workers_under_a_signal_to_their_group(tmp_path: Path) -> None:
     # Red when: workers die of SIGTERM and take the run with them; the exit code is another.
     out, log = tmp_path / "run", tmp_path / "log"
     with started(program(out, data__num_workers=2, **LONG), log) as process:
         until(lambda: recorded(out) > 3, 120, "the first steps")
-        assert exit_of(process, lambda: os.killpg(process.pid, signal.SIGTERM)) == 143, (
-            log.read_text()
-        )
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143, log.read_text()
     (saved,) = steps(out / "checkpoints")
     assert (
         f"stopped by SIGTERM after {saved} steps; --resume goes on from step {saved}"
@@ -297,27 +278,3 @@ def test_the_program_and_its_loader_workers_under_a_signal_to_their_group(tmp_pa
     )
     assert "Traceback" not in log.read_text()
     assert recorded(out) == saved
-
-
-SLEEPS = """
-import sys, time
-import conadv.training.results
-from conadv.cli.program import main
-conadv.training.results.evaluate = lambda *_, **__: time.sleep(60)
-sys.exit(main())
-"""
-
-
-def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    # Red when: SIGINT keeps its handler after the first one (the process then sleeps on).
-    out, log = tmp_path / "run", tmp_path / "log"
-    command = program(out, **{**LONG, "eval__every_epochs": 1})
-    with started([sys.executable, "-c", SLEEPS, *command[3:]], log) as process:
-        until(lambda: recorded(out) == 3, 120, "the evaluation, which sleeps")
-        process.send_signal(signal.SIGINT)
-        until(lambda: b"Ctrl-C leaves at once" in log.read_bytes(), 30, "the message")
-        time.sleep(0.5)
-        assert process.poll() is None  # the first one waits for the evaluation
-        begin = time.monotonic()
-        assert exit_of(process, lambda: process.send_signal(signal.SIGINT)) == -signal.SIGINT
-        assert time.monotonic() - begin < 5

@@ -17,7 +17,7 @@ from typing import Any
 from . import trials
 from .lives import Setup, arguments, compare, same, whole
 
-FULL, SHORT = 600, 40
+FULL, SHORT = 600, 20
 RESUME_EVERY = 20
 SEED = 6
 

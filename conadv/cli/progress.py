@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 from conadv.errors import printable, printable_lines
-from conadv.training.observer import Observer, Silent
+from conadv.training.observer import Observer
 from conadv.types import StepRecord
 
 
-class Plain(Silent):
+class Plain(Observer):
     """Lines of text, at most one every ``every`` seconds besides evaluations: for files and job logs."""
 
     def __init__(self, every: float = 10.0) -> None:
@@ -48,7 +48,7 @@ class Plain(Silent):
         self.message(f"step {step}/{self._total}  {values}")
 
 
-class Live(Silent):
+class Live(Observer):
     """A progress bar with loss, test accuracy and time left."""
 
     def __init__(self) -> None:
@@ -98,5 +98,5 @@ class Live(Silent):
 def for_terminal(quiet: bool) -> Observer:
     """Live on a terminal, plain lines elsewhere, nothing when quiet."""
     if quiet:
-        return Silent()
+        return Observer()
     return Live() if sys.stdout.isatty() else Plain()

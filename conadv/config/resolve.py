@@ -7,7 +7,7 @@ Below them everybody is handed numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ def resolve(config: Config) -> Config:
     for check in _CHECKS:
         check(config)
     config = _with_method_defaults(config)
-    config = replace(config, optim=_with_optimizer_defaults(config.optim))
+    optim = OPTIMIZERS[config.optim.name].complete(config.optim.model_dump())
+    config = replace(config, optim=replace(config.optim, **optim))
     config = _with_attack_defaults(config)
     if config.micro_batch_size is None:
         config = replace(config, micro_batch_size=config.global_batch_size)
@@ -145,15 +146,11 @@ def derive(config: Config, train_images: int, learners: int = 1) -> Derived:
 
 def _check_probe_fits(probe: ProbeConfig, every: int, steps: int) -> None:
     last = (steps - 1) // every * every
-    if not last:
-        raise ConadvError(
-            f"probe.every_epochs {probe.every_epochs:g} is {every} steps, but there are only {steps}: nothing "
-            "would be measured. Probe more often, or train longer."
-        )
     if max(probe.staleness) > last:
         raise ConadvError(
-            f"probe.staleness {max(probe.staleness)} has no effect: the last probed step is step {last}. "
-            "Train longer, or leave it out."
+            f"probe.staleness {max(probe.staleness)} has no effect: of {steps} steps, probed every "
+            f"{every}, the last one measured is step {last}. Probe more often, train longer, or leave "
+            "it out."
         )
 
 
@@ -166,8 +163,31 @@ def without_effect(name: str, owner: str, value: object) -> ConadvError:
     )
 
 
-def _changed(config: Config, names: Iterable[str]) -> list[str]:
-    return [name for name in names if changed(config, name)]
+_NEEDS: tuple[tuple[str, str, Callable[[Config], object]], ...] = (
+    *(
+        (f"probe.{name}", "probe.every_epochs", lambda c: c.probe.every_epochs is not None)
+        for name in ProbeConfig.model_fields
+    ),
+    ("aug_weight", "data.aug_view", lambda c: c.data.aug_view),
+    (
+        "data.subset_seed",
+        "data.train_images or data.validation_images",
+        lambda c: c.data.train_images or c.data.validation_images,
+    ),
+    ("optim.lr_scaling", "optim.lr_reference_batch", lambda c: c.optim.lr_reference_batch),
+    ("optim.lr_reference_batch", "optim.lr_scaling", lambda c: c.optim.lr_scaling != "none"),
+    # never chosen by the test set
+    ("checkpoint.keep_best", "data.validation_images", lambda c: c.data.validation_images),
+    ("checkpoint.keep_best", "eval.every_epochs", lambda c: c.eval.every_epochs),
+    ("nonfinite_limit", "on_nonfinite skip", lambda c: c.on_nonfinite == "skip"),
+)
+"""A setting, what it needs to have an effect, and whether a config has that."""
+
+
+def _check_needs(config: Config) -> None:
+    for name, needed, has in _NEEDS:
+        if changed(config, name) and not has(config):
+            raise ConadvError(f"{name} has no effect without {needed}. Give it as well.")
 
 
 def _check_duration(config: Config) -> None:
@@ -177,50 +197,50 @@ def _check_duration(config: Config) -> None:
 
 def _check_method(config: Config) -> None:
     row = METHODS[config.method]
-    for name in _changed(config, METHOD_SETTINGS):
-        if name not in row.settings:
+    known = {*row.settings, *(f"attack.{name}" for name in row.attack)}
+    for name in (*METHOD_SETTINGS, *EXTRA_VIEW_SETTINGS):
+        if name not in known and changed(config, name):
             raise without_effect(name, "method", config.method)
-    for name in _changed(config, EXTRA_VIEW_SETTINGS):
-        if name.removeprefix("attack.") not in row.attack:
-            raise without_effect(name, "method", config.method)
-    if config.data.aug_view is None and config.aug_weight is not None:
-        raise ConadvError("aug_weight has no effect without a third view. Give data.aug_view too.")
     if config.attack.route == "clean" and config.adv_route == "clean":
         raise ConadvError(
             "attack.route clean has no effect with adv_route clean: the attack goes there anyway."
         )
 
 
-def _check_share(config: Config) -> None:
+def _check_micro_batch(config: Config) -> None:
     auto = config.micro_batch_size == "auto"
     micro = config.global_batch_size if auto else micro_batch(config)
-    share, images = config.attack.share, config.attack.share * micro
+    share, data = config.attack.share, config.data
+    images = share * micro
     if not round(images):
         raise ConadvError(
             f"attack.share {share:g} of {micro} images rounds to zero images; increase either."
         )
-    if config.mix != "replace":
+    if micro == 1 and (data.mixup or data.cutmix):
+        raise ConadvError(
+            "data.mixup and data.cutmix mix images of one micro-batch: micro_batch_size 1 has only "
+            "one."
+        )
+    if config.mix != "replace" or "share" not in METHODS[config.method].attack:
         return
-    if "share" not in METHODS[config.method].attack:
-        return  # what mix has no effect on is said elsewhere
     if share == 1 and config.adv_route != "clean":
         raise ConadvError(
-            "attack.share 1 with mix replace leaves no clean image to train the clean route of batch norm. Take a "
-            "smaller share, such as 0.5, or adv_route clean."
+            "attack.share 1 with mix replace leaves no clean image to train the clean route of batch "
+            "norm. Take a smaller share, such as 0.5, or adv_route clean."
         )
     if abs(images - round(images)) > 1e-6:
         raise ConadvError(
-            f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: with mix replace a "
-            "step has to have as many images as its batch. Change one of them."
+            f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: with "
+            "mix replace a step has to have as many images as its batch. Change one of them."
         )
 
 
 def _check_eps(config: Config) -> None:
     if config.attack.norm != "linf":
         return
-    for name in ("attack.eps", "attack.step_size", "eval.robust_eps"):
-        section, _, field = name.partition(".")
-        eps = getattr(getattr(config, section), field)
+    attack, robust = config.attack, config.eval.robust_eps
+    sizes = {"attack.eps": attack.eps, "attack.step_size": attack.step_size}
+    for name, eps in {**sizes, "eval.robust_eps": robust}.items():
         if eps is not None and eps >= 1:
             raise ConadvError(
                 f"{name} = {eps:g} is the whole pixel range or more: eps is in [0, 1] pixel units. "
@@ -228,88 +248,35 @@ def _check_eps(config: Config) -> None:
             )
 
 
-def _check_probe(config: Config) -> None:
-    names = _changed(config, (f"probe.{name}" for name in ProbeConfig.model_fields))
-    if config.probe.every_epochs is None and names:
-        raise ConadvError(f"{names[0]} has no effect without probe.every_epochs. Give it as well.")
-    if len(set(config.probe.staleness)) < len(config.probe.staleness):
-        raise ConadvError(f"probe.staleness {list(config.probe.staleness)} names one value twice.")
-
-
 def _check_optimizer(config: Config) -> None:
     optim = config.optim
     for name in OPTIM_SETTINGS:
         if getattr(optim, name) is not None and name not in OPTIMIZERS[optim.name].defaults:
             raise without_effect(f"optim.{name}", "optimizer", optim.name)
-    if (optim.lr_scaling == "none") != (optim.lr_reference_batch is None):
-        raise ConadvError(
-            "optim.lr_scaling and optim.lr_reference_batch belong together: give both or neither."
-        )
     if scaled_lr(optim, config.global_batch_size) > LARGEST_LR:
         raise ConadvError(f"optim.lr {optim.lr:g} exceeds {LARGEST_LR:g} after optim.lr_scaling.")
     if optim.nesterov and optim.momentum == 0:
         raise ConadvError("optim.nesterov needs optim.momentum above 0.")
-    if optim.betas is not None and not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConadvError(f"optim.betas {optim.betas} must be in [0, 1).")
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    subset = data.train_images is not None or data.validation_images is not None
-    if data.subset_seed != 0 and not subset:
-        raise ConadvError(
-            "data.subset_seed has no effect without data.train_images or data.validation_images."
-        )
-    if config.micro_batch_size == 1 and (data.mixup or data.cutmix):
-        raise ConadvError(
-            "data.mixup and data.cutmix mix images of one micro-batch: micro_batch_size 1 has only one."
-        )
-
-
-def _check_keep_best(config: Config) -> None:
-    if config.checkpoint.keep_best and config.data.validation_images is None:
-        raise ConadvError(
-            "checkpoint.keep_best chooses by images that are held out of training, never by the test set. "
-            "Give data.validation_images."
-        )
-    if config.checkpoint.keep_best and config.eval.every_epochs is None:
-        raise ConadvError(
-            "checkpoint.keep_best has nothing to choose from without eval.every_epochs."
-        )
-
-
-def _check_nonfinite(config: Config) -> None:
-    if config.on_nonfinite == "stop" and changed(config, "nonfinite_limit"):
-        raise without_effect("nonfinite_limit", "on_nonfinite", "stop")
 
 
 _CHECKS = (
+    _check_needs,
     _check_duration,
     _check_method,
-    _check_share,
+    _check_micro_batch,
     _check_eps,
-    _check_probe,
     _check_optimizer,
-    _check_data,
-    _check_keep_best,
-    _check_nonfinite,
 )
 
 # ---- defaults that belong to a choice
 
 
 def _with_method_defaults(config: Config) -> Config:
-    defaults = METHODS[config.method].settings
-    changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    if config.data.aug_view is not None and config.aug_weight is None:
-        changes["aug_weight"] = 1.0
-    resolved: Config = replace(config, **changes)
-    return resolved
-
-
-def _with_optimizer_defaults(optim: OptimConfig) -> OptimConfig:
-    values = OPTIMIZERS[optim.name].complete(optim.model_dump())
-    resolved: OptimConfig = replace(optim, **values)
+    defaults = dict(METHODS[config.method].settings)
+    if config.data.aug_view is not None:
+        defaults["aug_weight"] = 1.0
+    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    resolved: Config = replace(config, **unset)
     return resolved
 
 
@@ -317,9 +284,8 @@ def _with_attack_defaults(config: Config) -> Config:
     attack = config.attack
     changes: dict[str, Any] = {}
     if attack.step_size is None and attack.eps > 0:
-        changes["attack__step_size"] = (
-            attack.eps if attack.num_steps == 1 else 2.5 * attack.eps / attack.num_steps
-        )
+        spread = 2.5 * attack.eps / attack.num_steps
+        changes["attack__step_size"] = spread if attack.num_steps > 1 else attack.eps
     if attack.name is None:
         one_step = attack.num_steps == 1 and not attack.random_start
         plain = one_step and attack.step_size in (None, attack.eps)

@@ -34,12 +34,11 @@ else:
 LONGEST = 1e9  # epochs: more cannot be counted in steps
 LARGEST, LARGEST_LR = 1e6, 1e30  # float32 holds numbers up to their product
 MOST = 10**9  # the product of two counts fits into the 64 bits of a tensor's sizes
-WIDEST = (
-    2**16
-)  # channels: the largest convolution of the small networks still has a size in 64 bits
+WIDEST = 2**16  # channels: the small networks' largest convolution still has a size in 64 bits
 LARGEST_SEED = 2**63 - 1
 SMALLEST_ALPHA = 1e-3  # below it float32 draws from a Beta distribution are not numbers
 Count = Annotated[int, Field(le=MOST)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _off_or_drawn(value: float) -> float:
@@ -127,7 +126,7 @@ class OptimConfig(Section):
     """Which LARS formula, see conadv.LARS."""
     trust_coefficient: float | None = Field(None, gt=0, le=LARGEST)
     """eta of LARS."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[_Beta, _Beta] | None = None
     eps: float | None = Field(None, ge=0, le=LARGEST)
     """Added to LARS's denominator, or to LAMB's and AdamW's root."""
     clip_norm: float | None = Field(None, gt=0, le=LARGEST_LR)

@@ -21,7 +21,7 @@ from conadv.planning.timing import burst
 from conadv.planning.trial import Shape, Trial
 from conadv.training import checkpoint
 from conadv.training.build import Run, build
-from conadv.training.observer import Observer, Silent
+from conadv.training.observer import Observer
 from conadv.training.run_dir import RunDir
 from conadv.training.start import admit
 
@@ -77,7 +77,7 @@ def preview(
     first step, and where image files in the sample cannot be read, or memory or disk are too small.
     Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
     """
-    observer = observer if observer and comm.is_main else Silent()
+    observer = observer if observer and comm.is_main else Observer()
     folder = RunDir(out)
     config, resume = admit(config, folder, comm, observer, execution, **existing)
     run = build(config, comm.device, observer, comm, execution)

@@ -20,7 +20,7 @@ from conadv.errors import ConadvError
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
 from conadv.sweep.folder import tidy
-from conadv.training.observer import Silent
+from conadv.training.observer import Observer
 from conadv.training.run_dir import RunDir
 
 Work = Callable[[Run], None]
@@ -65,7 +65,7 @@ def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> N
         tidy(out)
 
 
-class _Stopwatch(Silent):
+class _Stopwatch(Observer):
     """Times the first steps of a run, then ends it: an evaluation may take longer than they do."""
 
     def start(self, title: str, first_step: int, num_steps: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from conadv import rng
 from conadv.attacks.make import make_attack
@@ -33,7 +34,7 @@ from conadv.optim.groups import MODEL_RULES, describe, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training.data import load_data, load_model, load_source
-from conadv.training.observer import Observer, Silent
+from conadv.training.observer import Observer
 from conadv.training.probe import Probe
 from conadv.types import Attack, Method, Schedule
 
@@ -96,7 +97,7 @@ def build(
     Raises ConadvError for whatever does not fit together. Ranks: collective; an error on one rank is raised by all.
     """
     world = world or Comm(device=device)
-    observer, execution = observer or Silent(), execution or Execution()
+    observer, execution = observer or Observer(), execution or Execution()
     with world.agreed():
         method = method_of(config)
         choice = choose(execution, method)
@@ -223,7 +224,7 @@ def make_step(
         model,
         optimizer,
         method,
-        loss=_cross_entropy(config.label_smoothing),
+        loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
         lr_at=schedule,
         numerics=Numerics(
             precision=config.precision,
@@ -241,13 +242,6 @@ def make_step(
         comm=comm,
         executor=executor,
     )
-
-
-def _cross_entropy(label_smoothing: float) -> Any:
-    def loss(logits_NK: Tensor, y_N: Tensor) -> Tensor:
-        return F.cross_entropy(logits_NK, y_N, label_smoothing=label_smoothing)
-
-    return loss
 
 
 def title(config: Config) -> str:

@@ -8,17 +8,17 @@ wrote it. What keeps a stranger's file from running code is ``weights_only=True`
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import torch
 from pydantic import Field, ValidationError, model_validator
+from torch.utils._pytree import tree_map_only
 
 from conadv import __version__
 from conadv.config.schema import MOST
@@ -71,15 +71,12 @@ class _Envelope(Document):
 # Writing
 
 
-class _Sealed(io.RawIOBase):
+class _Sealed:
     """A file to write to that counts and hashes what goes through."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash, self._count = file, hashlib.sha256(), 0
         self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
@@ -89,6 +86,9 @@ class _Sealed(io.RawIOBase):
         except OSError as error:
             self.error = error  # torch raises another error instead
             raise
+
+    def flush(self) -> None:
+        """torch calls it; the caller flushes after the seal."""
 
     def seal(self) -> None:
         """Write the seal behind what has been written."""
@@ -202,10 +202,7 @@ def _digest(file: IO[bytes], length: int) -> str:
 
 
 def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
-    """The newest checkpoint that is not damaged; warns of each damaged one that was passed over.
-
-    Raises ConadvError if there is none, or if the newest intact one is refused (see :func:`load`).
-    """
+    """As :func:`find_newest`, with a warning for each damaged checkpoint that was passed over."""
     state, damaged = find_newest(folder, device)
     for message in damaged:
         warnings.warn(message, stacklevel=2)
@@ -213,22 +210,25 @@ def load_newest(folder: Path, device: torch.device) -> dict[str, Any]:
 
 
 def find_newest(folder: Path, device: torch.device) -> tuple[dict[str, Any], list[str]]:
-    """The newest checkpoint that is not damaged, and what was wrong with the newer ones."""
+    """The newest checkpoint that is not damaged, and what was wrong with the newer ones.
+
+    Raises ConadvError if there is none, or if the newest intact one is refused (see :func:`load`).
+    """
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         try:
-            state = load(folder / _NAME.format(step), device)
+            state = load_step(folder, step, device)
         except DamagedCheckpoint as error:
             damaged.append(str(error))
-            continue
-        return state, [f"{why} Going back to the checkpoint of step {step}." for why in damaged]
-    shown = printable(folder)
-    problem = (
-        f"None of the checkpoints in {shown} can be used: {' '.join(damaged)}"
-        if damaged
-        else f"{shown} holds no checkpoint."
+        else:
+            back = f"Going back to the checkpoint of step {step}."
+            return state, [f"{why} {back}" for why in damaged]
+    shown, why = printable(folder), " ".join(damaged)
+    problem = f"None of the checkpoints in {shown} can be used: {why}" if damaged else ""
+    raise ConadvError(
+        f"{problem or f'{shown} holds no checkpoint.'} Start the run with --overwrite instead of "
+        "--resume."
     )
-    raise ConadvError(f"{problem} Start the run with --overwrite instead of --resume.")
 
 
 def load_step(folder: Path, step: int, device: torch.device) -> dict[str, Any]:
@@ -296,19 +296,9 @@ def restoring(state: dict[str, Any]) -> Iterator[None]:
 
 def to_device(state: Any, device: torch.device) -> Any:
     """A state with every tensor on ``device``."""
-    return _map(state, lambda tensor: tensor.to(device))
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), state)
 
 
 def snapshot(state: Any) -> Any:
     """A copy on the CPU, which training goes on without changing."""
-    return _map(state, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
-def _map(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(state, torch.Tensor):
-        return change(state)
-    if isinstance(state, dict):
-        return {key: _map(value, change) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_map(value, change) for value in state)
-    return state
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)

@@ -36,75 +36,34 @@ class Summary(Document):
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]  # a number in every JSON reader
 
 
-class AtStep(Document):
-    """A line of the record that belongs to a step (docs/record.md)."""
+class RecordLine(Document):
+    """What a line of the record holds (docs/record.md), whatever its type; null for what is not finite."""
 
-    step: Whole
-
-
-class Header(Document):
-    """The first line of a record. ``steps``: how many the run is to take."""
-
+    step: Whole = 0
     steps: Whole = 0
-
-
-class Step(AtStep):
-    """One step; null stands for numbers that were not finite."""
-
     phases: dict[str, float] = Field({})
     losses: dict[str, float | None] = Field({})
     seconds: float = 0.0
     loss: float | None = None
-
-
-class Eval(AtStep):
-    """One evaluation of a split."""
-
     split: str = ""
-    loss: float | None = None
     accuracy: float | None = None
     images: Whole = 0
-
-
-class Timeline(AtStep):
-    """The spans of another rank in one step."""
-
     rank: Whole = 0
     role: str = ""
-
-
-class BadImage(AtStep):
-    """An image file that could not be read."""
-
-    path: str
-    reason: str = ""
-
-
-class AttackLoss(AtStep):
-    """An attack rank that a learner has lost."""
-
-    rank: Whole = 0
     attack_rank: Whole = 0
+    path: str = ""
     reason: str = ""
-
-
-class Error(AtStep):
-    """What ended the run."""
-
     message: str = ""
 
 
-LINES: dict[str, type[Document]] = {
-    "header": Header,
-    "step": Step,
-    "eval": Eval,
-    "timeline": Timeline,
-    "bad_image": BadImage,
-    "attack_loss": AttackLoss,
-    "error": Error,
-    **dict.fromkeys(("resume", "probe", "stop"), AtStep),
+NEEDED: dict[str, tuple[str, ...]] = {
+    "header": (),
+    "bad_image": ("step", "path"),
+    **dict.fromkeys(
+        ("step", "eval", "timeline", "attack_loss", "error", "resume", "probe", "stop"), ("step",)
+    ),
 }
-"""Type of a line of the record -> what its fields must be where it has them."""
+"""Type of a line of the record -> the fields that readers cannot do without."""
 
 
 class Probe(Document):

@@ -68,31 +68,23 @@ def forward_pass(model: nn.Module, precision: str) -> Callable[[Tensor], Tensor]
     return forward
 
 
-@dataclass(frozen=True)
-class Draws:
-    """An attack's random draws: of the batches of this rank, by their numbers in the list of all ranks."""
-
-    seed: int
-    purpose: str
-    comm: Comm
-
-    def of_batch(self, number: int, device: torch.device) -> torch.Generator:
-        return rng.generator(
-            device, self.seed, self.purpose, self.comm.rank + number * self.comm.ranks
-        )
-
-
 def model_inputs(
     batches: Iterable[tuple[Tensor, Tensor]],
     space: PixelSpace,
     device: torch.device,
     forward: Callable[[Tensor], Tensor],
     attack: Attack | None,
-    draws: Draws,
+    comm: Comm,
+    draws: tuple[int, str],
     *,
     channels_last: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches on the device in model space, attacked where there is an attack. Those without an image are left out."""
+    """Batches on the device in model space, attacked where there is an attack.
+
+    ``batches``: those of this rank, every ``comm.ranks``-th of all. ``draws``: seed and purpose of
+    the attack's random draws, which are keyed by a batch's number among those of all ranks, so that
+    they do not depend on how many ranks there are. Batches without an image are left out.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for number, (x, y) in enumerate(batches):
         if not len(y):  # none of its images could be read
@@ -100,7 +92,8 @@ def model_inputs(
         x, y = x.to(device), y.to(device)
         x = (space.normalize(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=layout)
         if attack is not None:
-            x = attack(forward, x, y, draws.of_batch(number, device))
+            path = (*draws, comm.rank + number * comm.ranks)
+            x = attack(forward, x, y, rng.generator(device, *path))
         yield x, y
 
 
@@ -128,11 +121,11 @@ def evaluate(
     device = next(model.parameters()).device
     loss, correct, images = torch.zeros((), device=device), torch.zeros((), device=device), 0
     forward = forward_pass(model, precision)
-    draws = Draws(seed, "robust", comm)
+    inputs = model_inputs(
+        batches, space, device, forward, attack, comm, (seed, "robust"), channels_last=channels_last
+    )
     with eval_mode(model), norm.route(model, norm.CLEAN), torch.no_grad():
-        for x, y in model_inputs(
-            batches, space, device, forward, attack, draws, channels_last=channels_last
-        ):
+        for x, y in inputs:
             logits = forward(x)
             loss += F.cross_entropy(logits, y, reduction="sum")
             correct += (logits.argmax(1) == y).sum()

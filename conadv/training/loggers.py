@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from conadv.errors import ConadvError, install
-from conadv.training.observer import Silent
+from conadv.training.observer import Observer
 from conadv.types import StepRecord
 
 
-class _Logger(Silent, ABC):
+class _Logger(Observer, ABC):
     """Sends scalars to :meth:`log`; the base of both loggers, which open their files only when the run starts."""
 
     @abstractmethod

@@ -22,7 +22,7 @@ from conadv.errors import ConadvError
 from conadv.training import checkpoint, record
 from conadv.training.build import Run, build, overview, title
 from conadv.training.hooks import Log, make_hooks
-from conadv.training.observer import Guarded, Observer, Silent
+from conadv.training.observer import Guarded, Observer
 from conadv.training.results import measure
 from conadv.training.run_dir import RunDir
 from conadv.training.signals import Patience, Signals, Stopped, granted_seconds
@@ -63,7 +63,7 @@ def train(
     before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
-    observer = Guarded(observer if observer and comm.is_main else Silent())
+    observer = Guarded(observer if observer and comm.is_main else Observer())
     run_dir = RunDir(Path(out))
     # launchers on several hosts count restarts on their own
     restarted = bool(comm.any(torch.tensor([restarted])))
@@ -175,7 +175,7 @@ def _timed_batches(run: Run, first: int) -> Iterator[tuple[Batch, Batch | None]]
 
 def _attack(run: Run, first: int) -> None:
     """What an attack rank does until the learners have finished."""
-    log = Log(run, record.Record(None), Silent(), run.step.clock.origin)
+    log = Log(run, record.Record(None), Observer(), run.step.clock.origin)
     batches = run.data.train_batches(first + run.step.ahead, run.derived.steps, ("clean",))
     # an attack rank that the learners can do without is ended by a signal alone: learners have signals of their own
     listening = nullcontext(None) if run.teams.may_lose else Signals()

@@ -1,33 +1,23 @@
-"""Who hears of what a run does: the protocol, and several observers as one."""
+"""Those who watch a run: what they are told, and several of them as one."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # types imports torch, which no help text needs
     from conadv.types import StepRecord
 
 
-class Observer(Protocol):
-    """Hears of everything that a run does, in order. Observers only show; they never change what is computed.
+class Observer:
+    """Is told everything that a run does, in order; this one shows nothing.
 
-    ``evaluation``: ``split`` is one of the record's, "train", "test", "robust" or "validation".
+    Observers only show; they never change what is computed. ``split`` is one of the record's:
+    "train", "test", "robust" or "validation".
     """
 
     def message(self, text: str) -> None: ...
-    def loading(self, what: str, done: int, total: int) -> None: ...
-    def start(self, title: str, first_step: int, num_steps: int) -> None: ...
-    def step(self, record: StepRecord) -> None: ...
-    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None: ...
-    def finish(self) -> None: ...
-
-
-class Silent:
-    """Shows nothing; the base of the other observers."""
-
-    def message(self, text: str) -> None: ...
 
     def loading(self, what: str, done: int, total: int) -> None: ...
 
@@ -40,11 +30,11 @@ class Silent:
     def finish(self) -> None: ...
 
 
-class Guarded(Silent):
+class Guarded(Observer):
     """Observers that may fail: a closed pipe or a full disk under their output never ends a run.
 
-    After its first OSError an observer hears of nothing any more, and stderr says so. What the program prints at the
-    end still fails, when everything is saved.
+    After its first OSError an observer is told nothing more, and stderr says so. What the program
+    prints at the end still fails, when everything is saved.
     """
 
     def __init__(self, *observers: Observer) -> None:
@@ -58,7 +48,7 @@ class Guarded(Silent):
                 self._observers.remove(observer)
                 with suppress(OSError):
                     sys.stderr.write(
-                        f"conadv: progress is not shown any more ({error}); training goes on.\n"
+                        f"conadv: progress is no longer shown ({error}); training goes on.\n"
                     )
 
     def message(self, text: str) -> None:

@@ -15,7 +15,7 @@ from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
-from conadv.training.evaluate import Draws, eval_mode, forward_pass, model_inputs
+from conadv.training.evaluate import eval_mode, forward_pass, model_inputs
 from conadv.types import Attack
 
 
@@ -58,12 +58,16 @@ def recalibrate(
         torch.zeros(2, layer.num_features + 1, dtype=torch.float64, device=device)
         for layer in layers
     ]
-    draws = Draws(seed, "recalibrate", comm)
+    draws = (seed, "recalibrate")
+    inputs = model_inputs(
+        batches, space, device, forward, attack, comm, draws, channels_last=channels_last
+    )
     with _normalising_by_batch(model), norm.route(model, route), torch.no_grad():
-        for x, _ in model_inputs(
-            batches, space, device, forward, attack, draws, channels_last=channels_last
-        ):
-            with _observing(layers, sums):
+        for x, _ in inputs:
+            with ExitStack() as hooks:
+                for layer, total in zip(layers, sums, strict=True):
+                    hook = layer.register_forward_pre_hook(partial(_observe, total))
+                    hooks.callback(hook.remove)
                 forward(x)
     _write(layers, sums, comm)
 
@@ -77,14 +81,6 @@ def _normalising_by_batch(model: nn.Module) -> Iterator[None]:
                 module.training = True
         with norm.frozen_stats(model):
             yield
-
-
-@contextmanager
-def _observing(layers: list[_BatchNorm], sums: list[Tensor]) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for layer, total in zip(layers, sums, strict=True):
-            hooks.callback(layer.register_forward_pre_hook(partial(_observe, total)).remove)
-        yield
 
 
 def _observe(total: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> None:

@@ -54,7 +54,7 @@ class Probe:
         assert derived.probe_every is not None
         self._engine, self._num_steps, self._lr_at = engine, derived.steps, lr_at
         self._per_epoch, self._every = derived.steps_per_epoch, derived.probe_every
-        self._taus = sorted(config.probe.staleness)
+        self._taus = sorted(set(config.probe.staleness))
         self._config = config.attack
         self._attack = attack
         self._route = "adv" if "adv" in norm.routes_of(engine.model) else norm.CLEAN

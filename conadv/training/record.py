@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from conadv import safe_io
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import write_atomic
-from conadv.training.documents import LINES
+from conadv.training.documents import NEEDED, RecordLine
 
 BESIDE = ("network", "transfer")
 """Spans of the network, which run beside a process's own phases."""
@@ -91,11 +91,14 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     line = safe_io.parse_json(raw.decode("utf-8"))
     if not isinstance(line, dict) or not isinstance(line.get("type"), str):
         raise ValueError("not an object with a type")
-    if kind := LINES.get(line["type"]):
+    kind = line["type"]
+    if kind in NEEDED:
+        if missing := [name for name in NEEDED[kind] if name not in line]:
+            raise ValueError(f"in {kind} {missing[0]} is missing")
         try:
-            kind.model_validate(line)
+            RecordLine.model_validate(line)
         except ValidationError as error:
-            raise ValueError(f"in {line['type']} {safe_io.first_problem(error)}") from error
+            raise ValueError(f"in {kind} {safe_io.first_problem(error)}") from error
     return line
 
 

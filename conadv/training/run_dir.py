@@ -62,8 +62,9 @@ class RunDir:
         if resume:
             self._check_same(config)
             return
-        parents = (self.path.absolute(), *self.path.absolute().parents)
-        existing, shown = next(path for path in parents if path.exists()), printable(self.path)
+        whole = self.path.absolute()
+        existing = next(path for path in (whole, *whole.parents) if path.exists())
+        shown = printable(self.path)
         if not existing.is_dir():
             problem = f"{printable(existing)} is a file, not a folder:"
         elif not os.access(existing, os.W_OK):
@@ -154,37 +155,34 @@ class RunDir:
         write_atomic(self.summary, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def changes(self, config: Config) -> list[str]:
-        """The settings in which the run here differs from ``config``, but for where the data lies."""
-        return differences(_moved(self.open(), config), config)
+        """The settings in which the run here differs from ``config``, but for where the data lies.
+
+        Those of the record's header, which the run began with: config.yaml may have been edited since.
+        """
+        began = self._header().get("config")
+        where = f"the header of {printable(self.record)}"
+        return differences(_moved(parse(began, where) if began else self.open(), config), config)
 
     def _check_same(self, config: Config) -> None:
+        self.open()
         if changed := self.changes(config):
             raise ConadvError(
-                f"Cannot resume {printable(self.path)} with another config:\n  "
+                f"Cannot resume {printable(self.path)} with other settings than those that it began "
+                "with:\n  "
                 + "\n  ".join(changed)
-                + "\nRepeat the run's own settings (conadv train --config RUN/config.yaml --out RUN "
-                "--resume), or start a new run."
-            )
-
-    def check_header(self, config: Config) -> None:
-        """Raise ConadvError if the record began with other settings: somebody has changed config.yaml since."""
-        values = self._header().get("config") or {}
-        began = parse(values, f"the header of {printable(self.record)}")
-        if changed := differences(_moved(began, config), config):
-            raise ConadvError(
-                f"Cannot resume {printable(self.path)}: its config.yaml is not the one that the run "
-                "began with:\n  "
-                + "\n  ".join(changed)
-                + "\nBring back these settings, or start a new run."
+                + "\nRepeat the run's own settings (conadv train "
+                "--config RUN/config.yaml --out RUN --resume), or start a new run."
             )
 
     def _header(self) -> dict[str, Any]:
-        return next(line for line in read_lines(self.record) if line["type"] == "header")
+        """The first header of the record; empty without one."""
+        lines = read_lines(self.record) if self.record.is_file() else []
+        return next((line for line in lines if line["type"] == "header"), {})
 
     def _written_by(self) -> str:
         """A sentence that names another version which wrote this run; empty if nothing says so."""
-        with suppress(ConadvError, StopIteration):
-            if (version := self._header().get("version")) != __version__:
+        with suppress(ConadvError):
+            if (version := self._header().get("version", __version__)) != __version__:
                 return f" Version {printable(version)} of conadv wrote this run."
         return ""
 

@@ -99,11 +99,11 @@ def granted_seconds() -> float | None:
 
 
 class Patience:
-    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved itself.
+    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved.
 
-    ``granted``: seconds from the request to the kill, None if unknown. A request may come just after a step has begun:
-    what counts is the longest time between two moments at which the run looks for it (:meth:`turn`), the first step
-    with its compilation left out, then what saving last took (:meth:`saved`, and ``writing`` in the background).
+    ``granted``: seconds from the request to the kill, None if unknown. A request may come just after
+    a step has begun, so what counts is the longest time between two :meth:`turn` calls, the first
+    step with its compilation left out, and then what saving takes.
     """
 
     def __init__(self, granted: float | None, tell: Callable[[str], None]) -> None:
@@ -126,15 +126,15 @@ class Patience:
         self._saving, self._since = now - self._since, now
 
     def judge(self, writing: float | None) -> None:
-        """``writing``: seconds that a write in the background took, 0 without; None while that is not known."""
+        """``writing``: seconds of a background write, 0 without; None while that is unknown."""
         if self._granted is None or self._saving is None or writing is None:
             return
         needed = self._longest + self._saving + writing
         if needed > self._granted:
             self._tell(
-                f"to stop takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but this "
-                f"process is killed {self._granted:g} s after SIGTERM: what is new since the last checkpoint "
-                "would be lost. Have it signalled earlier (Slurm: --signal=TERM@SECONDS and "
+                f"stopping takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but "
+                f"this process is killed {self._granted:g} s after SIGTERM: work since the last "
+                "checkpoint would be lost. Have it signalled earlier (Slurm: --signal=TERM@SECONDS and "
                 "CONADV_GRACE_SECONDS) or killed later (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
             )
             self._granted = None

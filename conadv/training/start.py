@@ -116,7 +116,6 @@ def open_record(run_dir: RunDir, run: Run, first: int, damaged: list[str]) -> re
         log.write("header", **_header(run), **_placement(run))
         return log
     record.check_steps(run_dir.record, first)
-    run_dir.check_header(run.config)
     record.truncate(run_dir.record, first)
     lines = record.read_lines(run_dir.record)
     run.data.bad.logged.update(line["path"] for line in lines if line["type"] == "bad_image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -12,26 +13,18 @@ from conadv.training.record import finite
 
 
 def summarize(
-    run: Run, results: dict[str, Result | None], lines: list[dict[str, Any]]
+    run: Run, results: Mapping[str, Result | None], lines: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The fields that docs/record.md lists."""
+    accuracy = {name: result and result.accuracy for name, result in results.items()}
+    loss = {name: result and finite(result.loss) for name, result in results.items()}
     steps = [line for line in lines if line["type"] == "step"]
-    train, test, robust, validation = (
-        results[name] for name in ("train", "test", "robust", "validation")
-    )
-    assert train is not None
-    assert test is not None
     failed = {line.get("attack_rank") for line in lines if line["type"] == "attack_loss"}
     return {
         **_settings(run),
-        "train_loss": finite(train.loss),
-        "train_accuracy": train.accuracy,
-        "validation_loss": None if validation is None else finite(validation.loss),
-        "validation_accuracy": None if validation is None else validation.accuracy,
-        "test_loss": finite(test.loss),
-        "test_accuracy": test.accuracy,
-        "robust_accuracy": None if robust is None else robust.accuracy,
-        "robust_eps": None if robust is None else run.config.eval.robust_eps,
+        **{f"{split}_loss": loss[split] for split in ("train", "validation", "test")},
+        **{f"{split}_accuracy": value for split, value in accuracy.items()},
+        "robust_eps": None if accuracy["robust"] is None else run.config.eval.robust_eps,
         **_costs(steps, run),
         "attack_ranks_lost": len(failed),
         "bad_images": sum(line["type"] == "bad_image" for line in lines),
@@ -41,26 +34,22 @@ def summarize(
 
 def _settings(run: Run) -> dict[str, Any]:
     config, derived = run.config, run.derived
-    # a second set of batch norm is not a larger network
+    names = ("recipe", "method", "staleness", "lookahead", "global_batch_size", "seed")
+    # a second set of batch norm does not make the network larger
     sizes = [p.numel() for name, p in run.model.named_parameters() if ".routes." not in name]
     return {
-        "recipe": config.recipe,
-        "method": config.method,
-        "staleness": config.staleness,
-        "lookahead": config.lookahead,
+        **{name: getattr(config, name) for name in names},
         "optimizer": config.optim.name,
         "lr": derived.lr,
         "eps": config.attack.eps,
         "augment": config.data.augment,
         "aug_view": config.data.aug_view,
-        "global_batch_size": config.global_batch_size,
         "micro_batch_size": derived.micro_batch_size,
         "batchnorm_batch_size": derived.micro_batch_size,
         "accumulation": derived.accumulation,
         "ranks": run.comm.ranks,
         "attack_ranks": len(run.teams.attackers),
         "executor": run.choice.name,
-        "seed": config.seed,
         "steps": derived.steps,
         "epochs": derived.epochs,
         "model": config.model.name,
