@@ -26,6 +26,15 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
             "itself: pass the plain model (model.module) and comm=Comm.from_environment(), in "
             "place of init_process_group."
         )
+    # Sums over ranks, look-ahead and checkpoints take each rank to have all of every weight.
+    for name, p in model.named_parameters():
+        if hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False):
+            raise ConadvError(
+                f"The parameter {name!r} is sharded over processes (fully_shard, FSDP, DTensor), "
+                "and TrainStep needs whole weights on every rank. Pass the model before it is "
+                "sharded and comm=Comm.from_environment(); or write the loop yourself: LARS, LAMB, "
+                "attacks and routes take models of fully_shard."
+            )
     # Not a view's name: "aug" would send the extra images through the third view's statistics.
     if adv_route not in ("adv", "clean"):
         raise unknown("adv_route", adv_route, ("adv", "clean"))

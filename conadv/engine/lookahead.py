@@ -137,7 +137,7 @@ class LookAhead:
                 torch.lerp(self._previous[name], p, 1.0 + num_steps, out=self._weights[name])
             return self._weights
         for group in self._optimizer.param_groups:
-            lrs = [group["lr"]] * num_steps
+            lrs = [float(group["lr"])] * num_steps  # it may be a tensor
             if self._lr_at is not None:
                 lrs = [self._lr_at(version + k) for k in range(num_steps)]
             for p in group["params"]:

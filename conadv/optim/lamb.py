@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from conadv.errors import ConadvError
+from conadv.optim.sharded import Spread, local
 from conadv.optim.trust_ratio import (
     Group,
     Rate,
@@ -29,7 +30,7 @@ from conadv.optim.trust_ratio import (
     trust_ratio,
 )
 
-_FUSED: Any = {"fused": True, "amsgrad": False, "maximize": False}
+_FUSED: Any = {"fused": True, "amsgrad": False}
 
 
 def lamb_ratio(w_norm: Scalar, u_norm: Scalar) -> Scalar:
@@ -55,12 +56,16 @@ class LAMB(TrustRatioOptimizer):
         betas: each in [0, 1).
         eps: >= 0, added to the root.
         weight_decay: >= 0.
-        foreach: None takes the fastest form for the device, True and False force foreach and loop.
+        foreach, fused: None takes the fastest form for the device. ``foreach=True`` forces one
+            operator over all tensors, ``fused=True`` the fused kernels (CPU); False rules one out.
+        maximize: ascend.
+        capturable: read nothing back, for CUDA graphs; then ``lr`` is a tensor on the device, which
+            a scheduler fills.
     Any of them, and ``adapt`` (default True), can be set per group; ``adapt=False`` leaves the
     factor at 1.
 
     State: ``exp_avg`` (m) and ``exp_avg_sq`` (s) like the parameter; ``step`` (t), a float32 0-dim
-    tensor on the CPU.
+    tensor, on the CPU unless ``capturable``.
     Memory: on CPU one scratch tensor as large as the largest parameter; with foreach a copy of the
     group and a half.
     Raises: ConadvError for bad options, sparse gradients and parameters that are not real
@@ -74,23 +79,30 @@ class LAMB(TrustRatioOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float | Tensor,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        given = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "foreach": foreach}
+        rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        forms = {"foreach": foreach, "fused": fused, "capturable": capturable}
         self._scratch = {}
-        super().__init__(params, {"lr": lr, "adapt": True, **given})
+        super().__init__(params, maximize=maximize, **rates, **forms)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._scratch = {}
-        for values in self.state.values():
-            # a checkpoint loaded onto a GPU would otherwise make every step wait for it
-            values["step"] = values["step"].cpu()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "step" in self.state.get(p, ()):  # other programs save a number, or on the GPU
+                    self.state[p]["step"] = self._counter(p, group).copy_(
+                        torch.as_tensor(self.state[p]["step"])
+                    )
 
     def _check(self, group: Group) -> None:
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
@@ -100,24 +112,32 @@ class LAMB(TrustRatioOptimizer):
         check_number("eps", group["eps"], 0)
         super()._check(group)
 
-    def _moments(self, params: list[Tensor]) -> list[list[Tensor]]:
-        """[exp_avg, exp_avg_sq, step] of all parameters."""
+    def _counter(self, p: Tensor, group: Group) -> Tensor:
+        # On the host, so that 1 - beta^t is known without waiting for the device; a CUDA graph can
+        # count only on the device.
+        where = p.device if group["capturable"] else torch.device("cpu")
+        return torch.zeros((), dtype=torch.float32, device=where)
+
+    def _moments(self, params: list[Tensor], group: Group) -> list[list[Tensor]]:
+        """[exp_avg, exp_avg_sq, step] of all parameters, this process's parts of them."""
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = self._counter(p, group)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         names = ("exp_avg", "exp_avg_sq", "step")
-        return [[self.state[p][name] for p in params] for name in names]
+        return [[local(self.state[p][name]) for p in params] for name in names]
 
     def _fused(self, params: list[Tensor], group: Group) -> None:
-        """Per tensor one pass of Adam's kernel, which subtracts lr times Adam's direction from its
-        target.
+        """Per tensor one pass of Adam's kernel.
+
+        The kernel subtracts lr times Adam's direction from its target.
         """
         together = []
-        m, s, _ = self._moments(params)
-        for p, *others in zip(params, grads_of(params), m, s, strict=True):
-            if not flat_alike(p, *others):
+        m, s, _ = self._moments(params, group)
+        for p, *moments in zip(params, m, s, strict=True):
+            assert p.grad is not None
+            if not flat_alike(p, p.grad, *moments):
                 self._foreach([p], group)
             elif group["adapt"]:
                 # with lr = -1 and weight_decay * w as its target, the kernel leaves u there
@@ -140,20 +160,21 @@ class LAMB(TrustRatioOptimizer):
     def _adam_kernel(
         self, targets: list[Tensor], params: list[Tensor], group: Group, lr: float, decay: float
     ) -> None:
-        """Advance the moments of ``params`` and subtract lr times Adam's direction from
-        ``targets``.
-        """
-        m, s, steps = self._moments(params)
+        """Advance the moments of ``params`` and subtract lr times their direction from targets."""
+        m, s, steps = self._moments(params, group)
         (beta1, beta2), eps = group["betas"], group["eps"]
         rates = {"lr": lr, "weight_decay": decay, "eps": eps, "beta1": beta1, "beta2": beta2}
-        adamw(targets, grads_of(params), m, s, [], steps, **rates, **_FUSED)
+        grads: Any = [p.grad for p in params]
+        adamw(targets, grads, m, s, [], steps, maximize=group["maximize"], **rates, **_FUSED)
 
-    def _foreach(self, params: list[Tensor], group: Group) -> None:
-        (beta1, beta2), grads = group["betas"], grads_of(params)
-        m, s, steps = self._moments(params)
+    def _foreach(self, params: list[Tensor], group: Group, where: Spread = ()) -> None:
+        (beta1, beta2), grads = group["betas"], grads_of(params, group)
+        weights, (m, s, steps) = [local(p) for p in params], self._moments(params, group)
         torch._foreach_add_(steps, 1)
-        # the counters live on the host, so that 1 - beta^t is known without a sync point
-        first, second = ([1 - beta ** t.item() for t in steps] for beta in group["betas"])
+        capturable = group["capturable"]
+        counts: Any = torch.stack(steps).double().unbind() if capturable else map(float, steps)
+        counts = list(counts)
+        first, second = ([1 - beta**t for t in counts] for beta in group["betas"])
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(s, beta2)
         torch._foreach_addcmul_(s, grads, grads, 1 - beta2)
@@ -162,9 +183,10 @@ class LAMB(TrustRatioOptimizer):
         torch._foreach_add_(roots, group["eps"])
         updates: Any = torch._foreach_div(m, roots)
         torch._foreach_div_(updates, first)
-        torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         rate: Rate = group["lr"]
         if group["adapt"]:
-            rate = per_tensor(group["lr"] * lamb_ratio(norms(params), norms(list(updates))))
+            ratios = lamb_ratio(norms(weights, where), norms(list(updates), where))
+            rate = per_tensor(group["lr"] * ratios)
         torch._foreach_mul_(updates, rate)
-        torch._foreach_sub_(params, updates)
+        torch._foreach_sub_(weights, updates)

@@ -16,9 +16,9 @@ from torch.optim.sgd import sgd
 
 from conadv.errors import unknown
 from conadv.optim import OPTIMIZERS
+from conadv.optim.sharded import Spread, local
 from conadv.optim.trust_ratio import (
     Group,
-    Rate,
     Scalar,
     TrustRatioOptimizer,
     at_most,
@@ -52,10 +52,14 @@ class Variant:
         decay = group["weight_decay"] if self.decay_in_ratio else 0.0
         lr, eta, eps = group["lr"], group["trust_coefficient"], group["eps"]
 
-        def formula(w: Scalar, g: Scalar) -> Scalar:
-            ratio: Scalar = eta * w / (g + decay * w + eps)
-            if self.clip_to_lr:  # lr * ratio <= lr; at lr = 0 the limit of min(ratio / lr, 1) is 1
-                ratio = at_most(ratio, lr) / lr if lr > 0 else ratio * 0 + 1.0
+        def formula(w: Scalar, g: Scalar) -> Any:
+            ratio: Any = eta * w / (g + decay * w + eps)
+            if self.clip_to_lr:  # at lr = 0 the limit of min(ratio / lr, 1) is 1
+                if isinstance(lr, Tensor):
+                    ratio = torch.where(lr > 0, ratio / lr, 1.0)
+                else:
+                    ratio = ratio / lr if lr > 0 else ratio * 0 + 1.0
+                ratio = at_most(ratio, 1.0)
             return ratio if self.max_ratio is None else at_most(ratio, self.max_ratio)
 
         return trust_ratio(w_norm, g_norm, formula)
@@ -80,7 +84,7 @@ VARIANTS = {
 # form.
 _SMALLEST_FUSED_RATE = 1e-8
 
-_FUSED: Any = {"fused": True, "foreach": False, "nesterov": False, "maximize": False}
+_FUSED: Any = {"fused": True, "foreach": False, "nesterov": False}
 
 
 class LARS(TrustRatioOptimizer):
@@ -104,11 +108,15 @@ class LARS(TrustRatioOptimizer):
         weight_decay: >= 0, added to the gradient.
         trust_coefficient: eta, >= 0.
         eps: >= 0; None takes the variant's own (1e-8 for "timm" and "larc", else 0).
-        foreach: None takes the fastest form for the device, True and False force foreach and loop.
+        foreach, fused: None takes the fastest form for the device. ``foreach=True`` forces one
+            operator over all tensors, ``fused=True`` the fused kernels (CPU); False rules one out.
+        maximize: ascend.
+        capturable: read nothing back, for CUDA graphs; then ``lr`` is a tensor on the device, which
+            a scheduler fills.
     Any of them, and ``adapt`` (default True), can be set per group. ``adapt=False`` leaves the
     ratio at 1 (the raw lr); with ``weight_decay=0`` it is meant for norm and bias parameters.
 
-    State: ``state[p]["momentum_buffer"]``, v, like the parameter.
+    State: ``state[p]["momentum_buffer"]``, v, like the parameter, sharded as it is.
     Raises: ConadvError for bad options, sparse gradients and parameters that are not real
     floating-point.
     Reduces to: torch's SGD with ``adapt=False`` under a constant lr.
@@ -118,7 +126,7 @@ class LARS(TrustRatioOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float,
+        lr: float | Tensor,
         *,
         momentum: float = 0.9,
         weight_decay: float = 5e-5,
@@ -126,10 +134,14 @@ class LARS(TrustRatioOptimizer):
         eps: float | None = None,
         variant: str = "tf",
         foreach: bool | None = None,
+        fused: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
-        given: Group = {"momentum": momentum, "weight_decay": weight_decay, "eps": eps}
-        given |= {"trust_coefficient": trust_coefficient, "variant": variant, "foreach": foreach}
-        super().__init__(params, {"lr": lr, "adapt": True, **given})
+        formula = {"eps": eps, "variant": variant, "trust_coefficient": trust_coefficient}
+        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        forms = {"foreach": foreach, "fused": fused, "capturable": capturable}
+        super().__init__(params, maximize=maximize, **rates, **formula, **forms)
 
     def _check(self, group: Group) -> None:
         if group["variant"] not in VARIANTS:
@@ -143,7 +155,7 @@ class LARS(TrustRatioOptimizer):
 
     def _buffers(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
-            if "momentum_buffer" not in self.state[p]:
+            if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return [self.state[p]["momentum_buffer"] for p in params]
 
@@ -153,12 +165,13 @@ class LARS(TrustRatioOptimizer):
         together: list[tuple[Tensor, ...]] = []
         fits = group["momentum"] > 0 and variant.max_gradient is None
         fits = fits and params[0].dtype != torch.float64
-        for triple in zip(params, grads_of(params), self._buffers(params), strict=True):
-            p, g, _ = triple
+        for p, v in zip(params, self._buffers(params), strict=True):
+            assert p.grad is not None
+            triple = p, p.grad, v
             if not (fits and flat_alike(*triple)):
                 self._foreach([p], group)
             elif group["adapt"]:
-                ratio = variant.ratio(norm(p), norm(g), group)
+                ratio = variant.ratio(norm(p), norm(p.grad), group)
                 self._sgd_kernel([triple], group, *variant.rates(group["lr"], ratio))
             else:
                 together.append(triple)
@@ -172,31 +185,28 @@ class LARS(TrustRatioOptimizer):
 
         ``triples``: (w, g, v) of each tensor.
         """
-        params, grads, buffers = ([triple[i] for triple in triples] for i in range(3))
+        params, grads, buffers = map(list, zip(*triples, strict=True))
         if inside < _SMALLEST_FUSED_RATE:
             self._foreach(params, group)
             return
-        rates = {"weight_decay": group["weight_decay"], "momentum": group["momentum"]}
+        rates = {name: group[name] for name in ("weight_decay", "momentum", "maximize")}
         sgd(params, grads, buffers, lr=outside, dampening=1.0 - inside, **rates, **_FUSED)  # type: ignore[arg-type]
 
-    def _foreach(self, params: list[Tensor], group: Group) -> None:
-        limit, buffers = VARIANTS[group["variant"]].max_gradient, self._buffers(params)
-        inside, outside = self._rates(params, group)
-        updates: Any = torch._foreach_add(grads_of(params), params, alpha=group["weight_decay"])
-        if limit is not None:
-            torch._foreach_clamp_min_(updates, -limit)
-            torch._foreach_clamp_max_(updates, limit)
+    def _foreach(self, params: list[Tensor], group: Group, where: Spread = ()) -> None:
+        variant, buffers = VARIANTS[group["variant"]], [local(v) for v in self._buffers(params)]
+        weights, grads = [local(p) for p in params], grads_of(params, group)
+        ratios: float | Tensor = 1.0
+        if group["adapt"]:
+            ratios = variant.ratio(norms(weights, where), norms(grads, where), group)
+        inside, outside = map(per_tensor, variant.rates(group["lr"], ratios))
+        updates: Any = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
+        if variant.max_gradient is not None:
+            torch._foreach_clamp_min_(updates, -variant.max_gradient)
+            torch._foreach_clamp_max_(updates, variant.max_gradient)
         torch._foreach_mul_(updates, inside)
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, updates)
-        if outside != 1.0:  # "tf" has everything inside: there a copy of the weights is saved
+        # "tf" has everything inside: that saves a copy of the weights
+        if not (isinstance(outside, float) and outside == 1.0):
             buffers = torch._foreach_mul(buffers, outside)  # type: ignore[assignment, arg-type]
-        torch._foreach_sub_(params, buffers)
-
-    def _rates(self, params: list[Tensor], group: Group) -> tuple[Rate, Rate]:
-        variant = VARIANTS[group["variant"]]
-        ratios: float | Tensor = 1.0
-        if group["adapt"]:
-            ratios = variant.ratio(norms(params), norms(grads_of(params)), group)
-        inside, outside = variant.rates(group["lr"], ratios)
-        return per_tensor(inside), per_tensor(outside)
+        torch._foreach_sub_(weights, buffers)

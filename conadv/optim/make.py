@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from conadv.errors import ConadvError, unknown
 from conadv.optim import OPTIMIZERS
+from conadv.optim.sharded import spread
 from conadv.optim.trust_ratio import flat_alike
 
 
@@ -42,7 +43,7 @@ def build_optimizer(
 
 
 def _fusable(p: Tensor) -> bool:
-    return p.device.type == "cpu" and p.is_floating_point() and flat_alike(p)
+    return p.device.type == "cpu" and p.is_floating_point() and not spread(p) and flat_alike(p)
 
 
 def _prepare_fused(optimizer: Optimizer, *_: object) -> None:

@@ -1,13 +1,11 @@
-"""What LARS and LAMB share: norms, the rule for zero norms, and the choice of how a step is carried
-out.
+"""What LARS and LAMB share: norms, the rule for zero norms, and the choice of a step's form.
 
-A step has three forms that compute the same numbers (docs/methods/optimizers.md has the
-measurements):
+A step has three forms that compute the same numbers (docs/methods/optimizers.md has measurements):
 
 * fused: tensor by tensor through torch's fused CPU kernels, the weights still in cache from their
   norm. Default on CPU.
-* foreach: one operator over all tensors of a group. Default on CUDA; ``foreach=True``.
-* loop: the same operators, tensor by tensor. Any device, any memory layout; ``foreach=False``.
+* foreach: one operator over all tensors of a group. Default on CUDA and for sharded parameters.
+* loop: the same operators, tensor by tensor. Any device, any memory layout.
 
 On CUDA norms and ratios stay on the device, so a step never waits for the host.
 """
@@ -25,14 +23,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from conadv.errors import ConadvError
+from conadv.optim.sharded import Spread, local_grad, refuse_flat, spread, whole_norms
 
 Group = dict[str, Any]
 Scalar = TypeVar("Scalar", float, Tensor)
-Rate = float | list[Tensor]
+Rate = float | Tensor | list[Tensor]
 """A factor for every tensor of a list: one number, or one 0-dim tensor each."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _HALF = (torch.float16, torch.bfloat16)
+_CHOICES = {
+    "adapt": (True, False),
+    "foreach": (True, False, None),
+    "fused": (True, False, None),
+    "maximize": (True, False),
+    "capturable": (True, False),
+}
 
 
 def norm_tensor(x: Tensor) -> Tensor:
@@ -53,20 +59,23 @@ def norm(x: Tensor) -> float:
     return float(norm_tensor(x).item())
 
 
-def norms(tensors: list[Tensor]) -> Tensor:
-    """|x|_2 of every tensor as one float64 vector: on the device for CUDA, else on the host."""
-    if not tensors[0].is_cuda:
-        return torch.tensor([norm(x) for x in tensors], dtype=torch.float64)
-    dtype = torch.float32 if tensors[0].dtype in _HALF else None
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).double()
+def norms(tensors: list[Tensor], where: Spread = ()) -> Tensor:
+    """|x|_2 of every tensor as one float64 vector on its device; no sync point.
+
+    ``where``: what the tensors are parts of, see :func:`conadv.optim.sharded.spread`.
+    """
+    if tensors[0].is_cuda:
+        dtype = torch.float32 if tensors[0].dtype in _HALF else None
+        each: Any = torch._foreach_norm(tensors, 2, dtype)
+    else:
+        each = [norm_tensor(x) for x in tensors]
+    return whole_norms(torch.stack(each).double(), where)
 
 
 def trust_ratio(
     w_norm: Scalar, other_norm: Scalar, formula: Callable[[Scalar, Scalar], Scalar]
 ) -> Scalar:
-    """``formula(w_norm, other_norm)``, or 1 where either norm is 0: for numbers and for vectors of
-    norms.
-    """
+    """``formula(w_norm, other_norm)``, or 1 where either norm is 0; numbers or vectors of norms."""
     if isinstance(w_norm, Tensor):
         return torch.where((w_norm > 0) & (other_norm > 0), formula(w_norm, other_norm), 1.0)
     return formula(w_norm, other_norm) if w_norm > 0 and other_norm > 0 else 1.0
@@ -78,16 +87,16 @@ def at_most(value: Scalar, high: float) -> Scalar:
 
 
 def per_tensor(rate: float | Tensor) -> Rate:
-    """A vector of rates as one 0-dim tensor per parameter; a single number stays what it is."""
-    return list(rate.unbind()) if isinstance(rate, Tensor) else rate
+    """A vector of rates as one 0-dim tensor per parameter; a single rate stays what it is."""
+    return list(rate.unbind()) if isinstance(rate, Tensor) and rate.dim() else rate
 
 
 def flat_alike(*tensors: Tensor) -> bool:
-    """Whether element i in memory is the same element of all tensors, as the fused CPU kernels take
-    for granted.
+    """Whether element i in memory is the same element of all tensors.
 
-    torch's fused CPU kernels look neither at strides, and give wrong weights where gradient and
-    weight differ in them, nor at shapes, and read and write beyond the end of the smaller one.
+    torch's fused CPU kernels take that for granted: they look neither at strides, and give wrong
+    weights where gradient and weight differ in them, nor at shapes, and read and write beyond the
+    end of the smaller one.
     """
     first, *others = tensors
     for x in others:
@@ -106,13 +115,23 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 
 class TrustRatioOptimizer(Optimizer):
-    """The skeleton of LARS and LAMB: an ordinary ``torch.optim.Optimizer`` with the per-group
-    option ``adapt``.
+    """The skeleton of LARS and LAMB: an ordinary ``torch.optim.Optimizer``, option ``adapt`` added.
 
-    Ranks: reads ``p.grad``, which the caller has averaged; reduces nothing itself.
-    In flight: a step writes the parameters and its own state, nothing else (gradients are only
-    read).
+    Ranks: reads ``p.grad``, which the caller has averaged; reduces nothing itself but the norms of
+    sharded parameters.
+    In flight: a step writes the parameters and its own state; gradients are only read.
     """
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, {**options, "adapt": True})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Version 0.1 and other programs saved fewer options: those are this optimizer's own."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in _CHOICES:
+                group.setdefault(name, self.defaults[name])
+            self._check(group)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group as torch does. Raises ConadvError that names a wrong option."""
@@ -124,18 +143,30 @@ class TrustRatioOptimizer(Optimizer):
             raise
 
     def _check(self, group: Group) -> None:
-        check_number("lr", group["lr"], 0)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ConadvError(f"lr has {lr.numel()} elements: Tensor lr must be 1-element.")
+        check_number("lr", lr.item() if isinstance(lr, Tensor) else lr, 0)
         check_number("weight_decay", group["weight_decay"], 0)
-        for name, allowed in (("adapt", (True, False)), ("foreach", (True, False, None))):
+        for name, allowed in _CHOICES.items():
             if not any(group[name] is value for value in allowed):
                 choices = ", ".join(map(str, allowed))
                 raise ConadvError(f"{name} = {group[name]!r}: give one of {choices}.")
+        kind = type(self).__name__
         for p in group["params"]:
+            refuse_flat(p, kind)
             if not p.is_floating_point():
                 raise ConadvError(
-                    f"{type(self).__name__} cannot train a {p.dtype} parameter of shape "
-                    f"{tuple(p.shape)}: only real floating-point ones. Leave it out, or keep a "
-                    "complex one as torch.view_as_real."
+                    f"{kind} cannot train a {p.dtype} parameter of shape {tuple(p.shape)}: only "
+                    "real floating-point ones. Leave it out, or keep a complex one as "
+                    "torch.view_as_real."
+                )
+            if group["fused"] and (
+                group["foreach"] or group["capturable"] or p.device.type != "cpu" or spread(p)
+            ):
+                raise ConadvError(
+                    "fused=True is the form for whole parameters on the CPU, without foreach or "
+                    "capturable. Leave it out: the default is the fastest form."
                 )
 
     @torch.no_grad()
@@ -146,13 +177,16 @@ class TrustRatioOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for params in self._buckets(group["params"]):
-                self._update(params, group)
+            options = group
+            if isinstance(group["lr"], Tensor) and not group["capturable"]:
+                options = {**group, "lr": group["lr"].item()}
+            for (device, _, where), params in self._buckets(group["params"]).items():
+                self._update(params, options, device.type, where)
         return loss
 
-    def _buckets(self, params: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-        """The parameters that have a gradient, by device and dtype."""
-        buckets: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    def _buckets(self, params: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
+        """The parameters that have a gradient, by (device, dtype, where their parts lie)."""
+        buckets: dict[Any, list[Tensor]] = {}
         for p in params:
             if p.grad is None:
                 continue
@@ -162,28 +196,30 @@ class TrustRatioOptimizer(Optimizer):
                     f"{tuple(p.shape)}. Use nn.Embedding(..., sparse=False), or give that "
                     "parameter to torch.optim.SparseAdam."
                 )
-            buckets.setdefault((p.device, p.dtype), []).append(p)
-        return buckets.values()
+            buckets.setdefault((p.device, p.dtype, spread(p)), []).append(p)
+        return buckets
 
-    def _update(self, params: list[Tensor], group: Group) -> None:
-        device, foreach = params[0].device.type, group["foreach"]
-        if foreach or (foreach is None and device == "cuda"):
-            self._foreach(params, group)
-        elif foreach is None and device == "cpu":
+    def _update(self, params: list[Tensor], group: Group, device: str, where: Spread) -> None:
+        # The fused form reads norms on the host, one by one, so it is neither for CUDA graphs nor
+        # for sharded parameters, where each norm would be a message.
+        together = device == "cuda" or group["capturable"] or bool(where)
+        fused, foreach = group["fused"], group["foreach"]
+        if foreach or (foreach is None and together):
+            self._foreach(params, group, where)
+        elif foreach is None and fused is not False and device == "cpu":
             self._fused(params, group)
         else:
             for p in params:
-                self._foreach([p], group)
+                self._foreach([p], group, where)
 
     @abstractmethod
     def _fused(self, params: list[Tensor], group: Group) -> None: ...
 
     @abstractmethod
-    def _foreach(self, params: list[Tensor], group: Group) -> None: ...
+    def _foreach(self, params: list[Tensor], group: Group, where: Spread = ()) -> None: ...
 
 
-def grads_of(params: list[Tensor]) -> list[Tensor]:
-    """The gradients of parameters that have one."""
-    grads = [p.grad for p in params]
-    assert all(grad is not None for grad in grads)
-    return grads  # type: ignore[return-value]
+def grads_of(params: list[Tensor], group: Group) -> list[Tensor]:
+    """The gradients to descend, this process's parts of them."""
+    grads = [local_grad(p) for p in params]
+    return list(torch._foreach_neg(grads)) if group["maximize"] else grads
