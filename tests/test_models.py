@@ -267,7 +267,7 @@ def test_the_command_line_trusts_what_was_typed_in_it(
     run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
     assert main([*run, "--model", "mynets:make"]) == 0
     again = ["train", "--config", "run/config.yaml", "--out", "again", "--quiet"]
-    analyze = "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --landscape none --robust-images 0".split()
+    analyze = "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --robust-images 0".split()
     for command in (again, ["eval", "run"], ["export", "run"], analyze):
         (folder / "ran").unlink(missing_ok=True)
         sys.modules.pop("mynets", None)

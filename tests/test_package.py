@@ -186,7 +186,6 @@ OWNERS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
-    "curvlinops": "curvlinops-for-pytorch",
 }
 """Whose modules have another name than their distribution."""
 

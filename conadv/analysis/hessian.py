@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
-from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conadv.analysis.objective import Objective
-from conadv.errors import ConadvError, install
+from conadv.errors import ConadvError
 
 Vectors = npt.NDArray[np.float64]
 
@@ -40,28 +38,22 @@ class Spectrum:
 def hessian(objective: Objective) -> LinearOperator:
     """H of L at the trained weights: ``hessian(objective) @ v``, v in float64 on the host.
 
-    Products are made in the model's dtype on its device. Memory: the graph of one chunk's gradient.
-    Raises ConadvError where curvlinops is not installed.
+    Products are made in the model's dtype on its device, by differentiating g . v once more.
+    Memory: the graph of one chunk's gradient.
     """
-    try:
-        with warnings.catch_warnings(record=True):  # torch deprecates what these use themselves
-            torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
-            from curvlinops import HessianLinearOperator
-    except ImportError as error:
-        raise ConadvError(
-            f"The Hessian needs curvlinops: {install('analysis')}. "
-            "Or leave the Hessian out: --eigenvalues 0 --probes 0."
-        ) from error
-    weights: list[Any] = list(objective.model.parameters())
-    operator = HessianLinearOperator(
-        objective.model,
-        nn.CrossEntropyLoss(),
-        weights,
-        objective,
-        num_data=len(objective.y_N),
-        check_deterministic=False,
-    )
-    return operator.to_scipy(np.float64)
+    theta = objective.theta
+
+    def product(vector: Vectors) -> Vectors:
+        v, total = torch.from_numpy(vector).to(theta), torch.zeros_like(theta)
+        for x, y in objective:
+            leaf = theta.clone().requires_grad_()
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
+                (g,) = torch.autograd.grad(objective.part(leaf, x, y), leaf, create_graph=True)
+                total += torch.autograd.grad(g @ v, leaf)[0]
+        found: Vectors = total.double().cpu().numpy()
+        return found
+
+    return LinearOperator((len(theta), len(theta)), matvec=product, dtype=np.float64)
 
 
 def spectrum(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from conadv import rng
 from conadv.analysis.hessian import hessian, spectrum, trace
-from conadv.analysis.landscape import filter_normalised, grid, line
 from conadv.analysis.objective import Objective, clean_objective
 from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
@@ -33,14 +32,14 @@ def analyze(
     options: Options,
     announce: Callable[[str], None] = lambda part: None,
 ) -> Found:
-    """Hessian, sharpness, landscape and robust accuracy of the model's clean route.
+    """Hessian, sharpness and robust accuracy of the model's clean route.
 
     All on the same ``options.images`` training images (fewer where there are not so many), without
-    augmentation; the landscape also on as many test images, robust accuracy on test images alone.
+    augmentation; robust accuracy on test images.
     ``model`` stays as it is. ``announce`` hears the name of each part as it begins. Returns values for
     JSON, None for numbers that are not finite; docs/analysis.md explains the keys.
 
-    Ranks: one process. Raises ConadvError where the loss is not finite or curvlinops is missing.
+    Ranks: one process. Raises ConadvError where the loss is not finite.
     """
     dtype = getattr(torch, options.dtype)
     train = clean_objective(model, *images(data, "train", options.images), space, dtype=dtype)
@@ -50,7 +49,6 @@ def analyze(
     parts: dict[str, Callable[[], Found | None]] = {
         "hessian": lambda: _hessian(train, options),
         "sharpness": lambda: _sharpness(train, options),
-        "landscape_1d": lambda: _landscape(train, data, options),
         "robust": lambda: _robust(model, data, space, config, options),
     }
     for name, compute in parts.items():
@@ -92,14 +90,6 @@ def _sharpness(train: Objective, options: Options) -> Found:
         "sam": {"rho": rho, "value": sam_sharpness(train, rho)},
         "keskar": {"eps": eps, "steps": steps, "value": keskar_sharpness(train, eps, steps)},
     }
-
-
-def _landscape(train: Objective, data: Data, options: Options) -> Found | None:
-    if options.landscape == "none":
-        return None
-    draws = rng.generator("cpu", options.seed, "analyze", "direction", 0)
-    test = train.on(*images(data, "test", options.images))
-    return line(train, test, filter_normalised(train, draws), grid(options.grid))
 
 
 def _robust(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -50,10 +50,6 @@ class Objective:
         """The trained weights."""
         return parameters_to_vector(self.model.parameters()).detach()
 
-    def on(self, x_NCHW: Tensor, y_N: Tensor) -> Objective:
-        """The same model on other images."""
-        return replace(self, x_NCHW=x_NCHW, y_N=y_N)
-
     @torch.no_grad()
     def value(self, theta: Tensor) -> Value:
         """Loss and accuracy at theta. A sync point."""
@@ -69,11 +65,14 @@ class Objective:
         loss, total = 0.0, torch.zeros_like(theta)
         for x, y in self:
             leaf = theta.detach().requires_grad_()
-            # a sum over all images, not a mean of chunk means: the last chunk may be smaller
-            part = F.cross_entropy(self._logits(leaf, x), y, reduction="sum") / len(self.y_N)
+            part = self.part(leaf, x, y)
             total += torch.autograd.grad(part, leaf)[0]
             loss += float(part.detach())
         return loss, total
+
+    def part(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """What a chunk adds to L: no mean of its own, since the last chunk may be smaller."""
+        return F.cross_entropy(self._logits(theta, x), y, reduction="sum") / len(self.y_N)
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
         """theta by parameter name, in the parameters' shapes."""

@@ -11,7 +11,6 @@ _LEAST = {
     **dict.fromkeys(("images", "keskar_steps", "robust_steps"), 1),
     **dict.fromkeys(("eigenvalues", "probes", "robust_images", "seed"), 0),
     **dict.fromkeys(("rho", "keskar_eps"), 1e-12),
-    "grid": 3,
 }
 
 
@@ -20,7 +19,7 @@ class Options:
     """Raises ConadvError for values out of range and for those that contradict each other."""
 
     images: int = 500
-    """Training images that everything is computed on (the landscape also on as many test images)."""
+    """Training images that everything but robust accuracy is computed on."""
     eigenvalues: int = 5
     """How many of the largest Hessian eigenvalues; 0 leaves them out."""
     iterations: int = 20
@@ -33,10 +32,6 @@ class Options:
     """Half width of Keskar's box, relative to |weight| + 1."""
     keskar_steps: int = 10
     """Gradient steps towards the box's maximum."""
-    landscape: Literal["none", "1d"] = "1d"
-    """Loss along one filter-normalised random direction."""
-    grid: int = 21
-    """Points of the landscape from -1 to 1; an odd number."""
     robust_images: int = 500
     """Test images under PGD, with the run's eval.robust_eps; 0 leaves it out."""
     robust_steps: int = 10
@@ -55,5 +50,3 @@ class Options:
             raise ConadvError(
                 f"--eigenvalues {self.eigenvalues} needs more --iterations than {self.iterations}."
             )
-        if self.grid % 2 == 0:
-            raise ConadvError(f"--grid {self.grid} must be an odd number, so that 0 is a point.")

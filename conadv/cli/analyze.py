@@ -1,4 +1,4 @@
-"""``conadv analyze RUN...``: sharpness, Hessian, landscape and robust accuracy of trained models."""
+"""``conadv analyze RUN...``: sharpness, Hessian and robust accuracy of trained models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Written(Analysis):
 
 @dataclass
 class Args:
-    """Write RUN/analysis.json and a picture: Hessian, sharpness, loss landscape and robust accuracy.
+    """Write RUN/analysis.json: Hessian, sharpness and robust accuracy.
 
     All of the clean route. Runs that have the same analysis already are skipped.
     """
@@ -123,11 +123,9 @@ def read(path: Path) -> Written:
 
 
 def _write(path: Path, settings: dict[str, Any], args: Args) -> None:
-    """Compute, then write the picture and, last, analysis.json: a run with that file has everything."""
+    """Compute, then write analysis.json."""
     from conadv.analysis.equal_loss import step_at_loss
-    from conadv.analysis.landscape import line_figure
     from conadv.analysis.model import analyze
-    from conadv.analysis.style import to_png
     from conadv.distributed.environment import pick_device
     from conadv.training.allocator import keep_freed_memory
     from conadv.training.resume import load_run
@@ -143,15 +141,10 @@ def _write(path: Path, settings: dict[str, Any], args: Args) -> None:
     parts = load_run(path, device, step=step)
     found = {**settings, "step": parts.step.version, "split": "train"}
     found |= analyze(parts.model, parts.data, parts.space, parts.config, args.options, announce)
-    run = RunDir(path)
     try:
-        run.analysis.mkdir(exist_ok=True)
-        for old in run.analysis.glob("landscape_?d.png"):
-            old.unlink()
-        if along := found["landscape_1d"]:
-            image = to_png(line_figure(along, f"{parts.config.method}, {path.name}"))
-            (run.analysis / "landscape_1d.png").write_bytes(image)
-        write_atomic(run.analysis_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_atomic(
+            RunDir(path).analysis_file, json.dumps(found, indent=2, allow_nan=False) + "\n"
+        )
     except OSError as error:
         raise ConadvError(f"Cannot write into {printable(path)}: {error}.") from error
 

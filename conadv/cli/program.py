@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {  # name: (module, arguments, summa
     "report": ("report", "RUN...", "an HTML and Markdown report about runs or a sweep"),
     "sweep": ("sweep", "SPEC", "a grid of runs: tuned on held-out images, confirmed, reported"),
     "watch": ("watch", "PATH", "a live view of a run, a sweep or a folder of runs"),
-    "analyze": ("analyze", "RUN...", "Hessian, sharpness, loss landscape, robust accuracy"),
+    "analyze": ("analyze", "RUN...", "Hessian, sharpness, robust accuracy"),
     "timeline": ("timeline", "RUN", "what ran beside what: a trace, a picture, hidden shares"),
     "staleness": ("staleness", "RUN...", "attacks at stale and at predicted weights"),
     "plan": ("plan", "PROFILE", "step time, cost and best split for machines you do not have"),

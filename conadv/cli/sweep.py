@@ -20,7 +20,7 @@ from conadv.errors import ConadvError, printable
 from conadv.sweep.cells import Run, expand
 from conadv.sweep.choose import Result
 from conadv.sweep.folder import Folder
-from conadv.sweep.pool import Ended, cores, measure, run_pool, train_run
+from conadv.sweep.pool import Ended, cores, run_pool, train_run
 from conadv.sweep.schedule import Schedule, forecast
 from conadv.sweep.spec import load_spec
 
@@ -39,7 +39,7 @@ class Args:
     jobs: int | None = None
     """Runs at a time, one thread each (default: one per core)."""
     dry_run: bool = False
-    """Show what would be run and how long it takes, and run nothing."""
+    """Show what would be run, and how long the rest takes where runs have told it; run nothing."""
     quiet: bool = False
     """Show nothing but errors."""
     report: bool = True
@@ -61,7 +61,7 @@ def command(args: Args) -> None:
     runs, workers = folder.out / "runs", args.jobs or cores()
     if args.dry_run:
         schedule.load()
-        show_plan(schedule, workers, args.device)
+        show_plan(schedule, workers)
         return
     with folder.lock() as lock:
         lock.take()
@@ -157,8 +157,8 @@ def show_troubles(schedule: Schedule) -> None:
             _say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")
 
 
-def show_plan(schedule: Schedule, workers: int, device: str) -> None:
-    """Runs, their share of the time by arm, and the total time."""
+def show_plan(schedule: Schedule, workers: int) -> None:
+    """Runs, their share of the time by arm, and the time left once runs have told it."""
     runs, plan = schedule.runs(), schedule.plan
     total = sum(run.cost for run in runs)
     for arm in plan.spec.arms:
@@ -171,12 +171,6 @@ def show_plan(schedule: Schedule, workers: int, device: str) -> None:
     done = sum(run.name in schedule.results for run in runs)
     _say(f"{len(runs)} runs in all, {done} of them done; in {printable(schedule.folder.out)}")
     _, seconds = forecast(runs, schedule.results, {}, workers)
-    if seconds is None:
-        try:
-            measured = {runs[0].name: measure(runs[0], device)}
-            _, seconds = forecast(runs, schedule.results, measured, workers)
-        except ConadvError as error:
-            _say(f"time left unknown: {error}")
     if seconds is not None:
         _say(f"about {duration(seconds)} left with --jobs {workers}")
 

@@ -14,7 +14,7 @@ from conadv.config.resolve import resolve
 from conadv.config.schema import Config, flatten, replace
 from conadv.errors import ConadvError, unknown
 from conadv.methods import METHODS
-from conadv.sweep.spec import Seeds, Settings, Spec
+from conadv.sweep.spec import Settings, Spec
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,6 @@ def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
     fit together, and for two arms that would share a folder.
     """
     base = _base(spec, data_dir)
-    places = [(arm, point) for arm in spec.arms for point in spec.points(arm)]
     runs: dict[str, Run] = {}
     names: dict[str, str] = {}  # by config
 
@@ -98,19 +97,16 @@ def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
         runs.setdefault(name, made)
         return name
 
-    def trials(arm: str, point: Settings) -> tuple[Trial, ...]:
-        def runs(trial: Settings, seeds: Seeds) -> tuple[str, ...]:
-            return tuple(run(arm, point, trial, seed) for seed in seeds)
-
-        tuning, confirm = spec.tuning_seeds(arm), spec.confirm.seeds
-        tried = spec.trials(arm, point)
-        return tuple(Trial(each, runs(each, tuning), runs(each, confirm)) for each in tried)
-
-    def source(arm: str, point: Settings) -> int | None:
-        chooses = spec.source(arm)
-        return None if chooses is None else places.index((chooses, point))
-
-    cells = [Cell(*place, trials(*place), source(*place)) for place in places]
+    places = [(arm, point) for arm in spec.arms for point in spec.points(arm)]
+    cells = []
+    for arm, point in places:
+        seeds, chooses = (spec.tuning_seeds(arm), spec.confirm.seeds), spec.source(arm)
+        trials = [
+            Trial(each, *(tuple(run(arm, point, each, seed) for seed in some) for some in seeds))
+            for each in spec.trials(arm, point)
+        ]
+        source = None if chooses is None else places.index((chooses, point))
+        cells.append(Cell(arm, point, tuple(trials), source))
     plan = Plan(spec, tuple(cells), runs)
     for phase, *_, name in plan.order:
         if phase == 0 and runs[name].config.data.validation_images is None:
@@ -131,7 +127,12 @@ def _base(spec: Spec, data_dir: Path | None) -> Config:
 
 
 def _run(base: Config, spec: Spec, arm: str, point: Settings, trial: Settings, seed: int) -> Run:
-    label = ", ".join([arm, *(f"{_short(k)} {_text(v)}" for k, v in {**point, **trial}.items())])
+    short = {"global_batch_size": "batch"}
+    words = [
+        f"{short.get(k, k.rpartition('.')[2].replace('_', ' '))} {_text(v)}"
+        for k, v in {**point, **trial}.items()
+    ]
+    label = ", ".join([arm, *words])
     settings = {**spec.arms[arm].settings, **point, **trial}
     # a grid over an attack's setting may hold for arms without an attack
     given = {name for name in settings if not (name in point and name.startswith("attack."))}
@@ -157,10 +158,6 @@ def _edited(base: Config, settings: Settings, where: str) -> Config:
             raise ConadvError(f"{where}: {unknown('setting', name, flatten(values))}")
         place[last] = value
     return parse(values, where)
-
-
-def _short(name: str) -> str:
-    return "batch" if name == "global_batch_size" else name.rpartition(".")[2].replace("_", " ")
 
 
 def _text(value: Any) -> str:

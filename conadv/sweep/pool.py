@@ -10,25 +10,18 @@ import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from conadv.errors import ConadvError
 from conadv.sweep.cells import Run
 from conadv.sweep.choose import Result
 from conadv.sweep.folder import tidy
-from conadv.training.observer import Observer
 from conadv.training.run_dir import RunDir
 
 Work = Callable[[Run], None]
 """Trains a run; workers import it."""
 Ended = list[tuple[Run, Result]]
-
-if TYPE_CHECKING:  # types imports torch, which no help text needs
-    from conadv.types import StepRecord
 
 
 def run_pool(
@@ -63,35 +56,6 @@ def train_run(run: Run, runs: Path, *, keep_checkpoints: bool, device: str) -> N
     train(run.config, out.path, auto_resume=True, device=device, execution=execution)
     if not keep_checkpoints:
         tidy(out)
-
-
-class _Stopwatch(Observer):
-    """Times the first steps of a run, then ends it: an evaluation may take longer than they do."""
-
-    def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self.total, self.seconds = num_steps, list[float]()
-
-    def step(self, record: StepRecord) -> None:
-        self.seconds.append(sum(record.phases.values()))
-        if len(self.seconds) >= min(8, self.total):
-            raise StopIteration
-
-
-def measure(run: Run, device: str) -> tuple[float, float]:
-    """(share of ``run``, its seconds) of a few steps on one thread."""
-    import torch
-
-    from conadv.training.loop import train
-
-    stopwatch, threads = _Stopwatch(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with suppress(StopIteration), TemporaryDirectory() as folder:
-            train(run.config, Path(folder) / "run", device=device, observer=stopwatch)
-    finally:
-        torch.set_num_threads(threads)
-    steps = len(stopwatch.seconds)
-    return steps / stopwatch.total, steps * median(stopwatch.seconds)
 
 
 def cores() -> int:

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from conadv.config.schema import Section
 from conadv.errors import ConadvError, printable, unknown
-from conadv.safe_io import read_yaml
+from conadv.safe_io import first_problem, read_yaml
 
 MAX_RUNS = 10_000
 """Runs of one sweep. All are planned and checked before the first; a few lines can ask for billions."""
@@ -192,9 +192,7 @@ def parse_spec(values: Any, where: str = "spec") -> Spec:
         return Spec.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = printable(".".join([where, *map(str, first["loc"])]))[:200]
-        message = first["msg"].removeprefix("Value error, ")[:500]
         if first["type"] == "extra_forbidden":
             keys = [key for kind in (Spec, Arm, Tune, Confirm) for key in kind.model_fields]
-            message = str(unknown("key", str(first["loc"][-1]), keys))
-        raise ConadvError(f"{place}: {message}") from error
+            raise ConadvError(f"{where}: {unknown('key', str(first['loc'][-1]), keys)}") from error
+        raise ConadvError(f"{where}: {first_problem(error)}") from error

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from conadv.safe_io import Count, Document, Number, Share, checked, read_document
 
@@ -110,21 +110,6 @@ class Robust(Document):
     images: Count | None = None
 
 
-class Line(Document):
-    """Losses along a direction, one per alpha."""
-
-    alphas: list[Number]
-    train_loss: list[Number | None] | None = None
-    test_loss: list[Number | None] | None = None
-
-    @model_validator(mode="after")
-    def _same_length(self) -> Line:
-        for losses in (self.train_loss, self.test_loss):
-            if losses is not None and len(losses) != len(self.alphas):
-                raise ValueError("not one loss for each alpha")
-        return self
-
-
 class Analysis(Document):
     """analysis.json (docs/analysis.md)."""
 
@@ -133,7 +118,6 @@ class Analysis(Document):
     hessian: Hessian | None = None
     sharpness: Sharpness | None = None
     robust: Robust | None = None
-    landscape_1d: Line | None = None
 
 
 class Trial(Document):
