@@ -49,10 +49,7 @@ MARK = re.compile(r"(<!-- table: (?P<what>[^\n]*) -->\n).*?(<!-- end table -->)"
 
 
 def publish(sweep: Path) -> None:
-    """Keep sweep.json, the report's summary.json, a line per run, and the figures.
-
-    Not the gallery: its images belong to the data set and are not ours to pass on.
-    """
+    """Keep sweep.json, the report's summary.json, a line per run, and the figures."""
     document = json.loads((sweep / "sweep.json").read_text())
     name = document["name"].replace("_", "-")
     write_sweep_report(sweep, command=f"conadv sweep studies/{document['spec_path']}")
@@ -67,8 +64,7 @@ def publish(sweep: Path) -> None:
         lines.append(json.dumps({"run": file.parent.name, **kept}) + "\n")
     (STUDIES / name / "runs.jsonl").write_text("".join(lines))
     for picture in (sweep / "figures").glob("*.png"):
-        if picture.stem != "images":
-            shutil.copy(picture, PICTURES / name / picture.name)
+        shutil.copy(picture, PICTURES / name / picture.name)
 
 
 def draw_figures() -> None:

@@ -165,8 +165,6 @@ def probe_lines(step: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def analysis(eigenvalue: float) -> dict[str, Any]:
     """An analysis.json whose keskar part was switched off."""
-    alphas = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    losses = [0.1 + eigenvalue * alpha**2 / 10 for alpha in alphas]
     return {
         "version": "0.1.0",
         "step": 60,
@@ -174,9 +172,7 @@ def analysis(eigenvalue: float) -> dict[str, Any]:
         "images": 500,
         "loss": 0.02,
         "accuracy": 1.0,
-        "landscape_2d": None,
         "hessian": {"eigenvalues": [eigenvalue, 1.0], "trace": 5 * eigenvalue},
         "sharpness": {"sam": {"rho": 0.05, "value": eigenvalue / 50}, "keskar": None},
-        "landscape_1d": {"alphas": alphas, "train_loss": losses, "test_loss": losses},
         "robust": {"eps": 0.01, "steps": 10, "accuracy": 0.6, "images": 500},
     }

@@ -21,7 +21,6 @@ from conadv.errors import ConadvError
 from conadv.report import Report, tables, write_report, write_sweep_report
 from conadv.report.accuracy_figure import draw_accuracy, draw_cost
 from conadv.report.comparison import Arm, Comparison, compare, read_sweep
-from conadv.report.gallery_figure import draw_gallery
 from conadv.report.load import find_runs, load_run
 from conadv.report.page import escape, make_report
 from conadv.report.stats import holm, paired_difference
@@ -118,11 +117,10 @@ def test_a_run_without_config_or_with_half_a_summary_is_read(tmp_path: Path) -> 
     assert (run.summary, run.config["method"]) == (None, "vanilla")
 
 
-@pytest.mark.parametrize("name", ["vanilla", "conadv"])
-def test_runs_of_version_01_are_reported(name: str, tmp_path: Path) -> None:
+def test_runs_of_version_01_are_reported(tmp_path: Path) -> None:
     folder = Path(__file__).parent / "data" / "v01"
     report = write_report([folder], tmp_path / "report.html")
-    assert any(name in found.name for found in report.comparison.arms)
+    assert {found.method for found in report.comparison.arms} == {"vanilla", "conadv"}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +297,7 @@ def test_an_arm_that_diverged_has_no_mean_and_no_verdict(sweep: Path, tmp_path: 
     )
     contrasts = {(a.name, b.name): (d, p) for a, b, d, p in study.contrasts() if a.x == 300}
     difference, adjusted = contrasts["+ sequential attack", noise]
-    assert (difference.verdict, difference.p, adjusted) == ("no interval", None, None)
+    assert (difference.low, difference.p, adjusted) == (None, None, None)
     assert study.equal_cost(arm(study, "+ sequential attack")) is arm(study, "LARS")
     assert "Where a run diverged" in " ".join(report.notes)
     labels = [
@@ -309,10 +307,6 @@ def test_an_arm_that_diverged_has_no_mean_and_no_verdict(sweep: Path, tmp_path: 
 
 
 # Statistics
-
-
-def seeds(*values: float) -> pd.Series:
-    return pd.Series(values)
 
 
 def test_a_paired_interval_by_hand_and_by_scipy() -> None:
@@ -331,20 +325,20 @@ def test_a_paired_interval_by_hand_and_by_scipy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shift", "verdict"),
+    ("shift", "signs"),
     [
-        ((0.020, 0.021, 0.022), "higher"),
-        ((-0.02, -0.021, -0.022), "lower"),
-        ((0.03, 0, -0.01), "not distinguishable"),
-        ((0.25, 0.25, 0.25), "not distinguishable"),
-        ((0.02,), "no interval"),
+        ((0.020, 0.021, 0.022), (1, 1)),
+        ((-0.02, -0.021, -0.022), (-1, -1)),
+        ((0.03, 0, -0.01), (-1, 1)),
+        ((0.25, 0.25, 0.25), (1, 1)),
+        ((0.02,), None),
     ],
 )
-def test_verdicts(shift: tuple[float, ...], verdict: str) -> None:
-    # Red when: the mean decides instead of the interval, or an interval of no width is evidence.
-    found = paired_difference(seeds(*(0.5 + x for x in shift)), seeds(*[0.5] * len(shift)))
+def test_intervals(shift: tuple[float, ...], signs: tuple[int, int] | None) -> None:
+    # Red when: one pair has an interval, or an interval of no width is evidence.
+    found = paired_difference(pd.Series([0.5 + x for x in shift]), pd.Series([0.5] * len(shift)))
     assert found is not None
-    assert found.verdict == verdict
+    assert (found.low and (np.sign(found.low), np.sign(found.high))) == signs
     assert (found.p is None) == (len(set(shift)) == 1)
     assert paired_difference(pd.Series({0: 0.9}), pd.Series({1: 0.9})) is None
 
@@ -402,8 +396,7 @@ def test_the_accuracy_table_holds_the_numbers(study: Comparison) -> None:
         (tables.tuning, ("300", "LARS"), {"chosen": "lr 4", "choice is": "lr at the edge"}),
         (tables.tuning, ("300", "+ ConAdv"), {"chosen": "lr 2", "choice is": "inside"}),
         (tables.sharpness, ("300", "+ sequential attack"), {"largest Hessian eigenvalue": "2.65 ± 0.129"}),
-        (tables.staleness, ("300", "+ ConAdv"), {"configured": "1", "measured: share of steps": "0: 1.7 %, 1: 98.3 %"}),
-        (tables.phases, ("+ ConAdv",), {"gradient": "50.0", "attack": "20.0"}),
+        (tables.staleness, ("300", "+ ConAdv"), {"staleness: share of steps": "0: 1.7 %, 1: 98.3 %"}),
         (tables.runs, ("300", "LARS", "0"), {"status": "finished", "folder": "0-300-seed0"}),
         (tables.settings, ("method",), {"LARS": "vanilla", "+ ConAdv": "conadv"}),
         (tables.probes, ("100", "+ ConAdv", "2", "stale"), {"loss increase, %, peak": "80", "loss increase, %, decay": "90"}),
@@ -443,7 +436,7 @@ def test_measured_staleness_is_of_the_weight_version(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", make_config("conadv", staleness=2)) / "record.jsonl"
     path.write_text(path.read_text().replace('"weight_version": 30,', '"weight_version": 31,'))
     found = row(tables.staleness(load(tmp_path)), "conadv tau=2")
-    assert found["measured: share of steps"] == "0: 1.7 %, 1: 3.3 %, 2: 95.0 %"
+    assert found["staleness: share of steps"] == "0: 1.7 %, 1: 3.3 %, 2: 95.0 %"
 
 
 def test_differences_without_an_interval_say_why() -> None:
@@ -518,31 +511,6 @@ def test_curves_are_means_over_stretches_of_steps_and_seeds(tmp_path: Path) -> N
     )
 
 
-def test_images_come_from_a_checkpoint(tmp_path: Path) -> None:
-    # Red when: the perturbation is not centred at grey, or the attack is left out.
-    from conadv.training.loop import train
-
-    small = {
-        "steps": 2,
-        "global_batch_size": 32,
-        "model__width": 4,
-        "eval__train_images": 10,
-        "epochs": None,
-    }
-    train(
-        make_config("disadv", attack__eps=8 / 255, eval__robust_images=0, **small),
-        tmp_path / "a",
-        device="cpu",
-    )
-    figure = draw_gallery(load(tmp_path))
-    assert figure is not None
-    clean, change, attacked = np.array(
-        [axes.images[0].get_array() for axes in figure.axes]
-    ).reshape(3, 6, 8, 8)
-    assert np.abs(attacked - clean).max() == pytest.approx(8 / 255, rel=1e-4)
-    np.testing.assert_allclose(change, 0.5 + (attacked - clean) / (16 / 255), atol=1e-4)
-
-
 # The files
 
 
@@ -552,8 +520,8 @@ def test_the_page_has_every_section_and_no_tuning_run(sweep: Path, report: Repor
         [section.title for section in report.sections],
     )
     assert names == [
-        *("Accuracy", "Differences", "Cost", "Tuning", "Training", "Time by phase"),
-        *("Measured staleness", "Staleness", "Sharpness", "Settings", "Runs", "Made with"),
+        *("Accuracy", "Differences", "Cost", "Tuning", "Training", "Measured staleness"),
+        *("Staleness", "Sharpness", "Settings", "Runs", "Made with"),
     ]
     assert all(f"<h2>{name}</h2>" in page for name in names)
     assert "Digits &lt;by&gt; batch" in page

@@ -234,10 +234,19 @@ def read_sweep(path: str | Path, baseline: str | None = None) -> Comparison:
         # an arm without the axis in its own grid has the value in its configuration
         own = arm.runs[0].settings if arm.runs else {}
         x: Any = cell.settings.get(sweep.axis, own.get(sweep.axis))
-        arm = replace(arm, name=", ".join([cell.arm, *more]), role=roles.get(cell.arm, "tested"))
-        arm = replace(arm, planned=len(cell.runs), diverged=len(diverged.intersection(cell.runs)))
-        arm = replace(arm, trials=cell.trials, chosen=cell.chosen, edge=_edge(source, cell.chosen))
-        arms.append(replace(arm, x=float(x or 0), grid=cell.settings))
+        made = replace(
+            arm,
+            name=", ".join([cell.arm, *more]),
+            role=roles.get(cell.arm, "tested"),
+            planned=len(cell.runs),
+            diverged=len(diverged.intersection(cell.runs)),
+            trials=cell.trials,
+            chosen=cell.chosen,
+            edge=_edge(source, cell.chosen),
+            x=float(x or 0),
+            grid=cell.settings,
+        )
+        arms.append(made)
     arms = [arm for arm in arms if len(arm.runs) + len(arm.results) + arm.diverged]
     if not arms:
         raise ConadvError(f"{printable(path)} has no confirmation run yet. Let the sweep go on.")

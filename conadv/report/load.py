@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +56,15 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
-        runs = list(_search(path)) if path.is_dir() else []
+        runs = []
+        for folder, inner, files in os.walk(path):
+            runs += [Path(folder)] * (RECORD in files)
+            inner[:] = [] if RECORD in files else sorted(inner)
         if not runs:
             raise ConadvError(f"No run in {printable(path)}: no folder there holds a {RECORD}.")
         for run in runs:
             found.setdefault(run.resolve(), run)
     return list(found.values())
-
-
-def _search(folder: Path) -> Iterator[Path]:
-    if (folder / RECORD).is_file():
-        yield folder
-        return
-    for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.is_symlink():
-            yield from _search(child)
 
 
 def load_run(path: str | Path) -> Run:
@@ -81,9 +77,8 @@ def load_run(path: str | Path) -> Run:
     header = next((line for line in lines if line["type"] == "header"), {})
     config, summary = _read_config(path, header), _read_summary(path / "summary.json")
     steps = _columns(line for line in lines if line["type"] == "step")
-    evals = [
-        line for line in lines if line["type"] == "eval" and line.get("split") in (None, "test")
-    ]
+    tests = (None, "test")
+    evals = [line for line in lines if line["type"] == "eval" and line.get("split") in tests]
     status = f"unfinished: {len(steps)} of {header.get('steps', '?')} steps"
     if lines and lines[-1]["type"] == "error":
         status += f"; stopped by: {lines[-1].get('message')}"
@@ -95,17 +90,14 @@ def load_run(path: str | Path) -> Run:
 
 def _read_config(path: Path, header: Line) -> Line:
     """config.yaml, or the header's copy; not validated, so that older runs stay readable."""
-    try:
-        config = read_yaml(path / "config.yaml")
-    except ConadvError:
-        config = None
-    for found in (config, header.get("config")):
-        kinds = {"method": str, "seed": int}
-        if isinstance(found, dict) and all(
-            isinstance(found.get(n, 0), k) for n, k in kinds.items()
-        ):
-            return found
-    raise ConadvError(f"{printable(path)} holds no configuration of a run. Leave it out.")
+    with suppress(ConadvError):
+        header = {"config": read_yaml(path / "config.yaml")}
+    found = header.get("config")
+    if not isinstance(found, dict) or not isinstance(found.get("method", ""), str):
+        raise ConadvError(f"{printable(path)} holds no configuration of a run. Leave it out.")
+    if type(found.get("seed", 0)) is not int:
+        raise ConadvError(f"{printable(path)} has a seed that is not a whole number. Leave it out.")
+    return found
 
 
 def _read_summary(path: Path) -> Line | None:

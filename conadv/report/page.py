@@ -22,7 +22,6 @@ from conadv.report import tables
 from conadv.report.accuracy_figure import draw_accuracy, draw_cost
 from conadv.report.comparison import Comparison, compare, read_sweep
 from conadv.report.figure_style import STYLE, look, to_svg
-from conadv.report.gallery_figure import draw_gallery
 from conadv.report.load import RECORD, find_runs, load_run
 from conadv.report.settings import show
 from conadv.report.sharpness import draw_sharpness
@@ -36,11 +35,9 @@ SECTIONS: dict[str, tuple[Callable[[Comparison], Any], ...]] = {
     "Cost": (draw_cost, tables.costs),
     "Tuning": (tables.tuning,),
     "Training": (draw_curves,),
-    "Time by phase": (tables.phases,),
     "Measured staleness": (tables.staleness,),
     "Staleness": (tables.probes,),
     "Sharpness": (draw_sharpness, tables.sharpness),
-    "Images": (draw_gallery,),
     "Settings": (tables.settings,),
     "Runs": (tables.runs,),
     "Made with": (tables.origin,),

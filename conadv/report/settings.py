@@ -13,11 +13,11 @@ Settings = dict[str, Any]
 
 # The seed is what arms are averaged over; the others do not change a result.
 IGNORED = ("seed", "recipe", "data.download", "checkpoint.", "probe.")
-IN_METHOD_NAME = ("method", "staleness", "lookahead", "predictor")
+IN_METHOD_NAME = ("method", "staleness", "lookahead")
 # Named only where nothing else tells two arms apart: they follow from other settings by default.
 LAST = ("eval.", "attack.step_size", "micro_batch_size")
 # None in these only says that the method or optimizer has no such setting.
-OWNED = ("staleness", "lookahead", "predictor", "pending_dtype", "adv_", "sam_", "aug_", "attack.")
+OWNED = ("aug_", "attack.", *{name for row in METHODS.values() for name in row.settings})
 FIRST = ("data.source", "model.name", "optim.name", "global_batch_size", "optim.lr", "attack.eps")
 # How settings are named where the last part of their name is not enough or too much.
 WORDS = {"data.source": "", "model.name": "", "optim.name": "", "precision": ""}
@@ -85,13 +85,9 @@ def _label(settings: Settings, differing: Sequence[str]) -> str:
 
 def method_name(settings: Settings) -> str:
     """The method with its staleness and look-ahead, e.g. "conadv tau=1 + look-ahead"."""
-    name = str(settings.get("method"))
-    if settings.get("staleness") is not None:
-        name += f" tau={settings['staleness']}"
-    if settings.get("lookahead"):
-        predictor = settings.get("predictor") or "momentum"
-        name += " + look-ahead" + ("" if predictor == "momentum" else f" ({predictor})")
-    return name
+    tau = settings.get("staleness")
+    name = str(settings.get("method")) + (f" tau={tau}" if tau is not None else "")
+    return name + (" + look-ahead" if settings.get("lookahead") else "")
 
 
 def part(name: str, value: object) -> str:

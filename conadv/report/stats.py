@@ -25,19 +25,6 @@ class Difference(NamedTuple):
     high: float | None = None
     p: float | None = None
 
-    @property
-    def verdict(self) -> str:
-        """higher | lower | not distinguishable | no interval.
-
-        Accuracies are counts, so a few seeds may differ by exactly the same amount by chance: an
-        interval of no width is not evidence.
-        """
-        if self.low is None or self.high is None:
-            return "no interval"
-        if self.low == self.high or self.low <= 0 <= self.high:
-            return "not distinguishable"
-        return "higher" if self.low > 0 else "lower"
-
 
 def paired_difference(arm: pd.Series, reference: pd.Series) -> Difference | None:
     """mean(d) -+ t(0.975, n - 1) * s / sqrt(n) of d = arm - reference, both indexed by seed.

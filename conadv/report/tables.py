@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -74,18 +75,20 @@ def duration(seconds: float) -> str:
 
 def accuracy(c: Comparison, metric: str = "test_accuracy") -> pd.DataFrame:
     """All accuracies; the difference to the baseline and the order of columns go by ``metric``."""
-    names = {"test": "test", "held-out": "validation", "robust": "robust", "train": "train"}
-    names = dict(sorted(names.items(), key=lambda name: f"{name[1]}_accuracy" != metric))
-    own = {f"{n} accuracy, %": lambda a, m=m: percent(a, f"{m}_accuracy") for n, m in names.items()}
+    names = {"test": "test", "validation": "held-out", "robust": "robust", "train": "train"}
+    own: dict[str, Callable[[Arm], str]] = {
+        f"{name}_accuracy": partial(percent, metric=f"{name}_accuracy") for name in names
+    }
     columns: dict[str, Callable[[Arm], str]] = {
-        **dict([*own.items()][:1]),
+        metric: own[metric],
         "against the baseline": lambda a: points(a, c.baseline(a), metric),
         "cost": per_image,
         "seeds": lambda a: f"{len(a.results)} of {a.planned}" if a.unfinished else f"{a.planned}",
         **own,
         "test loss": lambda a: NONE if a.diverged else spread(a.values("test_loss"), ".3f"),
     }
-    return arm_table(c, columns)
+    shown = {f"{name}_accuracy": f"{said} accuracy, %" for name, said in names.items()}
+    return arm_table(c, {shown.get(name, name): text for name, text in columns.items()})
 
 
 def differences(
@@ -152,10 +155,7 @@ def staleness(c: Comparison) -> pd.DataFrame:
         shares = pd.Series(age, dtype=float).value_counts(normalize=True).sort_index()
         return ", ".join(f"{age:.0f}: {100 * share:.1f} %" for age, share in shares.items()) or NONE
 
-    def configured(arm: Arm) -> str:
-        return show("", arm.runs[0].config.get("staleness")) if arm.runs else NONE
-
-    return arm_table(c, {"configured": configured, "measured: share of steps": ages})
+    return arm_table(c, {"staleness: share of steps": ages})
 
 
 def probes(c: Comparison) -> pd.DataFrame:
@@ -170,17 +170,6 @@ def probes(c: Comparison) -> pd.DataFrame:
             for field, name in names.items():
                 row[f"{name}, %, {found['phase']}"] = number(100 * found[field], ".0f")
     return table([*rows.values()])
-
-
-def phases(c: Comparison) -> pd.DataFrame:
-    """Mean milliseconds of a step in every phase, without the first step of each run."""
-    rows = []
-    for name, arm in c.latest.items():
-        steps = [run.steps.filter(like="phases.").iloc[1:] for run in arm.runs]
-        means = pd.concat(steps or [pd.DataFrame()]).mean()
-        named = {phase.partition(".")[2]: number(1e3 * s, ".1f") for phase, s in means.items()}
-        rows += [{"arm": name} | named] if named else []
-    return table(rows)
 
 
 def settings(c: Comparison) -> pd.DataFrame:
