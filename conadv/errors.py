@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ConadvError(ValueError):
@@ -50,6 +50,12 @@ def printable(text: object) -> str:
     can encode.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def first_few(names: Sequence[str], limit: int = 5) -> str:
+    """The first of ``names``, printable, and how many more there are; "none" without any."""
+    shown = ", ".join(map(printable, names[:limit])) or "none"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def printable_lines(text: str) -> str:

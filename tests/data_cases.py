@@ -84,12 +84,17 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """The settings of one source after another."""
     if request.param == "huggingface":
-        hub = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
-        monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        request.getfixturevalue("hub_cache")
     yield CASES[request.param](tmp_path / "data")
     mock.patch.stopall()
 

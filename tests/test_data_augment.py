@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from conadv.data.augment import (
     draw_integers,
     sample_keys,
 )
+from conadv.data.images import Files
 from conadv.data.mix import Mix
 from conadv.data.splits import Draw, PhotoSplit
 from conadv.errors import ConadvError
@@ -103,10 +103,12 @@ def test_an_augmentation_depends_on_its_keys_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_callers_random_stream_is_left_alone(name: str) -> None:
+def test_the_callers_random_stream_is_left_alone(name: str, tmp_path: Path) -> None:
     # Red when: fork_rng is removed from build_augment, or from either method of PhotoSplit.
-    listing: Any = SimpleNamespace(labels=torch.tensor([0]), read=lambda _: picture(0, 60, 40))
-    photos, index = PhotoSplit(listing, 16), torch.tensor([0])
+    picture(0, 60, 40).save(tmp_path / "0.png")
+    one = {"keys": np.array([b"0.png"]), "labels": torch.tensor([0]), "class_names": ("cat",)}
+    photos = PhotoSplit(tmp_path, "", **one, store=Files(tmp_path), image_size=16)
+    index = torch.tensor([0])
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)

@@ -16,9 +16,9 @@ from PIL import Image
 from conadv.data.fingerprint import changes, fingerprint
 from conadv.data.source import build_source
 
-from .data_cases import CLASSES, case, image_folder, parquet, picture
+from .data_cases import CLASSES, case, hub_cache, image_folder, parquet, picture
 
-__all__ = ["case"]
+__all__ = ["case", "hub_cache"]
 
 
 def test_the_same_data_have_the_same_fingerprint_anywhere(case: dict[str, Any]) -> None:
@@ -110,13 +110,8 @@ def test_every_change_of_a_folder_is_named(edit: str, source: str, tmp_path: Pat
     assert found == said
 
 
-def test_other_images_in_a_table_are_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_images_in_a_table_are_a_change(tmp_path: Path, hub_cache: None) -> None:
     # Red when: rows are told apart by their numbers alone.
-    hub = pytest.importorskip("datasets", reason="the extra huggingface is not installed")
-    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
     def of(labels: list[int], **changed: Any) -> Any:
         parquet(tmp_path / "d", "train.parquet", labels, **changed)
         parquet(tmp_path / "d", "test.parquet", [0, 1, 2])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,10 +18,9 @@ from conadv.errors import ConadvError, printable
 
 @dataclass
 class Args:
-    """Read every image of DIR/{train,test or val}/<class>/, in parallel, and list what is wrong with it.
+    """Read every image of DIR/{train,test or val}/<class>/ and list those that cannot be read.
 
-    Exit code 0: nothing is wrong; 1: something is listed; 2: DIR cannot be checked. Notes (images that are read, but
-    perhaps not as expected) do not count.
+    Exit code 0: nothing is wrong; 1: something is listed; 2: splits or class folders are wrong.
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
@@ -49,33 +47,28 @@ def command(args: Args) -> bool:
     quiet = args.quiet or not console.is_terminal
     with Progress(*columns, transient=True, disable=quiet, console=console) as bar:
         task = bar.add_task("check", total=None)
-        images, findings = check_folder(
+        images, bad = check_folder(
             args.folder,
             args.workers,
             lambda _, done, total: bar.update(task, completed=done, total=total),
         )
-    bad = [finding for finding in findings if finding.bad]
-    notes = Counter(finding.kind for finding in findings if not finding.bad)
     if bad and args.show > 0:
-        table = Table("path", "what", "why")
+        table = Table("path", "why")
         for finding in bad[: args.show]:
             path = Text(finding.path, overflow="fold")
-            table.add_row(path, Text(finding.kind), Text(finding.reason))
+            table.add_row(path, Text(finding.reason))
         console.print(table)
     if len(bad) > args.show:
         more = f"and {len(bad) - args.show} more: --json FILE writes them all"
         console.print(more, highlight=False)
-    for kind, number in sorted(notes.items()):
-        console.print(Text(f"note: {number} x {kind}"))
-    verdict = f"{len(bad)} thing(s) would stop a run or be left out" if bad else "nothing wrong"
+    verdict = f"{len(bad)} cannot be read" if bad else "nothing wrong"
     console.print(Text(f"{images} images in {printable(args.folder)}: {verdict}"), highlight=False)
     if args.json is not None:
         content = {
             "folder": printable(args.folder),
             "images": images,
             "bad": len(bad),
-            "kinds": Counter(sorted(finding.kind for finding in findings)),
-            "findings": [asdict(finding) for finding in findings],
+            "findings": [asdict(finding) for finding in bad],
         }
         try:
             write_atomic(args.json, json.dumps(content, indent=1) + "\n")

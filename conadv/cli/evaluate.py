@@ -42,5 +42,5 @@ def command(args: Args) -> None:
         if result is not None:
             accuracy = f"accuracy {100 * result.accuracy:6.2f} %"
             say(f"{name:<10}  {accuracy}  loss {result.loss:.4f}  images {result.images}")
-    for bad in run.data.bad.take(run.step.version - 1):
+    for bad in run.data.bad.values():
         say(printable(f"skipped an unreadable image: {bad['path']} ({bad['reason']})"))

@@ -11,13 +11,10 @@ import torch
 
 from conadv.data.source import Source
 from conadv.data.splits import MemorySplit, PhotoSplit, Split
-from conadv.errors import printable
+from conadv.errors import first_few
 
 Fingerprint = dict[str, Any]
 """Text, numbers, lists and dictionaries alone, for a checkpoint or a JSON file."""
-
-SHOWN = 5
-"""Classes that :func:`changes` names for each kind of change."""
 
 
 def fingerprint(source: Source) -> Fingerprint:
@@ -48,7 +45,7 @@ def _describe(split: Split, num_classes: int) -> dict[str, Any]:
         images = split.images
         hashes = [_hash(str(images.shape[1:]).encode(), images[own].numpy()) for own in by_class]
     else:
-        tags = split.listing.store.tags(split.listing.keys)
+        tags = split.store.tags(split.keys)
         hashes = [
             _hash(*(tags[index] for index in own.tolist()), _content(split, own))
             for own in by_class
@@ -58,9 +55,8 @@ def _describe(split: Split, num_classes: int) -> dict[str, Any]:
 
 def _content(split: PhotoSplit, indices_N: torch.Tensor) -> bytes:
     """The bytes of the first of these images; none where it cannot be read."""
-    photos = split.listing
     for index in indices_N[:1].tolist():
-        with suppress(Exception), photos.store.open(photos.keys[index]) as file:
+        with suppress(Exception), split.store.open(split.keys[index]) as file:
             return file.read()
     return b""
 
@@ -84,9 +80,9 @@ def _changes(old: Fingerprint, new: Fingerprint) -> Iterator[str]:
     if set(before) != set(after):
         for title, some, others in (("missing", before, after), ("new", after, before)):
             if names := [name for name in some if name not in set(others)]:
-                yield f"Classes that are {title}: {_some(names)}."
+                yield f"Classes that are {title}: {first_few(names)}."
     elif before != after:
-        yield f"The classes are in another order: {_some(before)} before, {_some(after)} now."
+        yield f"The classes are in another order: {first_few(before)} before, {first_few(after)} now."
     for name in old["splits"] | new["splits"]:
         ours, theirs = (found["splits"].get(name) for found in (old, new))
         if ours is None or theirs is None:
@@ -106,10 +102,10 @@ def _changes_of_split(
     shared = [key for key in ours if key in theirs]
     if counted := [key for key in shared if ours[key][0] != theirs[key][0]]:
         numbers = [f"{key} ({ours[key][0]} before, {theirs[key][0]} now)" for key in counted]
-        yield f"{name}: more or fewer images in {_some(numbers)}."
+        yield f"{name}: more or fewer images in {first_few(numbers)}."
     edited = [key for key in shared if ours[key] != theirs[key] and key not in counted]
     if edited:
-        yield f"{name}: other images, names or sizes in {_some(edited)}."
+        yield f"{name}: other images, names or sizes in {first_few(edited)}."
     if ours == theirs:
         yield f"{name}: the images are in another order."
 
@@ -118,8 +114,3 @@ def _by_class(found: Fingerprint, name: str) -> dict[str, tuple[int, str]]:
     split = found["splits"][name]
     pairs = zip(split["counts"], split["hashes"], strict=True)
     return dict(zip(found["classes"], pairs, strict=True))
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(map(printable, names[:SHOWN]))
-    return f"{shown} and {len(names) - SHOWN} more" if len(names) > SHOWN else shown

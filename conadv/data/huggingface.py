@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from conadv.data.images import Photos
 from conadv.data.source import Source, SourceSettings, check_classes, on_demand
+from conadv.data.splits import PhotoSplit
 from conadv.errors import ConadvError, install, printable
 
 SPLITS = ("train", "test", "validation", "val", "valid")
@@ -21,26 +21,27 @@ SPLITS = ("train", "test", "validation", "val", "valid")
 def huggingface(settings: SourceSettings) -> Source:
     """Parquet files below ``dir``, told apart by the split's name at the beginning of theirs.
 
-    One column of the type Image and one of the type ClassLabel are needed. The test rows are those of ``test``, or of
-    ``validation`` where test has no labels (ImageNet's are all -1). ``datasets`` converts the files once into its cache
-    (HF_DATASETS_CACHE). Nothing is downloaded, and no code that lies beside the files is run.
+    One column of the type Image and one of the type ClassLabel are needed. The test rows are those
+    of ``test``, or of ``validation`` where test has no labels (ImageNet's are all -1). ``datasets``
+    converts the files once into its cache (HF_DATASETS_CACHE). Nothing is downloaded, and no code
+    that lies beside the files is run.
     """
     settings.refuse("download")
     folder = settings.folder()
     tables = _load(folder)
-    found = [_photos(folder, split, table) for split, table in tables.items()]
-    labelled = [photos for photos in found if int(photos.labels.min()) >= 0]
+    found = [_split(folder, split, table) for split, table in tables.items()]
+    labelled = [part for part in found if int(part.labels.min()) >= 0]
     if len(labelled) < 2 or labelled[0].split != "train":
         raise ConadvError(
             f"{printable(folder)} needs rows with labels to train on and to test on (found: "
-            f"{', '.join(photos.split for photos in found)}). Expected files such as "
+            f"{', '.join(part.split for part in found)}). Expected files such as "
             "train-00000-of-00001.parquet and test-00000-of-00001.parquet, anywhere below it."
         )
     train, test = labelled[:2]
     if train.class_names != test.class_names:
         raise ConadvError(f"train and {test.split} in {printable(folder)} have different classes.")
-    for photos in (train, test):
-        check_classes(f"{photos.split} of {folder}", photos.labels, photos.class_names)
+    for part in (train, test):
+        check_classes(f"{part.split} of {folder}", part.labels, part.class_names)
     return on_demand(train, test, settings)
 
 
@@ -73,7 +74,7 @@ def _load(folder: Path) -> dict[str, Any]:
     return {split: tables[split] for split in files if len(tables[split])}
 
 
-def _photos(folder: Path, split: str, table: Any) -> Photos:
+def _split(folder: Path, split: str, table: Any) -> PhotoSplit:
     kinds = {name: type(feature).__name__ for name, feature in table.features.items()}
     columns = []
     for kind in ("Image", "ClassLabel"):
@@ -89,7 +90,7 @@ def _photos(folder: Path, split: str, table: Any) -> Photos:
     labels = [-1 if value is None else int(value) for value in table[label]]
     store = Rows(table.select_columns([image]), image)
     names = tuple(map(str, table.features[label].names))
-    return Photos(folder, split, np.arange(len(labels)), torch.tensor(labels), names, store)
+    return PhotoSplit(folder, split, np.arange(len(labels)), torch.tensor(labels), names, store)
 
 
 @dataclass(frozen=True)

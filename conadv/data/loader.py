@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -22,32 +22,6 @@ from conadv.data.splits import Draw, Split
 from conadv.data.workers import outlive_stop
 from conadv.errors import ConadvError, unknown
 from conadv.types import Batch, MicroBatch
-
-
-@dataclass
-class BadImages:
-    """The image files that could not be read so far, each once, as this process came across them.
-
-    ``logged``: what the record holds already: on rank 0, from all ranks and from before a resume.
-    """
-
-    known: set[str] = field(default_factory=set)
-    waiting: list[dict[str, Any]] = field(default_factory=list)
-    logged: set[str] = field(default_factory=set)
-
-    def note(self, found: Iterable[BadImage], step: int | None) -> None:
-        """``step``: the one that the images belong to; None for an evaluation."""
-        for image in found:
-            if image.name not in self.known:
-                self.known.add(image.name)
-                self.waiting.append({"step": step, "path": image.name, "reason": image.reason})
-
-    def take(self, last_step: int) -> list[dict[str, Any]]:
-        """What was found since the last call, for the record; ``last_step``: the one that an evaluation follows."""
-        found, self.waiting = self.waiting, []
-        return [
-            {**line, "step": last_step if line["step"] is None else line["step"]} for line in found
-        ]
 
 
 class Data:
@@ -99,30 +73,34 @@ class Data:
         self.micro_batch_size, self.num_workers = micro_batch_size, num_workers
         self.rank, self.ranks = rank, ranks
         self.mine = range(rank * count, (rank + 1) * count) if mine is None else mine
-        self.skip_bad, self.bad = on_bad_image == "skip", BadImages()
+        self.skip_bad = on_bad_image == "skip"
+        self.bad: dict[str, dict[str, Any]] = {}
+        self.logged: set[str] = set()
+        self._note(source.bad, None)
 
     @property
     def ahead(self) -> int:
         """Micro-batches that each worker prepares ahead; 0 without workers.
 
-        Enough for a whole step: its micro-batches are taken at once, and workers that had stopped after fewer would
-        leave the next step waiting for the rest. Bytes of a rank: ahead x num_workers x views x micro_batch_size
-        x channels x image_size^2.
+        Enough for a whole step: its micro-batches are taken at once, and workers that had stopped
+        after fewer would leave the next step waiting for the rest. Bytes of a rank: ahead x
+        num_workers x views x micro_batch_size x channels x image_size^2.
         """
         return max(2, -(-len(self.mine) // self.num_workers)) if self.num_workers else 0
 
     def train_batches(
         self, start_step: int, stop_step: int, views: tuple[str, ...] = ("clean",)
     ) -> Iterator[Batch]:
-        """This rank's batches of steps start_step..stop_step-1, each with uint8 images N,C,H,W for each view.
+        """This rank's batches of steps start_step..stop_step-1: uint8 images N,C,H,W by view.
 
-        "clean" and "second" are independent draws of data.augment (identical where it is "none"), "aug" is a draw of
-        data.aug_view. Step t is the same for any start, number of workers, and set of views. With mixup or cutmix
-        labels are probabilities N,K. Pinned memory where CUDA is present. Worker processes live as long as the
-        iterator. In flight: ``ahead`` micro-batches per worker.
-        Raises ConadvError for a view that the data does not have and, while iterating, for an image that cannot be
-        read; with data.on_bad_image skip it is noted in ``bad``, and another image of its class stands in for it in
-        all views and epochs.
+        "clean" and "second" are independent draws of data.augment (identical where it is "none"),
+        "aug" is a draw of data.aug_view. Step t is the same for any start, number of workers, and
+        set of views. With mixup or cutmix labels are probabilities N,K. Memory is pinned where CUDA
+        is present. Worker processes live as long as the iterator.
+        Raises ConadvError for a view that the data does not have and, while iterating, for an image
+        that cannot be read; with data.on_bad_image skip it is noted in ``bad``, and another image
+        of its class stands in for it in all views and epochs.
+        In flight: ``ahead`` micro-batches per worker.
         """
         for view in views:
             if view not in self.augments:
@@ -138,13 +116,11 @@ class Data:
     ) -> tuple[dict[str, Any], list[BadImage]]:
         """(step, micro-batch number) -> the fields of a MicroBatch, and images that cannot be read.
 
-        Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not those in an object.
+        Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not in an object.
         """
         (step, index), order, split = key, self.order, self.source.train
-        indices_N, epoch = (
-            order.micro_batch(step, index, self.read),
-            order.epoch_of(step),
-        )
+        indices_N = order.micro_batch(step, index, self.micro_batch_size)
+        epoch = order.epoch_of(step)
         draws = {
             view: Draw(self.augments[view], sample_keys(order.seed, epoch, view, indices_N))
             for view in views
@@ -162,21 +138,26 @@ class Data:
         for step in steps:
             loaded = list(islice(parts, len(self.mine)))
             for _, bad in loaded:
-                self.bad.note(bad, step)
+                self._note(bad, step)
             micro = tuple(MicroBatch(**fields) for fields, _ in loaded)
             yield Batch(step, micro, self.order.epoch_of(step))
+
+    def _note(self, found: Iterable[BadImage], step: int | None) -> None:
+        for image in found:
+            line = {"step": step, "path": image.name, "reason": image.reason}
+            self.bad.setdefault(image.name, line)
 
     def eval_batches(
         self, split: str, limit: int | None, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 images N,C,H,W, labels N) over ``split``, unaugmented and always in one order.
 
-        ``split``: "train", "test", or "validation" where images are held out (data.validation_images).
-
-        With ``limit`` at most that many images: the first of a fixed permutation, which does not depend on the run's
-        seed. The last batch may be smaller than ``batch_size``. Of all these batches rank r gets those with the numbers
-        r, r + ranks, r + 2 ranks, ...: with more ranks than batches some get none. With data.on_bad_image skip, images
-        that cannot be read are left out (a batch may be empty) and noted in ``bad``.
+        split: "train", "test", or "validation" where images are held out.
+        limit: at most that many images: the first of a fixed permutation, which does not depend on
+        the run's seed. The last batch may be smaller than ``batch_size``.
+        Of these batches rank r gets those with the numbers r, r + ranks, ...: with more ranks than
+        batches some get none. With data.on_bad_image skip, images that cannot be read are left out
+        (a batch may be empty) and noted in ``bad``.
         """
         splits = {"train": self.source.train, "test": self.source.test}
         if self.source.validation is not None:
@@ -191,7 +172,7 @@ class Data:
         mine = torch.split(indices, batch_size)[self.rank :: self.ranks]
         load = partial(self._load_plain, splits[split])
         for images, labels, bad in _stream(load, mine, self.num_workers):
-            self.bad.note(bad, None)
+            self._note(bad, None)
             yield images, labels
 
     def _load_plain(self, split: Split, indices_N: Tensor) -> tuple[Tensor, Tensor, list[BadImage]]:
@@ -202,7 +183,7 @@ class Data:
 
 @dataclass(frozen=True)
 class _Caught(Dataset[Any]):
-    """Hands a user's error back as a value: raised in a worker, it would come out wrapped in the worker's traceback."""
+    """Returns a user's error: raised in a worker, it would come with the worker's traceback."""
 
     load: Callable[[Any], Any]
 
@@ -216,9 +197,9 @@ class _Caught(Dataset[Any]):
 def _stream(
     load: Callable[[Any], Any], keys: Iterable[Any], num_workers: int, ahead: int = 2
 ) -> Iterator[Any]:
-    """load(key) for each key, in order, by torch's DataLoader (which gives each of its workers one thread).
+    """load(key) for each key, in order, by torch's DataLoader: its workers have one thread each.
 
-    ``ahead``: keys that each worker may be ahead of what was taken.
+    ahead: keys that each worker may be ahead of what was taken.
     """
     loader: DataLoader[Any] = DataLoader(
         _Caught(load),
@@ -229,7 +210,7 @@ def _stream(
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=ahead if num_workers else None,
         worker_init_fn=outlive_stop if num_workers else None,
-        generator=torch.Generator(),  # or it would draw from the global one and move the caller's random stream
+        generator=torch.Generator(),  # or it would move the caller's random stream
     )
     with naming_lost_workers():
         for item in loader:
@@ -240,16 +221,19 @@ def _stream(
 
 @contextmanager
 def naming_lost_workers() -> Iterator[None]:
-    """ConadvError for a loader's process that was killed; torch reports it wherever the main process is just then."""
+    """ConadvError for a loader's worker that was killed.
+
+    torch reports it wherever the main process happens to be.
+    """
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ConadvError(
-            f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for want "
-            "of memory: use fewer (--data.num-workers), or give machine or container more memory and "
-            "more shared memory (/dev/shm)."
+            f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for "
+            "lack of memory: use fewer (--data.num-workers), or give it more memory and more shared "
+            "memory (/dev/shm)."
         ) from error
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from conadv.data import SOURCES
-from conadv.data.images import Photos
+from conadv.data.images import BadImage
 from conadv.data.splits import MemorySplit, PhotoSplit, Split, choose
-from conadv.errors import ConadvError, printable, unknown
+from conadv.errors import ConadvError, first_few, unknown
 
 # (what is being done, images done, images in all); called now and then from the calling thread
 Progress = Callable[[str, int, int], None]
@@ -26,7 +26,7 @@ class Source:
     """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8.
 
     ``validation``: images held out of ``train`` to choose settings by, None without. ``name``: its
-    row in SOURCES.
+    row in SOURCES. ``bad``: files that could not be read when images were decoded into memory.
     """
 
     train: Split
@@ -36,11 +36,12 @@ class Source:
     image_size: int
     validation: Split | None = None
     name: str = ""
+    bad: tuple[BadImage, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """What is asked of a data set. ``image_size`` None keeps the size of images held in memory."""
+    """What a run asks of a data set. ``image_size`` None keeps the size of images in memory."""
 
     source: str
     dir: Path | None = None
@@ -67,14 +68,10 @@ class SourceSettings:
             )
         return self.dir
 
-    def chosen(
-        self, labels_N: Tensor, class_names: tuple[str, ...], setting: str = "train_images"
-    ) -> Tensor:
-        """Sorted indices of ``train_images`` (or ``validation_images``) of these, by :func:`choose`."""
-        count = getattr(self, setting)
-        return choose(
-            labels_N, count, class_names, seed=self.subset_seed, setting=f"data.{setting}"
-        )
+    def chosen(self, labels_N: Tensor, class_names: tuple[str, ...]) -> Tensor:
+        """Sorted indices of ``train_images`` of these, by :func:`choose`."""
+        setting = "data.train_images"
+        return choose(labels_N, self.train_images, class_names, self.subset_seed, setting)
 
 
 def build_source(source: str, **settings: Any) -> Source:
@@ -90,13 +87,11 @@ def build_source(source: str, **settings: Any) -> Source:
     if wanted.validation_images is None:
         return found
     train, names = found.train, found.class_names
-    held = wanted.chosen(train.labels, names, "validation_images")
+    count, seed = wanted.validation_images, wanted.subset_seed
+    held = choose(train.labels, count, names, seed, "data.validation_images", leave=1)
     kept = torch.ones(len(train.labels), dtype=torch.bool)
     kept[held] = False
     rest = kept.nonzero().flatten()
-    check_classes(
-        f"what data.validation_images {len(held)} leaves to train on", train.labels[rest], names
-    )
     return replace(found, train=train.subset(rest), validation=train.subset(held))
 
 
@@ -105,9 +100,11 @@ def check_classes(what: str, labels_N: Tensor, class_names: tuple[str, ...]) -> 
     sizes = torch.bincount(labels_N, minlength=len(class_names))
     if len(class_names) < 2:
         raise ConadvError(f"There is only one class in {what}. Training needs two or more.")
-    if not sizes.all():
-        name = printable(class_names[int(sizes.argmin())])
-        raise ConadvError(f"There is no image of class {name!r} in {what}.")
+    if empty := [class_names[label] for label in (sizes == 0).nonzero().flatten().tolist()]:
+        raise ConadvError(
+            f"There is no image in {what} of these classes: {first_few(empty)}. Add images or remove "
+            "the classes."
+        )
 
 
 def in_memory(
@@ -128,8 +125,9 @@ def in_memory(
     return Source(ours, theirs, class_names, ours.images.shape[1], size)
 
 
-def on_demand(train: Photos, test: Photos, settings: SourceSettings) -> Source:
-    """A source of encoded images, decoded when they are needed; image_size is 224 unless given."""
-    train = train.subset(settings.chosen(train.labels, train.class_names))
+def on_demand(train: PhotoSplit, test: PhotoSplit, settings: SourceSettings) -> Source:
+    """A source of images that are decoded when needed; image_size is 224 unless given."""
     size = settings.image_size or 224
-    return Source(PhotoSplit(train, size), PhotoSplit(test, size), train.class_names, 3, size)
+    train = train.subset(settings.chosen(train.labels, train.class_names))
+    ours, theirs = (replace(split, image_size=size) for split in (train, test))
+    return Source(ours, theirs, train.class_names, 3, size)

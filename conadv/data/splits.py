@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from conadv import rng
 from conadv.data.augment import build_augment, build_photo_augment
-from conadv.data.images import BadImage, Photos, stand_ins
-from conadv.errors import ConadvError
+from conadv.data.images import BadImage, Store, decode_rgb, why
+from conadv.errors import ConadvError, printable
 
 
 class Draw(NamedTuple):
@@ -27,61 +30,28 @@ class Draw(NamedTuple):
 Draws = Mapping[str, Draw]
 Bad = list[BadImage] | None  # where images that cannot be read are noted; None: they are raised
 
-
-class _Split(ABC):
-    """Images 0..N-1 of a data set with ``labels``, N int64. Sent to worker processes, so it must pickle.
-
-    ``views(indices_N, draws, bad)``: uint8 N,C,H,W for every view in ``draws``, a pure function of its arguments. With
-    ``bad``, another image of its class stands in for one that cannot be read.
-    ``readable(indices_N, bad)``: (uint8 n,C,H,W without augmentation, as evaluation sees the images; their numbers).
-    With ``bad``, an image that cannot be read is left out.
-    ``subset(indices_N)``: the images with these numbers only.
-    """
-
-    labels: Tensor
-
-    @abstractmethod
-    def _read(self, index: int) -> Any:
-        """One image; BadImage where it cannot be read."""
-
-    def _try(self, index: int, bad: Bad) -> Any:
-        """What ``_read`` returns, or None once it is noted that it cannot."""
-        try:
-            return self._read(index)
-        except BadImage as error:
-            if bad is None:
-                raise
-            bad.append(error)
-            return None
-
-    def _or_stand_in(self, index: int, bad: Bad) -> Any:
-        for other in chain([index], stand_ins(self.labels, index)):
-            if (found := self._try(other, bad)) is not None:
-                return found
-        assert bad
-        raise ConadvError(f"No image of its class can be read in place of another. {bad[-1]}")
+# A split holds images 0..N-1 of a data set and their ``labels``, N int64. Sent to workers, so it
+# must pickle.
+#
+# views(indices_N, draws, bad): uint8 N,C,H,W for every view in ``draws``, a pure function of its
+# arguments. With ``bad``, another image of its class stands in for one that cannot be read.
+# readable(indices_N, bad): (uint8 n,C,H,W without augmentation, as evaluation sees the images;
+# their numbers). With ``bad``, an image that cannot be read is left out.
+# subset(indices_N): the images with these numbers only.
 
 
 @dataclass(frozen=True)
-class MemorySplit(_Split):
-    """Images held as one uint8 tensor N,C,H,W with H = W. ``flip``: mirroring an image keeps its class.
+class MemorySplit:
+    """Images held as one uint8 tensor N,C,H,W with H = W.
 
-    ``unread``: why images have no pixels, by their numbers.
+    flip: mirroring an image keeps its class.
     """
 
     images: Tensor
     labels: Tensor
     flip: bool = True
-    unread: Mapping[int, BadImage] = field(default_factory=dict)
-
-    def _read(self, index: int) -> int:
-        if index in self.unread:
-            raise self.unread[index]
-        return index
 
     def views(self, indices_N: Tensor, draws: Draws, bad: Bad = None) -> dict[str, Tensor]:
-        if self.unread:
-            indices_N = torch.tensor([self._or_stand_in(i, bad) for i in indices_N.tolist()])
         images, size = self.images[indices_N], self.images.shape[-1]
         return {
             view: build_augment(draw.augment, size, flip=self.flip)(images, draw.keys_N)
@@ -89,30 +59,58 @@ class MemorySplit(_Split):
         }
 
     def readable(self, indices_N: Tensor, bad: Bad = None) -> tuple[Tensor, Tensor]:
-        if self.unread:
-            kept = [i for i in indices_N.tolist() if self._try(i, bad) is not None]
-            indices_N = torch.tensor(kept, dtype=torch.int64)
         return self.images[indices_N], indices_N
 
     def subset(self, indices_N: Tensor) -> MemorySplit:
-        numbers = enumerate(indices_N.tolist())
-        unread = {new: self.unread[old] for new, old in numbers if old in self.unread}
-        return MemorySplit(self.images[indices_N], self.labels[indices_N], self.flip, unread)
+        return replace(self, images=self.images[indices_N], labels=self.labels[indices_N])
 
 
 @dataclass(frozen=True)
-class PhotoSplit(_Split):
-    """Encoded images, each decoded when needed, once for all its views. Memory: one decoded photograph at a time."""
+class PhotoSplit:
+    """Encoded images, each decoded when needed, once for all its views, one at a time.
 
-    listing: Photos
-    image_size: int
+    keys: N names of files in bytes below ``folder``/``split``, or numbers of rows. An array and not
+    a list: counting references would make workers copy the memory of a list page by page.
+    """
 
-    @property
-    def labels(self) -> Tensor:  # type: ignore[override]
-        return self.listing.labels
+    folder: Path
+    split: str
+    keys: NDArray[Any]
+    labels: Tensor
+    class_names: tuple[str, ...]
+    store: Store
+    image_size: int = 224
 
-    def _read(self, index: int) -> Image.Image:
-        return self.listing.read(index)
+    def name(self, index: int) -> str:
+        """The path below ``folder``, printable."""
+        key = self.keys[index]
+        name = printable(os.fsdecode(key)) if isinstance(key, bytes) else f"row {key}"
+        return f"{self.split}/{name}"
+
+    def read(self, index: int) -> Image.Image:
+        """The image as RGB; BadImage, which says why, where it cannot be decoded."""
+        try:
+            with self.store.open(self.keys[index]) as file:
+                return decode_rgb(file)
+        except Exception as error:  # decoders raise nearly anything on damaged files
+            raise BadImage(self.folder, self.name(index), why(error)) from error
+
+    def _try(self, index: int, bad: Bad) -> Image.Image | None:
+        """The image, or None once it is noted that it cannot be read."""
+        try:
+            return self.read(index)
+        except BadImage as error:
+            if bad is None:
+                raise
+            bad.append(error)
+            return None
+
+    def _or_stand_in(self, index: int, bad: Bad) -> Image.Image:
+        for other in chain([index], stand_ins(self.labels, index)):
+            if (found := self._try(other, bad)) is not None:
+                return found
+        assert bad
+        raise no_stand_in(bad[-1])
 
     def views(self, indices_N: Tensor, draws: Draws, bad: Bad = None) -> dict[str, Tensor]:
         out = {view: self._empty(len(indices_N)) for view in draws}
@@ -128,7 +126,7 @@ class PhotoSplit(_Split):
         return out
 
     def _empty(self, count: int) -> Tensor:
-        # decoded images have their channels last: so rows are copied as they lie, and the device rearranges them
+        # decoded images have their channels last: rows are copied as they lie
         shape = (count, 3, self.image_size, self.image_size)
         return torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
 
@@ -144,38 +142,70 @@ class PhotoSplit(_Split):
         return images[: len(kept)], torch.tensor(kept, dtype=torch.int64)
 
     def subset(self, indices_N: Tensor) -> PhotoSplit:
-        return PhotoSplit(self.listing.subset(indices_N), self.image_size)
+        return replace(self, keys=self.keys[indices_N.numpy()], labels=self.labels[indices_N])
 
 
 Split = MemorySplit | PhotoSplit
 
 
-def choose(
-    labels_N: Tensor, count: int | None, class_names: tuple[str, ...], *, seed: int, setting: str
-) -> Tensor:
-    """Sorted indices of a stratified subset of ``count`` samples, chosen by ``seed``; all of them for None.
+def stand_ins(labels_N: Tensor, index: int) -> Iterator[int]:
+    """The images that may take the place of image ``index``, best first: all others of its class.
 
-    Every class keeps its share to within less than one sample: what rounding down leaves over goes to the classes with
-    the largest remainders. Raises ConadvError, naming ``setting``, for more samples than there are, and for a class
-    left without any.
+    A function of the labels and ``index`` alone, so every rank, worker and epoch takes the same
+    one, and so does a resumed run: training is as if the file were a copy of the other image.
     """
+    same = (labels_N == labels_N[index]).nonzero().flatten()
+    begin = rng.derive(0, "stand-in", index) % len(same)
+    yield from (other for other in same.roll(-begin).tolist() if other != index)
+
+
+def no_stand_in(last: BadImage) -> ConadvError:
+    return ConadvError(f"No image of its class can be read in place of another. {last}")
+
+
+def choose(
+    labels_N: Tensor,
+    count: int | None,
+    class_names: tuple[str, ...],
+    seed: int,
+    setting: str,
+    leave: int = 0,
+) -> Tensor:
+    """Sorted indices of a stratified subset of ``count`` samples, by ``seed``; None: all of them.
+
+    Every class keeps its share to within less than one sample: what rounding down leaves over goes
+    to the classes with the largest remainders. Raises ConadvError, naming ``setting``, for more
+    samples than there are, and for a class that gets none or keeps fewer than ``leave``.
+    """
+    total = len(labels_N)
     if count is None:
-        return torch.arange(len(labels_N))
-    if count > len(labels_N):
+        return torch.arange(total)
+    sizes = torch.bincount(labels_N, minlength=len(class_names))
+    if (fewest := int(sizes.min())) <= leave:  # no number would help
         raise ConadvError(
-            f"{setting} {count} is larger than the training set of {len(labels_N)} images. "
+            f"Class {printable(class_names[int(sizes.argmin())])!r} has {fewest} image(s), too few "
+            f"for {setting}. Add images to the class or remove it, or leave {setting} out."
+        )
+    if count > total:
+        raise ConadvError(
+            f"{setting} {count} is larger than the training set of {total} images. "
             "Choose a smaller number, or leave it out."
         )
-    sizes = torch.bincount(labels_N, minlength=len(class_names))
-    taken = sizes * count // len(labels_N)
-    remainder = sizes * count % len(labels_N)
+    taken = sizes * count // total
+    remainder = sizes * count % total
     taken[torch.argsort(remainder, descending=True, stable=True)[: count - int(taken.sum())]] += 1
     if not taken.all():
+        enough = -(-total // fewest)  # from here on the share of the smallest class is an image
         raise ConadvError(
-            f"{setting} {count} leaves no image of class {class_names[int(taken.argmin())]!r}. "
-            f"Take more: there are {len(class_names)} classes."
+            f"{setting} {count} takes no image of class "
+            f"{printable(class_names[int(taken.argmin())])!r}. Choose at least {enough}."
         )
-    shuffled = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    if (left := sizes - taken).min() < leave:
+        raise ConadvError(
+            f"{setting} {count} leaves no image of class "
+            f"{printable(class_names[int(left.argmin())])!r} to train on. Choose a smaller number."
+        )
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[torch.argsort(labels_N[shuffled], stable=True)]
-    place = torch.arange(len(labels_N)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    place = torch.arange(total) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     return by_class[place < torch.repeat_interleave(taken, sizes)].sort().values

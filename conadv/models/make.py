@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
-import math
 import pkgutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +13,7 @@ from conadv.models import FAMILIES, SMALL, family
 
 Options = dict[str, bool | int | float | str]
 
-# What conadv gives itself, and what would fetch or read weights: a config must not make a run load a file.
+# What conadv sets itself, and what would read weights: a config must not make a run load a file.
 _TAKEN = frozenset(
     "num_classes in_channels in_chans weights pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path "
     "cache_dir features_only scriptable exportable progress aux_logits".split()
@@ -32,9 +30,10 @@ def build_model(
 ) -> nn.Module:
     """The named network, freshly initialised from the global generator.
 
-    ``width``: channels of the first stage of the small networks; ``args``: NAME=VALUE for the others.
-    Raises ConadvError for an unknown name, for ``width`` or ``args`` that the network does not take, where timm is
-    missing, and for a function of the user's own that :func:`conadv.models.own.trust` has not let in.
+    width: channels of the first stage of the small networks; args: NAME=VALUE for the others.
+    Raises ConadvError for an unknown name, for ``width`` or ``args`` that the network does not
+    take, where timm is missing, and for a function of the user's own that
+    :func:`conadv.models.own.trust` has not let in.
     """
     options = arguments(args)
     if name in SMALL and options:
@@ -53,14 +52,13 @@ def build_model(
 def arguments(args: Sequence[str]) -> Options:
     """``("drop_rate=0.1", "img_size=64")`` as keyword arguments: numbers, true and false, or text.
 
-    Raises ConadvError for another form, for a name that is taken or given twice, and for a number that is not finite or
-    does not fit into 64 bits.
+    Raises ConadvError for another form, and for a name that is taken or given twice.
     """
     options: Options = {}
     for arg in args:
         name, sign, text = arg.partition("=")
-        shown = printable(arg)[:80]
-        if not sign or not name.isidentifier() or keyword.iskeyword(name):
+        if not sign or not name.isidentifier():
+            shown = printable(arg)[:80]
             raise ConadvError(f"model.args {shown!r} is not NAME=VALUE, such as drop_rate=0.1.")
         if name in options:
             raise ConadvError(f"model.args: {name[:80]} is given twice. Leave one out.")
@@ -68,11 +66,7 @@ def arguments(args: Sequence[str]) -> Options:
             raise ConadvError(
                 f"model.args: {name} is set by conadv, which loads no weights. Leave it out."
             )
-        value = options[name] = _value(text)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConadvError(f"model.args: {shown} is not a finite number. Choose another.")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ConadvError(f"model.args: {shown} does not fit into 64 bits. Choose another.")
+        options[name] = _value(text)
     return options
 
 

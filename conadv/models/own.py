@@ -1,8 +1,8 @@
 """A function of the user's own as the network: ``module:function``.
 
-To name it is to run its code, so a name alone is not enough. A config may come from somebody else; the permission
-cannot: it is :func:`trust`, which the command line calls for the very name that was typed in this command
-(``--model mynets:make``), and which a Python program calls itself.
+To name it is to run its code, so a name alone is not enough. A config may come from somebody else;
+the permission cannot: it is :func:`trust`, which the command line calls for the very name that was
+typed in this command (``--model mynets:make``), and which a Python program calls itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from conadv.models import family
 from conadv.models.make import Options
 
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_trusted: dict[str, tuple[Callable[..., Any], inspect.Signature]] = {}
+_trusted: dict[str, Callable[..., Any]] = {}
 
 
 def trust(name: str) -> None:
-    """Import ``module:function`` and let runs of this process use it as a model. A name of another form is left alone.
+    """Import ``module:function`` and let runs of this process use it as a model.
 
-    The current folder counts as the last place to look for the module. Raises ConadvError where there is no such
-    module or function, and where the module itself raises something: that is its cause.
+    A name of another form is left alone. The current folder is the last place to look for the
+    module. Raises ConadvError where there is no such module or function, and where the module
+    itself raises something: that is its cause.
     """
     if family(name) != "own":
         return
@@ -44,43 +45,26 @@ def trust(name: str) -> None:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's code raises anything
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing and f"{module_name}.".startswith(f"{missing}."):
-            raise ConadvError(
-                f"The model {name!r}: there is no module {missing!r} here or installed."
-            ) from error
         raise _failed(f"The module of the model {name!r} cannot be imported", error) from error
     factory = getattr(module, function, None)
     if not callable(factory):
         raise ConadvError(f"The model {name!r}: {module_name} has no function {function!r}.")
-    try:
-        signature = inspect.signature(factory)
-        signature.bind_partial(num_classes=1)
-    except (TypeError, ValueError) as error:  # ValueError: some functions in C do not tell
-        raise ConadvError(
-            f"{name} must take num_classes: def {function}(num_classes, ...) -> nn.Module."
-        ) from error
-    _trusted[name] = factory, signature
+    _trusted[name] = factory
 
 
 def build_own(name: str, in_channels: int, num_classes: int, options: Options) -> nn.Module:
-    """What the function returns for num_classes, the channels where it takes them, and ``options``."""
+    """What the function makes of num_classes, the channels where it takes them, and ``options``."""
     if name not in _trusted:
         raise ConadvError(
-            f"The model {name!r} would import and run code of that name, which a config alone may not "
-            f"do. If it is yours or you trust it, say so in this command: --model {name} (in Python: "
-            f"conadv.models.own.trust({name!r}))."
+            f"The model {name!r} would import and run code of that name, which a config alone may "
+            f"not do. If it is yours or you trust it, say so in this command: --model {name} (in "
+            f"Python: conadv.models.own.trust({name!r}))."
         )
-    factory, signature = _trusted[name]
-    channels = ("in_channels", "in_chans")
-    given = {key: in_channels for key in channels if key in signature.parameters}
-    arguments = {"num_classes": num_classes, **given, **options}
+    factory = _trusted[name]
     try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ConadvError(f"model.args: {name} {printable(error)[:500]}.") from error
-    try:
-        model = factory(**arguments)
+        taken = inspect.signature(factory).parameters
+        channels = {key: in_channels for key in ("in_channels", "in_chans") if key in taken}
+        model = factory(**{"num_classes": num_classes, **channels, **options})
     except Exception as error:  # the user's code raises anything
         raise _failed(f"{name} cannot make a model", error) from error
     if not isinstance(model, nn.Module):

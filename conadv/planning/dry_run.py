@@ -138,7 +138,7 @@ def read_sample(run: Run) -> tuple[int, list[str]]:
         for index in sorted({index * count // SAMPLE for index in range(SAMPLE)}):  # of every class
             read += 1
             try:
-                split.listing.read(index)
+                split.read(index)
             except BadImage as error:
                 bad.append(printable(f"{error.name}: {error.reason}"))
     if bad and not run.data.skip_bad:

@@ -79,12 +79,12 @@ class Log:
         data, comm = self.run.data, self.run.comm
         if not data.skip_bad or not (comm.is_main or of_all_ranks):
             return
-        found = [data.bad.take(self.run.step.version - 1)]
-        if of_all_ranks:
-            found = comm.gather_objects(found[0])
+        last = self.run.step.version - 1  # the one that an evaluation follows
+        own = [{**x, "step": last if x["step"] is None else x["step"]} for x in data.bad.values()]
+        found = comm.gather_objects(own) if of_all_ranks else [own]
         for line in sorted(chain(*found), key=lambda line: int(line["step"])):
-            if line["path"] not in data.bad.logged:
-                data.bad.logged.add(line["path"])
+            if line["path"] not in data.logged:
+                data.logged.add(line["path"])
                 self.record.write("bad_image", **line)
                 self.observer.message(
                     f"skipped an unreadable image: {line['path']} ({line['reason']})"

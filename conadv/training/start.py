@@ -118,7 +118,7 @@ def open_record(run_dir: RunDir, run: Run, first: int, damaged: list[str]) -> re
     record.check_steps(run_dir.record, first)
     record.truncate(run_dir.record, first)
     lines = record.read_lines(run_dir.record)
-    run.data.bad.logged.update(line["path"] for line in lines if line["type"] == "bad_image")
+    run.data.logged.update(line["path"] for line in lines if line["type"] == "bad_image")
     log = record.Record(run_dir.record)
     log.write("resume", step=first, **_placement(run), damaged=damaged, time=provenance.now())
     return log
