@@ -56,12 +56,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Row(Case):
-    """What a case came to, in seconds of the processor. ``forward``: whether it also ran, not only its structure."""
+    """What a case came to, in seconds of the processor."""
 
     parameters: int = 0
     batch_norms: int = 0
     kinds: tuple[str, ...] = ()
-    forward: bool = True
     seconds: float = 0.0
     problem: str = ""
 
@@ -80,20 +79,16 @@ def build(case: Case) -> nn.Module:
     return build_model(case.name, 3, CLASSES, args=case.args)
 
 
-def check(case: Case, forward: bool = True) -> Row:
+def check(case: Case) -> Row:
     """Split, run by route, strip, load back strictly. Raises AssertionError or ConadvError where anything is off."""
     begin = time.process_time()
-    with _uninitialised(not forward):
-        model = build(case)
-    with _uninitialised(True):
+    model = build(case)
+    with _uninitialised():
         fresh = build(case)
     names = list(model.state_dict())
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if forward:
-        check_model(model, 3, case.image_size, CLASSES)
-        _check_forward(model, case.image_size)
-    else:
-        split_batchnorm(model, "adv")
+    check_model(model, 3, case.image_size, CLASSES)
+    _check_forward(model, case.image_size)
     check_routes(model, ["adv"])
     _check_own_tensors(model)
     parameter_groups(model, weight_decay=0.1, rules=MODEL_RULES)
@@ -102,10 +97,9 @@ def check(case: Case, forward: bool = True) -> Row:
     assert bool(extra) == bool(layers)
     strip(model)
     assert list(model.state_dict()) == names, "strip must leave the plain model's names"
-    fresh.load_state_dict(model.state_dict(), strict=True, assign=not forward)
-    if forward:
-        x, _ = _images(case.image_size)
-        assert torch.equal(_logits(fresh.eval(), x), _logits(model.eval(), x))
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    x, _ = _images(case.image_size)
+    assert torch.equal(_logits(fresh.eval(), x), _logits(model.eval(), x))
     parameters = sum(p.numel() for p in model.parameters())
     kinds = tuple(sorted({type(layer).__name__ for layer in layers}))
     seconds = time.process_time() - begin
@@ -114,17 +108,13 @@ def check(case: Case, forward: bool = True) -> Row:
         parameters=parameters,
         batch_norms=len(layers),
         kinds=kinds,
-        forward=forward,
         seconds=seconds,
     )
 
 
 @contextmanager
-def _uninitialised(skip: bool) -> Iterator[None]:
-    """Networks built inside have memory but no values, where ``skip``: filling it is most of the time."""
-    if not skip:
-        yield
-        return
+def _uninitialised() -> Iterator[None]:
+    """Networks built inside have memory but no values: filling it is most of the time."""
     names = [name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")]
     with mock.patch.multiple(nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
         yield

@@ -39,22 +39,21 @@ def cifar10(settings: SourceSettings) -> Source:
     if settings.download:
         return from_torchvision(datasets.CIFAR10, settings)
     train, test = scan_folder(settings.folder())
-    train = train.subset(settings.chosen(train.labels, train.class_names))
-    (ours, bad), (theirs, more) = decode(train, settings), decode(test, settings)
-    for index in bad:  # as a split that is decoded on demand does it, once for the whole run
-        others = (other for other in stand_ins(train.labels, index) if other not in bad)
-        if (other := next(others, None)) is None:
-            raise no_stand_in(bad[index])
-        ours.images[index] = ours.images[other]
-    theirs = theirs.subset(torch.tensor([n for n in range(len(theirs.labels)) if n not in more]))
-    size, other_size = ours.images.shape[-1], theirs.images.shape[-1]
+    names = train.class_names
+    ours, held = settings.divide(train.labels, names)
+    trained, bad = decode(train.subset(ours), settings, stand_in=True)
+    tested, more = decode(test, settings)
+    validation = None
+    if held is not None:
+        validation, others = decode(train.subset(held), settings)
+        more += others
+    size, other_size = trained.images.shape[-1], tested.images.shape[-1]
     if size != other_size:
         raise ConadvError(
             f"The images in train are {size} pixels wide and those in {test.split} {other_size}. "
             "Give data.image_size to bring all images to one size."
         )
-    unread = (*bad.values(), *more.values())
-    return Source(ours, theirs, train.class_names, channels=3, image_size=size, bad=unread)
+    return Source(trained, tested, names, 3, size, validation, bad=(*bad, *more))
 
 
 def scan_folder(directory: Path) -> tuple[PhotoSplit, PhotoSplit]:
@@ -140,11 +139,14 @@ def class_files(folder: Path) -> list[str]:
     return [os.path.join(where, name) for where, name in sorted(found)]  # noqa: PTH118
 
 
-def decode(photos: PhotoSplit, settings: SourceSettings) -> tuple[MemorySplit, dict[int, BadImage]]:
-    """All images of ``photos`` in memory, and those that cannot be read, by number.
+def decode(
+    photos: PhotoSplit, settings: SourceSettings, stand_in: bool = False
+) -> tuple[MemorySplit, list[BadImage]]:
+    """All images of ``photos`` in memory, and what cannot be read, with on_bad_image skip.
 
     With ``image_size`` the centre square of each is resized to it (antialiased); without, all must
-    be square and of one size. With on_bad_image skip, what cannot be read has pixels 0.
+    be square and of one size. stand_in: an unreadable image becomes a copy of another of its class,
+    as it does in a split that is decoded on demand; otherwise it is left out.
     """
     size, count = settings.image_size, len(photos.labels)
     unread: dict[int, BadImage] = {}
@@ -184,5 +186,13 @@ def decode(photos: PhotoSplit, settings: SourceSettings) -> tuple[MemorySplit, d
         pixels[index] = image
     if pixels is None:
         raise unread[0]
+    for index in unread if stand_in else ():
+        other = next((n for n in stand_ins(photos.labels, index) if n not in unread), None)
+        if other is None:
+            raise no_stand_in(unread[index])
+        pixels[index] = pixels[other]
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    return MemorySplit(images, photos.labels), unread
+    split, bad = MemorySplit(images, photos.labels), list(unread.values())
+    if bad and not stand_in:
+        split = split.subset(torch.tensor([n for n in range(count) if n not in unread]))
+    return split, bad

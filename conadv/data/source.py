@@ -68,31 +68,33 @@ class SourceSettings:
             )
         return self.dir
 
-    def chosen(self, labels_N: Tensor, class_names: tuple[str, ...]) -> Tensor:
-        """Sorted indices of ``train_images`` of these, by :func:`choose`."""
-        setting = "data.train_images"
-        return choose(labels_N, self.train_images, class_names, self.subset_seed, setting)
+    def divide(
+        self, labels_N: Tensor, class_names: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sorted indices of the images to train on, and of those held out of them (or None).
+
+        Both have the same share of every class.
+        """
+        seed, held = self.subset_seed, self.validation_images
+        ours = choose(labels_N, self.train_images, class_names, seed, "data.train_images")
+        if held is None:
+            return ours, None
+        theirs = choose(labels_N[ours], held, class_names, seed, "data.validation_images", leave=1)
+        kept = torch.ones(len(ours), dtype=torch.bool)
+        kept[theirs] = False
+        return ours[kept], ours[theirs]
 
 
 def build_source(source: str, **settings: Any) -> Source:
     """The data set ``source`` of SOURCES. ``settings``: fields of :class:`SourceSettings`.
 
-    ``validation_images`` of the training images are held out, the same share of every class.
     Raises ConadvError for everything that is wrong with the folder or the settings.
     """
     if source not in SOURCES:
         raise unknown("data source", source, SOURCES)
     wanted = SourceSettings(source=source, **settings)
-    found: Source = replace(pkgutil.resolve_name(SOURCES[source])(wanted), name=source)
-    if wanted.validation_images is None:
-        return found
-    train, names = found.train, found.class_names
-    count, seed = wanted.validation_images, wanted.subset_seed
-    held = choose(train.labels, count, names, seed, "data.validation_images", leave=1)
-    kept = torch.ones(len(train.labels), dtype=torch.bool)
-    kept[held] = False
-    rest = kept.nonzero().flatten()
-    return replace(found, train=train.subset(rest), validation=train.subset(held))
+    found: Source = pkgutil.resolve_name(SOURCES[source])(wanted)
+    return replace(found, name=source)
 
 
 def check_classes(what: str, labels_N: Tensor, class_names: tuple[str, ...]) -> None:
@@ -116,18 +118,23 @@ def in_memory(
     flip: bool = True,
 ) -> Source:
     """A source of (uint8 images_NCHW, labels_N): the subset is taken, then all are resized once."""
-    chosen = settings.chosen(train[1], class_names)
     size = settings.image_size or train[0].shape[-1]
-    ours, theirs = (
-        MemorySplit(F.resize(images, [size, size], antialias=True), labels, flip)
-        for images, labels in ((train[0][chosen], train[1][chosen]), test)
+
+    def split(images: Tensor, labels_N: Tensor) -> MemorySplit:
+        return MemorySplit(F.resize(images, [size, size], antialias=True), labels_N, flip)
+
+    ours, held = settings.divide(train[1], class_names)
+    validation = None if held is None else split(train[0][held], train[1][held])
+    images, labels_N = train[0][ours], train[1][ours]
+    return Source(
+        split(images, labels_N), split(*test), class_names, images.shape[1], size, validation
     )
-    return Source(ours, theirs, class_names, ours.images.shape[1], size)
 
 
 def on_demand(train: PhotoSplit, test: PhotoSplit, settings: SourceSettings) -> Source:
     """A source of images that are decoded when needed; image_size is 224 unless given."""
-    size = settings.image_size or 224
-    train = train.subset(settings.chosen(train.labels, train.class_names))
-    ours, theirs = (replace(split, image_size=size) for split in (train, test))
-    return Source(ours, theirs, train.class_names, 3, size)
+    size, names = settings.image_size or 224, train.class_names
+    train, test = (replace(split, image_size=size) for split in (train, test))
+    ours, held = settings.divide(train.labels, names)
+    validation = None if held is None else train.subset(held)
+    return Source(train.subset(ours), test, names, 3, size, validation)

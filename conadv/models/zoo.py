@@ -19,7 +19,9 @@ def build_torchvision(name: str, in_channels: int, num_classes: int, options: Op
 
     name, names = name.removeprefix("torchvision:"), zoo.list_models(module=zoo)
     if name not in names:
-        raise unknown("model", name, [*SMALL, *names, *(f"timm:{n}" for n in _timm_models())])
+        if name in _timm_models():
+            raise ConadvError(f"Unknown model {name!r}. Did you mean 'timm:{name}'?")
+        raise unknown("model", name, [*SMALL, *names])
     if in_channels != 3:
         raise ConadvError(
             f"torchvision's {name} takes 3 channels, the data has {in_channels}. "
