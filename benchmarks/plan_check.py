@@ -2,14 +2,18 @@
 
     python benchmarks/plan_check.py --out results/plan [--rates 1600,800,400] [--only PLACE...]
 
-1. Profiles: `conadv plan --measure all` on one process, and on two at once (both cores busy), at local batches 4, 8, 16
+1. Profiles: `conadv plan --measure all` on one process, and on two at once (both cores busy), at
+local batches 4, 8, 16
    and 32. They are all that the planner gets.
-2. Cases: step times of other batches, methods, ranks, links and splits, in fresh processes. Links of a given rate are
-   between two network namespaces (benchmarks/two_hosts.sh, as root); their rate is given to the planner, not measured.
-3. Predicted against measured: relative error of every case, median and worst. JSON in OUT/plan_check.json.
+2. Cases: step times of other batches, methods, ranks, links and splits, in fresh processes. Links
+of a given rate are
+   between two network namespaces (benchmarks/two_hosts.sh, as root); their rate is given to the
+   planner, not measured.
+3. Predicted against measured: relative error of every case, median and worst. JSON in
+OUT/plan_check.json.
 
-Profiles and cases lie in OUT as they are measured, and are not measured again: an interrupted check goes on where it
-stopped (delete OUT to start anew). About 8 minutes on 2 quiet cores.
+Profiles and cases lie in OUT as they are measured, and are not measured again: an interrupted check
+goes on where it stopped (delete OUT to start anew). About 8 minutes on 2 quiet cores.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ LINKED = ("noise", "disadv", "conadv", "conadv-lookahead")
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure and to predict. place: "1", "2" or "3" processes on this machine, or the rate of a link."""
+    """Something to measure and to predict. place: processes on this machine, or a link's rate."""
 
     place: str
     method: str
@@ -73,7 +77,7 @@ class Case:
 
 
 def cases(rates: list[str]) -> list[Case]:
-    """No batch is one of the profiles', and no profile has seen a link with a limit or an attack rank."""
+    """Batches that no profile has, attack ranks, and links with a limit."""
     texts = ["1 noise 24", "1 conadv 12", "1 recycle 12 2", *(f"2 {case}" for case in TWO), *SPLIT]
     texts += [f"{rate}mbit {method} 12" for rate in rates for method in LINKED]
     words = (text.split() for text in texts)
@@ -154,7 +158,7 @@ def torchrun(processes: int, arguments: list[str]) -> None:
 
 
 def two_hosts(out: Path, place: str, arguments: list[str]) -> None:
-    """Run a worker on each of two hosts with a link of that rate: benchmarks/two_hosts.sh makes them."""
+    """Run a worker on each of two hosts (benchmarks/two_hosts.sh) with a link of that rate."""
     node = ["--nnodes", "2", "--nproc-per-node", "1", "--master-port", "29500"]
     launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
     host = '--node-rank "$HOST" --master-addr "$MASTER"'

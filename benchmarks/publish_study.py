@@ -1,19 +1,21 @@
 """Records of finished sweeps into the repository, and from them the tables and figures of pages.
 
-    python benchmarks/publish_study.py SWEEP...    # a sweep's folder to results/studies/ and docs/img/studies/
-    python benchmarks/publish_study.py             # every table of README.md and docs/, every figure
-    python benchmarks/publish_study.py --readme    # README.md alone
-    python benchmarks/publish_study.py --check     # exit code 1 if a page has another table than the records
+    python benchmarks/publish_study.py SWEEP...    # a sweep's folder to results/studies/ and
+    docs/img/studies/ python benchmarks/publish_study.py             # every table of README.md and
+    docs/, every figure python benchmarks/publish_study.py --readme    # README.md alone python
+    benchmarks/publish_study.py --check     # exit code 1 if a page has another table than the
+    records
 
 A page has a table between two marks, the first of which says what is drawn:
 
     <!-- table: win-cifar10 accuracy | on: validation_accuracy | columns: arm; seeds; cost -->
     <!-- end table -->
 
-The kinds are accuracy, differences, costs and tuning (made from runs.jsonl and sweep.json), sharpness and staleness
-(as summary.json has them), made (seeds, command, machine), and against. Options: at (a value of the axis), on (the
-metric), columns (which), pairs (of differences: "A minus B; C minus D"), to (of against: the arms that others are
-named after, such as "LARS; LAMB" for "LARS + ConAdv").
+The kinds are accuracy, differences, costs and tuning (made from runs.jsonl and sweep.json),
+sharpness and staleness (as summary.json has them), made (seeds, command, machine), and against.
+Options: at (a value of the axis), on (the metric), columns (which), pairs (of differences: "A minus
+B; C minus D"), to (of against: the arms that others are named after, such as "LARS; LAMB" for "LARS
++ ConAdv").
 
 `bench NAME` draws results/benchmarks/NAME.json and says how it was made (bench_tables.py).
 """

@@ -88,7 +88,8 @@ def symmetric(size: int = 40) -> np.ndarray:
 
 
 def test_value_and_gradient_by_hand() -> None:
-    # Red when: a chunk's loss is its own mean (10 images in chunks of 4, 4, 2), or train mode is kept.
+    # Red when: a chunk's loss is its own mean (10 images in chunks of 4, 4, 2), or train mode is
+    # kept.
     model = tiny_resnet(dtype=F64).train()
     found, plain = objective(model), tiny_resnet(dtype=F64).eval()
     x, y = images(10, dtype=F64)
@@ -126,8 +127,9 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize("make", [small_net, lambda: normed_net("adv"), Attention])
 def test_eigenvalues_and_trace_are_those_of_the_dense_hessian(make: Any) -> None:
-    # Red when: a chunk is weighted by its own size, the loss is summed over images, theta holds the adv
-    # route, batch norm takes batch statistics, or attention is the fused one, which has no second derivative.
+    # Red when: a chunk is weighted by its own size, the loss is summed over images, theta holds the
+    # adv route, batch norm takes batch statistics, or attention is the fused one, which has no
+    # second derivative.
     found = objective(make())
     dense, operator = dense_hessian(found), hessian(found)
     v = torch.randn(len(found.theta), generator=generator(), dtype=F64)
@@ -142,7 +144,8 @@ def test_eigenvalues_and_trace_are_those_of_the_dense_hessian(make: Any) -> None
 
 
 def test_residuals_say_how_far_lanczos_is() -> None:
-    # Red when: eigenvalues come in ARPACK's order, or vectors in another order than their eigenvalues.
+    # Red when: eigenvalues come in ARPACK's order, or vectors in another order than their
+    # eigenvalues.
     matrix = symmetric(200)
     got = spectrum(aslinearoperator(matrix), 3, 6, generator())
     assert got.eigenvalues == sorted(got.eigenvalues, reverse=True)
@@ -157,7 +160,8 @@ def test_residuals_say_how_far_lanczos_is() -> None:
 
 
 def test_a_hessian_of_zero_and_more_eigenvalues_than_there_are() -> None:
-    # Red when: ARPACK's refusal of a zero starting vector is a traceback; count >= iterations reaches it.
+    # Red when: ARPACK's refusal of a zero starting vector is a traceback; count >= iterations
+    # reaches it.
     assert spectrum(aslinearoperator(np.zeros((9, 9))), 2, 4, generator()).eigenvalues == [0.0, 0.0]
     for count, iterations in ((5, 5), (0, 5), (2, 10)):
         with pytest.raises(ConadvError, match="fewer eigenvalues than iterations"):
@@ -165,7 +169,8 @@ def test_a_hessian_of_zero_and_more_eigenvalues_than_there_are() -> None:
 
 
 def test_trace_is_unbiased_and_its_error_is_right() -> None:
-    # Red when: entries of z are normal (a larger error), or the error is the spread without 1 / sqrt(n).
+    # Red when: entries of z are normal (a larger error), or the error is the spread without 1 /
+    # sqrt(n).
     matrix = symmetric(12)
     value, stderr = trace(aslinearoperator(matrix), 3000, generator(2))
     off = matrix - np.diag(np.diag(matrix))
@@ -203,7 +208,8 @@ def test_sam_by_hand() -> None:
 
 
 def test_keskar_against_all_corners() -> None:
-    # Red when: the box is eps |theta| without + 1, L and not 1 + L divides, or a step is never clipped.
+    # Red when: the box is eps |theta| without + 1, L and not 1 + L divides, or a step is never
+    # clipped.
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3, bias=False)).double()
     x = torch.randn(20, 2, 1, 1, generator=generator(), dtype=F64)
@@ -228,7 +234,8 @@ def everything(found: Objective) -> list[float]:
 
 
 def test_the_model_is_left_alone_and_only_its_clean_route_counts() -> None:
-    # Red when: the copy is not stripped (theta grows by the adv route), or the model itself is analysed.
+    # Red when: the copy is not stripped (theta grows by the adv route), or the model itself is
+    # analysed.
     model = tiny_resnet("adv").train()
     next(model.parameters()).requires_grad_(False)
     for p in list(model.parameters())[1:]:
@@ -290,7 +297,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: the images differ from evaluation's, PGD is left out, or the second call computes again.
+    # Red when: the images differ from evaluation's, PGD is left out, or the second call computes
+    # again.
     assert main(["analyze", str(trained), *FAST]) == 0
     assert "analysis.json: written" in capsys.readouterr().out
     found, summary = (
@@ -322,8 +330,8 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_at_equal_loss(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: the newest checkpoint is analysed; nearest is taken by the difference, not the ratio; a
-    # damaged one ends the search; another target's analysis is kept.
+    # Red when: the newest checkpoint is analysed; nearest is taken by the difference, not the
+    # ratio; a damaged one ends the search; another target's analysis is kept.
     out = shutil.copytree(trained, tmp_path / "run")
     (out / "analysis.json").unlink(missing_ok=True)
     kept, at = checkpoint.steps(out / "checkpoints"), {}
@@ -362,8 +370,8 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors(name: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: the check that the message belongs to is taken out; the first run is analysed before the
-    # second is looked at.
+    # Red when: the check that the message belongs to is taken out; the first run is analysed before
+    # the second is looked at.
     other, options, message = BAD[name]
     before = sorted(trained.iterdir())
     runs = [str(trained), str(trained.parent / other)] if other == "empty" else [str(trained)]
@@ -395,7 +403,8 @@ def test_parts_can_be_left_out(trained: Path) -> None:
 
 
 def test_a_new_run_drops_the_analysis(trained: Path, tmp_path: Path) -> None:
-    # Red when: RunDir leaves analysis.json of the run that it deletes: it would pass for the new run's.
+    # Red when: RunDir leaves analysis.json of the run that it deletes: it would pass for the new
+    # run's.
     run = tmp_path / "a"
     run.mkdir()
     shutil.copy(trained / "config.yaml", run)

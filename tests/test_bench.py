@@ -1,4 +1,6 @@
-"""conadv bench, conadv plan --measure and benchmarks/: statistics on made-up numbers, everything once on 1 or 2 ranks."""
+"""conadv bench, conadv plan --measure and benchmarks/: statistics on made-up numbers, everything
+once on 1 or 2 ranks.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def test_ratio_is_taken_within_a_round() -> None:
 
 
 def test_the_slowest_learner_counts_and_idle_ranks_do_not() -> None:
-    # Red when: the time is rank 0's or the mean; an attack rank's phases go into the learners' mean.
+    # Red when: the time is rank 0's or the mean; an attack rank's phases go into the learners'
+    # mean.
     learners = [Sample(1.0, {"a": 1.0}), Sample(3.0, {"a": 2.0, "b": 1.0})]
     found = row(
         "a", Case(Sample, "a"), {"a": [[*learners, Sample(None, {"a": 9.0}), Sample(None)]]}
@@ -62,7 +65,8 @@ def test_the_slowest_learner_counts_and_idle_ranks_do_not() -> None:
 
 
 def test_a_burst_leaves_out_its_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: the warm-up counts in the phases, or Timer makes more or fewer calls than WARMUP says.
+    # Red when: the warm-up counts in the phases, or Timer makes more or fewer calls than WARMUP
+    # says.
     calls: list[int] = []
 
     def step() -> dict[str, float]:
@@ -90,7 +94,8 @@ def bench(comm: Comm, attack_ranks: int, *methods: str, **options: Any) -> list[
 
 
 def test_bursts_of_one_engine_go_on_where_the_last_one_ended() -> None:
-    # Red when: a burst starts at step 0 again, or its last step gets no future batch (which warns in the next).
+    # Red when: a burst starts at step 0 again, or its last step gets no future batch (which warns
+    # in the next).
     config, teams = with_method(TINY, "conadv-lookahead"), make_teams(Comm(), 0)
     trial = Trial(config, Shape(3, 8, 10), Comm(), 4)
     run = attack_cost._burst(trial, teams, "inline", 2)
@@ -126,8 +131,8 @@ def orders(comm: Comm) -> tuple[list[str], list[float]]:
 
 
 def test_every_round_has_every_case_once_in_one_order_on_all_ranks(two: Ranks) -> None:
-    # Red when: the order is that of the dictionary, comes from hash() or the rank; the warm-up counts; rank 0's time is
-    # the result.
+    # Red when: the order is that of the dictionary, comes from hash() or the rank; the warm-up
+    # counts; rank 0's time is the result.
     (first, times), (second, nothing) = two.run(orders)
     assert first == second
     rounds = ["".join(first[i : i + 5]) for i in range(0, len(first), 5)]
@@ -149,7 +154,8 @@ def measuring(comm: Comm, path: Path) -> int:
 
 
 def test_two_processes_measure_a_profile_with_a_link(two: Ranks, tmp_path: Path) -> None:
-    # Red when: a rank other than the first writes, or the ranks do not make the same number of timed sums (it hangs).
+    # Red when: a rank other than the first writes, or the ranks do not make the same number of
+    # timed sums (it hangs).
     path = tmp_path / "profile.json"
     assert two.run(measuring, path) == [0, 0]
     profile = load(path)
@@ -183,8 +189,8 @@ def test_attack_cost_on_two_learners(two: Ranks) -> None:
 
 
 def test_attack_cost_with_an_attack_rank(two: Ranks) -> None:
-    # Red when: an attack rank serves a step less than the learners make, or all cases talk on one channel (both hang
-    # until the timeout); the attack rank's phases are not in the result.
+    # Red when: an attack rank serves a step less than the learners make, or all cases talk on one
+    # channel (both hang until the timeout); the attack rank's phases are not in the result.
     rows, _ = two.run(serving)
     assert [r.name.replace(", batch 4", "") for r in rows] == [
         *("noise", "conadv", "conadv, ranks"),
@@ -216,7 +222,8 @@ SMALL = {
 def test_each_benchmark_writes_json_and_a_table(
     what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: a field of a row or of the facts is renamed; a path of this machine gets into the file.
+    # Red when: a field of a row or of the facts is renamed; a path of this machine gets into the
+    # file.
     monkeypatch.setattr(micro, "WORKLOADS", {"tiny": (8, 1, 8, 4)})
     monkeypatch.setattr(micro, "HALF", 2)
     monkeypatch.setattr(micro.torchvision.models, "resnet50", lambda: torch.nn.Linear(4, 4))
@@ -245,7 +252,8 @@ def test_each_benchmark_writes_json_and_a_table(
 
 
 def test_both_loaders_give_batches_of_the_same_kind() -> None:
-    # Red when: the plain loader's images are floats, of another size, or a step has one micro-batch.
+    # Red when: the plain loader's images are floats, of another size, or a step has one
+    # micro-batch.
     with data_loading.random_photographs(64, 8) as folder:
         options = {"dir": folder, "image_size": 32, "augment": "basic"}
         settings = data_loading.DataConfig(source="folder", **options)
@@ -287,7 +295,8 @@ def test_users_errors(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
-    # Red when: the share is of the turn instead of the steps between two checkpoints, or unfinished turns are passed.
+    # Red when: the share is of the turn instead of the steps between two checkpoints, or unfinished
+    # turns are passed.
     from benchmarks.checkpoint_cost import Turn, costs
 
     def turns(extra: float, wait: float = 0.0) -> list[Turn]:

@@ -1,4 +1,6 @@
-"""Micro-batches found by trial, and what a dry run says: the numbers against runs, formulas and files."""
+"""Micro-batches found by trial, and what a dry run says: the numbers against runs, formulas and
+files.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def test_the_largest_that_fits_is_found(
 
 
 def test_candidates_divide_the_share_of_a_learner() -> None:
-    # Red when: the global batch is divided instead of the share; attack ranks are forgotten; shares of no image stay.
+    # Red when: the global batch is divided instead of the share; attack ranks are forgotten; shares
+    # of no image stay.
     settings = config(global_batch_size=96)
     assert candidates(settings, 2) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 48]
     assert candidates(settings, 2, 4) == [1, 2, 3, 4, 6, 8, 12, 16, 24]
@@ -123,7 +126,8 @@ def test_a_size_fits_on_a_cpu_by_the_cost_model() -> None:
 
 
 def test_images_that_wait_and_buckets_are_counted() -> None:
-    # Red when: the dtype of what waits, the share that is attacked, or the buckets of several ranks are left out.
+    # Red when: the dtype of what waits, the share that is attacked, or the buckets of several ranks
+    # are left out.
     def beside(learners: int = 1, **changes: Any) -> int:
         return beside_a_pass(trial(**changes), learners)
 
@@ -283,7 +287,8 @@ PHOTOS = (
 
 
 def test_the_command_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: files are not tried, the PNG is not written, or something is left in the run directory.
+    # Red when: files are not tried, the PNG is not written, or something is left in the run
+    # directory.
     data, out, png = photographs(tmp_path / "data"), tmp_path / "run", tmp_path / "lr.png"
     args = ["train", "imagefolder", "--data", str(data), *PHOTOS.split(), "--out", str(out)]
     assert main([*args, "--dry-run"]) == 2
@@ -312,7 +317,8 @@ def test_the_time_counts_every_micro_batch(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_bars_by_hand() -> None:
-    # Red when: rounding goes to the next lower block, rows come upside down, or a small value disappears.
+    # Red when: rounding goes to the next lower block, rows come upside down, or a small value
+    # disappears.
     assert bars([0, 1, 8, 16], 2) == ["   █", " ▁██"]
     assert bars([0, 0.01, 16], 2)[1] == " ▁█"
     assert bars([0, 1, 16], 2, ascii_only=True) == ["  #", " ##"]

@@ -1,4 +1,6 @@
-"""`conadv plan`: the cost model by hand, its limits by property, the search by brute force, the accuracy by record."""
+"""`conadv plan`: the cost model by hand, its limits by property, the search by brute force, the
+accuracy by record.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def rank_sum(size: float, ranks: int = 2, per_byte: float = PER_BYTE) -> float:
 
 
 def test_a_curve_goes_through_its_points_and_on_along_its_ends() -> None:
-    # Red when: the first segment's slope is used above the last point, or the floor below the first is left out.
+    # Red when: the first segment's slope is used above the last point, or the floor below the first
+    # is left out.
     def at(size: float, *points: tuple[int, float]) -> float:
         made = [Point(micro_batch=n, gradient=s, attack=s, rest=s) for n, s in points]
         return float(np.interp(size, *curve(tuple(made), "gradient")))
@@ -67,8 +70,8 @@ def test_a_curve_goes_through_its_points_and_on_along_its_ends() -> None:
 
 
 def test_messages_hide_behind_work_and_take_of_its_processor() -> None:
-    # Red when: a message may leave before it is ready, two are under way at once, or work loses for what
-    # travels after it.
+    # Red when: a message may leave before it is ready, two are under way at once, or work loses for
+    # what travels after it.
     assert queue(10.0, [Message(4.0, 3.0), Message(5.0, 2.0)]) == (9.0, 0.0)
     assert queue(10.0, [Message(4.0, 3.0), Message(9.0, 4.0, 2.0)]) == (13.0, 0.5)
     assert queue(8.0, [Message(0.0, 6.0, 2.0)]) == (6.0, 2.0)
@@ -114,7 +117,9 @@ def test_one_device_adds_up_its_phases() -> None:
 def by_hand(
     attack_before: float, attack_after: float, micro_batches: int = 1, per_byte: float = PER_BYTE
 ) -> float:
-    """Two ranks, 32 images per pass: 0.22 per micro-batch, buckets ready at half and at the end of the last pass."""
+    """Two ranks, 32 images per pass: 0.22 per micro-batch, buckets ready at half and at the end of
+    the last pass.
+    """
     gradient, last = 0.22 * micro_batches, 0.11
     first_end = gradient - last / 2 + rank_sum(20e6, per_byte=per_byte)
     second_end = max(gradient, first_end) + rank_sum(25e6, per_byte=per_byte)
@@ -123,8 +128,8 @@ def by_hand(
 
 
 def test_buckets_leave_in_the_last_pass_and_the_attack_hides_them() -> None:
-    # Red when: buckets leave at the begin of the gradient phase, disadv's attack is put after the gradient, the passes
-    # of a micro-batch are taken as one, or work beside a sum loses nothing.
+    # Red when: buckets leave at the begin of the gradient phase, disadv's attack is put after the
+    # gradient, the passes of a micro-batch are taken as one, or work beside a sum loses nothing.
     layout = Layout(2, 0, 32, 1)
     for method, before, after in (
         ("disadv", 0.07, 0.0),
@@ -348,7 +353,8 @@ def test_a_bad_profile_is_an_error_that_names_the_place(
 
 
 def test_a_link_may_be_given() -> None:
-    # Red when: bits and bytes are mixed up, or a given link may outrun the processors that move its bytes.
+    # Red when: bits and bytes are mixed up, or a given link may outrun the processors that move its
+    # bytes.
     found = link_of(PROFILE, 10.0, 5.0)
     assert found is not None
     assert (found.seconds_per_byte, found.latency) == pytest.approx((0.8e-9 / PAYLOAD, 5e-6))
@@ -377,7 +383,8 @@ def test_a_point_is_the_median_over_rounds_of_the_mean_over_ranks() -> None:
 
 
 def test_a_profile_of_a_tiny_network_on_one_process() -> None:
-    # Red when: the last pass is taken to begin with the gradient phase, or parameters that it does not touch are late.
+    # Red when: the last pass is taken to begin with the gradient phase, or parameters that it does
+    # not touch are late.
     names = {"model": "resnet8", "width": 4, "optimizer": "sgd", "precision": "fp32"}
     images = {"image_size": 8, "channels": 1, "num_classes": 10, "channels_last": False}
     profile = measure_phases(Workload(**names, **images), [2, 4], 1, Comm())
@@ -429,7 +436,8 @@ def test_predictions_are_as_accurate_as_when_they_were_checked() -> None:
 
 
 def test_rows_say_what_is_extrapolated_and_what_is_hidden() -> None:
-    # Red when: a side of the measured range is not asked, or hidden counts what the step still waits for.
+    # Red when: a side of the measured range is not asked, or hidden counts what the step still
+    # waits for.
     options = {"devices": "1,2,4", "global_batch_size": "64", "executor": "inline"}
     args = Args(EXAMPLE, method="noise,conadv,disadv", **options)
     by = {(row.method, row.devices): row for row in plan_of(args)[1]}

@@ -61,7 +61,8 @@ def test_studies_published_by_version_01_are_read(folder: Path) -> None:
 
 
 def test_a_sweep_is_published_and_drawn_again(publish: Any, tmp_path: Path) -> None:
-    # Red when: a line takes another run's results, or the published study has other numbers than the sweep.
+    # Red when: a line takes another run's results, or the published study has other numbers than
+    # the sweep.
     sweep = write_sweep(tmp_path / "sweep")
     publish.publish(sweep)
     folder = publish.STUDIES / "digits"

@@ -225,7 +225,8 @@ def test_what_has_not_run_yet_is_counted(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_arms_with_more_axes_are_compared_where_they_agree(sweep: Path, tmp_path: Path) -> None:
-    # Red when: comparable() wants equal grids, so that the baseline, without an eps axis, is not found.
+    # Red when: comparable() wants equal grids, so that the baseline, without an eps axis, is not
+    # found.
     cells = json.loads((sweep / "sweep.json").read_text())["cells"]
     for raw in cells:
         if raw["arm"] == "+ sequential attack":
@@ -398,7 +399,8 @@ def test_differences_without_an_interval_say_why() -> None:
 
 
 def test_the_accuracy_figure_shows_every_seed_and_the_mean(study: Comparison) -> None:
-    # Red when: dots are fractions, names and rows are in different orders, or the line is not the baseline's mean.
+    # Red when: dots are fractions, names and rows are in different orders, or the line is not the
+    # baseline's mean.
     axes = draw_accuracy(study).axes[2]  # type: ignore[union-attr]
     assert axes.get_title() == "batch 300"
     assert [tick.get_text() for tick in axes.get_yticklabels()] == list(ARMS)[:5]
@@ -409,7 +411,8 @@ def test_the_accuracy_figure_shows_every_seed_and_the_mean(study: Comparison) ->
 
 
 def test_the_cost_figure_places_marks_at_their_cost(study: Comparison) -> None:
-    # Red when: costs are of clean images, arms without one are drawn, or marks of one cost have one size.
+    # Red when: costs are of clean images, arms without one are drawn, or marks of one cost have one
+    # size.
     panels = draw_cost(study).axes  # type: ignore[union-attr]
     assert [panel.get_title() for panel in panels[:3]] == ["batch 20", "batch 100", "batch 300"]
     lines = [line for line in panels[2].lines if line.get_marker() == "o"]

@@ -20,7 +20,8 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on PATH")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync")
 
-# What layout made of the page, left in an attribute for --dump-dom: a report itself holds no script.
+# What layout made of the page, left in an attribute for --dump-dom: a report itself holds no
+# script.
 MEASURE = """<script>
 const box = (element) => element.getBoundingClientRect();
 const all = (what) => [...document.querySelectorAll(what)];

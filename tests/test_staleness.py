@@ -74,8 +74,9 @@ def kept(out: Path, *kinds: str) -> list[dict[str, Any]]:
 def test_the_probe_changes_no_bit_and_resumes_exactly(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    # Red when: the probe moves running statistics or random streams; truncate keeps probe lines after the
-    # checkpoint; what waits for a coming probe, or what a predictor remembers, is not saved.
+    # Red when: the probe moves running statistics or random streams; truncate keeps probe lines
+    # after the checkpoint; what waits for a coming probe, or what a predictor remembers, is not
+    # saved.
     without, whole, cut = (tmp_path / name for name in ("without", "whole", "cut"))
     plain = replace(probed(**changes), probe=Config().probe)
     train(plain, without)
@@ -96,8 +97,8 @@ def test_the_probe_changes_no_bit_and_resumes_exactly(
 
 
 def test_what_a_probe_says(tmp_path: Path) -> None:
-    # Red when: the probed weights are those of another step; errors are taken to theta_{t-tau}; the clean
-    # loss is not taken off.
+    # Red when: the probed weights are those of another step; errors are taken to theta_{t-tau}; the
+    # clean loss is not taken off.
     train(probed(method="disadv", probe__images=64, probe__staleness=(1, 2)), tmp_path)
     lines = kept(tmp_path, "probe")
     assert {line["predictor"] for line in lines} == {"current", "noise", "stale", *PREDICTORS}
@@ -124,8 +125,8 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
 
 
 def test_the_attack_of_the_probe_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: the probe's route is "clean", its mode eval, or its attack another one; weights of theta_t
-    # give another answer than theta_t itself.
+    # Red when: the probe's route is "clean", its mode eval, or its attack another one; weights of
+    # theta_t give another answer than theta_t itself.
     parts = build(resolve(probed(method="disadv", attack__num_steps=2)), CPU)
     engine, probe = parts.step, parts.probe
     assert probe is not None
@@ -168,8 +169,8 @@ def line(
 
 
 def test_table_by_hand() -> None:
-    # Red when: "kept" is a mean of ratios; it divides by probes that have no such tau; phases are mixed; a
-    # probe that was cut off before its noise counts.
+    # Red when: "kept" is a mean of ratios; it divides by probes that have no such tau; phases are
+    # mixed; a probe that was cut off before its noise counts.
     lines = [
         {"type": "step", "step": 0},
         *(line(1, "peak", 0, "current", 4.0), line(1, "peak", 0, "noise", 1.0)),
@@ -201,7 +202,8 @@ def test_table_by_hand() -> None:
 def test_the_command_prints_the_table_and_draws_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Red when: a predictor has no line in the figure; a run without probe lines gives an empty picture.
+    # Red when: a predictor has no line in the figure; a run without probe lines gives an empty
+    # picture.
     train(probed(method="disadv"), tmp_path / "a")
     assert main(["staleness", str(tmp_path / "a")]) == 0
     shown = capsys.readouterr().out
@@ -218,8 +220,8 @@ def test_the_command_prints_the_table_and_draws_it(
 
 
 def test_every_arm_of_the_study_is_a_run() -> None:
-    # Red when: an arm names a setting that is not there, or has no effect; the batch does not fit the
-    # training images.
+    # Red when: an arm names a setting that is not there, or has no effect; the batch does not fit
+    # the training images.
     study = Path(__file__).parent.parent / "studies" / "staleness_digits.yaml"
     spec = yaml.safe_load(study.read_text())
     (batch,) = spec["grid"]["global_batch_size"]

@@ -112,7 +112,9 @@ def tuning(made: Plan) -> list[Run]:
 
 
 def faked(made: Plan, out: Path) -> dict[str, Any]:
-    """sweep.json when all tuning runs have ended: LARS is best at lr 2, noise at 1 (but not on test)."""
+    """sweep.json when all tuning runs have ended: LARS is best at lr 2, noise at 1 (but not on
+    test).
+    """
     folder = Folder(out)
     for each in tuning(made):
         good = (each.config.method == "vanilla") == (each.config.optim.lr == 2)

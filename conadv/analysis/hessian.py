@@ -16,7 +16,8 @@ from conadv.errors import ConadvError
 
 Vectors = npt.NDArray[np.float64]
 
-# ARPACK keeps pairs that miss its tolerance to itself. We want all: the residuals say how good they are.
+# ARPACK keeps pairs that miss its tolerance to itself. We want all: the residuals say how good they
+# are.
 _ANY_ACCURACY = 1e30
 
 
@@ -25,8 +26,8 @@ class Spectrum:
     """The algebraically largest eigenvalues, descending.
 
     residuals: |H u - lambda u|; a true eigenvalue is no further than this from lambda. vectors_PK:
-    unit vectors of these and of all others that Lanczos saw, the best first; captured: the trace of H
-    on their span.
+    unit vectors of these and of all others that Lanczos saw, the best first; captured: the trace of
+    H on their span.
     """
 
     eigenvalues: list[float]
@@ -61,8 +62,8 @@ def spectrum(
 ) -> Spectrum:
     """The ``count`` largest eigenvalues by one Lanczos run of ``iterations`` products.
 
-    ``generator`` (CPU) draws the first vector, normal. Of a multiple eigenvalue Lanczos sees one copy.
-    Memory: a vector per iteration. The residuals take ``count`` more products.
+    ``generator`` (CPU) draws the first vector, normal. Of a multiple eigenvalue Lanczos sees one
+    copy. Memory: a vector per iteration. The residuals take ``count`` more products.
 
     Raises ConadvError unless 1 <= count < iterations <= P.
     Source: Lanczos 1950; ARPACK (Lehoucq, Sorensen, Yang 1998), with full reorthogonalisation.
@@ -93,9 +94,10 @@ def trace(
 ) -> tuple[float, float]:
     """tr H and its standard error (nan for one probe) by ``probes`` >= 1 random vectors.
 
-    tr H = E z^T H z with z of entries +-1 (Hutchinson's estimator). With ``known``, the trace on the
-    span of its vectors U is exact and only the rest is sampled: tr H = tr U^T H U + E y^T H y with
-    y = (I - U U^T) z. Unbiased all the same, and with less variance where few eigenvalues dominate.
+    tr H = E z^T H z with z of entries +-1 (Hutchinson's estimator). With ``known``, the trace on
+    the span of its vectors U is exact and only the rest is sampled: tr H = tr U^T H U + E y^T H y
+    with y = (I - U U^T) z. Unbiased all the same, and with less variance where few eigenvalues
+    dominate.
 
     ``generator`` (CPU) draws z and must not repeat the draws of ``known``.
     Source: Hutchinson 1990; deflation as in Hutch++ (Meyer et al., arXiv 2010.09649).

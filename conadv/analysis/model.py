@@ -35,9 +35,9 @@ def analyze(
     """Hessian, sharpness and robust accuracy of the model's clean route.
 
     All on the same ``options.images`` training images (fewer where there are not so many), without
-    augmentation; robust accuracy on test images.
-    ``model`` stays as it is. ``announce`` hears the name of each part as it begins. Returns values for
-    JSON, None for numbers that are not finite; docs/analysis.md explains the keys.
+    augmentation; robust accuracy on test images. ``model`` stays as it is. ``announce`` hears the
+    name of each part as it begins. Returns values for JSON, None for numbers that are not finite;
+    docs/analysis.md explains the keys.
 
     Ranks: one process. Raises ConadvError where the loss is not finite.
     """

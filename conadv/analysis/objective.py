@@ -28,15 +28,16 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """L(theta): the mean cross-entropy over the images, as a function of the flat weights theta (P).
+    """L(theta): the mean cross-entropy over the images as a function of flat weights theta (P).
 
-    Made by :func:`clean_objective`. ``model`` is a plain copy of the clean route in eval mode: batch
-    norm uses its running statistics, so L is smooth and does not depend on how the images are cut
-    into chunks. No label smoothing, no weight decay. Every method leaves the copy's weights alone.
+    Made by :func:`clean_objective`. ``model`` is a plain copy of the clean route in eval mode:
+    batch norm uses its running statistics, so L is smooth and does not depend on how the images are
+    cut into chunks. No label smoothing, no weight decay. Every method leaves the copy's weights
+    alone.
 
-    ``x_NCHW``: uint8 pixels, or floats in model space. ``chunk``: images in one forward pass. Vectors
-    are 1-D, in the model's dtype, on its device, in the order of ``parameters()``.
-    Ranks: one process; nothing is reduced.
+    ``x_NCHW``: uint8 pixels, or floats in model space. ``chunk``: images in one forward pass.
+    Vectors are 1-D, in the model's dtype, on its device, in the order of ``parameters()``. Ranks:
+    one process; nothing is reduced.
     """
 
     model: nn.Module
@@ -89,7 +90,8 @@ class Objective:
             yield self.space.normalize(x / 255) if pixels else x, y.to(like.device)
 
     def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
-        # float64 logits keep the loss's rounding far below the differences that sharpness is made of
+        # float64 logits keep the loss's rounding far below the differences that sharpness is made
+        # of
         logits: Tensor = functional_call(self.model, self.named(theta), (x,)).double()
         return logits
 
@@ -105,9 +107,9 @@ def clean_objective(
 ) -> Objective:
     """The objective of the model's clean route on these images, in ``dtype``.
 
-    Works on a copy: parameters, buffers, modes, requires_grad and .grad of ``model`` stay as they are.
-    theta holds the clean route's parameters, frozen ones included, and none of the other routes':
-    models trained with and without an adversarial route have the same weight space.
+    Works on a copy: parameters, buffers, modes, requires_grad and .grad of ``model`` stay as they
+    are. theta holds the clean route's parameters, frozen ones included, and none of the other
+    routes': models trained with and without an adversarial route have the same weight space.
 
     ``space``: the normalisation of uint8 images. Raises ConadvError without images or weights, and
     where the loss of the trained weights is not finite.

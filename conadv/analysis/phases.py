@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# Middle tones, which stand out from a white page and from a dark one: grey is what a process does for
-# its own gradient, orange the attack, blue and green what the network does beside it. Waiting is little
-# more than an outline.
+# Middle tones, which stand out from a white page and from a dark one: grey is what a process does
+# for its own gradient, orange the attack, blue and green what the network does beside it. Waiting
+# is little more than an outline.
 COLOURS = {
     "data": "#5B6673",
     "gradient": "#98A2AE",

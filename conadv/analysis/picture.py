@@ -1,4 +1,4 @@
-"""A timeline -> a picture: a bar for what each rank does, thinner ones for the network beside it."""
+"""A timeline -> a picture: a bar for what each rank does, a thinner one for its network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def window(timeline: Timeline, count: int = 3) -> range:
 
 
 def shown(timeline: Timeline) -> list[int]:
-    """The ranks that are drawn: all, or ``MOST`` of them, evenly spaced from the first to the last."""
+    """The ranks that are drawn: all, or ``MOST`` of them, evenly spaced, with both ends."""
     ranks = sorted({*timeline.ranks("learner"), *timeline.ranks("attack")})
     places = np.linspace(0, len(ranks) - 1, min(len(ranks), MOST)).round()
     return [ranks[int(place)] for place in places]
@@ -57,7 +57,7 @@ def shown(timeline: Timeline) -> list[int]:
 
 @mpl.rc_context(STYLE)
 def picture(timeline: Timeline, steps: range, caption: str = "") -> Figure:
-    """The time of ``steps``, by the first rank with spans in them, and what the shown ranks do in it.
+    """What the shown ranks do in the time of ``steps``, which the first rank with spans defines.
 
     Its title says which share of the attack was hidden. The background is transparent.
     Raises ConadvError if no rank has spans in these steps.

@@ -1,7 +1,8 @@
 """What a step's time went into, and which part of communication and attack other work hid.
 
-All of it is read off one run's timeline: it says what ran beside what. It cannot say how much slower
-two things became by running side by side; only the step time of a run without the attack can.
+All of it is read off one run's timeline: it says what ran beside what. It cannot say how much
+slower two things became by running side by side; only the step time of a run without the attack
+can.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ NEGLIGIBLE = 1e-3  # of a step: an "attack" phase in which nothing was attacked
 class Hidden:
     """How much of something lay beside other work.
 
-    seconds: what it took per step, the mean over ranks. exposed: the part that lay beside nothing and
-    so lengthened the step; with attack ranks it may be more than ``seconds``. beside: for each kind
-    of work, the part beside it. delay: seconds per step beside, or waiting for, slower learners only.
-    by_rank: each learner's own share.
+    seconds: what it took per step, the mean over ranks. exposed: the part that lay beside nothing
+    and so lengthened the step; with attack ranks it may be more than ``seconds``. beside: for each
+    kind of work, the part beside it. delay: seconds per step beside, or waiting for, slower
+    learners only. by_rank: each learner's own share.
     """
 
     seconds: float
@@ -86,12 +87,12 @@ def hidden_attack(timeline: Timeline) -> Hidden | None:
     """The part of the attack that did not lengthen the learners' steps; None if nobody attacked.
 
     *Learners that attack themselves.* Per learner, over the steady steps: A is the union of its
-    "attack" spans, C the time in which gradients were on the network (:func:`on_network`), G the union
-    of "gradient". share = |A and (C or G)| / |A|. On one thread G never meets A, and the thread would
-    have waited for C otherwise; the exposed rest bounds from above by how much this rank would have
-    come to its update earlier without an attack. It is a bound because of ``delay``: the part of A in
-    which only a slower learner's gradients were missing. On a second stream G is the same device, where
-    either may slow the other.
+    "attack" spans, C the time in which gradients were on the network (:func:`on_network`), G the
+    union of "gradient". share = |A and (C or G)| / |A|. On one thread G never meets A, and the
+    thread would have waited for C otherwise; the exposed rest bounds from above by how much this
+    rank would have come to its update earlier without an attack. It is a bound because of
+    ``delay``: the part of A in which only a slower learner's gradients were missing. On a second
+    stream G is the same device, where either may slow the other.
 
     *Attack ranks.* T is their mean "attack" time per step, E the learners' mean time per step in
     "receive", "send" and "attack": share = 1 - E / T, not below 0. "send" counts because a learner
@@ -116,9 +117,9 @@ def hidden_attack(timeline: Timeline) -> Hidden | None:
 def on_network(spans: pd.DataFrame) -> pd.DataFrame:
     """The learners' "network" spans, cut to when all learners had launched that bucket.
 
-    A rank's own span begins with its own launch, but nothing can be summed before the last rank's. So
-    here it begins with the latest launch of that bucket (the n-th of the step; buckets leave in the
-    same order on all ranks). Depends on the clocks of different hosts agreeing.
+    A rank's own span begins with its own launch, but nothing can be summed before the last rank's.
+    So here it begins with the latest launch of that bucket (the n-th of the step; buckets leave in
+    the same order on all ranks). Depends on the clocks of different hosts agreeing.
     """
     sent = spans[(spans["phase"] == "network") & (spans["role"] == "learner")]
     bucket = sent.groupby(["rank", "step"]).cumcount()
@@ -127,12 +128,12 @@ def on_network(spans: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(timeline: Timeline) -> pd.DataFrame:
-    """What the steady steps' time went into: rows by (role, phase), columns ``median`` and ``share``.
+    """What the steady steps' time went into: rows (role, phase), columns ``median``, ``share``.
 
-    median: seconds per step, where overlapping spans count once. share: of the step's time, the mean
-    over steps and ranks. The row "step" is from the first own span's start to the last one's end.
-    "network" and "transfer" run beside the step; on CUDA with a second stream own phases overlap too,
-    and shares add up to more than 1.
+    median: seconds per step, where overlapping spans count once. share: of the step's time, the
+    mean over steps and ranks. The row "step" is from the first own span's start to the last one's
+    end. "network" and "transfer" run beside the step; on CUDA with a second stream own phases
+    overlap too, and shares add up to more than 1.
     """
     steady = timeline.within(timeline.steady)
     steps = extents(steady)
@@ -186,7 +187,7 @@ def _on_attack_ranks(timeline: Timeline, steady: pd.DataFrame) -> Hidden | None:
 
 
 def _pooled(rows: dict[int, dict[str, float]], spans: pd.DataFrame) -> Hidden | None:
-    """Means over the ranks that have any, per step. Of a row all but seconds and delay is beside."""
+    """Means per step over the ranks that have any. All of a row but seconds, delay is beside."""
     table = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
     table = table.div(spans.groupby("rank")["step"].nunique(), axis=0)
     table = table[table["seconds"] > 0] if rows else table

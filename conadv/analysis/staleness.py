@@ -27,13 +27,14 @@ _PANELS = {
 def table(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """Means over the probes of a phase: a row per phase, tau and predictor of one run or several.
 
-    ``lines``: record lines, of which other types are passed over. A probe's lines follow one another,
-    "current" first; a probe that a killed run has cut off before its "noise" is left out.
+    ``lines``: record lines, of which other types are passed over. A probe's lines follow one
+    another, "current" first; a probe that a killed run has cut off before its "noise" is left out.
 
-    Columns: phase, tau, predictor, probes (how many), cosine, loss_increase, relative_error; kept, the
-    mean loss increase over that of the attack at theta_t in the same probes; kept_over_noise, the same
-    after the increase by random signs is taken off both. nan where there is nothing to take a mean of
-    or to divide by. Sorted by phase in time, tau, and predictors in the record's order.
+    Columns: phase, tau, predictor, probes (how many), cosine, loss_increase, relative_error; kept,
+    the mean loss increase over that of the attack at theta_t in the same probes; kept_over_noise,
+    the same after the increase by random signs is taken off both. nan where there is nothing to
+    take a mean of or to divide by. Sorted by phase in time, tau, and predictors in the record's
+    order.
     """
     found = pd.DataFrame([line for line in lines if line["type"] == "probe"], columns=_FIELDS)
     probe = (found["predictor"] == CURRENT).cumsum()

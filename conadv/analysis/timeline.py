@@ -41,9 +41,9 @@ class Timeline:
     """What ran when, in a run or in its part since a resume.
 
     spans: rank, role ("learner" or "attack"), step (that it belongs to), phase, start, end (seconds
-    on the run's clock), by rank and start. staleness: step -> measured staleness, where weights made
-    its images. late: steps that went without their adversarial images. resumed: the step at which
-    this part began, None from the start. config, execution: the header's.
+    on the run's clock), by rank and start. staleness: step -> measured staleness, where weights
+    made its images. late: steps that went without their adversarial images. resumed: the step at
+    which this part began, None from the start. config, execution: the header's.
     """
 
     spans: pd.DataFrame
@@ -65,7 +65,8 @@ class Timeline:
         """The steps without the warm-up: the first tenth, and at least tau + 1 steps.
 
         In the first step nothing overlaps yet (the gradients' buckets are not known), in the first
-        tau steps the images are made inside the step, and caches are cold. All steps if none is left.
+        tau steps the images are made inside the step, and caches are cold. All steps if none is
+        left.
         """
         tau = self.config.get("staleness")
         cold = max((tau if isinstance(tau, int) else 0) + 1, len(self.steps) // 10)
@@ -103,8 +104,8 @@ def timeline(lines: Iterable[Any], name: str = "record.jsonl") -> Timeline:
     rows = [(line.rank, line.role, line.step, *span) for line in best for span in line.spans]
     if not rows:
         raise ConadvError(
-            f"{name} has no spans: the run was made by an older version, or with --timeline-steps 0. "
-            "Train again with --timeline-steps 200."
+            f"{name} has no spans: it was made by an older version, or with --timeline-steps 0."
+            " Train again with --timeline-steps 200."
         )
     spans = pd.DataFrame(rows, columns=["rank", "role", "step", "phase", "start", "end"])
     if (spans["end"] < spans["start"]).any() or (spans.groupby("rank")["role"].nunique() > 1).any():

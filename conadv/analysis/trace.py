@@ -1,7 +1,7 @@
 """A timeline -> the Trace Event Format (JSON) that ui.perfetto.dev and chrome://tracing open.
 
-A process per rank. Complete events ("X") of one thread must nest, so what overlaps lies on threads of
-its own: one for what the process does, one for an attack on a second stream, and as many for the
+A process per rank. Complete events ("X") of one thread must nest, so what overlaps lies on threads
+of its own: one for what the process does, one for an attack on a second stream, and as many for the
 network as messages overlap.
 """
 
@@ -23,7 +23,7 @@ TRACKS = ("compute", "attack stream", *BESIDE)
 
 
 def trace(timeline: Timeline) -> dict[str, Any]:
-    """The trace: metadata first, then spans by start, in whole microseconds from the earliest one."""
+    """Metadata, then spans by start, in whole microseconds from the earliest one."""
     origin = float(timeline.spans["start"].min())
     names: list[Event] = []
     events: list[Event] = []

@@ -1,8 +1,8 @@
 """What each method's attack costs per step, beside ``noise``: by executor, local batch and ranks.
 
-An adversarial batch for step t is made during step t - tau, so single steps cannot be interleaved. A
-case is timed in bursts of consecutive steps of one engine, which goes on where its last burst ended.
-Attack ranks serve the burst that the learners run.
+An adversarial batch for step t is made during step t - tau, so single steps cannot be interleaved.
+A case is timed in bursts of consecutive steps of one engine, which goes on where its last burst
+ended. Attack ranks serve the burst that the learners run.
 """
 
 from __future__ import annotations

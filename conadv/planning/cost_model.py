@@ -1,8 +1,8 @@
 """The cost model: seconds and bytes of a step of a method on a layout of ranks.
 
-Pure functions of a measured profile. Symbols: N learners, M attack ranks, n clean images per learner
-and step in a micro-batches of b images, staleness tau. The equations are in docs/plan.md, in this
-order. ``step_bytes`` also serves dry runs and micro_batch_size auto.
+Pure functions of a measured profile. Symbols: N learners, M attack ranks, n clean images per
+learner and step in a micro-batches of b images, staleness tau. The equations are in docs/plan.md,
+in this order. ``step_bytes`` also serves dry runs and micro_batch_size auto.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def curve(points: tuple[Point, ...], phase: str) -> tuple[list[float], list[floa
 
 
 class Message(NamedTuple):
-    """Something for the link. ready: seconds of work after which it may leave. seconds: on the link.
+    """Something for the link. ready: seconds of work before it may leave. seconds: on the link.
 
     busy: what work beside it loses, if all of it lies beside work; at most ``seconds``.
     """
@@ -150,8 +150,8 @@ class Planner:
     """Predicts by a profile and a network.
 
     link: between any two ranks; None is enough for one device. staleness: tau of conadv.
-    arithmetic, attacks: factors on all computation and on that of attacks; 0 asks what is left where
-    it is free.
+    arithmetic, attacks: factors on all computation and on that of attacks; 0 asks what is left
+    where it is free.
     """
 
     profile: Profile
@@ -161,7 +161,7 @@ class Planner:
     attacks: float = 1.0
 
     def predict(self, method: str, layout: Layout) -> Prediction:
-        """The step of ``method`` by ``layout``. Raises ConadvError without the link that it needs."""
+        """The step of ``method`` by ``layout``. Raises ConadvError where a link is missing."""
         kind = kind_of(method)
         gradient, rest = (self._seconds(kind.measured, x, layout) for x in ("gradient", "rest"))
         gradient *= layout.accumulation
@@ -178,7 +178,8 @@ class Planner:
             messages.insert(0, self._message(receivers * weights))
             own = layout.share * attack / layout.accumulation
             images = layout.share * layout.micro_batch * self.profile.sizes.image
-            # weights out, attack and images back have tau steps; an attack rank has one for its share
+            # weights out, attack and images back have tau steps; an attack rank has one for its
+            # share
             travel = self._message(weights).seconds + self._message(images).seconds
             chain = max(own, (predict + travel + own) / self.staleness)
         arrived, lost = queue(gradient + after, messages)
@@ -219,8 +220,9 @@ class Planner:
     def all_reduce(self, size: float, ranks: int, ready: float = 0.0) -> Message:
         """Sum of ``size`` bytes over ranks, by the faster of the backend's algorithms.
 
-        ring: 2 (N - 1) steps, 2 (N - 1) / N of the bytes out of every rank (Patarasuk and Yuan 2009;
-        gloo's only one). tree: 2 ceil(log2 N) steps, twice the bytes (NCCL's double binary tree).
+        ring: 2 (N - 1) steps, 2 (N - 1) / N of the bytes out of every rank (Patarasuk and Yuan
+        2009; gloo's only one). tree: 2 ceil(log2 N) steps, twice the bytes (NCCL's double binary
+        tree).
         """
         ring = self._message(2 * (ranks - 1) / ranks * size, 2 * (ranks - 1), ready)
         tree = self._message(2 * size, 2 * math.ceil(math.log2(ranks)), ready)
@@ -315,9 +317,9 @@ def step_bytes(
 ) -> int:
     """Bytes that a learner's step needs at least: no allocator reserve, no kernel workspaces.
 
-    copies: of the weights (themselves, gradients, buckets, ...). held: images kept at a time per clean
-    image of the local batch, views and those that wait, as float32. views_per_pass: of a micro-batch
-    in one forward pass, of which autograd keeps the activations.
+    copies: of the weights (themselves, gradients, buckets, ...). held: images kept at a time per
+    clean image of the local batch, views and those that wait, as float32. views_per_pass: of a
+    micro-batch in one forward pass, of which autograd keeps the activations.
     """
     images = int(local_batch * held * sizes.image)
     activations = micro_batch * views_per_pass * sizes.activations_per_image

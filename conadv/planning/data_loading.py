@@ -38,8 +38,8 @@ Batches = Callable[[int], Iterator[Any]]
 class Loading:
     """What to time: ``accumulation`` micro-batches of ``batch`` images are taken at once.
 
-    images: that are timed in each round, once the loader runs. pause: seconds after each step in which
-    nothing is taken, as while a step computes; part of the time.
+    images: that are timed in each round, once the loader runs. pause: seconds after each step in
+    which nothing is taken, as while a step computes; part of the time.
     """
 
     data: DataConfig

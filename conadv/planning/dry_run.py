@@ -70,12 +70,12 @@ def preview(
 ) -> Preview:
     """Check data, settings, memory and disk as a run into ``out`` would need them; no step is made.
 
-    Writes nothing (data.download aside) and leaves ``out`` as it is. The time is that of a few steps
-    of one micro-batch of random images.
-    ``existing``: resume, overwrite, auto_resume, as in training. The micro-batch must be settled.
-    Raises ConadvError for all that :func:`conadv.training.loop.train` would stop at before its
-    first step, and where image files in the sample cannot be read, or memory or disk are too small.
-    Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of all.
+    Writes nothing (data.download aside) and leaves ``out`` as it is. The time is that of a few
+    steps of one micro-batch of random images. ``existing``: resume, overwrite, auto_resume, as in
+    training. The micro-batch must be settled. Raises ConadvError for all that
+    :func:`conadv.training.loop.train` would stop at before its first step, and where image files in
+    the sample cannot be read, or memory or disk are too small. Ranks: collective; the preview is
+    rank 0's, with the least free memory and the slowest step of all.
     """
     observer = observer if observer and comm.is_main else Observer()
     folder = RunDir(out)
@@ -102,8 +102,8 @@ def preview(
         if comm.is_main and saved * count > disk_free:
             raise ConadvError(
                 f"The checkpoints take {gib(saved * count)} ({count} of {gib(saved)}), and "
-                f"{printable(out)} has {gib(disk_free)} left. Free some space, choose another --out, or "
-                f"a smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
+                f"{printable(out)} has {gib(disk_free)} left. Free some space, choose "
+                f"another --out, or a smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
                 "(--pending-dtype)."
             )
         seconds = step_seconds(run, shape)
@@ -143,8 +143,8 @@ def read_sample(run: Run) -> tuple[int, list[str]]:
                 bad.append(printable(f"{error.name}: {error.reason}"))
     if bad and not run.data.skip_bad:
         raise ConadvError(
-            f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}. "
-            "`conadv check DIR` lists all; replace or remove them, or train with --on-bad-image skip."
+            f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}."
+            " `conadv check DIR` lists all; replace or remove them, or add --on-bad-image skip."
         )
     return read, bad
 
@@ -183,7 +183,7 @@ def free_disk(out: Path) -> int:
 
 
 def step_seconds(run: Run, shape: Shape) -> float:
-    """From steps of one micro-batch on this device, times the accumulation. Each rank for itself."""
+    """Of one micro-batch on this device, times the accumulation. Each rank for itself."""
     size, device = run.derived.micro_batch_size, run.step.device
     trial = Trial(run.config, shape, Comm(device=device), size)
     return (burst(trial.phases, 1).seconds or 0.0) * run.derived.accumulation

@@ -59,8 +59,8 @@ def measure_phases(
 ) -> Profile | None:
     """A profile without a link: points at every micro-batch for every method that a plan needs.
 
-    Ranks: all call it; each trains by itself, at the same time. A point is the median over rounds of
-    the mean over ranks. Rank 0 gets the profile, the others None.
+    Ranks: all call it; each trains by itself, at the same time. A point is the median over rounds
+    of the mean over ranks. Rank 0 gets the profile, the others None.
     """
     alone = Comm(device=comm.device)
     points: dict[str, list[Point]] = {method: [] for method in MEASURED}
@@ -140,8 +140,8 @@ def _buckets(trial: Trial, passes: int) -> tuple[Bucket, ...]:
 def final_moments(spans: Sequence[Span], passes: int) -> dict[int, float]:
     """Parameter -> when its gradient is final, as a share of the last of equally long passes.
 
-    0 for parameters that only earlier passes touch. ``spans``: the step's gradient phase, and one span
-    for every touch of a parameter.
+    0 for parameters that only earlier passes touch. ``spans``: the step's gradient phase, and one
+    span for every touch of a parameter.
     """
     begin, end = next((start, end) for name, start, end in spans if name == "gradient")
     last = (end - begin) / passes
@@ -166,8 +166,8 @@ def measure_link(comm: Comm) -> Link | None:
     if comm.ranks < 2:
         raise ConadvError(
             "A link is between ranks, and this is one process. Start at least two: torchrun "
-            "--nproc-per-node 2 -m conadv plan PROFILE.json --measure link, or one torchrun per host to "
-            "measure the network between them."
+            "--nproc-per-node 2 -m conadv plan PROFILE.json --measure link, or one torchrun per "
+            "host to measure the network between them."
         )
     boxes = {f"{size}": torch.zeros(size // 4, device=comm.device) for size in LINK_SIZES}
     sums = {name: partial(comm.all_reduce, box) for name, box in boxes.items()}

@@ -46,9 +46,8 @@ def settle(
     """``config`` with a number as micro_batch_size; itself where it has one.
 
     ``goes_on``: a run in ``out`` is resumed if there is one; its own number is taken, since another
-    would be another run. ``tell`` hears which number is taken, and why.
-    Raises ConadvError where not even the smallest micro-batch fits, or the global batch does not divide
-    over the learners.
+    would be another run. ``tell`` hears which number is taken, and why. Raises ConadvError where
+    not even the smallest micro-batch fits, or the global batch does not divide over the learners.
     Ranks: collective; every rank tries on its own device, and the smallest answer is taken by all.
     """
     with comm.agreed():
@@ -92,8 +91,8 @@ def _find(config: Config, comm: Comm, attack_ranks: int, tell: Callable[[str], N
     larger = [size for size in sizes if size > chosen]
     beyond = f"{larger[0]} does not fit" if larger else "the whole share of a rank"
     tell(
-        f"micro-batch auto: {chosen}; {beyond}. Batch norm sees it: with --micro-batch-size {chosen} "
-        "it is the same on any machine."
+        f"micro-batch auto: {chosen}; {beyond}. Batch norm sees it: with --micro-batch-size "
+        f"{chosen} it is the same on any machine."
     )
     return chosen
 
@@ -109,7 +108,7 @@ def candidates(config: Config, learners: int, attack_ranks: int = 0) -> list[int
     if not sizes:
         raise ConadvError(
             f"No micro-batch divides global_batch_size {batch} over {learners} learner(s), gives "
-            f"{attack_ranks} attack rank(s) work and attack.share {share:g} an image. Change one of them."
+            f"{attack_ranks} attack rank(s) work and attack.share {share:g} an image. Change one."
         )
     return sizes
 
@@ -135,7 +134,7 @@ def fits_on_cuda(
 
 
 def beside_a_pass(trial: Trial, learners: int) -> int:
-    """Bytes of a run that a trial of one micro-batch does not hold: other images, buckets, average."""
+    """Bytes that a run holds and a trial does not: other images, buckets, the average."""
     config, sizes = trial.config, trial.sizes
     images = config.global_batch_size // learners - trial.micro_batch
     copies = (learners > 1) + (config.ema.decay is not None)

@@ -26,7 +26,7 @@ class Part(Document):
 
 
 class Point(Part):
-    """Medians of one step with one micro-batch on one process, while all processes of the host work.
+    """Medians of one step with one micro-batch, while all processes of the host work.
 
     gradient: forward and backward of all views. attack: making the extra images. rest: everything
     else (the update, reading back the losses, the engine). micro_batch: clean images.
@@ -39,7 +39,7 @@ class Point(Part):
 
 
 class Bucket(Part):
-    """Gradients that travel together; ``ready``: when they are final, as a share of the last pass."""
+    """Gradients that travel together. ready: when they are final, a share of the last pass."""
 
     bytes: Count
     ready: Annotated[float, Field(ge=0, le=1)]
@@ -68,7 +68,8 @@ class Sizes(Part):
     """Bytes of one process.
 
     image: one image as the model takes it. activations_per_image: what autograd keeps of one image
-    from its forward pass until backward. memory: of the device, or the process's share of the host's.
+    from its forward pass until backward. memory: of the device, or the process's share of the
+    host's.
     """
 
     weights: Count
@@ -81,9 +82,9 @@ class Sizes(Part):
 class Link(Part):
     """The network between ``ranks`` ranks, as measured by all-reduces.
 
-    algorithm: gloo has a ring, NCCL a ring or a double binary tree. seconds_per_byte: per byte that a
-    rank sends; latency: per step of the algorithm. busy_seconds_per_byte: what a rank's own work loses
-    per byte that it sends meanwhile.
+    algorithm: gloo has a ring, NCCL a ring or a double binary tree. seconds_per_byte: per byte that
+    a rank sends; latency: per step of the algorithm. busy_seconds_per_byte: what a rank's own work
+    loses per byte that it sends meanwhile.
     """
 
     ranks: Annotated[int, Field(ge=2)]
@@ -130,8 +131,8 @@ class Profile(Part):
         """A method's points. Raises ConadvError where it was not measured."""
         if name not in self.methods:
             raise ConadvError(
-                f"The profile has no points of {name!r}, only of {', '.join(sorted(self.methods))}. "
-                "Measure again: conadv plan PROFILE.json --measure phases."
+                f"The profile has no points of {name!r}, only of {', '.join(sorted(self.methods))}."
+                " Measure again: conadv plan PROFILE.json --measure phases."
             )
         return self.methods[name]
 

@@ -40,9 +40,9 @@ DEFAULT = Rules()
 class Row:
     """The best layout of at most ``devices``.
 
-    overhead: step time over that of noise on the same learners. hidden: the share of the attack that
-    the step does not pay for. limit: the bottleneck: arithmetic, link, latency; or memory, where it
-    forced a smaller micro-batch. extrapolated: what lies outside of what was measured.
+    overhead: step time over that of noise on the same learners. hidden: the share of the attack
+    that the step does not pay for. limit: the bottleneck: arithmetic, link, latency; or memory,
+    where it forced a smaller micro-batch. extrapolated: what lies outside of what was measured.
     """
 
     method: str

@@ -1,8 +1,8 @@
 """Interleaved timing, so that a busy machine slows all cases alike. Quote ratios within a round.
 
 Every round runs each case once, in a random order. Bursts are timed by ``torch.utils.benchmark``,
-which waits for CUDA and runs two calls that do not count: the first steps of a burst find cold caches
-and the images of an earlier burst.
+which waits for CUDA and runs two calls that do not count: the first steps of a burst find cold
+caches and the images of an earlier burst.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Shape:
 
 
 def with_method(config: Config, name: str) -> Config:
-    """``config``, not yet resolved, with a method by its name in plans, such as "conadv-lookahead"."""
+    """``config``, not yet resolved, with a plan's method, such as "conadv-lookahead"."""
     method, lookahead = name.removesuffix("-lookahead"), name.endswith("-lookahead")
     staleness = config.staleness if method == "conadv" else None
     return resolve(replace(config, method=method, lookahead=lookahead, staleness=staleness))
@@ -43,8 +43,8 @@ def with_method(config: Config, name: str) -> Config:
 class Trial:
     """An engine of ``config`` and the same random images in every step.
 
-    Nothing of a run is touched: weights, optimizer and statistics are the engine's own, random draws
-    are keyed.
+    Nothing of a run is touched: weights, optimizer and statistics are the engine's own, random
+    draws are keyed.
 
     numbers: this rank's micro-batches by their number in the global batch, each of ``micro_batch``
     clean images. Raises ConadvError where the network does not take images of this shape.
@@ -61,7 +61,7 @@ class Trial:
         executor: Executor | None = None,
     ) -> None:
         if config.compile:
-            torch.compiler.reset()  # graphs of other sizes count towards the limit of recompilations
+            torch.compiler.reset()  # other sizes count towards the limit of recompilations
         model = trial_model(config, shape).to(comm.device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -160,7 +160,7 @@ def random_images(
 
 
 def activations(model: nn.Module, x_NCHW: Tensor) -> int:
-    """Bytes that autograd keeps of a forward pass, without the parameters and buffers themselves."""
+    """Bytes that autograd keeps of a forward pass besides parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 

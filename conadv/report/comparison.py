@@ -35,8 +35,8 @@ class Arm:
     results: a row per finished run, indexed by seed; columns RESULTS (fields of summary.json:
     accuracies in [0, 1], times in seconds) and ``gradient_images`` of the whole training. role:
     baseline, control or tested. x: the value on the axis, None without one. grid: the values of all
-    axes. edge: where the choice of tuned settings lies in what was tried. repeats: runs that are not
-    used, since a later one has their seed.
+    axes. edge: where the choice of tuned settings lies in what was tried. repeats: runs that are
+    not used, since a later one has their seed.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Arm:
         return self.results[metric].dropna()
 
     def mean(self) -> float:
-        """Of test accuracy; NaN where a run diverged, since the other seeds would be the lucky ones."""
+        """Of test accuracy; NaN where a run diverged: the other seeds would be the lucky ones."""
         return math.nan if self.diverged else float(self.results["test_accuracy"].mean())
 
     def minus(self, other: Arm, metric: str = "test_accuracy") -> Difference | None:

@@ -1,4 +1,4 @@
-"""What all figures share: a colour and marker per arm, rows of arms, SVG in the page's text colour."""
+"""What all figures share: a colour and marker per arm, rows of arms, SVG for a page."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ class Run:
 
     ``settings``: the flat settings that had an effect, equal for the runs of one arm. ``steps`` and
     ``evals`` (test split): a row per line of the record, a float column per numeric field, nested
-    ones with dotted names such as ``losses.clean``; NaN where a line lacks the field. ``summary`` is
-    None for an unfinished run. ``probes``: lines of the staleness probe. ``status``: "finished", or
-    how far the run came and what stopped it.
+    ones with dotted names such as ``losses.clean``; NaN where a line lacks the field. ``summary``
+    is None for an unfinished run. ``probes``: lines of the staleness probe. ``status``: "finished",
+    or how far the run came and what stopped it.
     """
 
     path: Path

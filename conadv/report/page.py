@@ -1,4 +1,4 @@
-"""Write a report: one self-contained HTML page, the same as Markdown with PNGs, and summary.json."""
+"""Write a report: one self-contained HTML page, the same in Markdown, and summary.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SECTIONS: dict[str, tuple[Callable[[Comparison], Any], ...]] = {
 
 
 class Section(NamedTuple):
-    """One part of the page; ``picture`` is where its figure's PNG goes, below the report's folder."""
+    """One part of the page. picture: the PNG of its figure, below the report's folder."""
 
     title: str
     picture: str
@@ -108,7 +108,7 @@ class Report:
 
 
 def looks(cell: str) -> str:
-    """Classes of a cell: numbers to the right, intervals without 0 and choices at an edge coloured."""
+    """Classes of a cell: numbers right; intervals without 0 and choices at an edge coloured."""
     interval = re.match(r"[^\[]*\[([+−])[^,]*, \1", cell)
     found = "" if re.match(r"[+−<]? ?\d|–", cell) else "text"
     found += {"+": " higher", "−": " lower"}[interval[1]] if interval else ""

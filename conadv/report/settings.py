@@ -27,7 +27,8 @@ WORDS |= {"global_batch_size": "batch", "data.train_images": "images", "data.sub
 def effective(config: dict[str, Any], ranks: int = 1) -> Settings:
     """The flat settings that had an effect; None for those that the method does not have.
 
-    Two runs are of one arm exactly if these are equal. The number of ranks counts: it changes times.
+    Two runs are of one arm exactly if these are equal. The number of ranks counts: it changes
+    times.
     """
     flat = {name: v for name, v in flatten(config).items() if not name.startswith(IGNORED)}
     flat.setdefault("data.subset_seed", 0)  # records older than the setting

@@ -42,7 +42,7 @@ def paired_difference(arm: pd.Series, reference: pd.Series) -> Difference | None
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p of each of m tests: max over j <= i of min(1, (m - j) p_(j)), the p sorted, j from 0.
+    """Adjusted p of each of m tests: max over j <= i of min(1, (m - j) p_(j)), p sorted, j >= 0.
 
     Calling every test with an adjusted p below 0.05 a difference keeps the chance of even one false
     one below 5 %. Holm, "A simple sequentially rejective multiple test procedure", Scand. J.

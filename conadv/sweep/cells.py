@@ -1,4 +1,4 @@
-"""Spec -> cells -> trials -> runs. Pure: every run that may be needed is known and checked at the start."""
+"""Spec -> cells -> trials -> runs. Every run that may be needed is checked at the start."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Folder:
         return Result(summary.validation_accuracy, summary.validation_loss, seconds)
 
     def fail(self, name: str, error: str, diverged: bool) -> None:
-        """Record why a run failed. A diverged one loses its checkpoints: they lead to the same end."""
+        """Record why a run failed. Checkpoints of a diverged one would lead to the same end."""
         self.run_dir(name).path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.failed(name), json.dumps({"error": error, "diverged": diverged}) + "\n")
         if diverged:

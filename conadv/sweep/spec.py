@@ -1,6 +1,7 @@
 """The spec of a sweep: which arms, at which points of a grid, tuned how, confirmed on which seeds.
 
-Plain YAML, checked before anything runs; settings carry their dotted config names. Imports no torch.
+Plain YAML, checked before anything runs; settings carry their dotted config names. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from conadv.errors import ConadvError, printable, unknown
 from conadv.safe_io import first_problem, read_yaml
 
 MAX_RUNS = 10_000
-"""Runs of one sweep. All are planned and checked before the first; a few lines can ask for billions."""
+"""Runs of one sweep. All are planned before the first; a few lines can ask for billions."""
 Settings = dict[str, Any]
 """Dotted config names and their values."""
 
@@ -151,8 +152,8 @@ class Spec(Section):
             for values in (self.base, *places.values()):
                 for reserved in values.keys() & {"seed", "recipe"}:
                     yield (
-                        f"{reserved} cannot be a setting. Give tune.seeds, confirm.seeds, and recipe "
-                        "at the top."
+                        f"{reserved} cannot be a setting. Give tune.seeds, confirm.seeds, and the "
+                        "recipe at the top."
                     )
 
     def _bad_trials(self) -> Iterator[str]:
@@ -163,7 +164,7 @@ class Spec(Section):
             for point in self.points(arm):
                 source = self.source(arm) or arm
                 if source != arm and point not in self.points(source):
-                    yield f"arm {arm!r} at {point}: {source!r}, which tune_on names, has no cell there."
+                    yield f"arm {arm!r} at {point}: {source!r} of tune_on has no cell there."
                 trials = math.prod(map(len, self._tried(arm, point).values()))
                 runs += trials * (tuning + len(self.confirm.seeds))
                 if runs > MAX_RUNS:
