@@ -45,7 +45,7 @@ def step_at_loss(path: Path, target: float, count: int, device: torch.device) ->
         nearest = "" if best is None else f": the nearest has {losses[best]:.3g}, at step {best}"
         raise ConadvError(
             f"None of the {len(losses)} checkpoints of {printable(path)} has a training loss "
-            f"within a factor of {FACTOR:g} of {target:g}{nearest}. "
-            "Train with --checkpoint.every-epochs 1 --checkpoint.keep 1000, or choose a loss that all runs pass."
+            f"within a factor of {FACTOR:g} of {target:g}{nearest}. Choose a loss that all runs "
+            "pass, or train with --checkpoint.every-epochs 1 --checkpoint.keep 1000."
         )
     return best
