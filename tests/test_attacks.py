@@ -10,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conadv import FGSM, PGD, ConadvError, PixelSpace, RandomSigns, frozen_stats, route
+from conadv import (
+    FGSM,
+    PGD,
+    ConadvError,
+    Concurrent,
+    PixelSpace,
+    RandomSigns,
+    Sequential,
+    TrainStep,
+    frozen_stats,
+    route,
+)
+from conadv.attacks.contract import run_attack
 from conadv.attacks.targets import random_other_class
 
 from .helpers import images, no_norm_net, same, state, tiny_resnet
@@ -242,21 +254,81 @@ def test_targets_are_uniform_over_the_other_classes() -> None:
     ("make", "message"),
     [
         (lambda: FGSM(8), "8/255"),
+        (lambda: FGSM("8"), "Did you mean 8/255"),
+        (lambda: FGSM("4/0"), "not a number or a fraction such as 4/255"),
+        (lambda: FGSM(None), "eps = None is not a number"),
+        (lambda: PGD(0.1, step_size="x"), "step_size: 'x' is not a number or a fraction"),
         (lambda: PGD(-0.1), "0 or more"),
         (lambda: PGD(float("nan")), "0 or more"),
-        (lambda: PGD(0.1, 0), "num_steps"),
+        (lambda: PGD(0.1, 0), "num_steps = 0 must be 1 or more"),
+        (lambda: PGD(0.1, 2.5), "num_steps = 2.5 must be a whole number"),
         (lambda: PGD(0.1, random_start=1.5), "probability"),
+        (lambda: PGD(0.1, random_start="often"), "random_start = 'often' is not a number"),
         (lambda: PGD(0.1, norm="l1"), "linf"),
         (lambda: PixelSpace((123.7,), (58.4,)), "Divide values"),
         (lambda: PixelSpace((0.5, 0.5), (0.5,)), "one value per channel"),
         (lambda: PixelSpace((0.5,), (0.0,)), "std > 0"),
         (lambda: random_other_class(torch.zeros(2, dtype=torch.long), 1, gen()), "two classes"),
         (lambda: SPACE.normalize(torch.zeros(1, 4, 2, 2)), "3 channels"),
+        (lambda: RandomSigns(0.1).space.check(torch.zeros(5)), r"not of shape \(5,\)"),
+        (lambda: FGSM(0.1)(None, torch.zeros(2, 1, 2, 2).byte(), None, gen()), r"space\.normalize"),
     ],
 )
-def test_errors(make: object, message: str) -> None:
+def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ConadvError, match=message):
-        make()  # type: ignore[operator]
+        make()
+
+
+def test_sizes_may_be_written_as_fractions() -> None:
+    # Red when: text is left as it is, or is taken as another number than the command line takes.
+    assert FGSM("4/255") == FGSM(4 / 255)
+    assert RandomSigns(" 8 / 255") == RandomSigns(8 / 255)
+    assert PGD("0.1", 2, step_size="1/40", norm="l2") == PGD(0.1, 2, step_size=0.025, norm="l2")
+
+
+# Attacks of one's own
+
+
+def with_backward(forward: Any, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(forward(leaf), y).backward()
+    return x + 0.1 * leaf.grad.sign()
+
+
+OWN: dict[str, tuple[Any, str]] = {
+    "three arguments": (lambda model, x, y: x, r"called with \(forward, x_NCHW, y_N, generator\)"),
+    "no function": ("fgsm", "The attack str is no attack"),
+    "nothing": (lambda f, x, y, g: None, "returned NoneType, not images like its own"),
+    "a pair": (lambda f, x, y, g: (x, y), "returned tuple"),
+    "another shape": (lambda f, x, y, g: x[:1], r"of shape \(1, 3, 8, 8\)"),
+    "another type": (lambda f, x, y, g: x.double(), "torch.float64 of shape"),
+    "in place": (lambda f, x, y, g: x.mul_(0.9), "changed the clean images in place"),
+    "backward": (with_backward, r"with_backward left gradients.*torch\.autograd\.grad"),
+}
+
+
+@pytest.mark.parametrize("method", [Sequential, Concurrent])
+@pytest.mark.parametrize("name", OWN)
+def test_an_attack_of_ones_own_that_would_do_harm_is_named(name: str, method: Any) -> None:
+    # Red when: check_attack or run_attack lets it pass: torch's own error far away, or images and
+    # gradients that are changed without a word.
+    attack, message = OWN[name]
+    model = no_norm_net(dtype=torch.float32)
+
+    def train() -> None:
+        step = TrainStep(model, torch.optim.SGD(model.parameters(), 0.1), method(attack))
+        step(images(), images() if step.ahead else None)
+
+    with pytest.raises(ConadvError, match=message):
+        train()
+
+
+def test_an_attack_of_ones_own_may_return_its_images_or_a_part_of_a_graph() -> None:
+    # Red when: images are compared by identity; what it returns is not detached.
+    model, (x, y) = no_norm_net(dtype=torch.float32), images()
+    assert torch.equal(run_attack(lambda f, x, y, g: x, model, x, y, gen()), x)
+    made = run_attack(lambda f, x, y, g: x * f(x).mean(), model, x, y, gen())
+    assert not made.requires_grad
 
 
 def test_uint8_round_trip() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conadv.attacks.pgd import PGD
-from conadv.attacks.space import Norm, PixelSpace, check_eps
+from conadv.attacks.space import Norm, PixelSpace, pixel_size
 from conadv.types import Forward
 
 
@@ -28,7 +28,7 @@ class FGSM:
     space: PixelSpace = field(default=PixelSpace())
 
     def __post_init__(self) -> None:
-        check_eps("eps", self.eps, self.norm)
+        object.__setattr__(self, "eps", pixel_size("eps", self.eps, self.norm))
 
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator

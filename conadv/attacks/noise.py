@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from conadv.attacks.space import PixelSpace, check_eps
+from conadv.attacks.space import PixelSpace, pixel_size
 from conadv.types import Forward
 
 
@@ -21,15 +21,13 @@ class RandomSigns:
     space: PixelSpace = field(default=PixelSpace())
 
     def __post_init__(self) -> None:
-        check_eps("eps", self.eps, "linf")
+        object.__setattr__(self, "eps", pixel_size("eps", self.eps, "linf"))
 
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Perturbed images like ``x_NCHW``."""
-        x = x_NCHW.detach()
-        if x.device.type == "cpu":  # elsewhere a check would wait for the device
-            self.space.check(x)
+        x = self.space.checked(x_NCHW)
         # Drawn as bytes: a quarter of the memory of floats, and every value takes one draw.
         coins = torch.randint(0, 2, x.shape, generator=generator, device=x.device, dtype=torch.int8)
         signs = coins.to(x.dtype).mul_(2).sub_(1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from conadv.attacks.space import Norm, PixelSpace, check_eps
+from conadv.attacks.space import Norm, PixelSpace, as_number, pixel_size
 from conadv.attacks.targets import ascent_loss, random_other_class
 from conadv.errors import ConadvError
 from conadv.types import Forward
@@ -17,7 +17,7 @@ from conadv.types import Forward
 class PGD:
     """x_{k+1} = Project(x_k + step_size * direction(grad_x L(x_k, y))), k = 0 .. num_steps - 1.
 
-    ``eps``, ``step_size``: [0, 1] pixel units (step_size None: eps for one step, 2.5 eps /
+    ``eps``, ``step_size``: [0, 1] pixel units, as numbers or text ("4/255"; step_size None: eps for one step, 2.5 eps /
     num_steps for more).
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``:
     probability, for each image, of starting from a random point of the ball instead of the image
@@ -41,26 +41,26 @@ class PGD:
     space: PixelSpace = field(default=PixelSpace())
 
     def __post_init__(self) -> None:
-        check_eps("eps", self.eps, self.norm)
-        if self.step_size is None:
-            # 2.5 eps in all: steps can reach the ball's edge from anywhere in it, and walk on it.
-            share = 1.0 if self.num_steps == 1 else 2.5 / max(self.num_steps, 1)
-            object.__setattr__(self, "step_size", share * self.eps)
-        check_eps("step_size", self.step_size, self.norm)  # type: ignore[arg-type]
+        if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int):
+            raise ConadvError(f"num_steps = {self.num_steps!r} must be a whole number.")
         if self.num_steps < 1:
             raise ConadvError(f"num_steps = {self.num_steps} must be 1 or more.")
-        if not 0 <= self.random_start <= 1:
+        if not 0 <= as_number("random_start", self.random_start) <= 1:
             raise ConadvError(f"random_start = {self.random_start} is a probability in [0, 1].")
+        eps = pixel_size("eps", self.eps, self.norm)
+        # 2.5 eps in all: steps can reach the ball's edge from anywhere in it, and walk on it.
+        step = eps if self.num_steps == 1 else 2.5 / self.num_steps * eps
+        if self.step_size is not None:
+            step = pixel_size("step_size", self.step_size, self.norm)
+        object.__setattr__(self, "eps", eps)
+        object.__setattr__(self, "step_size", step)
 
     def __call__(
         self, forward: Forward, x_NCHW: Tensor, y_N: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Adversarial images like ``x_NCHW``; parameters get no gradient."""
         assert self.step_size is not None
-        origin = x_NCHW.detach()
-        if origin.device.type == "cpu":
-            # Elsewhere it would wait for the device: there the engine checks the first batch only.
-            self.space.check(origin)
+        origin = self.space.checked(x_NCHW)
         aim_N, sign = y_N, 1
         x = self._start(origin, generator)
         for _ in range(self.num_steps):

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from conadv.attacks.fraction import read_fraction
 from conadv.errors import ConadvError
 
 Norm = Literal["linf", "l2"]
@@ -64,6 +66,18 @@ class PixelSpace:
         """The nearest valid images, elementwise. Changes ``x`` in place and returns it."""
         _, _, low, high = self._constants(x)
         return x.clamp_(low, high)
+
+    def checked(self, x: Tensor) -> Tensor:
+        """``x`` detached, after a look at it: what an attack starts with. Raises ConadvError."""
+        if not x.is_floating_point():
+            raise ConadvError(
+                f"The images are {x.dtype}; attacks take what the model takes, floats in its "
+                "normalisation. For uint8 pixels that is space.normalize(pixels)."
+            )
+        if x.device.type == "cpu":
+            # Elsewhere it would wait for the device: there the engine checks the first batch only.
+            self.check(x)
+        return x.detach()
 
     def check(self, x: Tensor) -> None:
         """ConadvError if ``x`` cannot be in this space: wrong mean or std. Sync point."""
@@ -115,6 +129,8 @@ class PixelSpace:
         return self.clip(x + direction.mul_(_per_image(eps * radius / length, x)).div_(std))
 
     def _constants(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if x.dim() < 2:
+            raise ConadvError(f"Images are (N, C, ...), not of shape {tuple(x.shape)}.")
         if len(self.mean) not in (1, x.shape[1]):
             raise ConadvError(
                 f"PixelSpace has {len(self.mean)} channels, the images have {x.shape[1]}."
@@ -138,11 +154,26 @@ def _per_image(value_N: Tensor, x: Tensor) -> Tensor:
     return value_N.view(-1, *[1] * (x.dim() - 1))
 
 
-def check_eps(name: str, eps: float, norm: Norm) -> None:
-    """ConadvError for an eps that cannot be meant in [0, 1] pixel units."""
-    if not eps >= 0:
-        raise ConadvError(f"{name} = {eps} must be 0 or more.")
-    if norm == "linf" and eps >= 1:
-        raise ConadvError(f"{name} = {eps:g} is in [0, 1] pixel units. Did you mean {eps:g}/255?")
+def pixel_size(name: str, value: float | str, norm: Norm) -> float:
+    """``value``, a number or text such as "4/255", as a size in [0, 1] pixel units.
+
+    Raises ConadvError for one that cannot be meant, and for an unknown norm.
+    """
     if norm not in ("linf", "l2"):
         raise ConadvError(f"norm {norm!r} is not known. Use 'linf' or 'l2'.")
+    try:
+        size = read_fraction(value) if isinstance(value, str) else as_number(name, value)
+    except ValueError as error:
+        raise ConadvError(f"{name}: {error}.") from error
+    if not size >= 0:
+        raise ConadvError(f"{name} = {size} must be 0 or more.")
+    if norm == "linf" and size >= 1:
+        raise ConadvError(f"{name} = {size:g} is in [0, 1] pixel units. Did you mean {size:g}/255?")
+    return size
+
+
+def as_number(name: str, value: object) -> float:
+    """``value`` as a float. ConadvError for what is not a real number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConadvError(f"{name} = {value!r} is not a number.")
+    return float(value)

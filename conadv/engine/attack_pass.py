@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conadv import rng
+from conadv.attacks.contract import run_attack
 from conadv.engine.forward import Network
 from conadv.engine.inputs import Inputs
 from conadv.nn import split_batchnorm as norm
@@ -39,6 +40,7 @@ class AttackPass:
         weights.
         """
         self.inputs.check_space(batch)
+        watched = self.network.trainable().values()
         images, labels = [], []
         for micro in batch.micro:
             count = method.num_attacked(len(micro.y_N))
@@ -47,7 +49,7 @@ class AttackPass:
             how = method.attack_route, method.attack_statistics
             with self.open(path, weights, *how) as (forward, draws):
                 x_NCHW, y_N = self.inputs.images(micro, "clean"), self.inputs.labels(micro)[:count]
-                images.append(attack(forward, x_NCHW[:count], y_N, draws))
+                images.append(run_attack(attack, forward, x_NCHW[:count], y_N, draws, watched))
                 labels.append(y_N)
         return ExtraBatch(tuple(images), tuple(labels), version)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+from conadv.attacks.contract import check_attack
 from conadv.attacks.space import PixelSpace
 from conadv.errors import ConadvError, unknown
 from conadv.types import Attack, Method
@@ -51,6 +52,7 @@ class AttackMethod(SharedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_attack(self.attack)
         if self.attack_route not in ("adv", "clean"):
             raise unknown("attack_route", self.attack_route, ("adv", "clean"))
         if self.attack_statistics not in ("batch", "running"):

@@ -23,6 +23,7 @@ arXiv 1911.09665, section 4; three of them in the released code of ConAdv, arXiv
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,17 +38,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 
 from conadv.errors import ConadvError
+from conadv.nn.recompute import Routing
 
 CLEAN = "clean"
 RouteSpec = str | Mapping[str, int]
-
-
-class _Routing:
-    """The current route, shared by all split layers of one model; copied with the model."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-        self.current: str | tuple[tuple[str, int], ...] = CLEAN
 
 
 class SplitBatchNorm:
@@ -57,7 +51,7 @@ class SplitBatchNorm:
     # the plain class.
 
     routes: nn.ModuleDict
-    _routing: _Routing
+    _routing: Routing
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (N, C, ...) by the current route, or segment by segment of dim 0."""
@@ -72,12 +66,25 @@ class SplitBatchNorm:
     def _run(self, name: str, x: Tensor) -> Tensor:
         layer: Any = self if name == CLEAN else self.routes[name]
         forward: Any = super().forward if name == CLEAN else layer  # type: ignore[misc]
-        if layer.training and _inside_ddp():
-            with _statistics_apart(layer):
+        # A pass that repeats another one must not count again; frozen_stats would keep fewer tensors
+        # for backward than that one did, which torch takes for a fault.
+        again = self._routing.again
+        if layer.training and (again or _inside_ddp()):
+            with _statistics_apart(layer, copies=again):
                 y: Tensor = forward(x)
         else:
             y = forward(x)
         return y
+
+    def reset_running_stats(self) -> None:
+        # update_bn (torch's, and others of its name) would empty the statistics of every route and
+        # collect those of the clean one alone. It begins with this.
+        if sys._getframe(1).f_code.co_name == "update_bn":
+            raise ConadvError(
+                "update_bn would reset the statistics of all routes and collect those of the clean "
+                "one alone. Use conadv.recalibrate(model, batches, space), with route= for each."
+            )
+        super().reset_running_stats()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class is made at run time, so pickle and deepcopy are told the base class instead of a
@@ -91,17 +98,17 @@ def _inside_ddp() -> bool:
 
 
 @contextmanager
-def _statistics_apart(layer: nn.Module) -> Iterator[None]:
-    """The running statistics get version counters of their own, on the same memory.
+def _statistics_apart(layer: nn.Module, *, copies: bool) -> Iterator[None]:
+    """The running statistics have version counters of their own, or are copies that are dropped.
 
     DistributedDataParallel overwrites all buffers by rank 0's before each forward pass. Until torch
     2.12 or so this counts as a change of what autograd has saved, and the backward pass of two
     forward passes, one per route, ends in "modified by an inplace operation" (pytorch issue
     175024). In train mode, the only one that this is for, backward does not read these values.
     """
-    kept = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
+    kept = dict(layer._buffers)
     layer._buffers.update(
-        {name: None if buffer is None else buffer.data for name, buffer in kept.items()}
+        {name: b if b is None else b.clone() if copies else b.data for name, b in kept.items()}
     )
     try:
         yield
@@ -158,7 +165,7 @@ def split_batchnorm(model: nn.Module, *names: str, share_affine: bool = False) -
             f"Routes {list(names)}: the model already has {list(routes_of(model))}; each name once."
         )
     layers = list(_layers(model)) if names else []
-    routing = _find_routing(model) or _Routing(())
+    routing = _find_routing(model) or Routing()
     routing.names += tuple(names)
     for layer in layers:
         _split_layer(layer, names, routing, share_affine)
@@ -188,7 +195,7 @@ def _layers(model: nn.Module) -> Iterator[_BatchNorm]:
 
 
 def _split_layer(
-    layer: _BatchNorm, names: tuple[str, ...], routing: _Routing, share_affine: bool
+    layer: _BatchNorm, names: tuple[str, ...], routing: Routing, share_affine: bool
 ) -> None:
     if not isinstance(layer, SplitBatchNorm):
         layer.__class__ = _split_class(type(layer))  # type: ignore[arg-type]
@@ -233,11 +240,11 @@ def strip(model: nn.Module) -> nn.Module:
 _FIRST_LAYER: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
-def _find_routing(model: nn.Module) -> _Routing | None:
+def _find_routing(model: nn.Module) -> Routing | None:
     return next((m._routing for m in model.modules() if isinstance(m, SplitBatchNorm)), None)
 
 
-def _routing(model: nn.Module) -> _Routing | None:
+def _routing(model: nn.Module) -> Routing | None:
     # The name of a split layer is remembered: walking all modules would cost more than the smallest
     # forward passes. It is looked up each time, since convert_sync_batchnorm and surgery on the
     # model replace layers.
