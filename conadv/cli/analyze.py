@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from conadv import __version__
 from conadv.analysis.options import Options
-from conadv.cli.options import trust
+from conadv.cli.options import say, trust
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import read_document, write_atomic
 from conadv.training.documents import Analysis
 from conadv.training.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
 
 _COLUMNS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "loss": (".3g", ("loss",)),
@@ -72,19 +67,20 @@ def command(args: Args) -> None:
     """
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv analyze RUN...")
-    if args.at_loss is not None and not 0 < args.at_loss < float("inf"):
-        raise ConadvError(f"--at-loss {args.at_loss} must be a number above 0.")
     trust(args.model)
     settings = {path: _settings(path, args) for path in args.runs}
     todo = [path for path in settings if not _done(path, settings[path], args.overwrite)]
     from rich.console import Console
 
+    from conadv.cli.tables import fitted
+
     for path in todo:
         _write(path, settings[path], args)
-    Console(highlight=False).print(table([(path, read(path)) for path in settings]))
+    console = Console(highlight=False)
+    console.print(fitted([row(path, read(path)) for path in settings], console, ["run"]))
     for path in settings:
         state = "written" if path in todo else "had it already"
-        sys.stdout.write(f"{printable(RunDir(path).analysis_file)}: {state}\n")
+        say(f"{printable(RunDir(path).analysis_file)}: {state}")
 
 
 def _settings(path: Path, args: Args) -> dict[str, Any]:
@@ -130,44 +126,24 @@ def _write(path: Path, settings: dict[str, Any], args: Args) -> None:
     from conadv.training.allocator import keep_freed_memory
     from conadv.training.resume import load_run
 
-    def announce(part: str) -> None:
-        sys.stdout.write(f"{printable(path)}: {part}\n")
-        sys.stdout.flush()
-
     keep_freed_memory()
     device, step = pick_device(args.device), None
     if args.at_loss is not None:
         step = step_at_loss(path, args.at_loss, args.options.images, device)
     parts = load_run(path, device, step=step)
     found = {**settings, "step": parts.step.version, "split": "train"}
-    found |= analyze(parts.model, parts.data, parts.space, parts.config, args.options, announce)
-    try:
-        write_atomic(
-            RunDir(path).analysis_file, json.dumps(found, indent=2, allow_nan=False) + "\n"
-        )
-    except OSError as error:
-        raise ConadvError(f"Cannot write into {printable(path)}: {error}.") from error
+    shown = printable(path)
+    what = parts.model, parts.data, parts.space, parts.config, args.options
+    found |= analyze(*what, lambda part: say(f"{shown}: {part}"))
+    write_atomic(RunDir(path).analysis_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
-def table(analyses: list[tuple[Path, Written]]) -> Table:
-    """A row per run: its folder and analysis.json. A dash for what was left out or is not finite."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
-    made.add_column("run", overflow="fold")
-    for column in _COLUMNS:
-        made.add_column(column, justify="right", no_wrap=True)
-    unique = len({path.name for path, _ in analyses}) == len(analyses)
-    for path, found in analyses:
-        name = Text(printable(path.name if unique else path))
-        made.add_row(name, *(_cell(found, *column) for column in _COLUMNS.values()))
-    return made
-
-
-def _cell(found: Written, form: str, keys: tuple[str | int, ...]) -> str:
-    value: Any = found.model_dump()
-    for key in keys:
-        value = None if not value else value[key]
-    return "–" if value is None else f"{value:{form}}".rstrip("%")
+def row(path: Path, found: Written) -> dict[str, str]:
+    """A run's row of the table. A dash for what was left out or is not finite."""
+    cells = {"run": str(path)}
+    for column, (form, keys) in _COLUMNS.items():
+        value: Any = found.model_dump()
+        for key in keys:
+            value = None if not value else value[key]
+        cells[column] = "–" if value is None else f"{value:{form}}".rstrip("%")
+    return cells

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.box import SIMPLE_HEAD
+import tyro
 from rich.console import Console
-from rich.table import Table
 
-from conadv.cli.options import parse, say
+from conadv.cli.options import set_threads
+from conadv.cli.tables import fitted
 from conadv.config.schema import (
     AugmentName,
     Config,
@@ -24,13 +24,12 @@ from conadv.config.schema import (
     OptimConfig,
     OptimizerName,
 )
-from conadv.errors import ConadvError, printable, unknown
+from conadv.errors import ConadvError, printable
 from conadv.safe_io import write_atomic
 from conadv.training.provenance import git_state, machine, now, versions
 
 if TYPE_CHECKING:
     from conadv.distributed.comm import Comm
-    from conadv.planning.timing import Row
 
 MethodName = Literal[
     "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle"
@@ -49,11 +48,6 @@ class BenchArgs:
     out: Path | None = None
     """Write the result as JSON here."""
 
-    def check(self) -> None:
-        """Raise ConadvError for options that cannot be meant."""
-        if self.out is not None and self.out.is_dir():
-            raise ConadvError(f"--out {printable(self.out)} is a folder. Name a file.")
-
 
 @dataclass
 class AttackCostArgs(BenchArgs):
@@ -69,7 +63,8 @@ class AttackCostArgs(BenchArgs):
     batches: tuple[int, ...] = (64,)
     """Clean images per rank and step."""
     executors: tuple[Literal["inline", "stream", "ranks"], ...] | None = None
-    """How conadv's attack runs: inline, stream (CUDA), ranks. Default: inline, and ranks if there are attack ranks."""
+    """How conadv's attack runs: inline, stream (CUDA), ranks. Default: inline, and ranks if there are
+    attack ranks."""
     attack_ranks: int = 0
     """Ranks of the world that only attack; the others learn, and noise runs on these learners alone."""
     overlap: Literal["on", "off", "both"] = "on"
@@ -91,13 +86,6 @@ class AttackCostArgs(BenchArgs):
     """Consecutive steps of one case that are timed, after two that are not."""
     comm_timeout: float = 120.0
     """Seconds after which a rank that does not answer ends the others."""
-
-    def check(self) -> None:
-        super().check()
-        if not self.methods or not self.batches:
-            raise ConadvError("Name at least one method (--methods) and one batch (--batches).")
-        if min(self.staleness, self.burst, *self.batches) < 1 or self.attack_ranks < 0:
-            raise ConadvError("--staleness, --burst and --batches must be 1 or more.")
 
     def config(self) -> Config:
         """The settings of the measured runs, but for the method."""
@@ -129,7 +117,8 @@ class DataArgs(BenchArgs):
     accumulation: int = 1
     """Micro-batches that are taken at once, as a training step takes those of one rank."""
     pause: float = 0.0
-    """Seconds after each accumulation in which nothing is taken, as while a step computes; part of the time."""
+    """Seconds after each accumulation in which nothing is taken, as while a step computes; they
+    count."""
     images: int = 1024
     """Images that are timed in each round, once the loader is running."""
     image_size: int = 224
@@ -137,10 +126,32 @@ class DataArgs(BenchArgs):
     photo_size: int = 256
     """Height and width of the images made where no --data is given."""
 
-    def check(self) -> None:
-        super().check()
-        if min(self.accumulation, self.batch, self.images) < 1 or self.num_workers < 0:
-            raise ConadvError("--accumulation, --batch and --images must be 1 or more.")
+
+Args = (
+    Annotated[AttackCostArgs, tyro.conf.subcommand("attack-cost")]
+    | Annotated[DataArgs, tyro.conf.subcommand("data")]
+)
+
+
+def command(options: AttackCostArgs | DataArgs) -> None:
+    """Run a benchmark."""
+    prepare(options)
+    if isinstance(options, DataArgs):
+        data(options)
+    else:
+        attack_cost(options)
+
+
+def prepare(options: BenchArgs) -> None:
+    """Check --out before anything is timed; set threads and the allocator of this process."""
+    from conadv.training.allocator import keep_freed_memory
+
+    if options.out is not None:
+        if options.out.is_dir():
+            raise ConadvError(f"--out {printable(options.out)} is a folder. Name a file.")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    set_threads(options.threads)
+    keep_freed_memory()
 
 
 def attack_cost(options: AttackCostArgs) -> None:
@@ -164,21 +175,18 @@ def attack_cost(options: AttackCostArgs) -> None:
             overlaps={"on": (True,), "off": (False,), "both": (True, False)}[options.overlap],
             steps=options.burst,
         )
-        ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers)}
         if world.is_main:
-            complete = [asdict(row) | _rates(row) for row in rows]
+            complete = [asdict(row) for row in rows]
+            for row in complete:
+                rate = 1e3 * row["labels"]["images"] / row["median_ms"]
+                row["images_per_second"] = rate
+                row["images_per_second_per_rank"] = rate / row["labels"]["ranks"]
             show(complete)
+            ranks = {"learners": len(teams.learners), "attack_ranks": len(teams.attackers)}
             about = {"ranks": ranks | {"backend": world.backend}}
             write("attack-cost", options, world, complete, **about)
     finally:
         world.close()
-
-
-def _rates(row: Row) -> dict[str, float]:
-    """Clean images per second at the median step, of all learners and per rank in use."""
-    per_second = 1e3 * row.labels["images"] / row.median_ms
-    per_rank = per_second / row.labels["ranks"]
-    return {"images_per_second": per_second, "images_per_second_per_rank": per_rank}
 
 
 def data(options: DataArgs) -> None:
@@ -203,64 +211,26 @@ def data(options: DataArgs) -> None:
     write("data", options, Comm(), complete)
 
 
-BENCHES: dict[str, tuple[type[BenchArgs], Callable[[Any], None], str]] = {
-    "attack-cost": (
-        AttackCostArgs,
-        attack_cost,
-        "a step of each method beside noise, on 1 to N ranks",
-    ),
-    "data": (DataArgs, data, "the loader beside torchvision's transforms in a plain DataLoader"),
-}
-
-
-def overview() -> str:
-    """The benchmarks with one line each."""
-    lines = [f"  {name:<12} {summary}" for name, (_, _, summary) in BENCHES.items()]
-    head = ["usage: conadv bench WHAT [options]", ""]
-    return "\n".join([*head, *lines, "", "`conadv bench WHAT --help` has the options"])
-
-
-def prepare(options: BenchArgs) -> None:
-    """Check the options, and set threads and the allocator of this process."""
-    import torch
-
-    from conadv.training.allocator import keep_freed_memory
-
-    options.check()
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()
-
-
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows as a table: median step, throughput, ratio to the yardstick, phases."""
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "": lambda row: str(row["name"]),
-        "ms": lambda row: f"{row['median_ms']:.2f}",
-        "images/s": lambda row: f"{row['images_per_second']:.0f}",
-        "ratio": lambda row: (
-            f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
-        ),
-        "to": lambda row: str(row["yardstick"]),
-        "phases, ms": lambda row: _phases(row["phases_ms"]),
-        "of attack ranks": lambda row: _phases(row["server_phases_ms"]),
-    }
-    unknown = {
-        "images/s": "images_per_second" not in rows[0],
-        "phases, ms": not any(row["phases_ms"] for row in rows),
-        "of attack ranks": not any(row["server_phases_ms"] for row in rows),
-    }
-    names = [name for name in columns if not unknown.get(name)]
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for name in names:
-        table.add_column(
-            name, justify="right" if name in ("ms", "images/s") else "left", no_wrap=True
-        )
+    console, cells = Console(highlight=False), []
     for row in rows:
-        table.add_row(*(columns[name](row) for name in names))
-    console = Console(highlight=False, width=200)  # a narrower terminal wraps the lines
-    console.print(table)
+        interval = f"[{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]"
+        cells.append(
+            {
+                "case": str(row["name"]),
+                "ms": f"{row['median_ms']:.2f}",
+                "images/s": f"{row.get('images_per_second', 0):.0f}",
+                "ratio": f"{row['ratio']:.3f} {interval}",
+                "to": str(row["yardstick"]),
+                "phases, ms": _phases(row["phases_ms"]),
+                "of attack ranks": _phases(row["server_phases_ms"]),
+            }
+        )
+    unknown = {name for name in cells[0] if all(row[name] in ("", "0") for row in cells)}
+    shown = [{name: row[name] for name in row if name not in unknown} for row in cells]
+    left, drop = ("case", "to", "phases, ms", "of attack ranks"), ("of attack ranks", "phases, ms")
+    console.print(fitted(shown, console, left, (*drop, "to")))
     count = len(rows[0]["samples_ms"])
     bracket = "95 % interval of the median" if count >= 6 else "range"
     text = f"ratio: in the same round, {count} rounds; [ ]: {bracket}"
@@ -301,23 +271,3 @@ def without_out(args: Sequence[str]) -> list[str]:
     """The arguments without --out and its value."""
     values = {i + 1 for i, arg in enumerate(args) if arg == "--out"}
     return [a for i, a in enumerate(args) if i not in values and a.partition("=")[0] != "--out"]
-
-
-def main(args: Sequence[str]) -> None:
-    """Run a benchmark, or list them all."""
-    if not args or args[0] in ("-h", "--help"):
-        say(overview())
-        return
-    run, options = read_options(args)
-    prepare(options)
-    run(options)
-
-
-def read_options(args: Sequence[str]) -> tuple[Callable[[Any], None], BenchArgs]:
-    """The benchmark that is named first, and its options. Raises ConadvError for what cannot be meant."""
-    if args[0] not in BENCHES:
-        raise unknown("benchmark", args[0], BENCHES)
-    kind, run, _ = BENCHES[args[0]]
-    options = parse(kind, args[1:], f"conadv bench {args[0]}")
-    options.check()
-    return run, options

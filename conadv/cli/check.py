@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from conadv.errors import ConadvError, printable
+from conadv.errors import printable
 
 
 @dataclass
@@ -40,8 +40,6 @@ def command(args: Args) -> bool:
     from conadv.data.check import check_folder  # imports torch
     from conadv.safe_io import write_atomic
 
-    if args.workers is not None and args.workers < 1:
-        raise ConadvError(f"--workers {args.workers} must be 1 or more.")
     columns = (TextColumn("check"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console()
     quiet = args.quiet or not console.is_terminal
@@ -55,8 +53,7 @@ def command(args: Args) -> bool:
     if bad and args.show > 0:
         table = Table("path", "why")
         for finding in bad[: args.show]:
-            path = Text(finding.path, overflow="fold")
-            table.add_row(path, Text(finding.reason))
+            table.add_row(Text(finding.path, overflow="fold"), Text(finding.reason))
         console.print(table)
     if len(bad) > args.show:
         more = f"and {len(bad) - args.show} more: --json FILE writes them all"
@@ -64,16 +61,7 @@ def command(args: Args) -> bool:
     verdict = f"{len(bad)} cannot be read" if bad else "nothing wrong"
     console.print(Text(f"{images} images in {printable(args.folder)}: {verdict}"), highlight=False)
     if args.json is not None:
-        content = {
-            "folder": printable(args.folder),
-            "images": images,
-            "bad": len(bad),
-            "findings": [asdict(finding) for finding in bad],
-        }
-        try:
-            write_atomic(args.json, json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise ConadvError(
-                f"Cannot write {printable(args.json)}: {error.strerror}. Choose another file."
-            ) from error
+        content = {"folder": printable(args.folder), "images": images, "bad": len(bad)}
+        content["findings"] = [asdict(finding) for finding in bad]
+        write_atomic(args.json, json.dumps(content, indent=1) + "\n")
     return not bad

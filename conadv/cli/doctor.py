@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ ENVIRONMENT = ("torch_version", "python_version", "os", "libc_version", "nvidia_
 """What is shown of torch.utils.collect_env."""
 VARIABLES = (
     *("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "WORLD_SIZE"),
-    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_P2P_DISABLE"),
 )
+Finding = tuple[str, str, str]
+"""(level, what is found, what to do)"""
 
 
 @dataclass
@@ -57,17 +60,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Facts:
-    """What findings are made of. ``interfaces``: of the network, with their Mbit/s if known."""
+    """What findings are made of."""
 
     environment: dict[str, str]
     usable_cores: float
     threads: int
-    cpu_bf16: bool
     driver: bool
     cuda_build: str | None
     cuda: tuple[Device, ...]
     backends: tuple[str, ...]
-    interfaces: dict[str, int | None]
+    interfaces: tuple[str, ...]
     shm_gib: float
     disk_gib: float
     variables: dict[str, str]
@@ -81,12 +83,11 @@ def look(folder: Path) -> Facts:
         environment={name: str(getattr(info, name)) for name in ENVIRONMENT},
         usable_cores=_usable_cores(),
         threads=torch.get_num_threads(),
-        cpu_bf16="bf16" in _text("/proc/cpuinfo"),
         driver=Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists(),
         cuda_build=torch.version.cuda,
         cuda=tuple(_devices()),
         backends=tuple(name for name, there in backends.items() if dist.is_available() and there()),
-        interfaces=dict(_interfaces()),
+        interfaces=tuple(name for _, name in socket.if_nameindex()),
         shm_gib=_free(Path("/dev/shm")),
         disk_gib=_free(folder),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -97,16 +98,10 @@ def _free(folder: Path) -> float:
     return round(shutil.disk_usage(folder).free / GIB, 2) if folder.is_dir() else 0.0
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _usable_cores() -> float:
     """Cores of this process by its affinity and its container's share of processor time."""
-    quota, _, period = _text("/sys/fs/cgroup/cpu.max").partition(" ")
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = limit.read_text().partition(" ") if limit.is_file() else ("", "", "")
     return min(cores(), int(quota) / int(period)) if quota.isdigit() else cores()
 
 
@@ -123,36 +118,19 @@ def _devices() -> Iterator[Device]:
         yield Device(about.name, about.major >= 8, free / GIB, about.total_memory / GIB, peers)
 
 
-def _interfaces() -> Iterator[tuple[str, int | None]]:
-    for _, name in socket.if_nameindex():
-        if name != "lo" and _text(f"/sys/class/net/{name}/operstate") != "down":
-            speed = _text(f"/sys/class/net/{name}/speed")
-            yield name, int(speed) if speed.isdigit() else None
-
-
-Found = Iterator[tuple[str, str, str]]
-"""(level, what is found, what to do)"""
-
-
-def findings(facts: Facts) -> list[tuple[str, str, str]]:
-    """Everything that the rules find, the worst first."""
-    found = [finding for rule in RULES for finding in rule(facts)]
+def findings(f: Facts) -> list[Finding]:
+    """What is wrong, slow or worth knowing, the worst first."""
+    found = [*_cuda(f), *_host(f), *_network(f)]
     return sorted(found, key=lambda finding: list(LEVELS).index(finding[0]))
 
 
-def _cuda_missing(f: Facts) -> Found:
-    if not f.driver or f.cuda:
-        return
-    if f.variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+def _cuda(f: Facts) -> Iterator[Finding]:
+    hidden = f.variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if f.driver and not f.cuda and hidden:
         yield "note", "CUDA_VISIBLE_DEVICES hides all CUDA devices", "unset it to train on them"
-    elif f.cuda_build is None:
-        yield "wrong", "there is an NVIDIA driver but torch has no CUDA", "install a CUDA build"
-    else:
-        what = f"there is an NVIDIA driver but torch (CUDA {f.cuda_build}) sees no device"
-        yield "wrong", what, "compare with nvidia-smi; pass the devices into the container"
-
-
-def _cuda_devices(f: Facts) -> Found:
+    elif f.driver and not f.cuda:
+        what = f"there is an NVIDIA driver, but torch (CUDA {f.cuda_build}) sees no device"
+        yield "wrong", what, "install a CUDA build; compare with nvidia-smi in the container"
     choose = "wait for the other processes (nvidia-smi), or set CUDA_VISIBLE_DEVICES"
     for index, device in enumerate(f.cuda):
         name = f"cuda:{index} ({device.name})"
@@ -166,28 +144,18 @@ def _cuda_devices(f: Facts) -> Found:
         if len(f.cuda) > 1 and not device.peers:
             todo = "see nvidia-smi topo -m; allow peer-to-peer in the container"
             yield "slow", f"{name} has no peer access: ranks exchange through the host", todo
-    if len(f.cuda) > 1 and "nccl" not in f.backends:
-        yield "wrong", "several CUDA devices but no NCCL", "install a build of torch with NCCL"
-    for variable, cost in {
-        "CUDA_LAUNCH_BLOCKING": "every kernel waits for the one before",
-        "NCCL_P2P_DISABLE": "devices do not exchange directly",
-    }.items():
+    for variable in ("CUDA_LAUNCH_BLOCKING", "NCCL_P2P_DISABLE"):
         if f.cuda and f.variables.get(variable, "0") not in ("", "0"):
-            yield "slow", f"{variable} is set: {cost}", "unset it"
+            yield "slow", f"{variable} is set", "unset it: it is for debugging"
 
 
-def _processor(f: Facts) -> Found:
+def _host(f: Facts) -> Iterator[Finding]:
     used = f"torch uses {f.threads} thread(s) and has {f.usable_cores:g} core(s)"
     if f.threads > f.usable_cores + 0.5:
         todo = f"set OMP_NUM_THREADS to {max(1, int(f.usable_cores))} / processes on the host"
         yield "slow", used, todo
     elif not f.cuda and f.threads < f.usable_cores / 2 and "WORLD_SIZE" not in f.variables:
         yield "note", used, "for a single process, raise --threads or OMP_NUM_THREADS"
-    if not f.cuda and not f.cpu_bf16:
-        yield "slow", "the processor has no bf16", "use --precision fp32 on the CPU"
-
-
-def _room(f: Facts) -> Found:
     if f.shm_gib < 0.5:
         what = f"/dev/shm has {f.shm_gib:.2f} GiB free: loader processes end with a bus error"
         yield "wrong", what, "docker run --shm-size 8g, or use --data.num-workers 0"
@@ -196,27 +164,20 @@ def _room(f: Facts) -> Found:
         yield level, f"{f.disk_gib:.2f} GiB of disk are free here", "use --out on another disk"
 
 
-def _network(f: Facts) -> Found:
+def _network(f: Facts) -> Iterator[Finding]:
     if not f.backends:
         yield "wrong", "no gloo and no NCCL: only one process can train", "install another build"
-    names = (*f.interfaces, "lo")
+    elif len(f.cuda) > 1 and "nccl" not in f.backends:
+        yield "wrong", "several CUDA devices but no NCCL", "install a build of torch with NCCL"
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         asked = f.variables.get(variable, "")
-        # NCCL: all but these, and exactly these
-        exact = asked and not asked.startswith(("^", "="))
-        if exact and not any(name.startswith(tuple(asked.split(","))) for name in names):
+        exact = asked and not asked.startswith(("^", "="))  # NCCL: all but these; exactly these
+        if exact and not any(name.startswith(tuple(asked.split(","))) for name in f.interfaces):
             what = f"{variable} names {asked}, which is not an interface"
-            yield "wrong", what, f"choose one of {', '.join(names)}"
-    speeds = [speed or 10_000 for speed in f.interfaces.values()]
-    if speeds and max(speeds) < 10_000:
-        what = f"the fastest interface has {max(speeds) / 1000:g} Gbit/s"
-        yield "note", what, "conadv plan tells what that costs on several hosts"
+            yield "wrong", what, f"choose one of {', '.join(f.interfaces)}"
 
 
-RULES = (_cuda_missing, _cuda_devices, _processor, _room, _network)
-
-
-def command(args: Args, console: Console | None = None) -> bool:
+def command(args: Args) -> bool:
     """Look and show; returns whether nothing is wrong."""
     facts = look(Path.cwd())
     found = findings(facts)
@@ -225,11 +186,11 @@ def command(args: Args, console: Console | None = None) -> bool:
         text = json.dumps({"facts": asdict(facts), "findings": named}, indent=1)
         sys.stdout.write(text + "\n")
     else:
-        show(facts, found, console or Console(highlight=False))
+        show(facts, found, Console(highlight=False))
     return all(level != "wrong" for level, _, _ in found)
 
 
-def show(facts: Facts, found: list[tuple[str, str, str]], console: Console) -> None:
+def show(facts: Facts, found: list[Finding], console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -238,8 +199,7 @@ def show(facts: Facts, found: list[tuple[str, str, str]], console: Console) -> N
         text = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         table.add_row(Text(name.replace("_", " "), "bold"), Text(printable(text)))
     for level, what, todo in found:
-        text = printable(f"{what}: {todo}")
-        table.add_row(Text(level, LEVELS[level]), Text(text))
+        table.add_row(Text(level, LEVELS[level]), Text(printable(f"{what}: {todo}")))
     console.print(table)
-    counts = {level: sum(finding[0] == level for finding in found) for level in LEVELS}
-    console.print(Text(", ".join(f"{count} {level}" for level, count in counts.items()), "bold"))
+    counts = Counter(level for level, _, _ in found)
+    console.print(Text(", ".join(f"{counts[level]} {level}" for level in LEVELS), "bold"))

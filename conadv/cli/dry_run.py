@@ -1,8 +1,6 @@
-"""``conadv train ... --dry-run``: a preview on the terminal, and the schedule as a picture."""
+"""``conadv train ... --dry-run``: a preview on the terminal."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -69,20 +67,3 @@ def _needs(shown: Preview) -> dict[str, str]:
     if shown.first_step:
         needs["resume"] = f"would go on from step {shown.first_step}"
     return needs
-
-
-def draw(shown: Preview, path: Path) -> None:
-    """The learning rate over epochs as a PNG."""
-    from matplotlib.figure import Figure
-
-    derived = shown.run.derived
-    last, schedule = derived.steps - 1, make_schedule(shown.run.config, derived)
-    steps = sorted({i * last // 999 for i in range(1000)})
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    epochs = [step / derived.steps_per_epoch for step in steps]
-    axes.plot(epochs, list(map(schedule, steps)))
-    axes.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150)

@@ -19,7 +19,8 @@ BOUNDS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("image_size", "channels"), SIDE),
     "photo_size": (8, 2**14),  # torch's resizing asserts on pictures of one pixel
     **dict.fromkeys(("rounds", "classes", "num_classes", "micro_batch_size"), COUNT),
-    **dict.fromkeys(("images", "batch", "steps"), COUNT),
+    **dict.fromkeys(("images", "batch", "batches", "steps", "accumulation", "burst"), COUNT),
+    **dict.fromkeys(("attack_ranks", "price", "memory_gib", "at_loss"), (0, MOST)),
     "width": (1, WIDEST),
     "grid": (-MOST, 1001),
     "seed": (-MOST, LARGEST_SEED),
@@ -29,7 +30,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
 
 
 def check_numbers(options: Any) -> None:
-    """Raise ConadvError for a number in ``options``, a command's dataclass, that is out of BOUNDS or not finite."""
+    """Raise ConadvError for a number in ``options``, a command's dataclass, that is out of bounds."""
     for name, value in _numbers(options):
         option = f"--{name.replace('_', '-')} {str(value)[:30]}"
         least, most = BOUNDS.get(name, (-MOST, MOST))
@@ -37,7 +38,7 @@ def check_numbers(options: Any) -> None:
             raise ConadvError(f"{option} must be a finite number, or be left out.")
         if value < least:
             raise ConadvError(f"{option} must be {least} or more.")
-        if isinstance(value, int) and value > most:
+        if value > most:
             raise ConadvError(f"{option} must be {most} or less.")
 
 

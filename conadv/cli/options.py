@@ -22,6 +22,7 @@ def parse(kind: Callable[..., T], args: Sequence[str], prog: str) -> T:
 
 def say(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()  # into a pipe, too, a line comes when it is written
 
 
 def set_threads(threads: int | None) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from conadv.cli.format import duration
+from conadv.cli.options import set_threads
+from conadv.cli.tables import fitted
 from conadv.errors import ConadvError, printable
 from conadv.planning.cost_model import KINDS, Planner, kind_of
 from conadv.planning.profile import Workload, link_of, load, save
@@ -51,7 +51,7 @@ class WorkloadArgs:
 
 @dataclass
 class Args:
-    """Predict step time, images per second, cost and the best executor and split for any number of devices.
+    """Predict step time, images per second, cost and the best executor and split of devices.
 
     First measure, on a quiet machine, with as many processes per host as the training will run:
 
@@ -63,16 +63,19 @@ class Args:
     profile: tyro.conf.Positional[Path]
     """The profile, a JSON file: read, or written by --measure."""
     measure: Literal["no", "phases", "link", "all"] = "no"
-    """Measure instead of plan: the phases of a step (makes the file), the link between the ranks (adds it), or both."""
+    """Measure instead of plan: the phases of a step (makes the file), the link between the ranks
+    (adds it), or both."""
     workload: WorkloadArgs = field(default_factory=WorkloadArgs)
     method: str = "all"
-    """Methods with commas, or all: vanilla, multiview, noise, disadv, conadv, conadv-lookahead, recycle."""
+    """Methods with commas, or all: vanilla, multiview, noise, disadv, conadv, conadv-lookahead,
+    recycle."""
     devices: str = "1,8,64,512,4096"
     """Numbers of devices, with commas."""
     global_batch_size: str = "32768"
     """Clean images per update; several with commas."""
     micro_batch_size: int | None = None
-    """Clean images per forward pass, which batch norm sees (default: the largest measured one that divides)."""
+    """Clean images per forward pass, which batch norm sees (default: the largest measured one that
+    divides)."""
     staleness: int = 1
     """tau of conadv."""
     executor: Literal["auto", "inline", "ranks"] = "auto"
@@ -91,7 +94,8 @@ class Args:
     images_per_epoch: int = 1_281_167
     """Training images (default: ImageNet's)."""
     steps: int | None = None
-    """Updates of the whole training: adds the time that they take, loading, evaluation and checkpoints not counted."""
+    """Updates of the whole training: adds the time that they take, without loading, evaluation and
+    checkpoints."""
     figure: Path | None = None
     """Write images per second and overhead over devices as PNG."""
     json: Path | None = None
@@ -124,13 +128,6 @@ def plan_of(args: Args) -> tuple[Planner, list[Row], list[dict[str, Any]]]:
         raise ConadvError(
             "--staleness must be 1 or more; for staleness 0 plan disadv, which it is."
         )
-    if args.attack_ranks is not None and args.attack_ranks < 0:
-        raise ConadvError("--attack-ranks must be 0 or more.")
-    for name in ("price", "memory_gib"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value <= 1e12:
-            option = name.replace("_", "-")
-            raise ConadvError(f"--{option} {value} must be more than 0 and at most 10^12.")
     methods = list(KINDS) if args.method == "all" else [x.strip() for x in args.method.split(",")]
     for method in methods:
         kind_of(method)
@@ -157,8 +154,6 @@ def numbers(name: str, text: str) -> list[int]:
 
 def _measure(args: Args) -> None:
     """Measure what was asked for; rank 0 writes the file. Collective."""
-    import torch
-
     from conadv.distributed.comm import Comm
     from conadv.models.own import trust
     from conadv.planning.measure import measure_link, measure_phases
@@ -166,8 +161,7 @@ def _measure(args: Args) -> None:
 
     work = args.workload
     trust(work.model)
-    if work.threads is not None:
-        torch.set_num_threads(work.threads)
+    set_threads(work.threads)
     keep_freed_memory()
     comm = Comm.from_environment(work.device)
     try:
@@ -187,13 +181,13 @@ def _measure(args: Args) -> None:
         comm.close()
 
 
-# ---- the table
+# The table
 
 DROPPED = (
     "GiB",
     "micro-batch",
     "batch",
-    "device-s\nper epoch",
+    "device-s per epoch",
     "hidden",
     "overhead",
     "limit",
@@ -202,47 +196,28 @@ DROPPED = (
 """Columns that a terminal too narrow for all goes without, in this order."""
 LEFT = ("method", "executor", "micro-batch", "limit", "basis")
 LEGEND = (
-    "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the number of "
-    "ranks, L the link.",
-    "executor: learners, or learners:attack ranks. Devices beyond them would make no step faster.",
-    "overhead: step time over that of noise on as many learners; hidden: the share of the attack's time that "
-    "the step does not pay for.",
-    "limit: what the step would gain most by, were it free; memory, where it made the micro-batch smaller.",
+    "basis: m = inside the measured points; outside of them or given: B the micro-batch, R the "
+    "number of ranks, L the link.",
+    "executor: learners, or learners:attack ranks. More devices would make no step faster.",
+    "overhead: step time over that of noise on as many learners; hidden: the share of the attack's "
+    "time that the step does not pay for.",
+    "limit: the step's bottleneck; memory, where it made the micro-batch smaller.",
 )
 
 
 def show(
-    planner: Planner,
-    rows: Sequence[Row],
-    omitted: Sequence[dict[str, Any]],
-    args: Args,
-    console: Console | None = None,
+    planner: Planner, rows: Sequence[Row], omitted: Sequence[dict[str, Any]], args: Args
 ) -> None:
-    """Write the table, its legend and what was left out to ``console`` (standard output by default)."""
-    console = console or Console(highlight=False)
+    """Print the table, its legend and what was left out."""
+    console = Console(highlight=False)
     console.print(printable(about(planner)), markup=False)
-    names, unlimited = list(cells(rows[0], args)), console.options.update(width=1000)
-    table = table_of(rows, names, args)
-    for name in DROPPED:
-        if console.measure(table, options=unlimited).maximum > console.width:
-            names.remove(name)
-            table = table_of(rows, names, args)
-    console.print(table)
-    for line in (*LEGEND, *_left_out(omitted)):
+    console.print(fitted([cells(row, args) for row in rows], console, LEFT, DROPPED))
+    reasons: dict[str, list[str]] = {}
+    for each in omitted:
+        reasons.setdefault(each["reason"], []).append(f"{each['method']} on {each['devices']}")
+    left_out = [f"left out: {', '.join(which)}: {reason}" for reason, which in reasons.items()]
+    for line in (*LEGEND, *left_out):
         console.print(f"- {line}", markup=False)
-
-
-def table_of(rows: Sequence[Row], names: Sequence[str], args: Args) -> Table:
-    """One line per row, a section for each number of devices."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, header_style="bold")
-    for name in names:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        here = row.global_batch, row.devices
-        ends = following is not None and here != (following.global_batch, following.devices)
-        values = cells(row, args)
-        table.add_row(*(values[name] for name in names), end_section=ends)
-    return table
 
 
 def cells(row: Row, args: Args) -> dict[str, str]:
@@ -261,7 +236,7 @@ def cells(row: Row, args: Args) -> dict[str, str]:
         "images/s": f"{found.images_per_second:,.0f}",
         "overhead": f"{row.overhead:.2f}",
         "hidden": "-" if row.hidden is None else f"{100 * row.hidden:.0f} %",
-        "device-s\nper epoch": f"{epoch:,.0f}",
+        "device-s per epoch": f"{epoch:,.0f}",
         "GiB": f"{row.memory / GIB:.2f}",
         "limit": row.limit,
         "basis": "".join(name[0].upper() for name in row.extrapolated) or "m",
@@ -274,53 +249,31 @@ def cells(row: Row, args: Args) -> dict[str, str]:
 def about(planner: Planner) -> str:
     """The workload, the machine and the link on one line."""
     profile, work, link = planner.profile, planner.profile.workload, planner.link
-    device = "device" if profile.device == "cuda" else "processor"
-    rate = (
-        "none"
-        if link is None
-        else f"{8e-9 / link.seconds_per_byte:.3g} Gbit/s and {1e6 * link.latency:.3g} us per step of an "
-        "all-reduce"
-    )
+    machine = profile.machine.get("device" if profile.device == "cuda" else "processor")
+    rate = "none"
+    if link is not None:
+        gbit, latency = 8e-9 / link.seconds_per_byte, 1e6 * link.latency
+        rate = f"{gbit:.3g} Gbit/s and {latency:.3g} us per step of an all-reduce"
     return (
-        f"{work.model}, {work.image_size}x{work.image_size}, {work.precision}, {work.optimizer}; measured on "
-        f"{profile.machine.get(device, profile.device)}, {profile.processes} process(es) of "
+        f"{work.model}, {work.image_size}x{work.image_size}, {work.precision}, {work.optimizer}; "
+        f"measured on {machine or profile.device}, {profile.processes} process(es) of "
         f"{profile.threads} thread(s); link: {rate}"
     )
 
 
-def _left_out(omitted: Sequence[dict[str, Any]]) -> Iterator[str]:
-    reasons: dict[str, list[str]] = {}
-    for each in omitted:
-        reasons.setdefault(each["reason"], []).append(f"{each['method']} on {each['devices']}")
-    for reason, which in reasons.items():
-        yield f"left out: {', '.join(which)}: {reason}"
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Images per second and overhead over devices for the first global batch, as a picture.
-
-    Filled markers are within what was measured, empty ones beyond.
-    """
+    """Images per second and overhead over devices, for the first global batch, as a picture."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.global_batch == rows[0].global_batch]
+    columns = ("devices", "method", "Images per second (clean images)", "Step time over noise's")
+    first = [row for row in rows if row.global_batch == rows[0].global_batch]
+    values = [(r.devices, r.method, r.prediction.images_per_second, r.overhead) for r in first]
     figure = Figure(figsize=(10, 4.8), layout="constrained")
-    panels = figure.subplots(1, 2)
-    values = (lambda row: row.prediction.images_per_second, lambda row: row.overhead)
-    titles = ("Images per second (clean images)", "Overhead: step time over that of noise")
-    for axes, value, title in zip(panels, values, titles, strict=True):
-        for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
-            mine = [row for row in rows if row.method == method]
-            x, y = [row.devices for row in mine], list(map(value, mine))
-            axes.plot(x, y, color=f"C{number}", label=method, linewidth=1.4)
-            for a, b, row in zip(x, y, mine, strict=True):
-                fill = "white" if row.extrapolated else f"C{number}"
-                axes.plot(a, b, "o", color=f"C{number}", markerfacecolor=fill, markersize=5)
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="devices (empty marker: beyond what was measured)", title=title)
-        axes.set_xticks(ticks := sorted({row.devices for row in rows}), [f"{n}" for n in ticks])
+    for axes, title in zip(figure.subplots(1, 2), columns[2:], strict=True):
+        frame = pd.DataFrame(values, columns=columns)
+        curves = frame.pivot(index="devices", columns="method", values=title)
+        curves.plot(ax=axes, title=title, marker="o", logx=True, logy=title == columns[2])
         axes.grid(alpha=0.25)
-    panels[0].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

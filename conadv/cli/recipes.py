@@ -14,6 +14,9 @@ class Args:
 
 
 def command(args: Args) -> None:
+    say(recipe_list())
+
+
+def recipe_list() -> str:
     width = max(map(len, recipes.RECIPES))
-    for name in recipes.RECIPES:
-        say(f"  {name:<{width}}  {recipes.summary(name)}")
+    return "\n".join(f"  {name:<{width}}  {recipes.summary(name)}" for name in recipes.RECIPES)

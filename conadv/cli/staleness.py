@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from conadv.cli.options import say
 from conadv.errors import ConadvError, printable
 from conadv.training.documents import probes
 from conadv.training.record import read_lines
@@ -27,9 +27,8 @@ def command(args: Args) -> None:
     """Print each run's table and write its picture. Raises ConadvError for a run without probe lines."""
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv staleness RUN...")
-    read = [
-        (RunDir(path), _lines(RunDir(path))) for path in args.runs
-    ]  # all before the first write
+    runs = list(map(RunDir, args.runs))
+    read = [(run, _lines(run)) for run in runs]  # all before the first write
     from conadv.analysis.staleness import draw, table, text
     from conadv.analysis.style import to_png
 
@@ -41,12 +40,8 @@ def command(args: Args) -> None:
                 "Let the run go on: --resume."
             )
         image = to_png(draw(rows, _title(run, lines)))
-        try:
-            run.staleness.write_bytes(image)
-        except OSError as error:
-            raise ConadvError(f"Cannot write {printable(run.staleness)}: {error}.") from error
-        sys.stdout.write(f"{printable(run.path)}\n{text(rows)}\n")
-        sys.stdout.write(f"picture: {printable(run.staleness)}\n")
+        run.staleness.write_bytes(image)
+        say(f"{printable(run.path)}\n{text(rows)}\npicture: {printable(run.staleness)}")
 
 
 def _lines(run: RunDir) -> list[dict[str, Any]]:

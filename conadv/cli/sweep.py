@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
+from rich.progress import BarColumn, Progress, TextColumn
 
-from conadv.cli.watch import RunState, duration
+from conadv.cli.format import duration
+from conadv.cli.options import say
+from conadv.cli.watch import RunState
 from conadv.errors import ConadvError, printable
 from conadv.sweep.cells import Run, expand
 from conadv.sweep.choose import Result
@@ -90,41 +90,29 @@ def command(args: Args) -> None:
 
 
 class Display:
-    """A line for each run that ended; on a terminal also bars with the time left.
+    """A line for each run that ended; on a terminal also a bar with the time left.
 
     ``folder``: where the run directories are, whose records tell how far runs are.
     """
 
     def __init__(self, folder: Path, workers: int, quiet: bool) -> None:
         self._folder, self._workers = folder, workers
-        self._states: dict[str, tuple[TaskID, RunState, float]] = {}
+        self._states: dict[str, tuple[RunState, float]] = {}
         console = Console(quiet=quiet, highlight=False)
-        name = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # cut, so that no number is
-        self.bars = Progress(
-            TextColumn("{task.description}", markup=False, table_column=name),
-            *(
-                BarColumn(16),
-                TextColumn("{task.percentage:3.0f} %"),
-                TextColumn("{task.fields[left]}"),
-            ),
-            console=console,
-            disable=quiet or not console.is_terminal,
-            expand=True,
-        )
-        self._all = self.bars.add_task("", total=1.0, left="")
+        columns = (BarColumn(None), TextColumn("{task.percentage:3.0f} %  {task.description}"))
+        hidden = quiet or not console.is_terminal
+        self.bars = Progress(*columns, console=console, disable=hidden, expand=True)
+        self._all = self.bars.add_task("", total=1.0)
 
     def show(
         self, going: list[Run], ended: Ended, runs: list[Run], results: dict[str, Result]
     ) -> None:
         """``runs``: all that there will be, ``results``: of those that ended."""
-        for run, _ in ended:
-            if run.name in self._states:
-                self.bars.remove_task(self._states.pop(run.name)[0])
         shares = {run.name: self._share(run) for run in going}
         share, seconds = forecast(runs, results, shares, self._workers)
         count = f"{sum(run.name in results for run in runs)} of {len(runs)} runs"
         left = f"left {duration(seconds)}" if seconds else ""
-        self.bars.update(self._all, description=count, completed=share, left=left)
+        self.bars.update(self._all, description=f"{count} {left}", completed=share)
         for run, result in ended:
             error = (result.error or "").partition("\n")[0]
             how = f"failed: {error}" if error else f"{result.seconds:.1f} s"
@@ -133,17 +121,13 @@ class Display:
 
     def _share(self, run: Run) -> tuple[float, float]:
         """(share done, seconds) of a run under way."""
-        if run.name not in self._states:
-            task = self.bars.add_task(f"  {run.name}", total=1.0, left="")
-            self._states[run.name] = task, RunState(self._folder / run.name), time.monotonic()
-        task, state, begun = self._states[run.name]
+        new = RunState(self._folder / run.name), time.monotonic()
+        state, begun = self._states.setdefault(run.name, new)
         with suppress(ConadvError):  # an unreadable record stops its own run and nothing else
             state.update()
         if not state.total:  # it is loading its data
-            self._states[run.name] = task, state, time.monotonic()
-        share = state.done / (state.total or 1)
-        self.bars.update(task, completed=share)
-        return share, time.monotonic() - begun
+            self._states[run.name] = state, time.monotonic()
+        return state.done / (state.total or 1), time.monotonic() - begun
 
 
 def show_troubles(schedule: Schedule) -> None:
@@ -151,29 +135,22 @@ def show_troubles(schedule: Schedule) -> None:
     failed = [result.diverged for result in schedule.results.values() if result.error is not None]
     if failed:
         count = f"{len(failed)} run(s) failed, {sum(failed)} of them diverged"
-        _say(f"{count}: see sweep.json. --retry-failed tries them again.")
+        say(f"{count}: see sweep.json. --retry-failed tries them again.")
     for index, cell in enumerate(schedule.plan.cells):
         if schedule.blocked(index):
-            _say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")
+            say(f"no choice for {cell.arm} at {cell.settings}: trials failed, or all diverged")
 
 
 def show_plan(schedule: Schedule, workers: int) -> None:
-    """Runs, their share of the time by arm, and the time left once runs have told it."""
+    """How many runs each arm has, and the time left once runs have told it."""
     runs, plan = schedule.runs(), schedule.plan
-    total = sum(run.cost for run in runs)
     for arm in plan.spec.arms:
         cells = [cell for cell in plan.cells if cell.arm == arm]
-        tuning = [plan.runs[name] for cell in cells for t in cell.trials for name in t.tuning]
-        confirming = [plan.runs[name] for cell in cells for name in cell.trials[0].confirming]
-        share = 100 * sum(run.cost for run in tuning + confirming) / total
-        counts = f"{len(cells)} cell(s), {len(tuning)} tuning and {len(confirming)} confirming runs"
-        _say(f"{arm}: {counts}, {share:.0f} % of the time")
+        tuning = sum(len(trial.tuning) for cell in cells for trial in cell.trials)
+        confirming = sum(len(cell.trials[0].confirming) for cell in cells)
+        say(f"{arm}: {len(cells)} cell(s), {tuning} tuning and {confirming} confirming runs")
     done = sum(run.name in schedule.results for run in runs)
-    _say(f"{len(runs)} runs in all, {done} of them done; in {printable(schedule.folder.out)}")
+    say(f"{len(runs)} runs in all, {done} of them done; in {printable(schedule.folder.out)}")
     _, seconds = forecast(runs, schedule.results, {}, workers)
     if seconds is not None:
-        _say(f"about {duration(seconds)} left with --jobs {workers}")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+        say(f"about {duration(seconds)} left with --jobs {workers}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from conadv.cli.options import say
 from conadv.errors import ConadvError, printable
 from conadv.methods import METHODS
 from conadv.safe_io import refuse_links, write_atomic
@@ -29,7 +29,7 @@ EVEN = 0.05  # shares of ranks that lie within this are one share
 
 @dataclass
 class Args:
-    """Show what ran beside what in a run: a trace for ui.perfetto.dev, a picture, and the hidden shares."""
+    """Show what ran beside what in a run: a trace, a picture, and the hidden shares."""
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
@@ -51,9 +51,9 @@ def command(args: Args) -> None:
     found = timeline(read_lines(record), printable(record))
     out = args.out or RunDir(args.run).timeline
     _write(found, steps, out)
-    sys.stdout.write("\n".join(text(found)) + "\n")
-    sys.stdout.write(f"trace:   {printable(out / TRACE)} (open it at ui.perfetto.dev)\n")
-    sys.stdout.write(f"picture: {printable(out / PICTURE)}\n")
+    say("\n".join(text(found)))
+    say(f"trace:   {printable(out / TRACE)} (open it at ui.perfetto.dev)")
+    say(f"picture: {printable(out / PICTURE)}")
 
 
 def _write(found: Timeline, steps: range | None, out: Path) -> None:
@@ -63,14 +63,9 @@ def _write(found: Timeline, steps: range | None, out: Path) -> None:
 
     image = to_png(picture(found, steps or window(found), title(found)), dpi=200)
     events = json.dumps(trace(found), separators=(",", ":"), allow_nan=False)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / PICTURE).write_bytes(image)
-        write_atomic(out / TRACE, events + "\n")
-    except OSError as error:
-        raise ConadvError(
-            f"Cannot write into {printable(out)}: {error}. Choose another --out."
-        ) from error
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PICTURE).write_bytes(image)
+    write_atomic(out / TRACE, events + "\n")
 
 
 def parse_steps(value: str) -> range:
@@ -84,10 +79,8 @@ def parse_steps(value: str) -> range:
 def title(found: Timeline) -> str:
     """Method, executor, ranks; of what the record says only names that this version knows."""
     method, executor = found.config.get("method"), found.execution.get("executor")
-    known = (
-        [method] if method in list(METHODS) else []
-    )  # a list: a record's value may be unhashable
-    known += [f"executor {executor}"] if executor in EXECUTORS else []
+    known = [name for name in METHODS if name == method]
+    known += [f"executor {name}" for name in EXECUTORS if name == executor]
     counts = {"learner": len(found.ranks("learner")), "attack rank": len(found.ranks("attack"))}
     ranks = [f"{n} {name}{'s' * (n > 1)}" for name, n in counts.items() if n]
     return ", ".join([*known, " + ".join(ranks)])
@@ -131,15 +124,11 @@ def _hidden(name: str, hidden: Hidden | None) -> str:
     shares = hidden.by_rank.values() or [0.0]
     low, high = min(shares), max(shares)
     spread = f" (by learner: {_percent(low)} to {_percent(high)})" if high - low > EVEN else ""
-    delay = (
-        f" Only slower learners were missing for {_ms(hidden.delay)} ms."
-        if hidden.delay > 1e-5
-        else ""
-    )
-    return (
-        f"{name}: {_percent(hidden.share)} hidden{spread}. "
-        f"{_ms(hidden.seconds)} ms per step, {beside}, {_ms(hidden.exposed)} ms exposed.{delay}"
-    )
+    text = f"{name}: {_percent(hidden.share)} hidden{spread}. {_ms(hidden.seconds)} ms per step, "
+    text += f"{beside}, {_ms(hidden.exposed)} ms exposed."
+    if hidden.delay > 1e-5:
+        text += f" Only slower learners were missing for {_ms(hidden.delay)} ms."
+    return text
 
 
 def _ms(seconds: float) -> str:

@@ -14,6 +14,7 @@ import tyro
 from pydantic import Field
 
 from conadv.cli.options import say, set_threads, trust
+from conadv.cli.recipes import recipe_list
 from conadv.config import recipes
 from conadv.config.files import home, load_yaml
 from conadv.config.overrides import given_settings, override
@@ -33,17 +34,15 @@ class RunOptions(Section):
     resume: bool = False
     """Continue the run in --out from its newest checkpoint."""
     auto_resume: bool = False
-    """Continue the run of these settings in --out if there is one, else start it: one command for every start of a
-    job that may be pre-empted."""
+    """Continue the run of these settings in --out if there is one, else start it: one command for
+    every start of a job that may be pre-empted."""
     overwrite: bool = False
     """Delete the run that is in --out first."""
     quiet: bool = False
     """Show nothing but errors."""
     dry_run: bool = False
-    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time, and end before
-    the first step. Writes nothing."""
-    figure: Path | None = None
-    """With --dry-run: also write the schedule as this PNG."""
+    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time,
+    and end before the first step. Writes nothing."""
     tensorboard: bool = False
     """Also write TensorBoard scalars into OUT/tensorboard."""
     wandb: bool = False
@@ -52,17 +51,19 @@ class RunOptions(Section):
     threads: int | None = Field(None, ge=1, le=4096)
     """CPU threads that torch uses (bitwise repeatability needs the same number)."""
     comm_timeout: float = 600.0
-    """Seconds after which a rank that does not answer ends the others (torchrun with several processes). With attack
-    ranks, which wait meanwhile, it must be longer than an evaluation and a checkpoint."""
+    """Seconds after which a rank that does not answer ends the others (torchrun with several
+    processes). With attack ranks, which wait meanwhile, it must be longer than an evaluation and a
+    checkpoint."""
     executor: Literal["auto", "inline", "stream", "ranks"] = "auto"
     """When and where the attack on a future batch runs; auto picks, and the record says why."""
     attack_ranks: int = Field(0, le=2**20)
     """How many of torchrun's processes do nothing but attack (conadv only)."""
     late: Literal["wait", "skip"] = "wait"
-    """If attack ranks are late: wait (same bits as without them), or skip the adversarial images of that step."""
+    """If attack ranks are late: wait (same bits as without them), or skip the adversarial images of
+    that step."""
     on_attack_loss: Literal["stop", "continue"] = "stop"
-    """When an attack rank dies or cannot be reached: end the run, or let the learners attack in its place (same bits;
-    attack ranks then need a torchrun of their own)."""
+    """When an attack rank dies or cannot be reached: end the run, or let the learners attack in its
+    place (same bits; attack ranks then need a torchrun of their own)."""
     timeline_steps: int = Field(200, le=10**9)
     """For so many steps the record says when each phase ran on each rank (conadv timeline)."""
 
@@ -97,7 +98,9 @@ SET_FIRST = {  # option: what it is, short enough for 80 columns
 def main(args: Sequence[str]) -> None:
     """Parse, resolve, train. A recipe's name or --config FILE comes first."""
     if not args or args[0] in ("-h", "--help"):
-        say(_recipe_list())
+        say("usage: conadv train RECIPE [options], or conadv train --config RUN/config.yaml\n")
+        say(recipe_list())
+        say("\n`conadv train RECIPE --help` shows the settings.")
     elif any(arg in ("-h", "--help") for arg in args):
         base, prog, _ = _base_config(list(args))
         say(_first_settings(base, prog))
@@ -123,21 +126,16 @@ def read_options(args: Sequence[str]) -> tuple[Config, RunOptions]:
 def _train(config: Config, options: RunOptions) -> None:
     """Train, or show what training would need. Ranks: rank 0 speaks."""
     out = options.out or default_out(config)
-    _check_dry_run(options)
     set_threads(options.threads)
     from conadv.distributed.comm import Comm
     from conadv.engine.execution import Execution
     from conadv.planning.micro_batch import settle
     from conadv.training.allocator import keep_freed_memory
+    from conadv.training.loop import train
 
     keep_freed_memory()
-    execution = Execution(
-        options.executor,
-        options.attack_ranks,
-        options.late,
-        options.on_attack_loss,
-        options.timeline_steps,
-    )
+    names = ("executor", "attack_ranks", "late", "on_attack_loss", "timeline_steps")
+    execution = Execution(**{name: getattr(options, name) for name in names})
     observer = _observer(config, options, out)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     comm = Comm.from_environment(options.device, options.comm_timeout)
@@ -150,19 +148,11 @@ def _train(config: Config, options: RunOptions) -> None:
             goes_on=options.resume or options.auto_resume or restarted,
             tell=observer.message if comm.is_main else lambda line: None,
         )
-        how: dict[str, Any] = {
-            "comm": comm,
-            "execution": execution,
-            "observer": observer,
-            "resume": options.resume,
-            "overwrite": options.overwrite,
-            "auto_resume": options.auto_resume,
-        }
+        how: dict[str, Any] = {"comm": comm, "execution": execution, "observer": observer}
+        how |= {name: getattr(options, name) for name in ("resume", "overwrite", "auto_resume")}
         if options.dry_run:
             _dry_run(config, out, options, how)
             return
-        from conadv.training.loop import train
-
         summary = train(config, out, restarted=restarted, **how)
     finally:
         comm.close()
@@ -173,28 +163,15 @@ def _train(config: Config, options: RunOptions) -> None:
 
 def _dry_run(config: Config, out: Path, options: RunOptions, how: dict[str, Any]) -> None:
     """Everything up to the first step. ``how``: what training would be called with."""
-    from conadv.cli.dry_run import draw, show
+    from conadv.cli.dry_run import show
     from conadv.planning.dry_run import preview
 
-    comm = how["comm"]
     try:
         found = preview(config, out, **how)
-        with comm.agreed():
-            if comm.is_main and options.figure is not None:
-                draw(found, options.figure)
     finally:
         how["observer"].finish()
-    if comm.is_main and not options.quiet:
+    if how["comm"].is_main and not options.quiet:
         show(found)
-
-
-def _recipe_list() -> str:
-    width = max(map(len, recipes.RECIPES))
-    rows = [f"  {name:<{width}}  {recipes.summary(name)}" for name in recipes.RECIPES]
-    usage = (
-        "usage: conadv train RECIPE [options], or conadv train --config RUN/config.yaml [options]"
-    )
-    return "\n".join([usage, "", *rows, "", "`conadv train RECIPE --help` shows the settings."])
 
 
 def _first_settings(base: Config, prog: str) -> str:
@@ -219,27 +196,27 @@ def _first_settings(base: Config, prog: str) -> str:
 
 
 def _base_config(args: list[str]) -> tuple[Config, str, list[str]]:
-    """The config that options apply to: the recipe named first, or a saved file."""
-    named = not args[0].startswith("-")
-    for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name == "--config":
-            path = value or (args[i + 1] if i + 1 < len(args) else "")
-            if named:
-                raise ConadvError(
-                    f"Give a recipe ({args[0]}) or --config, not both: the file holds every setting."
-                )
-            if not path:
-                raise ConadvError("--config needs a file, such as RUN/config.yaml.")
-            rest = args[:i] + args[i + (1 if value else 2) :]
-            # a stranger's file must not make this machine write somewhere: --download is given anew
-            base = replace(load_yaml(Path(path)), data__download=False)
-            return base, f"conadv train --config {path}", rest
-    if not named:
+    """The config that options apply to (the recipe named first, or a saved file), and the rest."""
+    recipe = None if args[0].startswith("-") else args[0]
+    # --config=FILE, or --config FILE
+    words = [word for arg in args for word in re.split("(?<=^--config)=", arg, maxsplit=1)]
+    if "--config" not in words:
+        if recipe is None:
+            raise ConadvError(
+                "Name the recipe first: conadv train RECIPE [options]. `conadv recipes` lists them."
+            )
+        return recipes.get(recipe), f"conadv train {recipe}", args[1:]
+    if recipe is not None:
         raise ConadvError(
-            "Name the recipe first: conadv train RECIPE [options]. `conadv recipes` lists them."
+            f"Give a recipe ({recipe}) or --config, not both: the file holds every setting."
         )
-    return recipes.get(args[0]), f"conadv train {args[0]}", args[1:]
+    at = words.index("--config")
+    path = "".join(words[at + 1 : at + 2])
+    if not path:
+        raise ConadvError("--config needs a file, such as RUN/config.yaml.")
+    # a stranger's file must not make this machine write somewhere: --download is given anew
+    base = replace(load_yaml(Path(path)), data__download=False)
+    return base, f"conadv train --config {path}", words[:at] + words[at + 2 :]
 
 
 def _with_absolute_folder(config: Config) -> Config:
@@ -251,7 +228,7 @@ def _with_absolute_folder(config: Config) -> Config:
 
 
 def default_out(config: Config) -> Path:
-    """runs/RECIPE/METHOD...; the recipe's name may come from somebody's file, and must not lead out of runs."""
+    """runs/RECIPE/METHOD...; a recipe's name from somebody's file must not lead out of runs."""
     if not re.fullmatch(r"\w[\w.-]{0,99}", config.recipe):
         shown = printable(config.recipe)[:100]
         raise ConadvError(f"The recipe's name {shown!r} cannot be a folder's. Give --out.")
@@ -259,14 +236,6 @@ def default_out(config: Config) -> Path:
     method = config.method + tau + ("-lookahead" if config.lookahead else "")
     name = f"{method}-{config.optim.name}-batch{config.global_batch_size}-seed{config.seed}"
     return Path("runs") / config.recipe / name
-
-
-def _check_dry_run(options: RunOptions) -> None:
-    """ConadvError for an option that has no effect without another."""
-    if options.figure is not None and not options.dry_run:
-        raise ConadvError(
-            "--figure has no effect without --dry-run. Give it too, or leave --figure out."
-        )
 
 
 def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
@@ -285,12 +254,10 @@ def _observer(config: Config, options: RunOptions, out: Path) -> Observer:
 
 
 def _result_line(summary: dict[str, Any]) -> str:
-    def percent(name: str) -> str:
-        value = summary[name]
-        return f"{100 * value:.2f} %" if isinstance(value, float) else "-"
-
+    names = ("test_accuracy", "robust_accuracy", "train_accuracy", "attack_seconds_share")
+    known = [summary[name] for name in names]
+    test, robust, train, share = ("-" if x is None else f"{100 * x:.2f} %" for x in known)
     return (
-        f"test accuracy {percent('test_accuracy')}, under attack {percent('robust_accuracy')}, "
-        f"train accuracy {percent('train_accuracy')}; {summary['steps']} steps in {summary['seconds']:.1f} s, "
-        f"attack share {percent('attack_seconds_share')}"
+        f"test accuracy {test}, under attack {robust}, train accuracy {train}; {summary['steps']} "
+        f"steps in {summary['seconds']:.1f} s, attack share {share}"
     )

@@ -10,22 +10,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import tyro
+from pydantic import Field
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from conadv.cli.format import duration
+from conadv.cli.tables import fitted
 from conadv.errors import ConadvError, printable
-from conadv.safe_io import JSON_BYTES, LINE_BYTES, parse_json, read_text, refuse_links
+from conadv.safe_io import LINE_BYTES, Count, Document, Number, parse_json, refuse_links
 from conadv.training.documents import read_sweep
 
 DEPTH = 4
 """Levels of folders in which runs are looked for."""
 STATES = ("running", "waiting", "silent", "failed", "stopped", "finished")
-"""How a run may stand, in the order of the table."""
+"""The states of a run, in the order of the table."""
 SLOW_PHASES = {
     "data": "use more --data.num-workers, smaller files or a faster disk",
     "wait": "ranks wait for the network or for each other, see conadv timeline",
@@ -39,13 +40,11 @@ MEANS = {
     "broken": "line(s) of the record cannot be read",
 }
 """What is counted in a record -> the warning."""
-BLOCKS = "▁▂▃▄▅▆▇█"
-Values = dict[str, Any]
 
 
 @dataclass
 class Args:
-    """Show a run as it goes: progress, losses, accuracies, where the time goes, events, warnings.
+    """Show runs as they go: progress, losses, accuracies, where the time goes, events, warnings.
 
     RUN may also be the folder of a sweep, or any folder of runs. Only files are read, so a run on
     another machine can be watched through a shared disk. Ends when the run has ended, or by Ctrl-C,
@@ -60,26 +59,20 @@ class Args:
     """Seconds between looks."""
 
 
-def number(values: Values, key: str) -> float | None:
-    """The number below ``key``; None where a hostile or older file has something else there."""
-    value = values.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    return value if abs(value) < 1e100 else None
+class Line(Document):
+    """The fields of a record that are shown, of all types of lines."""
 
-
-def mapping(values: Values, key: str) -> Values:
-    """The first entries of the mapping below ``key``, with printable names."""
-    found = values.get(key)
-    entries = list(found.items())[:12] if isinstance(found, dict) else []
-    return {printable(name[:20]): value for name, value in entries}
-
-
-def shown(values: Values, key: str, percent: bool = False) -> str:
-    value = number(values, key)
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f} %" if percent else f"{value:.{10 if value == int(value) else 4}g}"
+    type: str
+    steps: Count = 0
+    step: Count = 0
+    loss: Number | None = None
+    lr: Number | None = None
+    seconds: Number | None = None
+    phases: dict[str, Number] = Field({})
+    skipped: str = ""
+    late: bool = False
+    split: str = ""
+    accuracy: Number | None = None
 
 
 class RunState:
@@ -87,28 +80,23 @@ class RunState:
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name = path, printable(name or path.resolve().name)
-        self.summary: Values | None = None
         self._start(0)
 
     def _start(self, inode: int) -> None:
-        self.header: Values = {}
-        self.recent: deque[Values] = deque(maxlen=50)
-        self.losses: list[float] = []
-        self.evals: dict[str, Values] = {}
+        self.total = 0
+        """Planned steps; 0 while unknown."""
+        self.last = Line(type="")
+        self.recent: deque[Line] = deque(maxlen=50)
+        self.accuracies: dict[str, Line] = {}
         self.events: deque[str] = deque(maxlen=5)
         self.counts: Counter[str] = Counter()
         self.ended: str | None = None
         self._inode, self._offset = inode, 0
 
-    def update(self, *, summary_only: bool = False) -> None:
-        """Read on. ``summary_only``: leave out the record of a finished run."""
-        with suppress(OSError, ValueError, TypeError):
-            file = self.path / "summary.json"
-            if self.summary is None and not file.is_symlink():
-                self.summary = dict(parse_json(read_text(file, JSON_BYTES)))
+    def update(self) -> None:
+        """Read on. Raises ConadvError for a record that cannot be read."""
         try:
-            if self.summary is None or not summary_only:
-                self._read(self.path / "record.jsonl")
+            self._read(self.path / "record.jsonl")
         except FileNotFoundError:
             return  # the run has not begun
         except OSError as error:
@@ -124,64 +112,45 @@ class RunState:
             file.seek(self._offset)
             while (raw := file.readline(LINE_BYTES + 1)).endswith(b"\n"):
                 self._offset += len(raw)
-                self.add(raw)
+                self._add(raw)
         if len(raw) > LINE_BYTES:
             raise OSError(f"a line of the record is longer than {LINE_BYTES:,} bytes")
 
-    def add(self, raw: bytes) -> None:
-        """Take in one line of the record. What is not a line of a record is counted."""
+    def _add(self, raw: bytes) -> None:
         try:
-            line = dict(parse_json(raw.decode()))
-        except (ValueError, TypeError):
-            line = {"type": "broken"}
-        kind = str(line.get("type"))
+            line = Line.model_validate(parse_json(raw.decode()))
+        except ValueError:  # not UTF-8, not JSON, or not what conadv writes
+            line = Line(type="broken")
+        kind = line.type
         self.counts[kind] += 1
+        self.counts.update(name for name in ("skipped", "late") if getattr(line, name))
         if kind == "header":
-            self.header = line
+            self.total = line.steps
         elif kind == "step":
+            self.last = line
             self.recent.append(line)
-            self.losses += [loss for loss in [number(line, "loss")] if loss is not None]
-            self.counts.update(name for name in ("skipped", "late") if line.get(name))
         elif kind == "eval":
-            self.evals[printable(str(line.get("split"))[:20])] = line
+            self.accuracies[printable(line.split[:20])] = line
         if kind in ("step", "stop", "error", "resume"):
             self.ended = {"stop": "stopped", "error": "failed"}.get(kind)
-        if kind in ("stop", "error", "resume", "bad_image") or line.get("skipped"):
-            names = ("step", "skipped", "signal", "message", "path", "reason", "damaged")
-            told = [f"{name} {line[name]}"[:200] for name in names if line.get(name)]
-            self.events.append(printable("  ".join([kind, *told])))
-
-    @property
-    def last(self) -> Values:
-        return self.recent[-1] if self.recent else {}
-
-    @property
-    def total(self) -> int:
-        """Planned steps; 0 while unknown."""
-        return int(number(self.summary or self.header, "steps") or 0)
+        if kind in ("stop", "error", "resume", "bad_image") or line.skipped:
+            self.events.append(printable(raw.decode()[:300].strip()))
 
     @property
     def done(self) -> int:
-        step = number(self.last, "step")
-        return self.total if self.summary else 0 if step is None else int(step) + 1
+        return self.last.step + bool(self.recent)
 
-    def step_seconds(self) -> float:
-        """Median of the recent steps; the first of a run allocates and is left out. 0: unknown."""
-        known = [number(step, "seconds") or 0.0 for step in self.recent]
-        return median(known[1:] or known) if known else 0.0
-
-    def left(self) -> str:
-        """The time that the steps to come take; empty unless the run is going."""
-        seconds = self.step_seconds() * max(0, self.total - self.done)
-        return duration(seconds) if self.state() == "running" else ""
-
-    def phase_shares(self) -> dict[str, float]:
-        """Phase -> its share of the recent steps, the largest first."""
-        sums: Counter[str] = Counter()
-        for phases in (mapping(step, "phases") for step in self.recent):
-            sums.update({name: max(0.0, number(phases, name) or 0.0) for name in phases})
-        total = sum(sums.values()) or 1.0
-        return {name: seconds / total for name, seconds in sums.most_common(10)}
+    def state(self) -> str:
+        """One of STATES."""
+        if (self.path / "failed.json").is_file():
+            return "failed"
+        if (self.path / "summary.json").is_file() and not (self.path / "summary.json").is_symlink():
+            return "finished"
+        if self.ended is not None:
+            return self.ended
+        if self.age() > max(30.0, 10 * self.step_seconds()):
+            return "silent"
+        return "running" if self.recent else "waiting"
 
     def age(self) -> float:
         """Seconds since the run wrote something."""
@@ -191,15 +160,41 @@ class RunState:
                 times.append(path.lstat().st_mtime)
         return time.time() - max(times)
 
-    def state(self) -> str:
-        """One of STATES."""
-        if (self.path / "failed.json").is_file():
-            return "failed"
-        if self.summary is not None or self.ended is not None:
-            return self.ended if self.summary is None and self.ended else "finished"
-        if self.age() > max(30.0, 10 * self.step_seconds()):
-            return "silent"
-        return "running" if self.recent else "waiting"
+    def step_seconds(self) -> float:
+        """Median of the recent steps; the first of a run allocates and is left out. 0: unknown."""
+        known = [line.seconds or 0.0 for line in self.recent]
+        return median(known[1:] or known or [0.0])
+
+    def phase_shares(self) -> dict[str, float]:
+        """Phase -> its share of the recent steps, the largest first."""
+        sums: Counter[str] = Counter()
+        for line in self.recent:
+            sums.update({name: max(0.0, seconds) for name, seconds in line.phases.items()})
+        total = sum(sums.values()) or 1.0
+        return {printable(name[:20]): each / total for name, each in sums.most_common(10)}
+
+    def cells(self) -> dict[str, str]:
+        """A row of the table."""
+        test, seconds, state = self.accuracies.get("test"), self.step_seconds(), self.state()
+        left = duration(seconds * max(0, self.total - self.done)) if state == "running" else ""
+        return {
+            "run": self.name.removeprefix("runs/"),
+            "state": state,
+            "step": f"{self.done}/{self.total or '?'}",
+            "loss": "-" if self.last.loss is None else f"{self.last.loss:.4g}",
+            "test": "-" if test is None else percent(test.accuracy),
+            "lr": "-" if self.last.lr is None else f"{self.last.lr:.4g}",
+            "step time": duration(seconds),
+            "left": left,
+        }
+
+    def details(self) -> Iterator[Text]:
+        """What is shown of a single run below its row."""
+        for split, found in list(self.accuracies.items())[:6]:
+            yield Text(f"{split} accuracy {percent(found.accuracy)} at step {found.step}")
+        shares = self.phase_shares().items()
+        yield Text("  ".join(f"{name} {percent(share)}" for name, share in shares))
+        yield from (Text(event, "dim") for event in self.events)
 
     def warnings(self) -> Iterator[str]:
         """What a user may want to act on."""
@@ -210,96 +205,9 @@ class RunState:
         if self.state() == "silent":
             yield f"nothing new for {self.age():.0f} s: a long evaluation, or the process is gone"
 
-    def rows(self, columns: int) -> Iterator[tuple[str, str]]:
-        """(label, value) of everything that is shown in numbers."""
-        config = self.header.get("config")
-        config = config if isinstance(config, dict) else {}
-        names = (f"{key} {config.get(key, '-')}"[:40] for key in ("recipe", "method", "seed"))
-        ranks = shown(self.header, "ranks")
-        yield "run", printable("  ".join([self.name, *names, f"ranks {ranks}"]))
-        share = f"{100 * self.done / self.total:.0f} %  " if self.total else ""
-        progress = f"{self.done}/{self.total or '?'}  {share}epoch {shown(self.last, 'epoch')}"
-        yield "step", f"{progress}  left {self.left() or '-'}"
-        views = mapping(self.last, "losses")
-        losses = "  ".join(f"{name} {shown(views, name)}" for name in views)
-        yield "loss", f"{shown(self.last, 'loss')}  {losses}"
-        yield "", curve(self.losses, columns)
-        norm, staleness = shown(self.last, "grad_norm"), shown(self.last, "staleness")
-        yield "lr", f"{shown(self.last, 'lr')}  gradient norm {norm}  staleness {staleness}"
-        seconds = self.step_seconds()
-        rate = (number(config, "global_batch_size") or 0) / (seconds or 1)
-        yield "step time", f"{1000 * seconds:.4g} ms  {rate:,.0f} images/s"
-        for split, found in list(self.evals.items())[:6]:
-            yield split, f"{shown(found, 'accuracy', percent=True)}  at step {shown(found, 'step')}"
-        shares = self.phase_shares().items()
-        yield "phases", "  ".join(f"{name} {100 * part:.1f} %" for name, part in shares)
 
-
-def curve(values: list[float], columns: int) -> str:
-    """The largest value of each column, from the first to the last."""
-    stride = max(1, -(-len(values) // columns))
-    heights = [max(values[i : i + stride]) for i in range(0, len(values), stride)]
-    top = max([*heights, 1e-30])
-    return "".join(BLOCKS[max(0, round(7 * height / top))] for height in heights)
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss, or days and hours."""
-    whole = round(seconds)
-    if whole >= 86400:
-        return f"{whole // 86400} d {whole % 86400 // 3600} h"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
-
-
-def detail(run: RunState, width: int) -> RenderableType:
-    """One frame of one run. Values wrap where it is narrow; labels are cut."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True, max_width=10, overflow="ellipsis")
-    table.add_column(overflow="fold")
-    table.add_row("state", run.state())
-    for label, value in run.rows(max(1, width - 12)):
-        table.add_row(label, Text(value))
-    for warning in run.warnings():
-        table.add_row("!", Text(warning, "yellow"))
-    for event in run.events:
-        table.add_row("", Text(event, "dim"))
-    return table
-
-
-def overview(runs: list[RunState], planned: int | None, width: int, height: int) -> RenderableType:
-    """One frame of many runs: counts, and a line for each run as far as there is room."""
-    counts = Counter(run.state() for run in runs)
-    of = "" if planned is None else f" of {planned}"
-    head = Text(f"{counts['finished'] + counts['failed']}{of} runs ended", "bold")
-    head.append("".join(f"  {state} {counts[state]}" for state in STATES if counts[state]))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    names = ("run", "state", "step", "loss", "test", "left")
-    for name in names:
-        table.add_column(name, no_wrap=True, justify="left" if name in names[:2] else "right")
-    ordered = sorted(runs, key=lambda run: (STATES.index(run.state()), run.age()))
-    room = max(1, height - 4)
-    rows = [cells(run) for run in ordered[:room]]
-    # the names get what the numbers leave; what tells runs apart stands at both ends of a name
-    taken = sum(max(map(len, column)) + 2 for column in zip(names[1:], *rows, strict=True))
-    half = max(2, (width - taken - 4) // 2)
-    for run, row in zip(ordered, rows, strict=False):
-        name = run.name.removeprefix("runs/")
-        short = name if len(name) <= 2 * half + 2 else f"{name[:half]}..{name[-half:]}"
-        bad = row[0] in ("silent", "failed", "stopped")
-        table.add_row(Text(short), *row, style="red" if bad else "")
-    more = [Text(f"and {len(runs) - room} more", "dim")] if len(runs) > room else []
-    return Group(head, table, *more)
-
-
-def cells(run: RunState) -> tuple[str, ...]:
-    """State, step, loss, test accuracy and time left of one run, as text."""
-    if run.summary is not None:
-        loss = shown(run.summary, "train_loss")
-        test = shown(run.summary, "test_accuracy", percent=True)
-    else:
-        loss = shown(run.last, "loss")
-        test = shown(run.evals.get("test", {}), "accuracy", percent=True)
-    return run.state(), f"{run.done}/{run.total or '?'}", loss, test, run.left()
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 class View:
@@ -310,9 +218,8 @@ class View:
             raise ConadvError(
                 f"{printable(path)} is not a folder. Give a run, or a folder of runs."
             )
-        self.path = path
+        self.path, self.runs = path, dict[Path, RunState]()
         self.single = any((path / name).is_file() for name in ("config.yaml", "record.jsonl"))
-        self.runs: dict[Path, RunState] = {}
         if self.single:
             refuse_links(path)
         elif not (path / "sweep.json").is_file() and not any(_below(path, DEPTH)):
@@ -322,7 +229,7 @@ class View:
         """Read on; returns whether nothing more will come."""
         for path in [self.path] if self.single else _below(self.path, DEPTH):
             name = "" if self.single else str(path.relative_to(self.path))
-            self.runs.setdefault(path, RunState(path, name)).update(summary_only=not self.single)
+            self.runs.setdefault(path, RunState(path, name)).update()
         states = [run.state() for run in self.runs.values()]
         ended = sum(state in ("finished", "failed", "stopped") for state in states)
         return 0 < len(states) == ended and ended >= (self.planned() or 0)
@@ -337,11 +244,23 @@ class View:
         known |= {name for cell in cells for name in cell.runs}
         return len(known) + sum(len(cell.seeds) for cell in cells if not cell.runs)
 
-    def frame(self, width: int, height: int) -> RenderableType:
-        runs = list(self.runs.values())
+    def frame(self, console: Console, height: int) -> RenderableType:
+        """Counts, a row for each run as far as there is room, and more about a single run."""
+        runs = sorted(self.runs.values(), key=lambda run: (STATES.index(run.state()), run.age()))
+        counts, planned = Counter(run.state() for run in runs), self.planned()
+        of = "" if planned is None else f" of {planned}"
+        head = f"{counts['finished'] + counts['failed']}{of} runs ended"
+        head += "".join(f"  {state} {counts[state]}" for state in STATES if counts[state])
+        room = max(1, height - 6)
+        head += f"  (not shown: {len(runs) - room})" if len(runs) > room else ""
+        rows = [run.cells() for run in runs[:room]]
+        shown: list[RenderableType] = [] if self.single else [Text(head, "bold")]
+        if rows:
+            shown.append(fitted(rows, console, ("run", "state"), ("lr", "step time")))
         if self.single:
-            return detail(runs[0], width)
-        return overview(runs, self.planned(), width, height)
+            shown += runs[0].details()
+            shown += (Text(warning, "yellow") for warning in runs[0].warnings())
+        return Group(*shown)
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
@@ -355,12 +274,11 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
                     yield from _below(child, depth - 1)
 
 
-def command(args: Args, console: Console | None = None) -> None:
+def command(args: Args) -> None:
     """Show frames until the last one."""
     if not args.interval > 0:
         raise ConadvError(f"--interval {args.interval:g} must be more than 0 seconds.")
-    console = console or Console(highlight=False)
-    view = View(args.run)
+    console, view = Console(highlight=False), View(args.run)
     over = view.look()
     if console.is_terminal and not args.once:
         with (
@@ -368,8 +286,8 @@ def command(args: Args, console: Console | None = None) -> None:
             Live(console=console, screen=True, auto_refresh=False) as live,
         ):
             while not over:
-                live.update(view.frame(console.width, console.height), refresh=True)
+                live.update(view.frame(console, console.height), refresh=True)
                 time.sleep(args.interval)
                 over = view.look()
     height = console.height - 1 if console.is_terminal else 10**6
-    console.print(view.frame(console.width, height))  # stays on the screen
+    console.print(view.frame(console, height))  # stays on the screen
