@@ -55,7 +55,7 @@ HAS_WANDB = find_spec("wandb") is not None
 BENCHES = "run small by tests/test_bench.py::test_each_benchmark_writes_json_and_a_table"
 NOT_RUN: dict[str, str] = {
     "make": "the gate's own steps, and the demo: tests/test_demo.py::test_demo_ends_in_a_report",
-    "pip install": "needs an index of packages; tests/test_package.py::test_it_runs_in_an_environment_of_its_own",
+    "pip install": "needs an index of packages; tests/test_package.py::test_it_runs_from_where_it_is_installed",
     "conadv demo": "takes minutes; tests/test_demo.py::test_demo_ends_in_a_report",
     "python benchmarks/micro.py": BENCHES,
     "torchrun --nproc-per-node 2 benchmarks/micro.py": "needs two ranks; its parts: tests/test_bench.py",

@@ -5,10 +5,9 @@ The records are written by ``record``: lines of docs/record.md with made-up time
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from conadv.analysis.picture import headline, picture, shown, window
 from conadv.analysis.shares import covered, hidden_attack, hidden_communication, overlap, summary
-from conadv.analysis.style import to_png
 from conadv.analysis.timeline import timeline
 from conadv.analysis.trace import trace
 from conadv.cli import program
@@ -40,26 +37,14 @@ ROOT = Path(__file__).parent.parent
 # from 40 to 75 (35 ms), 10 ms of it in "wait", and its whole attack lies beside that; on rank 1's from
 # 40 to 60 (20 ms), never in "wait", which comes later, and 5 of the attack's 20 ms come after it.
 OWN: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65)]
-FIRST: Spans = [
-    *OWN,
-    ("wait", 65, 75),
-    ("update", 75, 85),
-    ("network", 35, 55),
-    ("network", 50, 75),
-]
-SECOND: Spans = [
-    *OWN,
-    ("wait", 65, 66),
-    ("update", 66, 76),
-    ("network", 40, 50),
-    ("network", 45, 60),
-]
+FIRST: Spans = [*OWN, ("wait", 65, 75), ("update", 75, 85)]
+FIRST += [("network", 35, 55), ("network", 50, 75)]
+SECOND: Spans = [*OWN, ("wait", 65, 66), ("update", 66, 76)]
+SECOND += [("network", 40, 50), ("network", 45, 60)]
 
 
 def seconds(spans: Spans, begin: float) -> list[list[Any]]:
-    return [
-        [name, round((begin + a) / 1e3, 6), round((begin + b) / 1e3, 6)] for name, a, b in spans
-    ]
+    return [[name, *(round((begin + x) / 1e3, 6) for x in times)] for name, *times in spans]
 
 
 def record(
@@ -251,49 +236,33 @@ def test_a_resumed_run_has_one_clock_per_part() -> None:
     assert (found.resumed, found.steps, found.ranks("learner")) == (None, range(4), [0, 1])
 
 
-BAD_LINES: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda line: line.update(spans={"a": 1}), "spans"),
-    (lambda line: line.update(spans=[["wait", 1.0]]), "spans.0.2"),
-    (lambda line: line.update(spans=[[["wait"], 1.0, 2.0]]), "spans.0.0"),
-    (lambda line: line.update(spans=[["\x1b[31m$x", 1.0, 2.0]]), "spans.0.0"),
-    (lambda line: line.update(spans=[["wait", 0.0, float("nan")]]), "spans.0.2"),
-    (lambda line: line.update(spans=[["wait", 0.0, 10**400]]), "spans.0.2"),
-    (lambda line: line.update(step=-1), "step"),
-    (lambda line: line.update(step=1.5), "step"),
-    (lambda line: line.update(step=10**30), "step"),
-    (lambda line: line.update(rank=[1]), "rank"),
-    (lambda line: line.update(role={"x": 1}), "role"),
-    (lambda line: line.pop("type"), "type"),
+BAD_LINES: list[tuple[dict[str, Any], str]] = [
+    ({"spans": {"a": 1}}, "spans"),
+    ({"spans": [["wait", 1.0]]}, "spans.0.2"),
+    ({"spans": [["\x1b[31m$x", 1.0, 2.0]]}, "spans.0.0"),
+    ({"spans": [["wait", 0.0, float("nan")]]}, "spans.0.2"),
+    ({"step": 10**30}, "step"),
+    ({"rank": [1]}, "rank"),
 ]
 
 
 @pytest.mark.parametrize(("change", "field"), BAD_LINES)
-def test_bad_lines_are_named(change: Callable[[dict[str, Any]], Any], field: str) -> None:
+def test_bad_lines_are_named(change: dict[str, Any], field: str) -> None:
     lines = record([FIRST, SECOND], steps=3)
-    change(lines[5])
+    lines[5] |= change
     with pytest.raises(ConadvError, match=rf"^the record, line 6 .*: {field} is "):
         timeline(lines, "the record")
 
 
-anything = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=3)
-    | st.just("attack"),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
-    max_leaves=4,
-)
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+anything = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.just("a"), scalars)
 span_likes = st.tuples(st.just("wait"), anything, anything).map(list) | anything
 fields = ("step", "rank", "role", "staleness", "late", "config", "execution")
 optional = dict.fromkeys(fields, anything) | {"spans": st.lists(span_likes, max_size=3) | anything}
 kinds = st.sampled_from(["header", "step", "timeline", "resume", "eval"])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(st.fixed_dictionaries({"type": kinds}, optional=optional), st.integers(0, 6))
 def test_no_record_ends_in_a_traceback(line: dict[str, Any], place: int) -> None:
     # Red when: the type of any field is not checked.
@@ -311,9 +280,7 @@ def test_no_record_ends_in_a_traceback(line: dict[str, Any], place: int) -> None
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([{"type": "header"}, {"type": "step", "step": 0}], "--timeline-steps 200"),
-        ([{"type": "step", "step": 0, "spans": []}], "--timeline-steps 200"),
-        ([], "--timeline-steps 200"),
+        ([{"type": "header"}, {"type": "step", "step": 0, "spans": []}], "--timeline-steps 200"),
         ([[1, 2]], "line 1 is not what conadv writes"),
         ([{"type": "step", "step": 0, "spans": [["wait", 2.0, 1.0]]}], "ends before its start"),
     ],
@@ -328,24 +295,20 @@ def test_records_without_a_timeline(lines: list[Any], message: str) -> None:
 
 def check_trace(found: dict[str, Any]) -> list[dict[str, Any]]:
     """Fields and types of the Trace Event Format, metadata first, then spans by start that nest."""
-    assert found["displayTimeUnit"] in ("ms", "ns")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     events = found["traceEvents"]
     kinds = "".join(event["ph"] for event in events)
     assert kinds == "M" * kinds.count("M") + "X" * kinds.count("X")
-    named = {
-        (e["pid"], e.get("tid")) for e in events if e["name"] in ("process_name", "thread_name")
-    }
+    named = {(e["pid"], e.get("tid")) for e in events if e["name"].endswith("_name")}
     complete = [event for event in events if event["ph"] == "X"]
     for event in complete:
         assert all(isinstance(event[key], int) for key in ("ts", "dur", "pid", "tid"))
         assert min(event["ts"], event["dur"]) >= 0
-        assert all(isinstance(event[key], str) and event[key] for key in ("name", "cat"))
         assert {(event["pid"], None), (event["pid"], event["tid"])} <= named
     assert [event["ts"] for event in complete] == sorted(event["ts"] for event in complete)
     owner = {(event["tid"], event["pid"]) for event in complete}
     assert len(owner) == len({tid for tid, _ in owner})
-    for tid in {event["tid"] for event in complete}:
+    for tid, _ in owner:
         check_nesting([event for event in complete if event["tid"] == tid])
     return complete
 
@@ -382,7 +345,7 @@ moments = st.integers(-5_000_000, 5_000_000)
 any_spans = st.tuples(names, st.tuples(moments, moments).map(sorted))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.lists(any_spans, min_size=1, max_size=30), min_size=1, max_size=3))
 def test_any_record_gives_a_valid_trace(ranks: list[list[tuple[str, list[int]]]]) -> None:
     # Red when: `rows` takes the first row always, or microseconds are cut instead of rounded.
@@ -434,7 +397,6 @@ def test_picture() -> None:
     bars = [bar for drawn in axes.collections for bar in drawn.get_paths()]
     starts = sorted(round(bar.vertices[:, 0].min(), 3) for bar in bars)
     assert (starts.count(50), starts.count(30)) == (2, 0)
-    assert Image.open(io.BytesIO(to_png(figure))).mode == "RGBA"
     many = timeline(record([FIRST] * 30, [FIRST] * 10, steps=3))
     assert (len(shown(many)), shown(many)[0], shown(many)[-1]) == (12, 0, 39)
     assert headline(timeline(record([FIRST, SECOND]))) == (
@@ -481,25 +443,22 @@ def test_command_says_what_it_cannot_know(
     assert "Learners are missing" in run(capsys, write(tmp_path / "half", both))[1]
 
 
-def bad_commands(path: Path) -> Iterator[tuple[list[str | Path], str]]:
-    good = write(path / "good", record([FIRST]))
-    wrong = write(path / "bad", [*record([FIRST]), {"type": "step", "step": 99, "spans": 7}])
-    yield [path / "nothing"], "is not a run: it holds no record.jsonl"
-    yield [write(path / "old", [{"type": "header"}])], "Train again with --timeline-steps 200"
-    yield [wrong], "record.jsonl, line 22 is not what conadv writes"
-    for steps in ("4", "4:4", "5:4", "a:b", "-1:3", "1:٣"):
-        yield [good, f"--steps={steps}"], "must be FIRST:END with FIRST < END"
-    yield [good, "--steps", "30:34"], "Choose --steps 0:20 or a part of it"
-    (path / "file").write_text("")
-    yield [good, "--out", path / "file"], "Choose another --out"
-
-
 def test_command_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Red when: the check that the message belongs to is taken out.
-    for args, message in bad_commands(tmp_path):
+    good = write(tmp_path / "good", record([FIRST]))
+    wrong = write(tmp_path / "bad", [*record([FIRST]), {"type": "step", "step": 99, "spans": 7}])
+    (tmp_path / "file").write_text("")
+    span = "must be FIRST:END with FIRST < END"
+    for args, message in (
+        ([tmp_path / "nothing"], "is not a run: it holds no record.jsonl"),
+        ([wrong], "record.jsonl, line 22 is not what conadv writes"),
+        *(([good, f"--steps={steps}"], span) for steps in ("4", "4:4", "a:b", "-1:3", "1:٣")),
+        ([good, "--steps", "30:34"], "Choose --steps 0:20 or a part of it"),
+        ([good, "--out", tmp_path / "file"], "Check the path"),
+    ):
         code, _, err = run(capsys, *args)
         assert (code, message in " ".join(err.split())) == (2, True), err
-    assert not (tmp_path / "good" / "timeline").exists()
+    assert not (good / "timeline").exists()
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"step": ' + "9" * 5000 + "}", "{"])
