@@ -34,7 +34,8 @@ LAST: dict[str, str] = {
     "conadv train digits": SHORT,
     "conadv train cifar10": PHOTOS,
     "conadv train imagefolder": PHOTOS,
-    "conadv train imagenet": f"{PHOTOS} --data.num-workers 0",
+    "conadv train imagenet": f"{PHOTOS} --data.num-workers 0 --model resnet18",
+    "conadv train imagefolder --data DIR --model resnet50": "--model resnet18",
     "conadv analyze": "--images 16 --iterations 2 --eigenvalues 1",
     "conadv analyze runs/sharpness": "--at-loss 2.4",  # that of a run of a few steps
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
@@ -45,13 +46,11 @@ LAST: dict[str, str] = {
     "python benchmarks/repeat_folder.py": "--images 16",
 }
 UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
-    "conadv train digits": ("--steps 9",),
+    "conadv train digits": ("--steps 4",),
     "conadv train cifar10": ("--steps 2",),
     "conadv train imagefolder": ("--steps 2", "--data.image-size 32"),
     "conadv train imagenet": ("--steps 2", "--data.image-size 32"),
 }
-HAS_ONNX = all(map(find_spec, ("onnx", "onnxruntime", "onnxscript")))
-HAS_WANDB = find_spec("wandb") is not None
 BENCHES = "run small by tests/test_bench.py::test_each_benchmark_writes_json_and_a_table"
 NOT_RUN: dict[str, str] = {
     "make": "the gate's own steps, and the demo: tests/test_demo.py::test_demo_ends_in_a_report",
@@ -75,32 +74,12 @@ NOT_RUN: dict[str, str] = {
     "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
     "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_job_is_stopped_requeued_and_goes_on",
     "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",
-    **(
-        {}
-        if HAS_WANDB
-        else {
-            "conadv train digits --method conadv --tensorboard --wandb": "the extra wandb is missing"
-        }
-    ),
-    **(
-        {}
-        if HAS_ONNX
-        else {"conadv export RUN --format onnx": "the extra onnx is missing; tests/test_export.py"}
-    ),
     "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
 }
-
-
-NO_CODE: dict[str, tuple[str, ...]] = {
-    "how folders are laid out": ("DIR/train/<class>/", "conadv/", "cli/"),
-    "formulas": ("x^_i = ",),
-}
-"""How Markdown's code blocks without a fence begin, where nothing in them could be run."""
-
-
-def no_code(line: str) -> bool:
-    """Whether a block without a fence that begins so may stay without one."""
-    return line.startswith(tuple(start for starts in NO_CODE.values() for start in starts))
+if find_spec("wandb") is None:
+    NOT_RUN["conadv train digits --method conadv --tensorboard --wandb"] = "the extra is missing"
+if not all(map(find_spec, ("onnx", "onnxruntime", "onnxscript"))):
+    NOT_RUN["conadv export RUN --format onnx"] = "the extra is missing; tests/test_export.py"
 
 
 def why_not(words: list[str]) -> str | None:
@@ -110,43 +89,27 @@ def why_not(words: list[str]) -> str | None:
 
 def _begins(words: list[str], start: str) -> bool:
     """Whole words but for the last, so that "train imagenet" stands for all recipes with that name."""
-    first = start.split()
-    return (
-        words[: len(first) - 1] == first[:-1]
-        and len(words) >= len(first)
-        and words[len(first) - 1].startswith(first[-1])
-    )
+    *first, last = start.split()
+    return words[: len(first)] == first and "".join(words[len(first) :][:1]).startswith(last)
 
 
 def tiny(words: list[str]) -> list[str]:
     """The command with small settings."""
-    more: list[str] = []
+    given, more = {word.partition("=")[0] for word in words}, list[str]()
     for start, options in UNLESS_GIVEN.items():
-        if _begins(words, start):
-            given = {word.partition("=")[0] for word in words}
-            length = {"--epochs", "--steps"} & given
-            more += [
-                w
-                for o in options
-                if not (o.split()[0] in given or (length and "steps" in o))
-                for w in o.split()
-            ]
-    for start, options in LAST.items():
-        if _begins(words, start):
-            more += options.split()
-    if _begins(words, "conadv train") and not {"--resume", "--auto-resume"} & set(words):
+        for option in options if _begins(words, start) else ():
+            name = option.split()[0]
+            if name not in given and not (name == "--steps" and "--epochs" in given):
+                more += option.split()
+    for start, text in LAST.items():
+        more += text.split() if _begins(words, start) else []
+    if _begins(words, "conadv train") and not {"--resume", "--auto-resume"} & given:
         more.append("--overwrite")  # a page may show two runs of one name
-    if _begins(words, "conadv timeline") and "--steps" in words:
+    if _begins(words, "conadv timeline") and "--steps" in given:
         more += ["--steps", "0:2"]
-    if _begins(words, "conadv plan") and "--measure" in words:
-        more += [
-            "--workload.batches",
-            "8,16",
-            "--measure",
-            "phases",
-        ]  # a link needs two ranks: tests/test_plan.py
-    elif _begins(words, "conadv plan"):
-        more = []
+    if _begins(words, "conadv plan"):  # a link needs two ranks: tests/test_plan.py
+        measured = [*more, "--workload.batches", "8,16", "--measure", "phases"]
+        more = measured if "--measure" in given else []
     return [*words, *more]
 
 
@@ -171,12 +134,9 @@ def _run_python(words: list[str]) -> None:
     module = words[0] == "-m"
     target, *args = words[1:] if module else words
     start: Callable[..., object] = runpy.run_module if module else runpy.run_path
-    imported = sys.modules.pop(
-        target, None
-    )  # by another test; in a process of its own it would not be there
-    beside = (
-        [] if module else [str((ROOT / target).parent)]
-    )  # as python finds a script's neighbours
+    # as in a process of its own: not imported by another test, and with a script's neighbours
+    imported = sys.modules.pop(target, None)
+    beside = [] if module else [str((ROOT / target).parent)]
     with (
         mock.patch.object(sys, "argv", [target, *args]),
         mock.patch.object(sys, "path", [*beside, *sys.path]),
@@ -193,14 +153,10 @@ def _run_python(words: list[str]) -> None:
 
 def _provide(words: list[str], kept: Path) -> None:
     """Put a run or a profile where a command reads one that the page has not made."""
-    for word in words[2:]:
-        place = Path(word)
-        if (
-            words[1] not in ("train", "plan", "bench", "sweep")
-            and word.startswith("runs/")
-            and not place.exists()
-        ):
-            shutil.copytree(kept, place)
+    reads = words[1] not in ("train", "plan", "bench", "sweep")
+    for word in words[2:] if reads else ():
+        if word.startswith("runs/") and not Path(word).exists():
+            shutil.copytree(kept, word)
     if words[1] == "plan" and "--measure" not in words and not Path(words[2]).exists():
         shutil.copy(ROOT / "results" / "plan" / "profile-2.json", words[2])
 
@@ -235,29 +191,10 @@ def on_two_ranks(program: str, folder: Path) -> None:
     """Run a Python program under torchrun as two processes."""
     # torch's threads now and then abort Python's way out ("terminate called without an active exception")
     (folder / "page.py").write_text(f"{program}\nimport os\nos._exit(0)\n")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(ROOT),
-    }
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "page.py",
-    ]
-    done = subprocess.run(
-        launch,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    around = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    around["PYTHONPATH"] = str(ROOT)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 page.py".split()
+    command = [sys.executable, *launch]
+    done = subprocess.run(command, cwd=folder, env=around, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(done.stderr[-4000:])

@@ -10,7 +10,6 @@ and scripts must exist. Lines that a ```diff block leaves alone stand in the cod
 
 from __future__ import annotations
 
-import itertools
 import re
 import shlex
 import subprocess
@@ -22,7 +21,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import tyro
 import yaml
 
@@ -33,20 +31,14 @@ from conadv.config.resolve import resolve
 from conadv.config.schema import Config
 from conadv.errors import ConadvError
 from conadv.methods import METHODS
-from conadv.models.small import SmallResNet
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import parse_spec
 
 from . import docs_runs
 
 ROOT = Path(__file__).parent.parent
-TOP = [
-    page
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-    if (page := ROOT / name).is_file()
-]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *TOP]
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+NAMES = [*(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))), *TOP]
 RUN = ("python", "sh", "console")
 TWO_RANKS = "<!-- tests: two ranks -->"
 READERS = """import torch
@@ -79,35 +71,20 @@ def blocks(text: str, *languages: str) -> list[str]:
     return [body for language, body in in_order(text) if language in languages]
 
 
-def indented(text: str) -> Iterator[str]:
-    """The first lines of Markdown's other code blocks: four spaces after an empty line, six and more in a list."""
-    before, item = "", False
-    for line in _FENCE.sub("", text).splitlines():
-        if re.match(r" *(?:[*-]|\d+\.) ", line):
-            item = True
-        elif line[:1].strip():
-            item = False
-        if not before.strip() and re.match(" {6}" if item else " {4}", line):
-            yield line.strip()
-        before = line if line.strip() or not before.startswith("    ") else before
-
-
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of every command in the shell blocks: lines joined; prompts, comments and output left out."""
-    for language in ("sh", "console"):
-        for body in blocks(text, language):
+    """The words of every command in the shell blocks."""
+    for language, body in in_order(text):
+        if language in ("sh", "console"):
             yield from commands_of(language, body)
 
 
 def commands_of(language: str, body: str) -> Iterator[list[str]]:
-    """The words of every command of one block."""
+    """The words of every command of one block: lines joined; prompts, comments and output left out."""
     for line in body.replace("\\\n", " ").splitlines():
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
         for part in re.split(r"&&|;", re.sub(r"(^|\s)#.*", "", line).removeprefix("$ ")):
-            words = shlex.split(
-                re.sub(r"\s>\s*\S+\s*$", "", part)
-            )  # what it prints may go into a file
+            words = shlex.split(re.sub(r"\s>\s*\S+\s*$", "", part))  # without "> file"
             while words and re.fullmatch(r"\w+=\S*", words[0]):
                 words.pop(0)  # a variable set for this command
             if words:
@@ -134,13 +111,13 @@ def parse(words: list[str]) -> Config | None:
     module = import_module(f"conadv.cli.{COMMANDS[name][0]}")
     if hasattr(module, "Args"):
         tyro.cli(module.Args, args=args)
-    if not args or hasattr(module, "Args") or {"--help", "--help-all"} & set(args):
-        return None
-    if args[0] == "--config":  # a run that the reader has and we have not
-        Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
-        Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
-    found = module.read_options(args)
-    return found[0] if name == "train" else None
+    elif args and not {"--help", "--help-all"} & set(args):
+        if args[0] == "--config":  # a run that the reader has and we have not
+            Path(args[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(args[1]).write_text(dump_yaml(resolve(recipes.get("digits"))))
+        config: Config = module.read_options(args)[0]
+        return config
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +131,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The namespace of a page, with what its reader has."""
     page = ModuleType("page")
-    monkeypatch.setitem(
-        sys.modules, "page", page
-    )  # classes look up the module that they are defined in
-    torch.manual_seed(0)
-    page.model = SmallResNet(8, 4, 1, 10)  # type: ignore[attr-defined]
-    page.loader = [(torch.rand(16, 1, 8, 8), torch.arange(16) % 10) for _ in range(3)]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "page", page)  # classes look up the module they are defined in
+    exec(READERS, page.__dict__)
     return page
 
 
@@ -167,16 +140,20 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_blocks_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    # Red when: a name in a block is misspelt (an assert in extending.md also fails when its look-ahead is wrong), or
-    # timeline.md shows steps that its run does not have.
+    # Red when: a name in a block is misspelt (an assert in extending.md also fails when its
+    # look-ahead is wrong), timeline.md shows steps that its run does not have, or a block is ```py.
     text = (ROOT / name).read_text()
+    assert not re.search(r"^ *```.*$\n", _FENCE.sub("", text), re.M), (
+        "a fence that no test understands"
+    )
+    for language, _ in in_order(text):
+        assert language in (*RUN, "diff", "yaml"), f"```{language} is not checked"
     todo = [block for block in in_order(text) if block[0] in RUN]
     if not todo:
-        pytest.skip("no code on this page")
+        return
     kept = request.getfixturevalue("kept")
     docs_runs.furnish(tmp_path, kept)
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
     page = page_module(monkeypatch)
     for language, body in todo:
         if language != "python":
@@ -190,34 +167,11 @@ def test_blocks_run(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_block_is_of_a_kind_that_is_checked(name: str) -> None:
-    # Red when: a block is ```py, or has no language at all: nothing would run it.
-    for match in re.finditer(
-        r"^ *```(.*)$\n", _FENCE.sub("", text := (ROOT / name).read_text()), re.M
-    ):
-        pytest.fail(f"{name}: a fence that no test understands: {match[0]}")
-    for language, body in in_order(text):
-        assert language in (*RUN, "diff", "yaml"), (
-            f"{name}, line {body.count(chr(10), 0)}: ```{language} is not checked"
-        )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_code_without_a_fence_is_none_that_runs(name: str) -> None:
-    # Red when: a command or a program stands indented instead of fenced, where nothing runs it.
-    for line in indented((ROOT / name).read_text()):
-        assert docs_runs.no_code(line), (
-            f"{name}: put this into a fence, or say in docs_runs.py why: {line}"
-        )
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_diffs_and_specs_fit_the_repository(name: str) -> None:
     # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec has an unknown key.
     text = (ROOT / name).read_text()
-    code = [
-        path.read_text() for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")
-    ]
+    files = [path for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")]
+    code = [path.read_text() for path in files] if "```diff" in text else []
     for body in blocks(text, "diff"):
         for line in filter(None, body.splitlines()):
             assert line[0] in " +-", f"{name}: {line}"
@@ -235,9 +189,6 @@ def test_what_is_not_run_has_a_reason() -> None:
         assert any(docs_runs.why_not(words) == reason for words in shown), f"no page has {start}"
         for file, test in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", reason):
             assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"
-    plain = [line for name in NAMES for line in indented((ROOT / name).read_text())]
-    for start in itertools.chain(*docs_runs.NO_CODE.values()):
-        assert any(line.startswith(start) for line in plain), f"no page has {start}"
 
 
 @pytest.mark.parametrize(
@@ -278,9 +229,7 @@ def test_links_lead_somewhere(name: str) -> None:
             continue  # the web
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{name}: {match['target']}"
-        assert target.is_relative_to(ROOT), (
-            f"{name}: {match['target']} is outside of the repository"
-        )
+        assert target.is_relative_to(ROOT), f"{match['target']} is outside of the repository"
         if anchor:
             assert anchor in anchors(target.read_text()), f"{name}: {match['target']}"
 
@@ -297,13 +246,9 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The parsers above find what they are for: an empty list would pass every page."""
     monkeypatch.chdir(tmp_path)
     text = "# One  head\n\n```sh\nA=1 conadv train digits \\\n  --lr 3  # a; b\n```\n```console\n$ make test\nok\n```\n"
-    text += "```python\n1 / 0\n```\nSee [a](b.md#c) and `[no](link)`.\n"
+    text += "* a\n\n  ```python\n  if 1:\n      1 / 0\n  ```\nSee [a](b.md#c) and `[no](link)`.\n"
     assert list(commands(text)) == [["conadv", "train", "digits", "--lr", "3"], ["make", "test"]]
-    assert blocks(text, "python")[0].strip() == "1 / 0"
-    listed = "* a\n\n  ```python\n  if 1:\n      1 / 0\n  ```\n\n      conadv train\n      more\n"
-    listed += "* b\n\n  text\n\nx\n\n    make a\n\n    b\n"
-    assert blocks(listed, "python")[0].lstrip("\n") == "if 1:\n    1 / 0\n"
-    assert list(indented(listed)) == ["conadv train", "make a"]
+    assert blocks(text, "python")[0].lstrip("\n") == "if 1:\n    1 / 0\n"
     assert [match["target"] for match in _LINK.finditer(prose(text))] == ["b.md#c"]
     assert anchors("## `run(x)`, then stop\n") == {"runx-then-stop"}
     config = parse(["conadv", "train", "digits", "--method", "conadv", "--eps", "4/255"])
@@ -311,7 +256,6 @@ def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (config.staleness, config.attack.eps) == (1, 4 / 255)
     with pytest.raises(ConadvError, match="no effect"):
         parse(["conadv", "train", "digits", "--staleness", "2"])
-    with pytest.raises(SystemExit):
-        parse(["conadv", "train", "digits", "--warmup-epochs", "2"])
-    with pytest.raises(SystemExit):
-        parse(["conadv", "report", "runs", "--title", "x"])
+    for wrong in (["train", "digits", "--warmup-epochs", "2"], ["report", "runs", "--title", "x"]):
+        with pytest.raises(SystemExit):
+            parse(["conadv", *wrong])
