@@ -357,7 +357,7 @@ def test_at_equal_loss(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 BAD = {
-    "zero loss": ("RUN", ["--at-loss", "0"], "must be a number above 0"),
+    "zero loss": ("RUN", ["--at-loss", "0"], "must be 1e-09 or more"),
     "far from all": ("RUN", ["--at-loss", "1e-9"], "factor of 2 of 1e-09"),
     "no checkpoint": ("empty", ["--seed", "9"], "empty holds no checkpoint"),
     "no images": ("RUN", ["--images", "0"], "--images 0 must be 1 or more"),

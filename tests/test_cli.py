@@ -140,7 +140,7 @@ def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     flags = "--overwrite --resume --auto-resume --device cuda --threads 3 --quiet"
     placed: dict[str, Any] = {"executor": "ranks", "attack_ranks": 2, "late": "skip"}
-    placed |= {"on_attack_loss": "continue", "timeline_steps": 5}
+    placed |= {"on_attack_loss": "stop", "timeline_steps": 5}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in placed.items()]
     assert main(["train", "digits", "--out", str(tmp_path), *flags.split(), *options]) == 0
     del seen["observer"], seen["comm"]

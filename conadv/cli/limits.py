@@ -13,14 +13,15 @@ from conadv.errors import ConadvError
 THREADS = (1, 1024)  # beyond what a machine starts at once; OpenMP ends the program where it cannot
 SIDE = (1, 2**14)
 COUNT = (1, MOST)
-BOUNDS: dict[str, tuple[int, int]] = {
+BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("threads", "jobs", "workers"), THREADS),
     "num_workers": (0, 1024),
     **dict.fromkeys(("image_size", "channels"), SIDE),
     "photo_size": (8, 2**14),  # torch's resizing asserts on pictures of one pixel
     **dict.fromkeys(("rounds", "classes", "num_classes", "micro_batch_size"), COUNT),
     **dict.fromkeys(("images", "batch", "batches", "steps", "accumulation", "burst"), COUNT),
-    **dict.fromkeys(("attack_ranks", "price", "memory_gib", "at_loss"), (0, MOST)),
+    **dict.fromkeys(("attack_ranks", "price", "memory_gib"), (0, MOST)),
+    "at_loss": (1e-9, MOST),
     "width": (1, WIDEST),
     "grid": (-MOST, 1001),
     "seed": (-MOST, LARGEST_SEED),

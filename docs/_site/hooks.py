@@ -20,7 +20,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from conadv.cli import bench
 from conadv.cli import program as cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,5 +187,5 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def missing_commands(html: str) -> list[str]:
     """Commands and benchmarks without a usage line in the page."""
-    names = [*cli.COMMANDS, *(f"bench {name}" for name in bench.BENCHES)]
+    names = [*cli.COMMANDS, "bench attack-cost", "bench data"]
     return [name for name in names if not re.search(rf"usage: conadv {re.escape(name)}\b", html)]
