@@ -68,5 +68,4 @@ for repeat in $(seq "$repeats"); do
         measure "${split%:*}" "${split#*:}" "$file"
     done
 done
-"$PYTHON" "$ROOT/benchmarks/attack_ranks.py" combine "$out/attack_ranks.json" "${files[@]}"
-"$PYTHON" "$ROOT/benchmarks/attack_ranks.py" table "$out/attack_ranks.json"
+"$PYTHON" "$ROOT/benchmarks/points.py" attack-ranks "$out/attack_ranks.json" "${files[@]}"

@@ -1,9 +1,7 @@
-"""What benchmarks/two_hosts.sh needs besides the benchmark: the link's true rate, one JSON, a table and a figure.
+"""What benchmarks/two_hosts.sh needs besides the benchmark: the link's true rate, and a figure.
 
 python benchmarks/two_hosts.py probe HOST ADDRESS FILE          both hosts at once: bandwidth and round trip
 python benchmarks/two_hosts.py join RATE BENCH LINK FILE        one rate: the benchmark's JSON and the link's
-python benchmarks/two_hosts.py combine FILE RATE_FILE...        all rates in one JSON
-python benchmarks/two_hosts.py table FILE
 python benchmarks/two_hosts.py draw FILE FIGURE.svg             or .png
 """
 
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from points import Json, read, write
+from points import Json
 
 PORT = 29501
 CHUNK = bytes(2**20)
@@ -94,19 +92,6 @@ def join(rate: str, bench: str, link: str, out: str) -> None:
     Path(out).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def combine(out: str, *files: str) -> None:
-    """All rates in one file, the slowest first. They must have been measured alike."""
-    alike = ("command", "machine", "versions", "options", "ranks")
-    points = sorted(read(files, alike), key=rate_of)
-    write(out, "two-hosts", points, alike, ("date", "git", "link", "tables"))
-
-
-def rate_of(point: Json) -> float:
-    """Mbit/s of the link's limit; infinity without one."""
-    rate = point["link"]["rate_mbit"]
-    return float("inf") if rate is None else float(rate)
-
-
 def find(point: Json, method: str, overlap: bool) -> Json | None:
     """The row of a method at one rate."""
     labels = {"method": method, "overlap": overlap}
@@ -126,22 +111,6 @@ def sum_ms(point: Json) -> float:
     n = rows[0]["labels"]["learners"]
     largest = max(row["labels"]["gradient_bytes"] for row in rows)
     return float(largest * 2 * (n - 1) / n * 8e-3 / point["link"]["measured_mbit"])
-
-
-def table(file: str) -> None:
-    """Per rate: the step of noise, the sum over hosts and the attack by themselves, and every method's overhead."""
-    for overlap in (True, False):
-        print(f"\nover noise, {'with' if overlap else 'without'} backward overlap [interval]")
-        print(" Mbit/s  noise ms  sum ms attack ms", *(f"{method:>21}" for method in METHODS))
-        for point in json.loads(Path(file).read_text())["points"]:
-            noise = find(point, "noise", overlap) or {"median_ms": float("nan")}
-            times = (rate_of(point), noise["median_ms"], sum_ms(point), attack_ms(point) or 0)
-            rows = (find(point, method, overlap) for method in METHODS)
-            print(*(f"{value:8.0f}" for value in times), *(f"{_ratio(row):>21}" for row in rows))
-
-
-def _ratio(row: Json | None) -> str:
-    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}, {row['ratio_high']:.3f}]" if row else "-"
 
 
 def draw(file: str, out: str) -> None:
@@ -172,7 +141,7 @@ def draw(file: str, out: str) -> None:
         figure.savefig(out, dpi=130, metadata={"Date": None} if out.endswith(".svg") else None)
 
 
-COMMANDS = {"probe": probe, "join": join, "combine": combine, "table": table, "draw": draw}
+COMMANDS = {"probe": probe, "join": join, "draw": draw}
 
 if __name__ == "__main__":
     if len(sys.argv) < 3 or sys.argv[1] not in COMMANDS:

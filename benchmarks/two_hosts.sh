@@ -160,6 +160,5 @@ for rate in "${rates[@]}"; do
     measure "$rate"
     remove_link
 done
-"$PYTHON" "$HERE/two_hosts.py" combine "$out/two_hosts.json" "${files[@]}"
-"$PYTHON" "$HERE/two_hosts.py" table "$out/two_hosts.json"
+"$PYTHON" "$HERE/points.py" two-hosts "$out/two_hosts.json" "${files[@]}"
 "$PYTHON" "$HERE/two_hosts.py" draw "$out/two_hosts.json" "$out/two_hosts.svg"

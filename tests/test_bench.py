@@ -292,23 +292,3 @@ def test_users_errors(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, message = WRONG[name]
     assert main(["bench", *command.split()]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_what_a_checkpoint_costs_is_spread_over_the_steps_between_two() -> None:
-    # Red when: the share is of the turn instead of the steps between two checkpoints, or unfinished
-    # turns are passed.
-    from benchmarks.checkpoint_cost import Turn, costs
-
-    def turns(extra: float, wait: float = 0.0) -> list[Turn]:
-        return [Turn(base + extra, 0.0, wait) for base in (1.0, 2.0, 1.0, 2.0, 1.0, 2.0)]
-
-    arms = {"none": turns(0), "foreground": turns(0.2), "background": turns(0.05)}
-    found = costs(arms, steps=10, every=50)
-    assert found["added_to_a_step"]["foreground"]["high"] == pytest.approx(0.2 / 5)
-    assert found["added_to_a_step"]["background"]["low"] == pytest.approx(0.05 / 10)
-    assert found["seconds_of_a_checkpoint"]["background"]["median"] == pytest.approx(0.05)
-    assert found["step_seconds"]["none"] == pytest.approx(0.15)
-    assert found["under_limit"] is True
-    late = costs(arms | {"background": turns(0, wait=0.1)}, steps=10, every=50)
-    assert (late["unfinished_turns"], late["under_limit"]) == (6, None)
-    assert costs(arms | {"background": turns(1)}, 10, 50)["under_limit"] is False

@@ -67,12 +67,11 @@ def test_rates_come_together_slowest_first(tmp_path: Path) -> None:
         files.append(str(tmp_path / f"rate-{rate}.json"))
         two_hosts.join(rate, str(tmp_path / "bench"), str(tmp_path / "link"), files[-1])
     out = tmp_path / "all.json"
-    two_hosts.combine(str(out), *files)
+    load("points").combine("two-hosts", str(out), *files)
     points = json.loads(out.read_text())["points"]
     assert [point["link"]["rate_mbit"] for point in points] == [400, 1600, None]
     found = two_hosts.find(points[0], "conadv", False)
     assert (found["ratio"], found["labels"]["overlap"]) == (1.04, False)
-    two_hosts.table(str(out))
     two_hosts.draw(str(out), str(tmp_path / "all.svg"))
     assert "<svg" in (tmp_path / "all.svg").read_text()
 
@@ -85,16 +84,7 @@ def test_results_of_two_machines_are_not_put_together(tmp_path: Path) -> None:
         point["link"] = {"rate_mbit": 1, "measured_mbit": 1.0}
         Path(file).write_text(json.dumps(point))
     with pytest.raises(SystemExit, match="differ in 'machine'"):
-        load("two_hosts").combine(str(tmp_path / "all.json"), *files)
-
-
-def test_repeats_of_a_split_are_pooled() -> None:
-    # Red when: the samples are those of one repeat, or of the pooled medians.
-    repeats = [
-        {"tables": {"attack-cost": [{"name": "a", "samples_ms": samples}]}}
-        for samples in ([2.0, 8.0], [30.0])
-    ]
-    assert load("attack_ranks").samples(repeats, "a") == [2.0, 8.0, 30.0]
+        load("points").combine("two-hosts", str(tmp_path / "all.json"), *files)
 
 
 # ---- the script

@@ -22,7 +22,7 @@ from conadv.sweep.pool import cores, run_pool
 BASELINE = "full batch, LARS"
 
 # The small batch has an optimizer of its own; all full-batch arms share the learning rate that was chosen for the
-# baseline (benchmarks/digits_lr.py), which favours the baseline.
+# baseline (results/digits_lr), which favours the baseline.
 ARMS: dict[str, dict[str, Any]] = {
     "small batch 32, SGD": {
         "global_batch_size": 32,
