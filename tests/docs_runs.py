@@ -72,7 +72,7 @@ NOT_RUN: dict[str, str] = {
     "benchmarks/gpu.sh": "needs a GPU; bash -n below",
     "python benchmarks/plan_check.py": "takes many minutes, and root for its links; its parts: tests/test_plan.py",
     "python -m benchmarks.torture kill": "takes many minutes; short in tests/test_torture.py",
-    "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_job_is_stopped_requeued_and_goes_on",
+    "sbatch": "needs Slurm; tests/test_recipes.py::test_slurm_tasks_are_ranks_and_a_stopped_job_is_requeued",
     "torchrun --nnodes 2 --node-rank": "needs two launchers; tests/ranks/test_attack_loss.py",
     "python -m tests.test_golden": "would write what tests/test_golden.py compares with",
 }
