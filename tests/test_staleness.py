@@ -8,18 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 
 from conadv import Batch, frozen_stats, route
 from conadv.analysis.staleness import draw, table, text
 from conadv.cli.program import main
-from conadv.config import recipes
 from conadv.config.resolve import resolve
 from conadv.config.schema import Config, replace
 from conadv.engine.lookahead import LookAhead
 from conadv.training.build import build
 from conadv.training.checkpoint import load, load_newest
-from conadv.training.data import load_data
 from conadv.training.loop import train
 from conadv.training.probe import PREDICTORS, mean_cosine
 from conadv.training.record import read_lines
@@ -96,11 +93,18 @@ def test_the_probe_changes_no_bit_and_resumes_exactly(
     assert kept(cut, "probe") == lines
 
 
-def test_what_a_probe_says(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def disadv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was probed."""
+    out = tmp_path_factory.mktemp("disadv") / "run"
+    train(probed(method="disadv", probe__images=64, probe__staleness=(1, 2)), out)
+    return out
+
+
+def test_what_a_probe_says(disadv: Path) -> None:
     # Red when: the probed weights are those of another step; errors are taken to theta_{t-tau}; the
     # clean loss is not taken off.
-    train(probed(method="disadv", probe__images=64, probe__staleness=(1, 2)), tmp_path)
-    lines = kept(tmp_path, "probe")
+    lines = kept(disadv, "probe")
     assert {line["predictor"] for line in lines} == {"current", "noise", "stale", *PREDICTORS}
     for line in lines:
         assert (line["images"], line["eps"]) == (64, 0.2)
@@ -114,7 +118,7 @@ def test_what_a_probe_says(tmp_path: Path) -> None:
     assert abs(by[2, 0, "noise"]["cosine"]) < 0.1
     assert by[2, 0, "current"]["loss_increase"] > by[2, 0, "noise"]["loss_increase"]
     assert by[2, 1, "momentum"]["relative_error"] < 1
-    theta = [load(tmp_path / "checkpoints" / f"step_{t:08d}.pt", CPU)["model"] for t in range(1, 5)]
+    theta = [load(disadv / "checkpoints" / f"step_{t:08d}.pt", CPU)["model"] for t in range(1, 5)]
     trained = dict(build(resolve(probed(method="disadv")), CPU).model.named_parameters())
     flat = [torch.cat([values[name].double().flatten() for name in trained]) for values in theta]
     for tau in (1, 2):  # theta_4 as seen from step 4 - tau; theta_1 is the first one here
@@ -200,40 +204,19 @@ def test_table_by_hand() -> None:
 
 
 def test_the_command_prints_the_table_and_draws_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    disadv: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Red when: a predictor has no line in the figure; a run without probe lines gives an empty
     # picture.
-    train(probed(method="disadv"), tmp_path / "a")
-    assert main(["staleness", str(tmp_path / "a")]) == 0
-    shown = capsys.readouterr().out
-    assert "last-update" in shown
-    assert (tmp_path / "a" / "staleness.png").read_bytes()[:4] == b"\x89PNG"
-    figure = draw(table(read_lines(tmp_path / "a" / "record.jsonl")), "title")
+    assert main(["staleness", str(disadv)]) == 0
+    assert "last-update" in capsys.readouterr().out
+    assert (disadv / "staleness.png").read_bytes()[:4] == b"\x89PNG"
+    figure = draw(table(read_lines(disadv / "record.jsonl")), "title")
     names = {found.get_label() for found in figure.axes[0].get_lines()}
     assert {"stale", *PREDICTORS, "random signs"} <= names
     assert len(figure.axes) == 6  # warm-up and decay
-    train(replace(probed(), probe=Config().probe), tmp_path / "b")
-    assert main(["staleness", str(tmp_path / "b")]) == 2
+    lines = (disadv / "record.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "record.jsonl").write_text("".join(x for x in lines if '"probe"' not in x))
+    assert main(["staleness", str(tmp_path)]) == 2
     assert "--probe.every-epochs" in capsys.readouterr().err
     assert main(["staleness"]) == 2
-
-
-def test_every_arm_of_the_study_is_a_run() -> None:
-    # Red when: an arm names a setting that is not there, or has no effect; the batch does not fit
-    # the training images.
-    study = Path(__file__).parent.parent / "studies" / "staleness_digits.yaml"
-    spec = yaml.safe_load(study.read_text())
-    (batch,) = spec["grid"]["global_batch_size"]
-    arms = {}
-    for name, changes in spec["arms"].items():
-        given = {**spec["base"], **changes, "global_batch_size": batch}
-        base = replace(recipes.get(spec["recipe"]), micro_batch_size=None)
-        settings = resolve(
-            replace(base, **{key.replace(".", "__"): value for key, value in given.items()})
-        )
-        arms[name] = (settings.method, settings.staleness, settings.lookahead)
-        assert (settings.data.validation_images, settings.probe.every_epochs) == (150, 4)
-    assert len(set(arms.values())) == len(arms) == 11
-    assert {spec["baseline"], spec["tune"]["tune_on"], *spec["controls"]} <= arms.keys()
-    assert load_data(settings).train_size == batch

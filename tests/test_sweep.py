@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from conadv.sweep.choose import Result, at_edge, choose, only_edges
 from conadv.sweep.folder import Folder
 from conadv.sweep.schedule import Schedule, forecast
 from conadv.sweep.spec import load_spec, parse_spec
+from conadv.training.loop import train
+from conadv.training.observer import Observer
+from conadv.types import StepRecord
 
 ROOT = Path(__file__).parent.parent
 TINY: dict[str, Any] = {
@@ -197,13 +202,10 @@ def test_too_many_runs_are_refused_before_they_fill_the_memory(changes: dict[str
 
 def test_the_size_of_a_sweep_is_its_number_of_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Red when: tuning seeds or trials are not counted; the limit itself is refused.
-    runs = len(plan().runs)
-    assert runs == 2 * 2 * 2 * 3  # arms, batches, trials, seeds
-    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", runs)
-    parse_spec(values())
-    monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", runs - 1)
-    with pytest.raises(ConadvError, match="More than"):
-        parse_spec(values())
+    for limit in (24, 23):  # 24 = arms x batches x trials x seeds
+        monkeypatch.setattr("conadv.sweep.spec.MAX_RUNS", limit)
+        with pytest.raises(ConadvError, match="More than") if limit < 24 else nullcontext():
+            assert len(plan().runs) == 24
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda p: p.stem)
@@ -378,40 +380,38 @@ def results(out: Path) -> dict[str, float]:
     return {path.parent.name: json.loads(path.read_text())["test_loss"] for path in summaries}
 
 
-def start(spec: Path, out: Path, **options: Any) -> subprocess.Popen[bytes]:
-    line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2"]
-    return subprocess.Popen([*line, "--quiet", "--no-report"], **options)
+class Interrupted(Observer):
+    """Ends everything in the last step of a run."""
 
-
-def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 200.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened in time"
-        assert process.poll() is None, "the sweep ended before it was stopped"
-        time.sleep(0.02)
+    def step(self, record: StepRecord) -> None:
+        if record.step == 2:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("here")
-def test_a_killed_sweep_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on_to_the_same_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: an interrupted run counts as finished, or a run is resumed from nothing. Bitwise.
     base = {**TINY, "epochs": 3, "checkpoint.every_epochs": 1}
-    arms = {"LARS": {}, "+ ConAdv": {"method": "conadv"}}
-    spec = write(tmp_path, base=base, arms=arms, controls=[], grid={"global_batch_size": [10]})
+    spec = write(tmp_path, base=base, controls=[], grid={"global_batch_size": [60]})
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert run(spec, whole, "--quiet") == 0
-    with start(spec, out) as process:
-        try:
-            wait_for(lambda: len(list(out.glob("runs/*/summary.json"))) >= 2, process)
-            records = "runs/*/record.jsonl"
-            going = lambda p: not (p.parent / "summary.json").exists()  # noqa: E731
-            wait_for(lambda: any(map(going, out.glob(records))), process)
-        finally:
-            process.kill()
-    assert len(results(out)) < 8
-    time.sleep(0.5)  # the workers end with their parent
+    runs = itertools.count(1)
+
+    def third_is_cut_off(config: Config, path: Path, **options: Any) -> None:
+        cut_off = {"observer": Interrupted()} if next(runs) == 3 else {}
+        train(config, path, **options, **cut_off)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("conadv.training.loop.train", third_is_cut_off)
+        assert run(spec, out, "--quiet") == 130
+    assert len(results(out)) == 2
     assert run(spec, out, "--quiet") == 0
     assert results(out) == results(whole)
     assert read(out) == read(whole)
+    records = [path.read_text() for path in out.glob("runs/*/record.jsonl")]
+    assert sum('"type": "resume"' in text for text in records) == 1
 
 
 def test_ctrl_c_is_clean(tmp_path: Path) -> None:
@@ -419,9 +419,13 @@ def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     spec, out = write(tmp_path, base={**TINY, "epochs": 5000}), tmp_path / "out"
     # a background job inherits SIGINT ignored; a terminal's foreground job does not
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with start(spec, out, stderr=subprocess.PIPE, preexec_fn=heed) as process:
+    line = [sys.executable, "-m", "conadv", "sweep", str(spec), "--out", str(out), "--jobs", "2"]
+    with subprocess.Popen([*line, "--quiet"], stderr=subprocess.PIPE, preexec_fn=heed) as process:
         try:
-            wait_for(lambda: list(out.glob("runs/*/record.jsonl")), process)
+            deadline = time.monotonic() + 200
+            while process.poll() is None and not list(out.glob("runs/*/record.jsonl")):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
         finally:
