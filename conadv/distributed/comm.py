@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conadv.distributed.diagnosis import RollCall
-from conadv.distributed.environment import MOST_RANKS, pick_device, variable
+from conadv.distributed.environment import pick_device, variable, world_size
 from conadv.distributed.handle import Handle
 from conadv.distributed.rendezvous import rendezvous
 from conadv.errors import ConadvError
@@ -73,7 +73,7 @@ class Comm:
         if not 0 < timeout <= LONGEST_TIMEOUT:
             most = f"{LONGEST_TIMEOUT:g} seconds"
             raise ConadvError(f"--comm-timeout {timeout:g} must be above 0 and at most {most}.")
-        ranks = variable("WORLD_SIZE", range(1, MOST_RANKS + 1), 1)
+        ranks = world_size()
         local_rank = variable("LOCAL_RANK", range(ranks), 0) if ranks > 1 else 0
         place = pick_device(device, local_rank)
         if ranks == 1:

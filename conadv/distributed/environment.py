@@ -9,6 +9,8 @@ import torch
 from conadv.errors import ConadvError, printable
 
 MOST_RANKS = 2**20
+OTHERS = {"SLURM_NTASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Variables of launchers that torch does not read -> the launcher."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -26,6 +28,27 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "--device cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def world_size() -> int:
+    """How many ranks there are, by torchrun's variables; 1 without them.
+
+    Raises ConadvError where another launcher has started several processes: each would train alone,
+    as rank 0, in the same folder.
+    """
+    if os.environ.get("WORLD_SIZE"):
+        return variable("WORLD_SIZE", range(1, MOST_RANKS + 1))
+    for name, launcher in OTHERS.items():
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise ConadvError(
+                f"{launcher} says that there are {printable(os.environ[name])[:40]} processes ({name}), "
+                "but WORLD_SIZE is not set: each would train by itself. Start them by torchrun, one "
+                "per node, or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR as the script that "
+                "`conadv slurm` prints does. For a single process set WORLD_SIZE=1."
+            )
+    if os.environ.get("RANK", "0") not in ("", "0"):
+        raise ConadvError("RANK is set and WORLD_SIZE is not. Start several processes by torchrun.")
+    return 1
 
 
 def processes_here(default: int = 1) -> int:

@@ -190,6 +190,11 @@ TWO = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_po
             for value in ("two", "0", "-2", "9" * 5000)
         ),
         (TWO, "phase 'setup'"),
+        # Red when: a launcher that torch does not read is passed over: every task trains alone.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, "Slurm says that there are 8 processes"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun says"),
+        ({"PMI_SIZE": "2"}, "mpiexec says"),
+        ({"RANK": "1"}, "RANK is set and WORLD_SIZE is not"),
         ({**TWO, "RANK": ""}, "RANK is not set"),
         ({**TWO, "RANK": "5"}, "RANK is '5', not a number from 0 to 1"),
         ({**TWO, "RANK": "-1"}, "RANK is '-1'"),
@@ -210,6 +215,18 @@ def test_environments_that_cannot_work(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConadvError, match=message):
         Comm.from_environment("cpu", float(environment.get("timeout", 1.0)))
+
+
+def test_one_process_may_be_asked_for_in_a_job_of_many_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Red when: the way out that the error names does not work, or torchrun's variables do not count.
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Comm.from_environment("cpu").ranks == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert Comm.from_environment("cpu").ranks == 1
 
 
 @pytest.mark.parametrize("value", ["x", "0", "-1"])
