@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from conadv import Numerics, TrainStep
 from conadv.models.small import SmallResNet
@@ -38,6 +39,48 @@ def no_norm_net(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, 5),
     ).to(dtype)
+
+
+class Quantiser(nn.Module):
+    """Follows the largest activation, as moving quantisers do, and adds a share of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.largest.lerp_(x.detach().abs().max(), 0.3)
+        return x + 0.3 * self.largest
+
+
+class Counter(nn.Module):
+    """Draws by a state of its own, a buffer that every pass replaces by a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        return x * (1 + 0.1 * torch.sin(12.9898 * self.count))
+
+
+def buffered_net(seed: int = 0) -> nn.Module:
+    """A network of layers that write to buffers in every forward pass, batch norm among them."""
+    torch.manual_seed(seed)
+    layers = [
+        spectral_norm(nn.Conv2d(3, 6, 3, 2, 1)),
+        nn.InstanceNorm2d(6, track_running_stats=True),
+        nn.GELU(),
+        Quantiser(),
+        nn.BatchNorm2d(6),
+        Counter(),
+        nn.Conv2d(6, 4, 3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    ]
+    return split_batchnorm(nn.Sequential(*layers), "adv")
 
 
 def images(

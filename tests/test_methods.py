@@ -446,6 +446,50 @@ def test_lookahead_follows_the_schedule() -> None:
     assert torch.allclose(engine.predicted_weights(2)["0.weight"], want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("tau", [1, 3])
+def test_what_is_trained_follows_the_model(tau: int) -> None:
+    # Red when: look-ahead keeps the names that it found at the start, or predicts by the momentum of
+    # a layer that is frozen.
+    model = no_norm_net()
+    model[0].requires_grad_(False)
+    engine = make(
+        Concurrent(FGSM(EPS, space=SPACE), tau, lookahead=True),
+        model,
+        lambda m: torch.optim.SGD(m[2:].parameters(), 0.05, momentum=0.9),
+    )
+    stream = [as_batch(t, dtype=torch.float64) for t in range(9)]
+    for t, (batch, future) in enumerate(windows(stream, tau)):
+        if t == 3:
+            model[0].requires_grad_(True)
+            engine.optimizer.add_param_group({"params": list(model[0].parameters())})
+        if t == 6:
+            model[5].requires_grad_(False)
+        before = parameters(model)
+        engine(batch, future)
+        moved = {
+            name.split(".")[0] for name, p in parameters(model).items() if not p.equal(before[name])
+        }
+        assert moved == {"2"} | ({"0"} if t >= 3 else set()) | ({"5"} if t < 6 else set())
+        found, want = engine.predicted_weights(tau), coast(model, engine.optimizer, tau)
+        assert {name.split(".")[0] for name in found} == moved
+        for name, weight in found.items():
+            assert torch.allclose(weight, want.get_parameter(name), rtol=1e-9, atol=1e-12), name
+
+
+def test_a_layer_that_is_unfrozen_must_reach_the_optimizer() -> None:
+    # Red when: the optimizer's parameters are looked at when the step is made only.
+    model = no_norm_net()
+    model[0].requires_grad_(False)
+    engine = make(Vanilla(), model, lambda m: torch.optim.SGD(m[2:].parameters(), 0.1))
+    engine(as_batch(0, dtype=torch.float64))
+    model[0].requires_grad_(True)
+    with pytest.raises(ConadvError, match="add_param_group"):
+        engine(as_batch(1, dtype=torch.float64))
+    model[0] = nn.Conv2d(3, 6, 3, 2, 1).double()  # as is one that replaces another
+    with pytest.raises(ConadvError, match="add_param_group"):
+        engine(as_batch(1, dtype=torch.float64))
+
+
 FALLBACKS = {
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), 0.01),
     "sgd-no-momentum": lambda m: torch.optim.SGD(m.parameters(), 0.05),
@@ -608,7 +652,7 @@ def test_memory_is_one_copy_of_the_weights_with_lookahead_and_none_without() -> 
     assert {id(w) for w in ahead.predicted_weights(2).values()} == held
 
 
-class _AttackFirst(Executor):
+class AttackFirst(Executor):
     """The order in which Stream queues its work, without its streams."""
 
     def __call__(self, engine: TrainStep, batch: Batch, future: Batch | None) -> StepRecord:
@@ -621,7 +665,7 @@ class _AttackFirst(Executor):
 @pytest.mark.parametrize("name", CASES)
 def test_attacking_before_the_gradient_changes_no_bit(name: str) -> None:
     # Red when: the gradient leaves something behind that the attack sees, or the other way round.
-    engines = [make(CASES[name](), executor=executor) for executor in (Inline(), _AttackFirst())]
+    engines = [make(CASES[name](), executor=executor) for executor in (Inline(), AttackFirst())]
     records = [
         [(r.losses, r.grad_norm, r.weight_version) for r in run(engine)] for engine in engines
     ]
@@ -647,6 +691,15 @@ def test_loops_that_mix_up_their_batches_are_told() -> None:
         engine.prepare(as_batch(3))
 
 
+class _Returns(nn.Module):
+    def __init__(self, change: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.net, self.change = tiny_resnet("adv"), change
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.change(self.net(x))
+
+
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [
@@ -654,6 +707,13 @@ def test_loops_that_mix_up_their_batches_are_told() -> None:
         (lambda: make(Vanilla(), view_weights={"clean": 0.0}), "above 0"),
         (lambda: make(Vanilla())({"image": 1}), "pair"),
         (lambda: make(Vanilla())((1, 2)), "pair"),
+        (lambda: make(Vanilla())((*images(), torch.arange(8))), r"step\(\(x, y\)\)"),
+        (lambda: make(Vanilla())((images()[0], images()[1][:4])), "differ in number"),
+        (lambda: make(Vanilla())((images()[0].long(), images()[1])), "uint8 pixels or floats"),
+        (lambda: make(Vanilla())(images(dtype=torch.float64)), "convert one of them"),
+        (lambda: make(Vanilla(), _Returns(lambda y: {"logits": y}))(images()), "returns a dict"),
+        (lambda: make(Sequential(ATTACK), _Returns(lambda y: (y, y)))(images()), "returns a tuple"),
+        (lambda: make(Vanilla(), _Returns(lambda y: y.mean()))(images()), "row for each image"),
         (
             lambda: make(Vanilla())(Batch(0, (*as_batch(0).micro, *as_batch(1, size=4).micro))),
             "one size",

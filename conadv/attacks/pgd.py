@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from conadv.attacks.loss import Loss, raised
 from conadv.attacks.space import Norm, PixelSpace, as_number, pixel_size
-from conadv.attacks.targets import ascent_loss, random_other_class
+from conadv.attacks.targets import targets, trained_loss
 from conadv.errors import ConadvError
 from conadv.types import Forward
 
@@ -22,7 +23,8 @@ class PGD:
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``:
     probability, for each image, of starting from a random point of the ball instead of the image
     itself. ``space``: the model's normalisation; attacks clip to valid pixels, not to a fixed
-    interval of normalised values.
+    interval of normalised values. ``loss``: what the attack ascends; default: the loss that the
+    engine trains, and cross-entropy where the forward is a plain model.
 
     Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of
     range.
@@ -39,6 +41,7 @@ class PGD:
     targeted: bool = False
     random_start: float = 0.0
     space: PixelSpace = field(default=PixelSpace())
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.num_steps, bool) or not isinstance(self.num_steps, int):
@@ -60,22 +63,23 @@ class PGD:
     ) -> Tensor:
         """Adversarial images like ``x_NCHW``; parameters get no gradient."""
         assert self.step_size is not None
-        origin = self.space.checked(x_NCHW)
+        # Steps in half precision would round eps away.
+        origin, loss = raised(self.space.checked(x_NCHW)), trained_loss(forward, self.loss)
         aim_N, sign = y_N, 1
         x = self._start(origin, generator)
         for _ in range(self.num_steps):
             x.requires_grad_()
             with torch.enable_grad():
-                logits_NK = forward(x)
+                output = forward(x.to(x_NCHW.dtype))
                 if self.targeted and sign == 1:
                     # Drawn once, in the first step: only the logits know the number of classes.
-                    aim_N, sign = random_other_class(y_N, logits_NK.shape[1], generator), -1
+                    aim_N, sign = targets(loss, output, y_N, generator), -1
                 # Not backward(): that would leave gradients in the parameters.
-                (gradient,) = torch.autograd.grad(ascent_loss(logits_NK, aim_N, sign), x)
+                (gradient,) = torch.autograd.grad(sign * loss.total(output, aim_N), x)
             with torch.no_grad():
                 x = self.space.ascend(x.detach(), gradient, self.step_size, self.norm)
                 x = self.space.project(x, origin, self.eps, self.norm)
-        return x
+        return x.to(x_NCHW.dtype)
 
     def _start(self, origin: Tensor, generator: torch.Generator) -> Tensor:
         if not self.random_start:

@@ -1,12 +1,24 @@
-"""What an attack ascends: the loss of the true class, or minus the loss of a random other class."""
+"""What an attack ascends: the trained loss, or minus the loss of a random other class."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from conadv.attacks.loss import Loss, TrainedLoss
 from conadv.errors import ConadvError
+from conadv.types import Forward
+
+
+def trained_loss(forward: Forward, given: Loss | None = None) -> TrainedLoss:
+    """The loss that an attack ascends: the ``given`` one, or the engine's, which its forward names.
+
+    Cross-entropy for any other forward, such as a plain model.
+    """
+    if given is not None:
+        return TrainedLoss(given)
+    found: TrainedLoss | None = getattr(forward, "trained_loss", None)
+    return found or TrainedLoss()
 
 
 def random_other_class(y_N: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -25,11 +37,11 @@ def random_other_class(y_N: Tensor, num_classes: int, generator: torch.Generator
     return (y_N + shift) % num_classes
 
 
-def ascent_loss(logits_NK: Tensor, y_N: Tensor, sign: int) -> Tensor:
-    """Cross-entropy summed over the batch, times ``sign`` (-1 for targeted attacks).
-
-    The sum, not the mean: an image's gradient must not shrink as the batch grows. No label
-    smoothing. ``y_N``: classes, or probabilities (N, K) of mixed labels.
-    """
-    y_N = y_N.float() if y_N.is_floating_point() else y_N
-    return sign * F.cross_entropy(logits_NK.float(), y_N, reduction="sum")
+def targets(loss: TrainedLoss, output: Tensor, y_N: Tensor, generator: torch.Generator) -> Tensor:
+    """Where a targeted attack goes, class by class. ConadvError without classes to choose from."""
+    if not loss.classes or output.dim() != 2:
+        raise ConadvError(
+            "A targeted attack goes towards another class, so it needs cross-entropy (or NLL) over "
+            f"(N, K) logits; the output is {tuple(output.shape)}. Use targeted=False."
+        )
+    return random_other_class(y_N, output.shape[1], generator)

@@ -68,11 +68,11 @@ def cut(
 
 
 class GradientReducer:
-    """Sums the gradients of a model's trainable parameters over ranks. One per engine, for several
-    ranks.
+    """Sums the gradients of a model's trained parameters over ranks. One per engine of several.
 
-    In a step: ``last_pass(views)`` before the last backward pass, ``launch()`` after it, ``wait()``
-    before anyone reads ``.grad``. The caller has scaled the loss, so that the sum is the mean over
+    In a step: ``follow()`` first, ``last_pass(views)`` before the last backward pass, ``launch()``
+    after it, ``wait()`` before anyone reads ``.grad``, and ``regroup()`` if any rank's ``follow``
+    said so. The caller has scaled the loss, so that the sum is the mean over
     the global batch. A parameter with a gradient on some ranks counts as zero on the others; one
     without on all ranks is skipped.
 
@@ -84,8 +84,11 @@ class GradientReducer:
     """
 
     def __init__(self, comm: Comm, model: nn.Module, bucket_mib: float | None = None) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._names, self._params = list(named), list(named.values())
+        named = dict(model.named_parameters())  # all: who is trained may change
+        self._model, self._names, self._params = model, list(named), list(named.values())
+        self._hooked: set[int] = set()
+        self._trained: list[bool] = []  # now
+        self._grouped: list[bool] = []  # as the present buckets were made
         self._comm = comm
         self._cap = int((BUCKET_MIB if bucket_mib is None else bucket_mib) * MIB)
         self._views: Key = ()  # of this step
@@ -103,13 +106,47 @@ class GradientReducer:
         self.overlap = (
             True  # False keeps all buckets until launch(), to measure what overlap is worth
         )
-        for number, p in enumerate(self._params):
-            p.register_post_accumulate_grad_hook(partial(self._on_gradient, number))
 
     @property
     def busy(self) -> bool:
         """Whether gradients are on their way."""
         return bool(self._handles)
+
+    def follow(self) -> bool:
+        """Before a step's first pass: whether other parameters are trained than the buckets are for.
+
+        Ranks: not collective. Where any rank says so, all call :meth:`regroup` after :meth:`wait`.
+        """
+        if list(map(id, self._model.parameters())) != list(map(id, self._params)):
+            raise ConadvError(
+                "The model has other parameters than when TrainStep was made, so their gradients "
+                "would not be summed over the ranks. Make a new TrainStep after such a change."
+            )
+        self._trained = [p.requires_grad for p in self._params]
+        for number, p in enumerate(self._params):
+            if p.requires_grad and number not in self._hooked:
+                self._hooked.add(number)
+                p.register_post_accumulate_grad_hook(partial(self._on_gradient, number))
+        return self._key is not None and self._trained != self._grouped
+
+    def regroup(self) -> None:
+        """Sum the gradients that had no bucket in this step, and have buckets made anew in the next.
+
+        Ranks: collective. Raises ConadvError on all ranks if they do not train the same parameters:
+        they would drift apart.
+        """
+        _, takes_part = self._agree()
+        for number, trained in enumerate(self._trained):
+            if not trained:  # a gradient of zeros is an update where there is weight decay
+                self._params[number].grad = None
+        new = [n for n in range(len(self._params)) if takes_part[n] and n not in self._slots]
+        for members in cut(self._params, new, self._cap):
+            bucket = self._bucket(members, late=False)
+            self._launch(bucket)
+            self._handles.pop().wait()
+            for number, view in zip(bucket.members, bucket.views, strict=True):
+                self._params[number].grad = view
+        self._key = None
 
     def last_pass(self, views: Key) -> None:
         """The next backward pass is the step's last. ``views`` names what the step trains on."""
@@ -127,7 +164,7 @@ class GradientReducer:
         if self._views != self._key:
             self._make_buckets()
         for number, p in enumerate(self._params):
-            if p.grad is not None and number not in self._slots:
+            if p.grad is not None and number not in self._slots and self._grouped[number]:
                 raise self._changed(number)
         for bucket in self._buckets[len(self._handles) :]:
             self._launch(bucket)
@@ -171,13 +208,16 @@ class GradientReducer:
         if not self._watching:
             return
         known = self._views == self._key
-        place, view = self._slots.get(number, (-1, p)) if known else (0, p)
+        new = known and not self._grouped[number]  # it has no bucket yet, see regroup()
+        place, view = len(self._handles), p
+        if known and not new:
+            place, view = self._slots.get(number, (-1, p))
         # once its bucket is on the network, a second gradient would be lost, or be another on each
         # rank
         if number in self._ready or place < len(self._handles):
             raise self._changed(number)
         self._ready.add(number)
-        if not known:
+        if not known or new:
             return
         self._missing[place] -= 1
         if self._copy_early and p.grad is not None:
@@ -208,9 +248,7 @@ class GradientReducer:
         """Agree between ranks on who takes part and who is touched by the last pass, and lay out
         the buckets.
         """
-        touched = [number in self._ready for number in range(len(self._params))]
-        flags = torch.tensor([touched, [p.grad is not None for p in self._params]])
-        late, takes_part = self._comm.any(flags).tolist()
+        late, takes_part = self._agree()
         # backward goes from the last layer to the first, so gradients become final in this order
         order = [number for number in reversed(range(len(self._params))) if takes_part[number]]
         parts = {
@@ -228,6 +266,24 @@ class GradientReducer:
         }
         self._key = self._views
 
+    def _agree(self) -> tuple[list[bool], list[bool]]:
+        """Whom the last pass touches on any rank, and who has a gradient on any rank."""
+        touched = [number in self._ready for number in range(len(self._params))]
+        has_one = [p.grad is not None for p in self._params]
+        frozen = [not trained for trained in self._trained]
+        flags = self._comm.any(torch.tensor([touched, has_one, self._trained, frozen])).tolist()
+        late, takes_part, *both = flags
+        if odd := [name for name, *each in zip(self._names, *both, strict=True) if all(each)]:
+            error = ConadvError(
+                f"The parameter {odd[0]!r} is trained on some ranks and frozen on others"
+                f"{f', as are {len(odd) - 1} more' if odd[1:] else ''}. Call requires_grad_ on all "
+                "ranks before the same step."
+            )
+            error.agreed = True
+            raise error
+        self._grouped = self._trained
+        return late, takes_part
+
     def _bucket(self, members: Sequence[int], late: bool) -> Bucket:
         params = [self._params[number] for number in members]
         sizes = [p.numel() for p in params]
@@ -239,6 +295,6 @@ class GradientReducer:
         return ConadvError(
             f"Rank {self._comm.rank}: parameter {self._names[number]!r} got a gradient in a pass "
             "that had none for it in the first step, or got it twice in one pass. On several ranks "
-            "a step must use the same parameters every time: freeze parameters before the engine "
-            "is built, and use no reentrant activation checkpointing."
+            "the network must use the same parameters in every step (freeze others by "
+            "requires_grad_), and no reentrant activation checkpointing."
         )

@@ -11,19 +11,46 @@ from torch import Tensor
 
 from conadv import rng
 from conadv.attacks.contract import run_attack
+from conadv.attacks.loss import TrainedLoss
 from conadv.engine.forward import Network
 from conadv.engine.inputs import Inputs
 from conadv.nn import split_batchnorm as norm
+from conadv.nn.buffers import BufferCopies
 from conadv.types import Attack, Batch, ExtraBatch, Forward, Method
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttackPass:
-    """Runs attacks. The model and all global generators stay as they are."""
+    """Runs attacks. The model and all global generators stay as they are.
+
+    An attack sees the buffers of the beginning of its step, whether it runs before the step's
+    gradient, after it, or on another rank: executors agree.
+    """
 
     network: Network
     inputs: Inputs
+    loss: TrainedLoss
     seed: int
+    statistics: str = "batch"  # "running": attacks also read batch norm's buffers
+
+    def __post_init__(self) -> None:
+        batchnorm = self.statistics == "running"
+        self._buffers = BufferCopies(self.network.model, batchnorm=batchnorm)
+        self._in_step = False
+
+    def begin(self) -> None:
+        """The step begins: attacks see these buffers until :meth:`end`."""
+        self._buffers.take()
+        self._in_step = True
+
+    def end(self) -> None:
+        self._in_step = False
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What attacks see of the buffers, by name; not batch norm's unless they read them."""
+        if not self._in_step:
+            self._buffers.take()
+        return self._buffers.copies
 
     def attack_batch(
         self,
@@ -75,4 +102,7 @@ class AttackPass:
             network.on_route_of(route),
             frozen(network.model),
         ):
-            yield network.for_attack(weights), draws
+            # Copies of the copies: a pass writes to them, and the next micro-batch starts afresh.
+            given = weights or {}
+            own = {name: given.get(name, copy).clone() for name, copy in self.buffers().items()}
+            yield network.for_attack(weights, own, self.loss), draws

@@ -64,8 +64,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, sched
     if orphans:
         raise ConadvError(
             f"The optimizer does not have {len(orphans)} parameter(s), such as {orphans[0]!r}. "
-            "Split the batch norm before you build the optimizer, and give it all parameters."
+            "Split the batch norm before you build the optimizer, and give it all parameters; "
+            "optimizer.add_param_group takes those of a layer that is trained from now on."
         )
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[int, bool]]:
+    """Which parameters are trained, to notice that others are: requires_grad_, add_param_group."""
+    found = [(id(p), p.requires_grad) for p in model.parameters()]
+    return [*found, (sum(len(group["params"]) for group in optimizer.param_groups), True)]
 
 
 def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:

@@ -42,6 +42,8 @@ class Step(Engine, Protocol):
 
     @property
     def ahead(self) -> int: ...
+    def begin(self) -> None: ...
+    def attack_state(self) -> dict[str, Tensor]: ...
     def snapshot(self) -> None: ...
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]: ...
     def prepare(self, future: RawBatch | None, *, early: bool = False) -> None: ...
@@ -127,7 +129,9 @@ class Stream(Executor):
     def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         assert self._side is not None
         main = torch.cuda.current_stream(engine.device)
-        # By then theta_t is complete, and step t - 1 has read the images that it was given.
+        # By then theta_t is complete, step t - 1 has read the images that it was given, and the
+        # buffers that the attack sees are copied.
+        engine.begin()
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
             engine.prepare(future, early=True)

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conadv.attacks.loss import TrainedLoss
 from conadv.engine.inputs import Views
 from conadv.engine.numerics import Numerics
 from conadv.engine.precision import LOW_TYPES, amplify, autocast
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
 from conadv.types import Forward
+
+
+@dataclass(frozen=True)
+class AttackForward:
+    """The :data:`conadv.types.Forward` of the engine, which knows the loss that is trained."""
+
+    run: Forward
+    trained_loss: TrainedLoss
+
+    def __call__(self, x_NCHW: Tensor) -> Tensor:
+        return self.run(x_NCHW)
 
 
 class Network:
@@ -63,30 +76,33 @@ class Network:
         images = [x for x, _ in views.values()]
         with autocast(self.device, self.low):
             logits_NK = self._call(torch.cat(images) if len(images) > 1 else images[0])
-        if self.low is not None:  # the loss in float32, as autocast itself would have it
-            logits_NK = logits_NK.float()
         sizes = [len(y) for _, y in views.values()]
         parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
         return dict(zip(views, parts, strict=True))
 
-    def for_attack(self, weights: Mapping[str, Tensor] | None) -> Forward:
-        """x_NCHW -> logits_NK for an attack, at the present weights or at ``weights``."""
+    def for_attack(
+        self, weights: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor], loss: TrainedLoss
+    ) -> AttackForward:
+        """x_NCHW -> output for an attack, at the present weights or at ``weights``.
+
+        ``buffers``: in place of the model's own, and written to.
+        """
         # A compiled backward pass computes all gradients that its graph has, asked for or not: the
         # attack's graph gets weights that need none, the same graph for present and other weights.
         now = self.trainable() if self._compiled and weights is None else weights
-        fixed = {f"_orig_mod.{name}": w.detach() for name, w in (now or {}).items()}
+        values = {**(now or {}), **buffers}
+        if self._compiled:
+            values = {f"_orig_mod.{name}": w.detach() for name, w in values.items()}
 
         def forward(x_NCHW: Tensor) -> Tensor:
             with autocast(self.device, self.low):
-                if self._compiled:
-                    logits: Tensor = torch.func.functional_call(self._run, fixed, (x_NCHW,))
-                elif weights is None:
-                    logits = self.model(x_NCHW)
-                else:
-                    logits = torch.func.functional_call(self.model, dict(weights), (x_NCHW,))
-            return amplify(logits, self.low)
+                # Not the module's own buffers: the gradient may be at work on those, on another
+                # stream, and an attack leaves them alone.
+                call = torch.func.functional_call if values else _call_plain
+                output = call(self._run, values, (x_NCHW,))
+            return amplify(_checked(output, len(x_NCHW)), self.low)
 
-        return forward
+        return AttackForward(forward, loss)
 
     def on_route(self, views: Views) -> AbstractContextManager[None]:
         """The block's passes go through the routes of ``views``, image by image in their order."""
@@ -107,8 +123,14 @@ class Network:
 
     def _call(self, x_NCHW: Tensor) -> Tensor:
         try:
-            logits_NK: Tensor = self._run(x_NCHW)
+            output = self._run(x_NCHW)
         except Exception as error:
+            own = next(self.model.parameters()).dtype
+            if self.low is None and x_NCHW.dtype != own and isinstance(error, RuntimeError):
+                raise ConadvError(
+                    f"The model, in {own}, cannot take images in {x_NCHW.dtype}: convert one of "
+                    f"them. {str(error)[:200]}"
+                ) from error
             if not (self._compiled and type(error).__module__.startswith("torch._dynamo")):
                 raise
             raise ConadvError(
@@ -116,4 +138,23 @@ class Network:
                 "Leave out compile, change the network where torch names a break, or give all "
                 "micro-batches one shape (torch.compiler.reset() forgets earlier engines)."
             ) from error
-        return logits_NK
+        return _checked(output, len(x_NCHW))
+
+
+def _call_plain(run: Any, _: Mapping[str, Tensor], args: tuple[Tensor]) -> Any:
+    return run(*args)
+
+
+def _checked(output: Any, num_images: int) -> Tensor:
+    """``output``; ConadvError unless it is one tensor with a row for each image."""
+    if not isinstance(output, Tensor):
+        raise ConadvError(
+            f"The model returns a {type(output).__name__}, where one tensor is needed. Switch its "
+            "other outputs off, or wrap it in a module that returns the logits alone."
+        )
+    if output.dim() == 0 or len(output) != num_images:
+        raise ConadvError(
+            f"The model gives a tensor of shape {tuple(output.shape)} for {num_images} images, "
+            "where one row for each image is needed."
+        )
+    return output

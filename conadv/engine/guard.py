@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from conadv.engine.numerics import Numerics
 from conadv.engine.validate import check_count, check_keys, shown
 from conadv.errors import ConadvError
+from conadv.nn.buffers import BufferCopies
 
 
 class NonFiniteError(ConadvError):
@@ -89,8 +89,8 @@ class Guard:
         self.scale = LossScale() if numerics.precision == "fp16" else None
         self._in_a_row = 0
         # Where the first non-finite number ends the run nothing is ever undone, nor copied.
-        self._buffers = [] if self._stop and self.scale is None else list(model.buffers())
-        self._copies = [buffer.clone() for buffer in self._buffers]
+        undoes = not self._stop or self.scale is not None
+        self._buffers = BufferCopies(model, batchnorm=True) if undoes else None
 
     @property
     def factor(self) -> float:
@@ -99,17 +99,15 @@ class Guard:
 
     # Buffers only: parameters and optimizer state change in the update alone.
 
-    @torch.no_grad()
     def snapshot(self) -> None:
         """Before a step's first forward pass."""
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._buffers)
+        if self._buffers is not None:
+            self._buffers.take()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the buffers the values that :meth:`snapshot` saw."""
-        if self._copies:
-            torch._foreach_copy_(self._buffers, self._copies)
+        if self._buffers is not None:
+            self._buffers.restore()
 
     def judge(self, step: int, losses: Mapping[str, float], grad_norm: float) -> str | None:
         """Why the update must be left out, None if it may be made; or NonFiniteError."""

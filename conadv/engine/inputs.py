@@ -18,10 +18,11 @@ Views = dict[str, tuple[Tensor, Tensor]]
 
 
 class Inputs:
-    """Brings images to ``device`` and into model space, in one memory format."""
+    """Brings images to the device of ``like``, a parameter, and into model space."""
 
-    def __init__(self, space: PixelSpace, device: torch.device, channels_last: bool) -> None:
-        self.space, self._device = space, device
+    def __init__(self, space: PixelSpace, like: Tensor, channels_last: bool) -> None:
+        self.space, self._device = space, like.device
+        self._float64 = like.dtype == torch.float64
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self._checked = False
 
@@ -33,13 +34,19 @@ class Inputs:
                     "A batch needs micro-batches of one size: a step takes the mean of their means."
                 )
             return raw
-        pair = isinstance(raw, (tuple, list)) and len(raw) == 2
-        if not (pair and all(isinstance(part, Tensor) for part in raw)):
+        parts = list(raw) if isinstance(raw, (tuple, list)) else []
+        if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+            found = [type(part).__name__ for part in parts] or type(raw).__name__
             raise ConadvError(
-                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {type(raw)}."
+                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {found}. Of a "
+                "loader that yields more, pass the first two: step((x, y))."
             )
         # The rank numbers the micro-batch: N ranks then draw what one rank with N of them draws.
         x_NCHW, y_N = raw
+        if not (x_NCHW.dim() and y_N.dim() and len(x_NCHW) == len(y_N)):
+            raise ConadvError(
+                f"Images {tuple(x_NCHW.shape)} and labels {tuple(y_N.shape)} differ in number."
+            )
         return Batch(step, (MicroBatch(rank, y_N, {"clean": x_NCHW}),))
 
     def images(self, micro: MicroBatch, view: str, first: int = 0) -> Tensor:
@@ -54,7 +61,12 @@ class Inputs:
 
     def _in_model_space(self, x: Tensor) -> Tensor:
         if x.dtype == torch.uint8:
-            x = self.space.normalize(x)
+            # A model in float64 gets pixels in float64, not rounded to float32 before.
+            x = self.space.normalize(x.double().div_(255) if self._float64 else x)
+        elif not x.is_floating_point():
+            raise ConadvError(
+                f"Images are uint8 pixels or floats in model space, not {x.dtype}: x.to(torch.uint8)."
+            )
         return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
 
     def labels(self, micro: MicroBatch) -> Tensor:
@@ -65,16 +77,29 @@ class Inputs:
 
         ``replace``: the extra images stand for the clean ones that they were made of, the first.
         """
+        views = {}
+        for name, y_N in self.view_labels(m, micro, extra, replace).items():
+            if name == "adv":
+                assert extra is not None
+                views[name] = extra.images[m], y_N
+            else:
+                views[name] = self.images(micro, name, len(micro.y_N) - len(y_N)), y_N
+        return views
+
+    def view_labels(
+        self, m: int, micro: MicroBatch, extra: ExtraBatch | None, replace: bool
+    ) -> dict[str, Tensor]:
+        """The labels of :meth:`views`."""
         y_N = self.labels(micro)
         first = len(extra.labels[m]) if extra is not None and replace else 0
-        views = {}
+        labels = {}
         if first < len(y_N):  # a share of 1 leaves no clean image
-            views["clean"] = (self.images(micro, "clean", first), y_N[first:])
+            labels["clean"] = y_N[first:]
         if "aug" in micro.views:
-            views["aug"] = (self.images(micro, "aug"), y_N)
+            labels["aug"] = y_N
         if extra is not None:
-            views["adv"] = (extra.images[m], extra.labels[m])
-        return views
+            labels["adv"] = extra.labels[m]
+        return labels
 
     def check_space(self, batch: Batch) -> None:
         """Before the first attack: ConadvError unless images fit the space. Sync point."""

@@ -115,16 +115,27 @@ class LookAhead:
     ) -> None:
         if predictor not in PREDICTORS:
             raise unknown("predictor", predictor, PREDICTORS)
-        self._params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._names = {p: name for name, p in self._params.items()}
-        self._optimizer, self._lr_at = optimizer, lr_at
+        self._model, self._optimizer, self._lr_at = model, optimizer, lr_at
         self._advance = _advance_for(optimizer) if predictor == "momentum" else None
-        self._weights = {name: p.detach().clone() for name, p in self._params.items()}
+        self._weights: dict[str, Tensor] = {}
+        self._copies = [self._weights]
         self._previous: dict[str, Tensor] = {}
         if self._advance is None:
             # With one prediction between two updates the memory can be its buffer.
-            copies = {name: w.clone() for name, w in self._weights.items()}
-            self._previous = copies if keep else self._weights
+            self._previous = {} if keep else self._weights
+            self._copies += [self._previous] if keep else []
+        self._follow()
+
+    def _follow(self) -> dict[str, Tensor]:
+        """The parameters that are trained now, with copies of the new ones, of others none."""
+        found = self._model.named_parameters()
+        params: dict[str, Tensor] = {name: p for name, p in found if p.requires_grad}
+        for copies in self._copies:
+            for name in copies.keys() - params.keys():
+                del copies[name]
+            # One that was frozen so far has not moved: its last update is zero.
+            copies |= {name: p.detach().clone() for name, p in params.items() if name not in copies}
+        return params
 
     @torch.no_grad()
     def predict(self, version: int, num_steps: int) -> dict[str, Tensor]:
@@ -132,25 +143,28 @@ class LookAhead:
 
         The tensors are the buffer itself: valid until the next call or :meth:`snapshot`.
         """
+        params = self._follow()
         if self._advance is None:
-            for name, p in self._params.items():  # p + num_steps (p - previous p)
+            for name, p in params.items():  # p + num_steps (p - previous p)
                 torch.lerp(self._previous[name], p, 1.0 + num_steps, out=self._weights[name])
             return self._weights
+        names = {p: name for name, p in params.items()}
         for group in self._optimizer.param_groups:
             lrs = [float(group["lr"])] * num_steps  # it may be a tensor
             if self._lr_at is not None:
                 lrs = [self._lr_at(version + k) for k in range(num_steps)]
             for p in group["params"]:
-                if p in self._names:
+                if p in names:
                     state = self._optimizer.state.get(p, {})
-                    self._advance(self._weights[self._names[p]], p, state, group, lrs)
+                    self._advance(self._weights[names[p]], p, state, group, lrs)
         return self._weights
 
     @torch.no_grad()
     def snapshot(self) -> None:
         """Between attack and update: keeps theta_t for when theta_{t+1} is there."""
+        params = self._follow() if self._previous else {}
         for name, previous in self._previous.items():
-            previous.copy_(self._params[name])
+            previous.copy_(params[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights before the last update; empty where the optimizer's state says all."""

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from conadv.attacks.loss import Loss, TrainedLoss
 from conadv.attacks.space import PixelSpace
 from conadv.distributed.clock import PhaseClock
 from conadv.distributed.comm import Comm
@@ -26,7 +27,7 @@ from conadv.engine import check
 from conadv.engine.attack_pass import AttackPass
 from conadv.engine.executors import Executor, Inline, Served
 from conadv.engine.forward import Network
-from conadv.engine.gradient import GradientPass, Loss
+from conadv.engine.gradient import GradientPass
 from conadv.engine.guard import Guard, NonFiniteError
 from conadv.engine.inputs import Inputs, RawBatch
 from conadv.engine.lookahead import LookAhead
@@ -35,7 +36,7 @@ from conadv.engine.pending import Expected, Pending
 from conadv.engine.stop import StopRequest
 from conadv.engine.validate import check_count, check_keys
 from conadv.errors import ConadvError
-from conadv.nn.split_batchnorm import frozen_stats
+from conadv.nn.buffers import state_left_alone
 from conadv.types import Attack, Batch, ExtraBatch, Method, MicroBatch, Schedule, StepRecord
 
 
@@ -63,7 +64,8 @@ class TrainStep:
         model: with a route for every view (:func:`conadv.split_batchnorm`).
         optimizer: over all trainable parameters of the model.
         method: what joins the clean view; by default nothing does.
-        loss: (logits_NK, y_N) -> mean over N; cross-entropy by default.
+        loss: (output, y_N) -> mean over N, a scalar; cross-entropy by default. Attacks ascend it
+            too (:class:`conadv.attacks.loss.TrainedLoss`).
         lr_at: the schedule; each update sets every group's learning rate by it.
         numerics: precision, clipping, non-finite numbers, memory formats, compilation.
         view_weights: weight of each view's loss, default 1.
@@ -102,7 +104,7 @@ class TrainStep:
         comm: Comm | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.model, self.optimizer, self.loss = model, optimizer, TrainedLoss(loss)
         self.method = _CleanOnly() if method is None else method
         self.device = next(model.parameters()).device
         self.comm = comm or check.alone(self.device)
@@ -117,12 +119,13 @@ class TrainStep:
         self.pending = Pending(self.space, numerics.pending_dtype)
         self.stop = 0  # what all ranks agreed on in the last step
         self.stop_request = StopRequest(self.comm.ranks)
-        self.inputs = inputs = Inputs(self.space, self.device, numerics.channels_last)
+        self.inputs = inputs = Inputs(self.space, next(model.parameters()), numerics.channels_last)
         replace = self.method.mix == "replace"
         self.network = network = Network(model, adv_route, numerics, replace=replace)
-        self.attacks = AttackPass(network, inputs, seed)
+        statistics = self.method.attack_statistics
+        self.attacks = AttackPass(network, inputs, self.loss, seed, statistics)
         weights, stop = self.view_weights, self.stop_request
-        self.gradients = GradientPass(network, inputs, loss, weights, seed, self.comm, stop)
+        self.gradients = GradientPass(network, inputs, self.loss, weights, seed, self.comm, stop)
         self.gradients.replace = replace and not self.method.reads_fewer
         self._lr_at, self._guard = lr_at, Guard(model, numerics)
         # An attack rank is sent predicted weights; it has no optimizer state to predict them from.
@@ -130,6 +133,8 @@ class TrainStep:
         self._lookahead = LookAhead(model, optimizer, lr_at) if looks_ahead else None
         self._batch: Batch | None = None  # of the gradient that has not been applied yet
         self._gradient_version: int | None = None
+        self._begun: int | None = None  # the version whose step has begun
+        self._trained = check.trained(model, optimizer)
         self._extra_version: int | None = None
         self._epoch = 0
         if self.comm.ranks > 1:
@@ -147,6 +152,19 @@ class TrainStep:
 
     # ---- phases
 
+    def begin(self) -> None:
+        """The first thing in a step; :meth:`gradient` and :meth:`prepare` see to it themselves.
+
+        Keeps the buffers that an update left out gives back, and those that the step's attacks see.
+        """
+        if self._begun != self.version:
+            trained = check.trained(self.model, self.optimizer)
+            if trained != self._trained:
+                check.check_optimizer(self.optimizer, self.model, scheduled=self._lr_at is not None)
+            self._trained, self._begun = trained, self.version
+            self._guard.snapshot()
+            self.attacks.begin()
+
     def gradient(self, batch: RawBatch) -> dict[str, Tensor]:
         """Forward and backward of all views; adds to ``.grad`` and returns each view's loss.
 
@@ -156,8 +174,7 @@ class TrainStep:
         """
         batch, method = self._as_batch(batch), self.method
         self._check_cleared()
-        if self._gradient_version != self.version:  # the first call of this step
-            self._guard.snapshot()
+        self.begin()
         self._gradient_version, self._batch, self._epoch = self.version, batch, batch.epoch
         self.comm.at("gradient", self.version)
         with self.clock.phase("attack"):
@@ -186,6 +203,7 @@ class TrainStep:
                 "prepare(future) belongs between gradient(batch) and the update of the same step."
             )
         self.comm.at("attack", self.version)
+        self.begin()
         with self.clock.phase("attack"):
             self.method.prepare(self, self._as_future(future))
             self.snapshot()
@@ -266,6 +284,10 @@ class TrainStep:
         """Run ``attack`` on the clean view, at the present weights or at ``weights``."""
         return self.attacks.attack_batch(self.method, attack, batch, weights, self.version)
 
+    def attack_state(self) -> dict[str, Tensor]:
+        """What an attack of this step on another rank reads of the model, by name."""
+        return {**self.trainable(), **self.attacks.buffers()}
+
     def predicted_weights(self, num_steps: int) -> Mapping[str, Tensor]:
         """Look-ahead weights for ``num_steps`` updates from now; valid until the next call."""
         assert self._lookahead is not None
@@ -299,6 +321,8 @@ class TrainStep:
         """
         check_keys(state, ("version", "pending", "lookahead", "guard"), "its engine")
         self.version = check_count(state["version"], "its engine's version")
+        self._begun = None
+        self.attacks.end()
         if images is not None:
             images.check(state["pending"], self.version, self.pending.dtype)
         self.pending.load_state_dict(state["pending"], self.device)
@@ -334,7 +358,7 @@ class TrainStep:
         first = [p.grad for p in self.trainable().values() if p.grad is not None]
 
         def again() -> None:
-            with torch.enable_grad(), frozen_stats(self.model):
+            with torch.enable_grad(), state_left_alone(self.model):
                 self.gradients.run(batch, extra, self._guard.factor, record=False)
 
         with self.clock.phase("gradient"):
@@ -355,9 +379,10 @@ class TrainStep:
         stop = self.stop_request
         self.stop = stop.decoded(read[-1]) if requests else stop.mine()
         losses = dict(zip(passed.losses, read, strict=False))
-        loss = sum(passed.weights[view] * value for view, value in losses.items())
+        weights = {view: float(weight) for view, weight in passed.weights.items()}
+        loss = sum(weights[view] * value for view, value in losses.items())
         grad_norm = read[len(losses)] / self._guard.factor
-        return loss / sum(passed.weights.values()), losses, grad_norm
+        return loss / sum(weights.values()), losses, grad_norm
 
     def _judge(self, losses: Mapping[str, float], grad_norm: float) -> str | None:
         """Unscale and clip the gradient for an update; or undo the step and say why."""
@@ -381,3 +406,4 @@ class TrainStep:
     def _count_update(self) -> None:
         self.version += 1
         self._gradient_version = self._batch = None
+        self.attacks.end()

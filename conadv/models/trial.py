@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from conadv.errors import ConadvError, printable
-from conadv.nn.split_batchnorm import frozen_stats
+from conadv.nn.buffers import state_left_alone
 
 
 def check_model(
@@ -21,8 +21,8 @@ def check_model(
     was_training = [(module, module.training) for module in model.modules()]
     try:
         for training in (True, False):
-            model.train(training)  # first: frozen_stats freezes what is in train mode as it begins
-            with torch.no_grad(), frozen_stats(model):
+            model.train(training)  # first: state_left_alone looks at modes once
+            with torch.no_grad(), state_left_alone(model):
                 _check_pass(model, x_NCHW, num_classes, "train" if training else "eval")
     finally:
         for module, mode_before in was_training:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conadv.attacks.targets import ascent_loss
 from conadv.config.resolve import Derived
 from conadv.config.schema import Config
 from conadv.data.loader import Data
@@ -143,12 +142,13 @@ class Probe:
         """(grad_x of every image's loss, attacked images) at given weights, None for theta_t."""
         there = weights and {name: w.to(self._engine.device) for name, w in weights.items()}
         gradients: list[Tensor] = []
+        ascended = self._engine.loss
         images: list[Tensor] = []
         for micro in self._micro:
             x, y_N = self._engine.images(micro, "clean").detach(), self._engine.labels(micro)
             with self._pass(step, micro, there) as (forward, _):
                 leaf = x.clone().requires_grad_()
-                gradients += torch.autograd.grad(ascent_loss(forward(leaf), y_N, 1), leaf)
+                gradients += torch.autograd.grad(ascended.total(forward(leaf), y_N), leaf)
             with self._pass(step, micro, there) as (forward, draws):
                 images.append(self._attack(forward, x, y_N, draws))
         return gradients, images
@@ -169,11 +169,12 @@ class Probe:
 
     @torch.no_grad()
     def _loss(self, step: int, images: list[Tensor]) -> float:
-        """Mean cross-entropy at theta_t, in the attack's mode. Sync point."""
+        """The mean of the trained loss at theta_t, in the attack's mode. Sync point."""
         total = 0.0
         for micro, x in zip(self._micro, images, strict=True):
             with self._pass(step, micro, None) as (forward, _):
-                total += ascent_loss(forward(x), self._engine.labels(micro), 1).item() / len(x)
+                loss = self._engine.loss.total(forward(x), self._engine.labels(micro))
+                total += loss.item() / len(x)
         return total / len(images)
 
     def _error(self, predicted: Weights, stale: Weights) -> float | None:

@@ -25,7 +25,7 @@ from conadv.engine.execution import Execution
 from conadv.engine.executors import Inline
 from conadv.training.loop import train
 
-from ..helpers import no_norm_net, state, tiny_resnet, train_step
+from ..helpers import buffered_net, no_norm_net, state, tiny_resnet, train_step
 from ..test_methods import ATTACK, CASES, SEED, SPACE, as_batch, sgd
 from ..test_training import config
 from .launch import until
@@ -68,7 +68,9 @@ def engine_for(teams: Teams, case: Case) -> TrainStep:
     """The engine of one process; ranks other than 0 begin with other weights, which must not matter."""
     seed = teams.world.rank
     net: nn.Module = no_norm_net(seed=seed)
-    if case.model != "no norm":
+    if case.model == "buffers":
+        net = buffered_net(seed)
+    elif case.model != "no norm":
         net = tiny_resnet("adv", seed=seed)
     if case.model == "channels last":
         net = net.to(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conadv import FGSM, LARS, Batch, Comm, ConadvError, TrainStep, split_batchnorm, windows
+from conadv import EMA, FGSM, LARS, Batch, Comm, ConadvError, TrainStep, split_batchnorm, windows
 from conadv.config.schema import Config
 from conadv.distributed import reducer
 from conadv.distributed.handle import Handle
@@ -205,12 +205,49 @@ def gradient_twice(comm: Comm) -> None:
         engine.wait()
 
 
-def thawed(comm: Comm, name: str) -> None:
-    """A parameter that has no gradient in the first step and one in the second."""
-    engine = make(comm, "disadv", small_resnet())
-    for trains in (False, True):
-        engine.model.get_parameter(name).requires_grad_(trains)
-        steps(engine, None, range(1))
+def switch(engine: TrainStep, t: int) -> None:
+    """Unfreeze the first layer before step 2, and freeze the last one before step 4."""
+    if t in (0, 2):
+        engine.model[0].requires_grad_(t == 2)
+    if t == 2:
+        engine.optimizer.add_param_group({"params": list(engine.model[0].parameters())})
+    if t == 4:
+        engine.model[-1].requires_grad_(False)
+
+
+def switched(comm: Comm, case: str, optimizer: str, options: dict[str, Any]) -> Answer:
+    """Six steps in which what is trained changes twice."""
+    options = {"clip_norm": 0.5, **options}
+    net = no_norm_net(seed=comm.rank)
+    net[0].requires_grad_(False)
+    trained = nn.ModuleList(net[1:])
+    bucket_mib = options.pop("bucket_mib", reducer.BUCKET_MIB)
+    options |= {"space": SPACE, "seed": SEED, "comm": comm}
+    with mock.patch.object(reducer, "BUCKET_MIB", bucket_mib):
+        engine = train_step(net, OPTIMIZERS[optimizer](trained), CASES[case](), **options)
+    average = EMA(net, 0.9)
+    records, stream = [], [batch_of(comm, t, 2) for t in range(6)]
+    for t, (batch, future) in enumerate(windows(stream, engine.ahead)):
+        switch(engine, t)
+        records.append(asdict(engine(batch, future)))
+        average.update_parameters(net)
+    return records, state(net) | state(average)
+
+
+def switched_alone(comm: Comm, name: str, trains: bool) -> None:
+    """Rank 1 alone trains a layer, or none, from step 1 on."""
+    engine = make(comm, "disadv", no_norm_net())
+    steps(engine, None, range(1))
+    if comm.rank == 1:
+        engine.model.get_submodule(name).requires_grad_(trains)
+    steps(engine, None, range(1, 3))
+
+
+def frozen_alone(comm: Comm) -> None:
+    """Rank 1 alone has a frozen layer from the start."""
+    net = no_norm_net()
+    net[2].requires_grad_(comm.rank == 0)
+    steps(make(comm, "vanilla", net), None, range(1))
 
 
 class Reentrant(nn.Module):

@@ -59,6 +59,7 @@ BF16 = {"channels_last": True, "precision": "bf16"}
         Case(tau=2, lookahead="last-update"),
         Case(tau=3, lookahead=True, options={"pending_dtype": "uint8", "fuse_views": True}),
         Case("channels last", options=BF16),
+        Case("buffers", tau=2, lookahead=True),
     ],
     ids=str,
 )

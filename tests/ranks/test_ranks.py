@@ -50,6 +50,21 @@ def test_two_ranks_are_one_with_twofold_accumulation_bitwise(
     assert agree([*answers, want])
 
 
+@pytest.mark.parametrize(
+    ("name", "optimizer", "bucket_mib"),
+    [("conadv-lookahead", "sgd", 1e-6), ("recycle", "lars", 25.0), ("sam", "sgd", 25.0)],
+)
+def test_what_is_trained_may_change_on_all_ranks(
+    two: Ranks, name: str, optimizer: str, bucket_mib: float
+) -> None:
+    # Red when: gradients of an unfrozen layer stay each rank's own; a frozen layer's are zeros,
+    # which LARS and momentum take for an update; look-ahead or a bucket knows the first set only.
+    options = FUSED | {"bucket_mib": bucket_mib}
+    answers = two.run(jobs.switched, name, optimizer, options)
+    want = jobs.switched(ALONE, name, optimizer, options)
+    assert agree([*answers, want])
+
+
 @pytest.mark.parametrize("name", ["conadv-lookahead", "recycle"])
 def test_bucket_size_changes_no_bit(two: Ranks, name: str) -> None:
     # Red when: a bucket leaves after its first gradient instead of its last; hooks watch every pass, so that buckets
@@ -139,9 +154,12 @@ def test_ranks_leave_a_step_out_together(two: Ranks) -> None:
     [
         (jobs.disagree, (), "The folder /data is not here. (rank 1)"),
         (jobs.gradient_twice, (), "cleared gradients"),
-        # a gradient without a bucket must not stay local, from the last pass or (the clean route's) another
-        (jobs.thawed, ("conv1.weight",), "'conv1.weight'"),
-        (jobs.thawed, ("bn1.bias",), "'bn1.bias'"),
+        (
+            jobs.switched_alone,
+            ("2", False),
+            "'2.weight' is trained on some ranks and frozen on others",
+        ),
+        (jobs.frozen_alone, (), "'2.weight' is trained on some ranks and frozen on others"),
         (jobs.sync_batchnorm, (), "The layer 'bn1' is a SyncBatchNorm on the cpu"),
         (jobs.sync_over, (1,), "over 2 processes, but 1 of them"),
         (jobs.no_comm, (), "every rank would train for itself"),

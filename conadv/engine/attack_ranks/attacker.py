@@ -29,8 +29,9 @@ class Attacker:
         self._teams, self._world, self._engine, self._skip = teams, teams.world, engine, skip
         self._channels = channels
         self._feeder = teams.feeder(teams.attackers.index(teams.world.rank))
-        weights = list(engine.trainable().values())
-        self._buffers = [Message(weights, engine.device) for _ in range(2)]
+        state = engine.attack_state()
+        self._names = list(state)
+        self._buffers = [Message(list(state.values()), engine.device) for _ in range(2)]
         self._next: Handle | None = None
         self._sent: list[Handle] = []
         self._end: Header | None = None
@@ -43,7 +44,7 @@ class Attacker:
                 batch = next(stream, None)
             if batch is None or (header := self._await_weights()) is None:
                 return
-            weights = dict(zip(engine.trainable(), self._buffers[0].parts, strict=True))
+            weights = dict(zip(self._names, self._buffers[0].parts, strict=True))
             if not self._skip:
                 self._next = self._ask()
             with engine.clock.phase("data"):

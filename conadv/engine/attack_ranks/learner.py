@@ -21,6 +21,7 @@ from conadv.engine.attack_ranks.messages import (
     check_micro_batches,
 )
 from conadv.engine.executors import Step
+from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch, MicroBatch
 
 
@@ -68,6 +69,7 @@ class Learner:
         self.failed = FailedRanks(teams)
         me = teams.world.rank
         self._fed = [a for number, a in enumerate(teams.attackers) if teams.feeder(number) == me]
+        self._names = engine.attack_state().keys()
         self._weights = self._new_weights()
         self._sent: dict[int, Handle] = {}
         self._incoming: dict[int, Incoming] = {}
@@ -78,6 +80,7 @@ class Learner:
     def begin(self, batch: Batch, future: Batch | None) -> bool:
         """Send weights, take images. Returns whether the step goes without them: they are late."""
         engine, step = self._engine, batch.step
+        engine.begin()  # attack ranks, too, see the buffers of the beginning of the step
         self._world.at("send", step)
         with engine.clock.phase("send"):
             busy, late = self._agree(step) if self._skip else (False, False)
@@ -140,9 +143,15 @@ class Learner:
         """Ask for the images of ``future``, at these weights or the look-ahead's prediction."""
         engine = self._engine
         check_micro_batches(self._teams, future, accumulation)
-        weights: Mapping[str, Tensor] = {}
+        weights = engine.attack_state()
+        if weights.keys() != self._names:
+            name = min(weights.keys() ^ self._names)
+            raise ConadvError(
+                f"The parameter {name!r} was frozen or unfrozen during training. Attack ranks take "
+                "the parameters that are trained at the start: train without them, or start again."
+            )
         if self._fed or self._teams.may_lose:
-            weights = engine.method.attack_weights(engine) or engine.trainable()
+            weights |= engine.method.attack_weights(engine) or {}
         self._send(Header(WORK, 0, engine.version, future.step, accumulation), weights)
         self._expect_images(future, accumulation, weights)
 
@@ -151,8 +160,7 @@ class Learner:
         self._free_weights()
         if self._weights is None:
             return
-        names = self._engine.trainable()
-        self._weights.fill(header, [weights[name] for name in names] if weights else [])
+        self._weights.fill(header, list(weights.values()) if weights else [])
         for attacker in self._fed:
             if attacker not in self.failed.ranks:
                 sent = self._world.send(self._weights.bytes, attacker, self._channels.weights)
@@ -168,7 +176,7 @@ class Learner:
         self._sent = {}
 
     def _new_weights(self) -> Message | None:
-        weights = list(self._engine.trainable().values())
+        weights = list(self._engine.attack_state().values())
         return Message(weights, self._engine.device) if self._fed else None
 
     def _is_through(self, attacker: int, handle: Handle) -> bool:

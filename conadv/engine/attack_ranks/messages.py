@@ -1,13 +1,14 @@
 """What learners and attack ranks send each other.
 
-* weights: from one learner per attack rank (``Teams.feeder``) to that attack rank, the trainable
-  parameters; one message in flight.
+* weights: from one learner per attack rank (``Teams.feeder``) to that attack rank, the trained
+  parameters and all buffers but those of batch norm; one message in flight.
 * images: from an attack rank to every learner whose micro-batches it has, those images as they wait
   (pending dtype); tau messages in flight.
 
-Every message begins with a :class:`Header`. Buffers of the model do not travel: the attack
-normalises by batch statistics, and the other buffers of an attack rank stay as they were at the
-start.
+Every message begins with a :class:`Header`. Running statistics of batch norm do not travel: the
+attack normalises by the batch. Other buffers are the feeding learner's. Where they depend on images
+(moving quantisers), those of other learners differ from them, and so do the attacks that inline
+would make there.
 """
 
 from __future__ import annotations
