@@ -95,11 +95,8 @@ class TrainedLoss:
             raise ConadvError(
                 f"The loss returns {shape}, not a scalar. Have it return the mean over the images."
             )
-        if torch.is_grad_enabled() and not found.requires_grad:
-            raise ConadvError(
-                "The loss has no gradient: it does not depend on the output, detaches it, or every "
-                "parameter is frozen."
-            )
+        if torch.is_grad_enabled() and output.requires_grad and not found.requires_grad:
+            raise ConadvError("The loss has no gradient: it detaches the output, or ignores it.")
         return found
 
     def _check_fit(self, output: Tensor, y_N: Tensor) -> None:

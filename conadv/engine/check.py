@@ -56,6 +56,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, sched
         raise ConadvError(
             f"lr_at sets one learning rate for all groups, which start with {sorted(rates)}."
         )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConadvError("Every parameter of the model is frozen: there is nothing to train.")
     # A route that was split after the optimizer was built would never train, without a word.
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     orphans = [
