@@ -1,8 +1,8 @@
-"""Split batch norm on torchvision's and timm's networks: runs each, writes zoo.json and the table of docs/models.md.
+"""Split batch norm on torchvision's and timm's networks: writes zoo.json and docs/models.md.
 
     python benchmarks/zoo.py        # about ten minutes on one core, 8 GB of memory
 
-``check`` is what one row means; tests/test_zoo.py runs it on the same cases (the big ones without their forward pass).
+``check`` is what one row means; tests/test_zoo.py runs it on some of the same cases.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(case: Case) -> nn.Module:
 
 
 def check(case: Case) -> Row:
-    """Split, run by route, strip, load back strictly. Raises AssertionError or ConadvError where anything is off."""
+    """Split, run by route, strip, load back strictly; AssertionError or ConadvError if it fails."""
     begin = time.process_time()
     model = build(case)
     with _uninitialised():
@@ -155,7 +155,7 @@ def _split_layers(model: nn.Module) -> list[SplitBatchNorm]:
 
 
 def _check_own_tensors(model: nn.Module) -> None:
-    """A route's parameters and statistics are its own (a child such as a PReLU is shared, by design)."""
+    """A route's parameters and statistics are its own; a child such as a PReLU is shared."""
     for layer in _split_layers(model):
         own, clean = (
             {t.data_ptr() for t in (*one.parameters(recurse=False), *one.buffers(recurse=False))}
@@ -165,7 +165,7 @@ def _check_own_tensors(model: nn.Module) -> None:
 
 
 def _backward(model: nn.Module, x: Tensor, z: Tensor) -> None:
-    """One training pass per route; every route's parameters and the images must get a finite gradient."""
+    """One training pass per route; its parameters and the images must get a finite gradient."""
     x, z = x.clone().requires_grad_(), z.clone().requires_grad_()
     loss = model(x).square().sum()
     with route(model, "adv"):

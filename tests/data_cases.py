@@ -1,4 +1,4 @@
-"""One row per data source: how to make a small one of it, for the tests of everything that holds for all of them."""
+"""One row per data source: how to make a small one of it."""
 
 from __future__ import annotations
 

@@ -114,8 +114,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_damaged_files_are_named_with_the_reason_and_found_by_check(name: str, root: Path) -> None:
-    # Red when: there is no limit on pixels, any format is decoded, pipes are opened to wait for them; check accepts what
-    # training refuses.
+    # Red when: there is no limit on pixels, any format is decoded, pipes are opened to wait for
+    # them; check accepts what training refuses.
     damage, reason = DAMAGE[name]
     path = root / "train" / "cat" / "0.png"
     damage(path)
@@ -204,8 +204,8 @@ def test_any_file_name_is_read_and_printed_on_one_line(root: Path) -> None:
 def test_a_run_with_bad_images_is_a_run_with_copies_of_their_stand_ins(
     root: Path, tmp_path: Path, source: str, workers: int
 ) -> None:
-    # Red when: the stand-in depends on the step, the worker or the view, or is of another class; a test image is counted
-    # twice.
+    # Red when: the stand-in depends on the step, the worker or the view, or is of another class; a
+    # test image is counted twice.
     damaged, repaired = (Path(shutil.copytree(root, tmp_path / name)) for name in "ab")
     photos, bad = scan_split(root / "train"), [3, 4, 9]
     for index in bad:
@@ -240,7 +240,8 @@ def test_error_is_the_default_and_stops_the_run(root: Path, tmp_path: Path) -> N
 def test_files_that_vanish_are_listed_once_even_by_a_resumed_run(
     root: Path, tmp_path: Path
 ) -> None:
-    # Red when: PhotoSplit lets the error through, known files are not taken from the record, or later ones stay in it.
+    # Red when: PhotoSplit lets the error through, known files are not taken from the record, or
+    # later ones stay in it.
     class Remover:
         def __getattr__(self, name: str) -> Any:
             return lambda *args: None

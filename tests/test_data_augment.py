@@ -41,7 +41,8 @@ def pictures(count: int, channels: int = 3, size: int = 16) -> Tensor:
 
 
 def test_keys_are_the_same_on_every_machine() -> None:
-    # Red when: the hash, its constants or the key's path change (which changes every augmented run).
+    # Red when: the hash, its constants or the key's path change (which changes every augmented
+    # run).
     keys = sample_keys(0, 0, "clean", torch.tensor([0, 1, 49_999]))
     assert keys.tolist() == [-4061753050277948786, -4048447066167926135, -8381359660446067702]
 
@@ -79,7 +80,8 @@ def test_draws_are_uniform_and_slots_independent() -> None:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_an_augmentation_depends_on_its_keys_alone(name: str) -> None:
-    # Red when: a policy is not seeded per sample, draws from the global generator, or writes into its input.
+    # Red when: a policy is not seeded per sample, draws from the global generator, or writes into
+    # its input.
     images, indices = pictures(30), torch.arange(30)
     before = images.clone()
     augment = build_augment(name, 16)
@@ -119,8 +121,8 @@ def test_the_callers_random_stream_is_left_alone(name: str, tmp_path: Path) -> N
 
 
 def test_crop_flip_is_a_shift_with_zeros_and_a_mirror() -> None:
-    # Red when: top and left are swapped; the mirror is taken of the rows, or where it changes the class; the padding is
-    # not zero.
+    # Red when: top and left are swapped; the mirror is taken of the rows, or where it changes the
+    # class; the padding is not zero.
     images = pictures(50, size=8)
     keys = sample_keys(0, 0, "clean", torch.arange(50))
     top, left, mirrored = (

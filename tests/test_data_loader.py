@@ -1,4 +1,4 @@
-"""Batches: the order, the same for any number of workers, ranks and starting points; and windows over them."""
+"""Batches: the same for any number of workers, ranks and starting points; and windows."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def test_batches_that_do_not_fit_are_errors(
 
 
 def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
-    # Red when: labels are taken from other indices than images; a view is not a draw of its own augmentation.
+    # Red when: labels are taken from other indices than images; a view is not a draw of its own
+    # augmentation.
     found = data(64, 16, augment="none")
     for batch in found.train_batches(0, 30, ("clean", "second")):
         assert batch.epoch == found.order.epoch_of(batch.step)
@@ -114,8 +115,8 @@ def test_batches_hold_the_images_of_the_order_with_their_labels() -> None:
 
 
 def test_views_epochs_and_seeds_are_independent() -> None:
-    # Red when: the view's name, the epoch or the seed is left out of the key (a full-batch step then repeats its
-    # augmentation), or a view depends on which others are drawn.
+    # Red when: the view's name, the epoch or the seed is left out of the key (a full-batch step
+    # then repeats its augmentation), or a view depends on which others are drawn.
     found = data(898, aug_view="basic")
     (alone,), (batch,) = found.train_batches(0, 1, ("clean",)), found.train_batches(0, 1, VIEWS)
     views = batch.micro[0].views
@@ -136,8 +137,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_is_the_same_from_any_start_and_with_any_number_of_ranks(name: str) -> None:
-    # Red when: a step's keys count from start_step; MicroBatch.index is m instead of rank * accumulation + m; draws of a
-    # mix come from a stream, or depend on the views or the rank.
+    # Red when: a step's keys count from start_step; MicroBatch.index is m instead of rank *
+    # accumulation + m; draws of a mix come from a stream, or depend on the views or the rank.
     small = {"source": build_source("digits", train_images=60), **SETTINGS[name]}
     one = data(24, 3, **small)
     whole = flat(one.train_batches(0, 5, VIEWS))  # two epochs and a half
@@ -203,7 +204,8 @@ def test_names_that_do_not_exist_are_errors() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_evaluation_sees_every_image_once_in_one_order(ranks: int) -> None:
-    # Red when: a rank reads another's batch; the limit depends on the seed, or takes the first images.
+    # Red when: a rank reads another's batch; the limit depends on the seed, or takes the first
+    # images.
     parts = [
         list(data(36, 12, ranks=ranks, rank=r).eval_batches("test", None, 100))
         for r in range(ranks)
@@ -272,7 +274,8 @@ def test_epochs_join_as_one_stream(ahead: int) -> None:
 
 
 def test_a_loop_that_broke_off_goes_on() -> None:
-    # Red when: leaving an epoch early forgets what waits, so that the images that wait are another batch's.
+    # Red when: leaving an epoch early forgets what waits, so that the images that wait are another
+    # batch's.
     loader = WindowedLoader([1, 2, 3], 1, epochs=2)
     first = next(iter(loader))
     assert [first, *loader, *loader] == list(windows([1, 2, 3] * 2, 1))

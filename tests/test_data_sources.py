@@ -1,4 +1,4 @@
-"""Sources: contracts over the table of them, and the error for everything that cannot be trained on."""
+"""Sources: contracts over the table of them, and errors for what cannot be trained on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_every_source_has_a_case() -> None:
 
 
 def test_a_split_is_a_pure_function_of_numbers_and_keys(case: dict[str, Any]) -> None:
-    # Red when: a subset takes labels and not images, or the test set is cut; a draw depends on the batch.
+    # Red when: a subset takes labels and not images, or the test set is cut; a draw depends on the
+    # batch.
     found = build_source(**case)
     for split in (found.train, found.test):
         images = pixels(split)
@@ -72,8 +73,8 @@ def images_and_labels(split: Any) -> list[tuple[bytes, int]]:
 
 
 def test_validation_images_leave_training_and_nothing_else_changes(case: dict[str, Any]) -> None:
-    # Red when: the held-out images stay in training; others are held out than are left out; test is cut; the seed does
-    # not reach the choice.
+    # Red when: the held-out images stay in training; others are held out than are left out; test is
+    # cut; the seed does not reach the choice.
     count = 40 if case["source"] == "digits" else 6
     case["train_images"] = case.get("train_images", 15)
     whole = build_source(**case)
@@ -101,7 +102,8 @@ def test_digits_are_the_fixed_stratified_halves() -> None:
 
 
 def test_in_memory_images_are_resized_once_antialiased(root: Path) -> None:
-    # Red when: the nearest pixel is taken (the chequers stay black and white), or the image is not cropped to its centre.
+    # Red when: the nearest pixel is taken (the chequers stay black and white), or the image is not
+    # cropped to its centre.
     chequers = (np.indices((16, 48)).sum(0) % 2 * 255).astype(np.uint8)
     chequers[:, :16] = chequers[:, 32:] = 255
     Image.fromarray(chequers).save(root / "train" / "cat" / "0.png")
@@ -125,7 +127,8 @@ def test_decoding_reports_progress_and_keeps_the_order(tmp_path: Path) -> None:
 def test_files_and_rows_with_the_same_images_are_the_same_source(
     tmp_path: Path, hub_cache: None
 ) -> None:
-    # Red when: the order of rows or keys differs, or test without labels is taken instead of validation.
+    # Red when: the order of rows or keys differs, or test without labels is taken instead of
+    # validation.
     table = build_source(**CASES["huggingface"](tmp_path / "table"))
     for n in range(24):
         path = tmp_path / "files" / ("train" if n < 12 else "val") / CLASSES[n % 3] / f"{n:02}.png"

@@ -1,4 +1,4 @@
-"""Networks by name: where they come from, what they are called with, and what a config may not do."""
+"""Networks by name: where they come from, what they get, and what a config may not do."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ FAMILY_CASES: dict[str, tuple[tuple[str, ...], int, int]] = {
 
 @pytest.mark.parametrize("name", FAMILY_CASES)
 def test_networks_of_every_family(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: channels, classes or arguments are not handed on, or the initialisation draws from another stream.
+    # Red when: channels, classes or arguments are not handed on, or the initialisation draws from
+    # another stream.
     args, channels, size = FAMILY_CASES[name]
     if family(name) == "timm":
         pytest.importorskip("timm", reason="timm is not installed")
@@ -134,7 +135,8 @@ from pathlib import Path
 from torch import nn
 Path("ran").touch()
 def make(num_classes, in_channels, width=4):
-    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.BatchNorm2d(width), nn.AdaptiveAvgPool2d(1),
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.BatchNorm2d(width),
+    nn.AdaptiveAvgPool2d(1),
                          nn.Flatten(), nn.Linear(width, num_classes))
 def timm_style(*, num_classes=10, in_chans=3): return make(num_classes, in_chans)
 def any_way(**kwargs): return make(kwargs["num_classes"], 1)
@@ -240,7 +242,8 @@ def test_the_command_line_trusts_what_was_typed_in_it(
     run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
     assert main([*run, "--model", "mynets:make"]) == 0
     again = ["train", "--config", "run/config.yaml", "--out", "again", "--quiet"]
-    analyze = "analyze run --images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --robust-images 0".split()
+    quick = "--images 8 --eigenvalues 0 --probes 0 --keskar-steps 1 --robust-images 0"
+    analyze = ["analyze", "run", *quick.split()]
     for command in (again, ["eval", "run"], ["export", "run"], analyze):
         (folder / "ran").unlink(missing_ok=True)
         sys.modules.pop("mynets", None)
@@ -341,7 +344,8 @@ def test_passes_that_the_network_refuses_are_found_before_training(
 
 
 def test_a_network_without_batch_norm_trains_and_says_what_routes_share() -> None:
-    # Red when: the overview speaks of batch norm, or the groups leave LayerScale and class tokens without a rule.
+    # Red when: the overview speaks of batch norm, or the groups leave LayerScale and class tokens
+    # without a rule.
     pytest.importorskip("timm", reason="timm is not installed")
     vit = ModelConfig(name="timm:test_vit", args=("img_size=16",))
     changes = {"model": vit, "data__image_size": 16, "optim": OptimConfig(name="lamb", lr=1e-3)}

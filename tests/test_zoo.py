@@ -34,7 +34,8 @@ def quickest(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("row", quickest(3), ids=lambda row: row["name"])
 def test_routes_strip_and_strict_load(row: dict[str, Any]) -> None:
-    # Red when: _copy_plain shares the clean route's tensors, strip leaves a route, or a layer class is rebuilt anew.
+    # Red when: _copy_plain shares the clean route's tensors, strip leaves a route, or a layer class
+    # is rebuilt anew.
     if row["name"].startswith("timm:"):
         pytest.importorskip("timm", reason="timm is not installed")
     torch.set_num_threads(1)
@@ -43,7 +44,8 @@ def test_routes_strip_and_strict_load(row: dict[str, Any]) -> None:
 
 
 def test_the_table_is_complete_and_in_the_docs() -> None:
-    # Red when: a torchvision network has no row, a row has a problem, or the page was not drawn from zoo.json.
+    # Red when: a torchvision network has no row, a row has a problem, or the page was not drawn
+    # from zoo.json.
     names = {f"torchvision:{name}" for name in list_models(module=torchvision.models)}
     assert names == {row["name"] for row in ROWS if row["name"].startswith("torchvision:")}
     assert not [row["name"] for row in ROWS if row["problem"]]

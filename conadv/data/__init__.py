@@ -1,7 +1,7 @@
 """Data: the order, the augmentation, the sources, and the batches that the engine trains on.
 
-A new data set is a function ``(SourceSettings) -> Source`` in a file of its own, and a row here. Nothing here imports
-torch.
+A new data set is a function ``(SourceSettings) -> Source`` in a file of its own, and a row here.
+Nothing here imports torch.
 """
 
 SOURCES: dict[str, str] = {

@@ -1,11 +1,11 @@
 """Augmentation as a pure function of (seed, epoch, view, sample index).
 
-Every sample has a 64-bit key, and all that is drawn for it comes from that key alone. So an image looks the same in
-any batch, order, worker or process, a resumed run needs no generator state, and a second view is another name in the
-key.
+Every sample has a 64-bit key, and all that is drawn for it comes from that key alone. So an image
+looks the same in any batch, order, worker or process, a resumed run needs no generator state, and a
+second view is another name in the key.
 
-Two kinds: a :data:`BatchAugment` takes uint8 images of one size, already in memory; a :data:`PhotoAugment` takes one
-decoded photograph of any size.
+Two kinds: a :data:`BatchAugment` takes uint8 images of one size, already in memory; a
+:data:`PhotoAugment` takes one decoded photograph of any size.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from conadv import rng
 from conadv.data import AUGMENTATIONS
 from conadv.errors import unknown
 
-# (images_NCHW uint8, keys_N int64) -> images_NCHW uint8 of the same size; the input is left as it was
+# (images_NCHW uint8, keys_N int64) -> new images_NCHW uint8 of the same size
 BatchAugment = Callable[[Tensor, Tensor], Tensor]
 
 # (RGB image, key) -> image_CHW uint8, always image_size x image_size
@@ -37,7 +37,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014)."""
+    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable ... generators, 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
@@ -45,21 +45,21 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def sample_keys(seed: int, epoch: int, view: str, indices_N: Tensor) -> Tensor:
-    """int64 keys, one per sample: splitmix64 counters of a stream named (seed, "augment", epoch, view)."""
+    """int64 keys, one per sample: splitmix64 counters of the stream seed/augment/epoch/view."""
     base = np.uint64(rng.derive(seed, "augment", epoch, view))
     counters = indices_N.numpy().astype(np.uint64) * np.uint64(_GAMMA) + base
     return torch.from_numpy(_mix(counters).view(np.int64))
 
 
 def draw_integers(keys_N: Tensor, slot: int, high: int) -> Tensor:
-    """int64 draws from 0..high-1, one per key; different ``slot`` numbers give independent draws from one key."""
+    """int64 draws from 0..high-1, one per key, independent for each ``slot``."""
     offset = np.uint64((slot + 1) * _GAMMA & _MASK)
     bits = _mix(keys_N.numpy().view(np.uint64) + offset) >> np.uint64(33)
     return torch.from_numpy((bits * np.uint64(high) >> np.uint64(31)).astype(np.int64))
 
 
 def crop_flip(images_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool = True) -> Tensor:
-    """Shift by up to ``padding`` pixels in each direction (zeros come in), and mirror half of the images.
+    """Shift by up to ``padding`` pixels each way (zeros come in), and mirror half of the images.
 
     The random crop with padding of He et al. (2016, section 4.2), for the whole batch at once.
     """
@@ -75,7 +75,7 @@ def crop_flip(images_NCHW: Tensor, keys_N: Tensor, padding: int, flip: bool = Tr
 
 
 def _seed(key: int) -> None:
-    # torch.manual_seed would also reset the generators of CUDA devices, which a fork does not restore
+    # torch.manual_seed would also reset CUDA's generators, which a fork does not restore
     torch.default_generator.manual_seed(key)
 
 
@@ -83,7 +83,8 @@ def _seed(key: int) -> None:
 def build_augment(name: str, image_size: int, *, flip: bool = True) -> BatchAugment:
     """The augmentation ``name`` for uint8 images in memory.
 
-    basic: crop with padding image_size / 8 (4 pixels at 32), plus mirroring where ``flip`` (it must keep the class).
+    basic: crop with padding image_size / 8 (4 pixels at 32), plus mirroring where ``flip`` (it must
+    keep the class).
     autoaugment (the CIFAR-10 policy), randaugment, trivialaugment: torchvision's, after basic.
     """
     policy = build_policy(name, v2.AutoAugmentPolicy.CIFAR10)
@@ -99,8 +100,8 @@ def build_augment(name: str, image_size: int, *, flip: bool = True) -> BatchAugm
         with torch.random.fork_rng(devices=[]):
             for row, key in enumerate(keys_N.tolist()):
                 _seed(key)
-                # PIL images are as fast as tensors here, and their integer arithmetic does not depend on the number of
-                # threads, as a tensor's mean (in the contrast operation) may
+                # PIL images are as fast as tensors here, and a tensor's mean (for contrast) may
+                # depend on the number of threads
                 out[row] = F.pil_to_tensor(policy(F.to_pil_image(images_NCHW[row])))
         return out
 
@@ -111,11 +112,11 @@ def build_augment(name: str, image_size: int, *, flip: bool = True) -> BatchAugm
 def build_photo_augment(name: str, image_size: int) -> PhotoAugment:
     """The augmentation ``name`` for photographs of any size; the result is image_size x image_size.
 
-    none: short side to image_size * 256/224, then the centre; this is also how evaluation sees an image.
+    none: short side to image_size * 256/224, then the centre, as in evaluation.
     basic: RandomResizedCrop and mirroring.
     autoaugment (the ImageNet policy), randaugment, trivialaugment: torchvision's, after basic.
 
-    torch's generator is left where the transform has left it: the caller forks it, once for many images.
+    It moves torch's generator: the caller forks that, once for many images.
     """
     policy = build_policy(name, v2.AutoAugmentPolicy.IMAGENET)
     if name == "none":

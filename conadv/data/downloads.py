@@ -18,7 +18,7 @@ def fashion_mnist(settings: SourceSettings) -> Source:
 
 
 def from_torchvision(factory: Any, settings: SourceSettings) -> Source:
-    """A torchvision data set that holds its images in ``data``. With ``download`` it is fetched first."""
+    """A torchvision data set with its images in ``data``; ``download`` fetches it first."""
     settings.refuse("on_bad_image")
     folder = settings.folder()
     try:
@@ -28,7 +28,7 @@ def from_torchvision(factory: Any, settings: SourceSettings) -> Source:
     except Exception as error:  # downloading, unpacking and reading raise anything
         name, where = settings.source, printable(folder)
         raise ConadvError(
-            f"The download of {name} into {where} failed: {error}. Check the network and the folder."
+            f"Cannot download {name} into {where}: {error}. Check the network and the folder."
             if settings.download
             else f"There is no {name} in {where}: {error}. Give data.download (--download)."
         ) from error

@@ -82,7 +82,8 @@ def _changes(old: Fingerprint, new: Fingerprint) -> Iterator[str]:
             if names := [name for name in some if name not in set(others)]:
                 yield f"Classes that are {title}: {first_few(names)}."
     elif before != after:
-        yield f"The classes are in another order: {first_few(before)} before, {first_few(after)} now."
+        orders = f"{first_few(before)} before, {first_few(after)} now"
+        yield f"The classes are in another order: {orders}."
     for name in old["splits"] | new["splits"]:
         ours, theirs = (found["splits"].get(name) for found in (old, new))
         if ours is None or theirs is None:

@@ -84,9 +84,9 @@ def _scan_folder(directory: Path) -> tuple[PhotoSplit, PhotoSplit]:
     ours, theirs = set(train.class_names), set(test.class_names)
     if ours != theirs:
         raise ConadvError(
-            f"{directory} has different classes in train and {held.name} (only in train: "
-            f"{first_few(sorted(ours - theirs))}; only in {held.name}: {first_few(sorted(theirs - ours))}). "
-            "Give both the same class folders."
+            f"{printable(directory)} has different classes in train and {held.name} (only in "
+            f"train: {first_few(sorted(ours - theirs))}; only in {held.name}: "
+            f"{first_few(sorted(theirs - ours))}). Give both the same class folders."
         )
     return train, test
 

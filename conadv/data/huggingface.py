@@ -52,7 +52,7 @@ def _load(folder: Path) -> dict[str, Any]:
         from datasets.utils.logging import disable_progress_bar
     except ImportError as error:
         raise ConadvError(
-            f"data.source huggingface needs the package datasets. Install it: {install('huggingface')}."
+            f"data.source huggingface needs the package datasets: {install('huggingface')}."
         ) from error
     disable_progress_bar()
     files: dict[str, list[str]] = {}
@@ -81,9 +81,9 @@ def _split(folder: Path, split: str, table: Any) -> PhotoSplit:
         found = [name for name in kinds if kinds[name] == kind]
         if len(found) != 1:
             raise ConadvError(
-                f"The parquet files below {printable(folder)} have {len(found)} columns of the type "
-                f"{kind}, not one ({printable(kinds)}). Keep one, with Dataset.cast_column and "
-                "Dataset.remove_columns of datasets."
+                f"The parquet files below {printable(folder)} have {len(found)} columns of the "
+                f"type {kind}, not one ({printable(kinds)}). Keep one, with Dataset.cast_column "
+                "and Dataset.remove_columns of datasets."
             )
         columns += found
     image, label = columns

@@ -22,8 +22,9 @@ class BadImage(ConadvError):
 
     def __init__(self, folder: Path, name: str, reason: str) -> None:
         super().__init__(
-            f"Cannot read the image {printable(folder / name)}: {reason}. Replace or remove the file; "
-            "`conadv check` finds all such files, and data.on_bad_image skip trains without them."
+            f"Cannot read the image {printable(folder / name)}: {reason}. Replace or remove the "
+            "file; `conadv check` finds all such files, and data.on_bad_image skip trains without "
+            "them."
         )
         self.folder, self.name, self.reason = folder, name, reason
 

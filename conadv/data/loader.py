@@ -27,11 +27,15 @@ from conadv.types import Batch, MicroBatch
 class Data:
     """The batches of one run on ``source``, as one rank sees them.
 
-    ``mine``: the micro-batches of the global batch that this process reads; default: those of learner ``rank`` of
-    ``ranks``, rank x accumulation and the following, so that N ranks see what one rank with N-fold accumulation sees.
-    Of evaluation batches it reads every ``ranks``-th. ``read``: images of the data in a micro-batch, where the method
-    adds images of its own (:meth:`conadv.types.Method.num_fresh`); default all. ``augments``: the views that can be asked for.
-    Raises ConadvError for batch sizes that do not divide, or a global batch larger than the training set.
+    ``mine``: the micro-batches of the global batch that this process reads; default: those of
+    learner ``rank`` of ``ranks``, rank x accumulation and the following, so that N ranks see what
+    one rank with N-fold accumulation sees. Of evaluation batches it reads every ``ranks``-th.
+    ``read``: images of the data in a micro-batch, where the method adds images of its own
+    (:meth:`conadv.types.Method.num_fresh`); default all. ``augments``: the augmentation of each
+    view that can be asked for. ``bad``: step, path and reason of each image file that this process
+    could not read; the step is None in an evaluation. ``logged``: paths that the record holds.
+    Raises ConadvError for batch sizes that do not divide, or a global batch larger than the
+    training set.
     Ranks: nothing is reduced.
     """
 
@@ -56,8 +60,8 @@ class Data:
         count, rest = divmod(global_batch_size, micro_batch_size * ranks)
         if rest or not count:
             raise ConadvError(
-                f"global_batch_size {global_batch_size} is not micro_batch_size {micro_batch_size} x "
-                f"accumulation x {ranks} rank(s). Choose a micro-batch that divides a rank's batch."
+                f"global_batch_size {global_batch_size} is not micro_batch_size {micro_batch_size} "
+                f"x accumulation x {ranks} rank(s). Choose a micro-batch that divides a rank's batch."
             )
         self.source, self.channels, self.image_size = source, source.channels, source.image_size
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
@@ -116,7 +120,7 @@ class Data:
     ) -> tuple[dict[str, Any], list[BadImage]]:
         """(step, micro-batch number) -> the fields of a MicroBatch, and images that cannot be read.
 
-        Fields and not a MicroBatch: a DataLoader pins the tensors in a dictionary, not in an object.
+        Fields and not a MicroBatch: a DataLoader pins tensors in a dictionary, not in an object.
         """
         (step, index), order, split = key, self.order, self.source.train
         indices_N = order.micro_batch(step, index, self.micro_batch_size)
@@ -232,8 +236,8 @@ def naming_lost_workers() -> Iterator[None]:
             raise
         raise ConadvError(
             f"{str(error).strip(' .')[:300]}. A process that loads data has died, most likely for "
-            "lack of memory: use fewer (--data.num-workers), or give it more memory and more shared "
-            "memory (/dev/shm)."
+            "lack of memory: use fewer (--data.num-workers), or give it more memory and more "
+            "shared memory (/dev/shm)."
         ) from error
 
 

@@ -17,9 +17,10 @@ from conadv import rng
 class Mix:
     """Every image mixed with another of its micro-batch, and the labels as probabilities.
 
-    ``mixup``, ``cutmix``: alpha of the Beta(alpha, alpha) that draws how much of the other image comes in; 0 is off,
-    and with both on each micro-batch draws which one it is. All views of a sample are mixed alike, with the same
-    partner, share and box, since they have one label. torchvision's v2.MixUp and v2.CutMix do the work.
+    ``mixup``, ``cutmix``: alpha of the Beta(alpha, alpha) that draws how much of the other image
+    comes in; 0 is off, and with both on each micro-batch draws which one it is. All views of a
+    sample are mixed alike, with the same partner, share and box, since they have one label.
+    torchvision's v2.MixUp and v2.CutMix do the work.
 
     Source: Zhang et al., "mixup", arXiv 1710.09412; Yun et al., "CutMix", arXiv 1905.04899.
     """
@@ -32,7 +33,7 @@ class Mix:
     def __call__(
         self, views: Mapping[str, Tensor], y_N: Tensor, step: int, index: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """uint8 images N,C,H,W by view and classes N -> the same mixed, rounded to whole levels, and labels N,K."""
+        """uint8 images N,C,H,W by view and classes N -> whole levels, mixed, and labels N,K."""
         kinds = ((v2.MixUp, self.mixup), (v2.CutMix, self.cutmix))
         chosen = [kind(alpha=alpha, num_classes=self.num_classes) for kind, alpha in kinds if alpha]
         # RandomChoice of one would draw too, and move the stream behind it

@@ -1,4 +1,4 @@
-"""Which images belong to which step: a pure function, so that processes agree on a batch without talking."""
+"""Which images belong to which step: a pure function, so processes agree without talking."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from conadv.errors import ConadvError
 class Order:
     """The data order of a run: a fresh permutation per epoch, keyed by (seed, "order", epoch).
 
-    An epoch has ``num_images // global_batch_size`` steps; the tail of its permutation is dropped, so an epoch shows
-    every image at most once. Any step can be asked for at any time: nothing is consumed.
+    An epoch has ``num_images // global_batch_size`` steps; the tail of its permutation is dropped,
+    so an epoch shows every image at most once. Any step can be asked for at any time: nothing is
+    consumed.
     Raises ConadvError where the global batch is larger than the data set.
     ``read``: images that a step reads, where a method trains on some of the step before as well. A
     permutation then lasts for global_batch_size / read epochs.

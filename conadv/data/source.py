@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set ready for training. Images are ``channels`` x ``image_size`` x ``image_size``, uint8.
+    """A data set ready for training: uint8 images, ``channels`` x ``image_size`` x ``image_size``.
 
     ``validation``: images held out of ``train`` to choose settings by, None without. ``name``: its
     row in SOURCES. ``bad``: files that could not be read when images were decoded into memory.
@@ -104,8 +104,8 @@ def check_classes(what: str, labels_N: Tensor, class_names: tuple[str, ...]) -> 
         raise ConadvError(f"There is only one class in {what}. Training needs two or more.")
     if empty := [class_names[label] for label in (sizes == 0).nonzero().flatten().tolist()]:
         raise ConadvError(
-            f"There is no image in {what} of these classes: {first_few(empty)}. Add images or remove "
-            "the classes."
+            f"There is no image in {what} of these classes: {first_few(empty)}. Add images or "
+            "remove the classes."
         )
 
 

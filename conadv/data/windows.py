@@ -1,4 +1,4 @@
-"""Every batch with the one that comes some steps later, which is what an attack on a later step needs."""
+"""Every batch with the one some steps later, which is what an attack on a later step needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
-    """(item t, item t + ahead) for every t, with None for the second near the end and where ``ahead`` is 0.
+    """(item t, item t + ahead) for every t; the second is None near the end and for ``ahead`` 0.
 
     Works on any iterable, a DataLoader for one. Holds at most ahead + 1 items.
 
@@ -35,19 +35,21 @@ def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
 
 
 class WindowedLoader(Generic[T]):
-    """What :func:`windows` does, for frameworks that own the loop over epochs: each ``for`` over it is one epoch.
+    """:func:`windows` for frameworks that own the loop over epochs: one ``for`` is one epoch.
 
         loader = WindowedLoader(DataLoader(...), step.ahead, epochs=90)
         for epoch in range(90):
             for batch, future in loader: ...
 
-    At the end of an epoch ``future`` comes from the next one, which is therefore begun early, so that no batch is left
-    to be attacked late. ``epochs``: how many there will be; the last ``ahead`` batches of all have no future then.
-    None: there is always another one. A loop that broke off goes on where it stopped; a program that was started again
-    begins with epoch ``start``.
+    At the end of an epoch ``future`` comes from the next one, which is therefore begun early, so
+    that no batch is left to be attacked late. ``epochs``: how many there will be; the last
+    ``ahead`` batches of all have no future then. None: there is always another one. A loop that
+    broke off goes on where it stopped; a program that was started again begins with epoch
+    ``start``.
 
-    Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is called with its
-    number, since a framework would call it too late. Raises ConadvError for a loader without a batch.
+    Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is
+    called with its number, since a framework would call it too late. Raises ConadvError for a
+    loader without a batch.
     Ranks: each has a loader of its own. In flight: ``ahead`` batches beside the present one.
     """
 

@@ -1,10 +1,10 @@
-"""Networks by name. No weights are ever downloaded: every network starts from its own initialisation.
+"""Networks by name, each from its own initialisation: no weights are ever downloaded.
 
     resnet8 .. resnet56          small residual networks (small.py)
     resnet50                     any torchvision classifier
     torchvision:resnet50         the same, said in full
     timm:efficientnet_b0         any network of timm (the extra ``timm``)
-    mynets:make                  a function of yours, once :func:`conadv.models.own.trust` has let it in
+    mynets:make                  a function of yours that :func:`conadv.models.own.trust` let in
 
 Nothing here imports torch.
 """
@@ -17,7 +17,7 @@ FAMILIES: dict[str, str] = {
     "timm": "conadv.models.zoo:build_timm",
     "own": "conadv.models.own:build_own",
 }
-"""Family -> "module:function" with (name, in_channels, num_classes, options) -> network, imported when it is used."""
+"""Family -> "module:function", which takes name, in_channels, num_classes, options."""
 
 SMALL = tuple(f"resnet{depth}" for depth in (8, 14, 20, 32, 44, 56))
 

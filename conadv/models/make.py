@@ -15,8 +15,8 @@ Options = dict[str, bool | int | float | str]
 
 # What conadv sets itself, and what would read weights: a config must not make a run load a file.
 _TAKEN = frozenset(
-    "num_classes in_channels in_chans weights pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path "
-    "cache_dir features_only scriptable exportable progress aux_logits".split()
+    "num_classes in_channels in_chans weights pretrained pretrained_cfg pretrained_cfg_overlay "
+    "checkpoint_path cache_dir features_only scriptable exportable progress aux_logits".split()
 )
 
 

@@ -13,7 +13,7 @@ WIDTH = 16
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, projected by a 1x1 convolution where the shape changes."""
+    """Two 3x3 convolutions and a shortcut: a 1x1 convolution where the shape changes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Depth 6n + 2: a 3x3 stem and three stages of n basic blocks with width, 2 width and 4 width channels.
+    """Depth 6n + 2: a 3x3 stem and three stages of n basic blocks, width, 2 and 4 width wide.
 
     x (N, C, H, W) -> logits (N, K). Resolution halves at the second and third stage.
-    Source: He et al. 2016, arXiv 1512.03385, section 4.2, with projection shortcuts (their option B).
+    Source: He et al. 2016, arXiv 1512.03385, section 4.2, with their projection shortcuts (B).
     """
 
     def __init__(self, depth: int, width: int, in_channels: int, num_classes: int) -> None:
@@ -65,6 +65,6 @@ class SmallResNet(nn.Module):
 def build_small(
     name: str, in_channels: int, num_classes: int, options: Mapping[str, Any]
 ) -> nn.Module:
-    """The network of SMALL with this name; ``width`` channels in its first stage (WIDTH unless given)."""
+    """The network of SMALL with this name; its first stage has ``width`` channels, else WIDTH."""
     depth, width = int(name.removeprefix("resnet")), options.get("width", WIDTH)
     return SmallResNet(depth, width, in_channels, num_classes)
