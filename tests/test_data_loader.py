@@ -1,8 +1,7 @@
-"""Batches: the same for any number of workers, ranks and starting points; and windows."""
+"""Batches: the same for any number of workers, ranks and starting points."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader
 
-from conadv import ConadvError, WindowedLoader, windows
+from conadv import ConadvError
 from conadv.data import loader
 from conadv.data.loader import Data
 from conadv.data.order import Order
@@ -226,75 +225,3 @@ def test_a_config_becomes_its_data() -> None:
     want = data(96, 12, seed=4, aug_view="autoaugment", mixup=0.3)
     assert flat(found.train_batches(3, 5, VIEWS)) == flat(want.train_batches(3, 5, VIEWS))
     assert load_data(config(10, num_workers=3, on_bad_image="error")).num_workers == 3
-
-
-# ---- windows
-
-
-@given(st.integers(0, 12), st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
-def test_windows_pair_each_item_with_a_later_one(count: int, ahead: int) -> None:
-    # Red when: the pairs are one off, or ahead 0 gives the item itself.
-    later = [n + ahead if ahead and n + ahead < count else None for n in range(count)]
-    assert list(windows(range(count), ahead)) == list(zip(range(count), later, strict=True))
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_windows_hold_no_more_than_they_need(ahead: int) -> None:
-    # Red when: the items are read into a list first.
-    class Item:
-        pass
-
-    alive: weakref.WeakSet[Item] = weakref.WeakSet()
-
-    def items() -> Iterator[Item]:
-        for _ in range(10):
-            item = Item()
-            alive.add(item)
-            yield item
-            del item
-
-    most = 0
-    for pair in windows(items(), ahead):
-        del pair
-        most = max(most, len(alive))
-    assert most <= ahead + 1
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
-def test_epochs_join_as_one_stream(ahead: int) -> None:
-    # Red when: windows are made anew for each epoch (None at each epoch's end).
-    loader = WindowedLoader([1, 2, 3], ahead, epochs=3)
-    epochs = [list(loader) for _ in range(3)]
-    assert [len(pairs) for pairs in epochs] == [3, 3, 3] == [len(loader)] * 3
-    assert list(chain(*epochs)) == list(windows([1, 2, 3] * 3, ahead))
-    assert list(loader) == []
-    endless = WindowedLoader([1, 2], 1)
-    assert [list(endless) for _ in range(2)] == [[(1, 2), (2, 1)]] * 2
-
-
-def test_a_loop_that_broke_off_goes_on() -> None:
-    # Red when: leaving an epoch early forgets what waits, so that the images that wait are another
-    # batch's.
-    loader = WindowedLoader([1, 2, 3], 1, epochs=2)
-    first = next(iter(loader))
-    assert [first, *loader, *loader] == list(windows([1, 2, 3] * 2, 1))
-
-
-def test_an_epoch_that_begins_early_has_its_own_order() -> None:
-    # Red when: set_epoch is left to the framework, which calls it after the next epoch has begun.
-    dataset = TensorDataset(torch.arange(8))
-    sampler: Any = DistributedSampler(dataset, 1, 0, seed=3)
-    loader = WindowedLoader(DataLoader(dataset, 2, sampler=sampler), 1, epochs=2)
-    found = [[n for now, _ in loader for n in now[0].tolist()] for _ in range(2)]
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        assert found[epoch] == list(sampler)
-    assert found[0] != found[1]
-
-
-def test_errors_of_windows() -> None:
-    with pytest.raises(ConadvError, match="0 or more"):
-        list(WindowedLoader([1], -1))
-    with pytest.raises(ConadvError, match="no batch"):
-        list(WindowedLoader([], 1))

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy as copies
+import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from itertools import count, islice
 from typing import Any, Generic, TypeVar
+
+from torch.utils.data import DataLoader
 
 from conadv.errors import ConadvError
 
 T = TypeVar("T")
 
 
-def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
+def windows(
+    batches: Iterable[T], ahead: int, *, copy: bool | None = None
+) -> Iterator[tuple[T, T | None]]:
     """(item t, item t + ahead) for every t; the second is None near the end and for ``ahead`` 0.
 
     Works on any iterable, a DataLoader for one. Holds at most ahead + 1 items.
+
+    copy: whether an item gets memory of its own as it arrives. Many loaders fill the same memory
+    again, and an item that waits would become another one. None: unless worker processes of torch's
+    DataLoader made it, whose batches are new. Raises ConadvError for an item that it cannot copy.
 
     >>> list(windows("abc", 1))
     [('a', 'b'), ('b', 'c'), ('c', None)]
@@ -24,7 +34,10 @@ def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
         raise ConadvError(
             f"ahead {ahead} must be 0 or more: it counts batches after the current one."
         )
-    items = iter(batches)
+    if copy is None:
+        copy = _may_reuse_memory(batches)
+    # Without anything that waits an item is used before the loader is asked for the next one.
+    items = map(_owned, batches) if copy and ahead else iter(batches)
     waiting = deque(islice(items, ahead))
     while True:
         waiting.extend(islice(items, 1))
@@ -32,6 +45,40 @@ def windows(batches: Iterable[T], ahead: int) -> Iterator[tuple[T, T | None]]:
             return
         future = waiting[ahead] if 0 < ahead < len(waiting) else None
         yield waiting.popleft(), future
+
+
+def _may_reuse_memory(batches: object) -> bool:
+    return not (isinstance(batches, DataLoader) and batches.num_workers)
+
+
+def _owned(item: Any) -> Any:
+    """``item`` with memory of its own: tensors and arrays in any nest of containers."""
+    if item is None or isinstance(item, (str, bytes, int, float, complex)):
+        return item
+    if callable(clone := getattr(item, "clone", None)):  # Tensor, TensorDict
+        return clone()
+    if hasattr(item, "__array__"):
+        return item.copy()
+    if isinstance(item, Mapping):
+        content = {key: _owned(value) for key, value in item.items()}
+        if not isinstance(item, MutableMapping):
+            return content
+        whole: Any = copies.copy(item)
+        whole.update(content)
+        return whole
+    if isinstance(item, (tuple, list)):
+        parts = map(_owned, item)
+        return type(item)(*parts) if hasattr(item, "_fields") else type(item)(parts)
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        whole = copies.copy(item)
+        for field in dataclasses.fields(item):
+            object.__setattr__(whole, field.name, _owned(getattr(item, field.name)))
+        return whole
+    raise ConadvError(
+        f"windows cannot copy a {type(item).__name__}, and a loader that fills its memory again "
+        "would change it while it waits. Give batches of tensors in tuples, lists, dictionaries or "
+        "dataclasses, or windows(..., copy=False) if each batch has memory of its own."
+    )
 
 
 class WindowedLoader(Generic[T]):
@@ -45,7 +92,7 @@ class WindowedLoader(Generic[T]):
     that no batch is left to be attacked late. ``epochs``: how many there will be; the last
     ``ahead`` batches of all have no future then. None: there is always another one. A loop that
     broke off goes on where it stopped; a program that was started again begins with epoch
-    ``start``.
+    ``start``. ``copy`` is that of :func:`windows`.
 
     Before an epoch begins, ``set_epoch`` of the loader or of its sampler (DistributedSampler) is
     called with its number, since a framework would call it too late. Raises ConadvError for a
@@ -54,10 +101,18 @@ class WindowedLoader(Generic[T]):
     """
 
     def __init__(
-        self, loader: Iterable[T], ahead: int, epochs: int | None = None, *, start: int = 0
+        self,
+        loader: Iterable[T],
+        ahead: int,
+        epochs: int | None = None,
+        *,
+        start: int = 0,
+        copy: bool | None = None,
     ) -> None:
         self.loader = loader
-        self._pairs = windows(self._batches(start, epochs), ahead)
+        if copy is None:
+            copy = _may_reuse_memory(loader)
+        self._pairs = windows(self._batches(start, epochs), ahead, copy=copy)
         self._next: tuple[tuple[int, T], tuple[int, T] | None] | None = None
 
     def __len__(self) -> int:

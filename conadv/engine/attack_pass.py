@@ -76,7 +76,10 @@ class AttackPass:
             how = method.attack_route, method.attack_statistics
             with self.open(path, weights, *how) as (forward, draws):
                 x_NCHW, y_N = self.inputs.images(micro, "clean"), self.inputs.labels(micro)[:count]
-                images.append(run_attack(attack, forward, x_NCHW[:count], y_N, draws, watched))
+                made = run_attack(attack, forward, x_NCHW[:count], y_N, draws, watched)
+                # An attack may return its input, which may be memory that the loader fills again.
+                same = made.untyped_storage().data_ptr() == x_NCHW.untyped_storage().data_ptr()
+                images.append(made.clone() if same else made)
                 labels.append(y_N)
         return ExtraBatch(tuple(images), tuple(labels), version)
 

@@ -37,9 +37,9 @@ class Pending:
 
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
         """Store the batch of ``step``. ``dtype``: of its images before somebody encoded them."""
-        stored = ExtraBatch(
-            tuple(map(self.encode, extra.images)), extra.labels, extra.weight_version
-        )
+        # Labels on the CPU are the loader's own memory, which it may fill again while they wait.
+        labels = tuple(y_N.clone() for y_N in extra.labels)
+        stored = ExtraBatch(tuple(map(self.encode, extra.images)), labels, extra.weight_version)
         self._waiting[step] = stored, dtype or extra.images[0].dtype
 
     def pop(self, step: int) -> ExtraBatch | None:

@@ -162,7 +162,7 @@ def _loop(run_dir: RunDir, run: Run, log: Log, first: int) -> None:
 def _timed_batches(run: Run, first: int) -> Iterator[tuple[Batch, Batch | None]]:
     """The batches from step ``first`` on, each with the one ``ahead`` of it; waiting for them counts as "data"."""
     batches = run.data.train_batches(first, run.derived.steps, run.views)
-    pairs = windows(batches, run.step.ahead)
+    pairs = windows(batches, run.step.ahead, copy=False)
     while True:
         begin = time.monotonic()
         run.comm.at("data", run.step.version)

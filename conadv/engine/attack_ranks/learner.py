@@ -199,7 +199,17 @@ class Learner:
                 arrivals.append(Arrival(attacker, [m.index for m in mine], message, handle))
         # A copy: by the time that an attack rank turns out to have failed, theta has moved on.
         kept = {name: w.detach().clone() for name, w in weights.items()} if teams.may_lose else None
-        self._incoming[future.step] = Incoming(future, engine.version, arrivals, kept)
+        # The loader may fill its memory again before the images are here, or have to be made here.
+        micros = tuple(
+            MicroBatch(
+                micro.index,
+                micro.y_N.clone(),
+                {name: x.clone() if teams.may_lose else x for name, x in micro.views.items()},
+            )
+            for micro in future.micro
+        )
+        owned = replace(future, micro=micros)
+        self._incoming[future.step] = Incoming(owned, engine.version, arrivals, kept)
 
     def _example(self, micro: MicroBatch) -> Tensor:
         """A tensor on the meta device like the attacked images of a micro-batch."""
