@@ -260,6 +260,38 @@ def test_the_model_is_left_alone_and_only_its_clean_route_counts() -> None:
     assert everything(objective(model, dtype=torch.float32)) == values
 
 
+class Quantiser(nn.Module):
+    """Widens a range and counts its calls in buffers, in eval mode too, as torch's observers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("largest", torch.zeros(()))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        self.largest.copy_(torch.maximum(self.largest, x_NCHW.detach().abs().max()))
+        self.calls += 1
+        return x_NCHW * (1 + self.largest)
+
+
+def test_no_pass_changes_a_buffer() -> None:
+    # Red when: functional_call gets the weights alone: what L(theta) is depends on earlier calls.
+    model = nn.Sequential(Quantiser(), nn.Flatten(), nn.Linear(192, 5))
+    x, y = images(8)
+    found = clean_objective(model, x, y)
+    # the widest image comes last: a range that stayed wide would change the first one's logits
+    first = clean_objective(model, x[:1], y[:1])
+    wide = clean_objective(model, 2 * x[:1], y[:1])
+    alone = first.value(first.theta)
+    both = clean_objective(model, torch.cat([2 * x[:1], x[:1]]), y[:1].repeat(2), chunk=1)
+    two = both.value(both.theta).loss
+    assert two == pytest.approx((alone.loss + wide.value(wide.theta).loss) / 2)
+    assert everything(found) == everything(found)
+    for one in (model, found.model):
+        assert one[0].calls == 0  # type: ignore[index]
+        assert one[0].largest == 0  # type: ignore[index]
+
+
 def test_chunks_do_not_matter() -> None:
     # Red when: a chunk's gradient is divided by the chunk's size.
     values = [everything(objective(tiny_resnet(), chunk=chunk)) for chunk in (3, 10)]

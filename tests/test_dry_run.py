@@ -4,6 +4,7 @@ files.
 
 from __future__ import annotations
 
+import random as stdlib_random
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -30,10 +31,11 @@ from conadv.planning.timing import Sample
 from conadv.planning.trial import Shape, Trial
 from conadv.sweep.cells import expand
 from conadv.sweep.spec import load_spec
-from conadv.training.build import make_schedule
+from conadv.training.build import build, make_schedule
 from conadv.training.loop import train
 from conadv.training.record import read_lines
 
+from .helpers import same, state
 from .test_training import config as settings
 
 CPU = torch.device("cpu")
@@ -201,6 +203,21 @@ def test_free_memory_is_the_least_of_host_and_container(monkeypatch: pytest.Monk
     assert memory.available(CPU) == 2 * 1024
     files.clear()
     assert memory.available(CPU) is None
+
+
+def test_a_trial_leaves_a_run_alone() -> None:
+    # Red when: the trial's network, its dropout or its images draw from a global generator, or it
+    # shares a tensor with the run.
+    run = build(resolve(config(micro_batch_size=16)), CPU)
+    torch.manual_seed(3)
+    before, random, python = state(run.model), torch.get_rng_state(), stdlib_random.getstate()
+    rehearsed = trial(16)
+    rehearsed.step()
+    assert rehearsed.run_bytes(1, 0, 16) > 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert stdlib_random.getstate() == python
+    assert same(state(run.model), before)
+    assert run.step.version == 0
 
 
 # ---- the dry run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -101,5 +102,6 @@ def _robust(
     assert eps is not None
     attack = PGD(eps, steps, None, config.attack.norm, False, 1.0, space)
     batches = data.eval_batches("test", options.robust_images, min(config.eval.batch_size, 125))
-    result = evaluate(model, batches, space, attack=attack, seed=options.seed)
+    # a copy: some modules write to their buffers in eval mode, too
+    result = evaluate(copy.deepcopy(model), batches, space, attack=attack, seed=options.seed)
     return {"eps": eps, "steps": steps, "accuracy": result.accuracy, "images": result.images}

@@ -90,10 +90,11 @@ class Objective:
             yield self.space.normalize(x / 255) if pixels else x, y.to(like.device)
 
     def _logits(self, theta: Tensor, x: Tensor) -> Tensor:
-        # float64 logits keep the loss's rounding far below the differences that sharpness is made
-        # of
-        logits: Tensor = functional_call(self.model, self.named(theta), (x,)).double()
-        return logits
+        # Some modules write to their buffers in eval mode, too: they write to copies.
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        logits: Tensor = functional_call(self.model, buffers | self.named(theta), (x,))
+        # float64 keeps the loss's rounding far below the differences that sharpness is made of.
+        return logits.double()
 
 
 def clean_objective(
