@@ -123,7 +123,7 @@ class Data:
         Fields and not a MicroBatch: a DataLoader pins tensors in a dictionary, not in an object.
         """
         (step, index), order, split = key, self.order, self.source.train
-        indices_N = order.micro_batch(step, index, self.micro_batch_size)
+        indices_N = order.micro_batch(step, index, self.read)
         epoch = order.epoch_of(step)
         draws = {
             view: Draw(self.augments[view], sample_keys(order.seed, epoch, view, indices_N))
