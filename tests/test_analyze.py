@@ -396,7 +396,7 @@ BAD = {
     "negative": ("RUN", ["--probes", "-1"], "--probes -1 must be 0 or more"),
     "infinite": ("RUN", ["--rho", "inf"], "--rho inf must be a finite number"),
     "no box": ("RUN", ["--keskar-eps", "0"], "--keskar-eps 0.0 must be 1e-12 or more"),
-    "too few": ("RUN", ["--iterations", "2"], "--eigenvalues 2 needs more --iterations than 2"),
+    "too few": ("RUN", ["--iterations", "2"], "2 eigenvalues by 2 iterations"),
 }
 
 

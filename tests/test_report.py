@@ -23,7 +23,7 @@ from conadv.report import Report, tables, write_report, write_sweep_report
 from conadv.report.accuracy_figure import draw_accuracy, draw_cost
 from conadv.report.comparison import Arm, Comparison, compare, read_sweep
 from conadv.report.load import find_runs, load_run
-from conadv.report.page import escape, make_report
+from conadv.report.page import escape, notes_on
 from conadv.report.stats import holm, paired_difference
 from conadv.report.training_curves_figure import draw_curves
 
@@ -196,7 +196,7 @@ def test_what_makes_runs_hard_to_compare_is_noted(tmp_path: Path) -> None:
     record = write_run(tmp_path / "b", make_config("noise", eval__robust_steps=3)) / "record.jsonl"
     text = record.read_text().replace("Example CPU", "Other CPU").replace("false", "true")
     record.write_text(text.replace('"version": "0.1.0"', '"version": "0.2.0"'))
-    notes = " ".join(make_report(load(tmp_path)).notes)
+    notes = " ".join(notes_on(load(tmp_path)))
     for piece in ("single seed", "3 steps, eps", "machines", "versions", "uncommitted"):
         assert piece in notes
 
@@ -219,9 +219,9 @@ def test_what_has_not_run_yet_is_counted(sweep: Path, tmp_path: Path) -> None:
         shutil.rmtree(partial / "runs" / f"0-300-seed{seed}")
     shutil.rmtree(partial / "runs" / "5-20-seed0")
     (partial / "runs" / "1-20-seed0" / "summary.json").unlink()
-    report = make_report(read_sweep(partial))
-    assert row(report.summary, "300", "LARS")["seeds"] == "2 of 4"
-    assert report.notes[0] == "Runs that are not finished and not counted: 4."
+    study = read_sweep(partial)
+    assert row(tables.accuracy(study), "300", "LARS")["seeds"] == "2 of 4"
+    assert notes_on(study)[0] == "Runs that are not finished and not counted: 4."
 
 
 def test_arms_with_more_axes_are_compared_where_they_agree(sweep: Path, tmp_path: Path) -> None:
@@ -248,8 +248,7 @@ def test_an_arm_that_diverged_has_no_mean_and_no_verdict(sweep: Path, tmp_path: 
     failed = [{"run": "runs/2-300-seed1", "error": "loss is nan", "diverged": True}]
     broken = edited(sweep, tmp_path / "sweep", failed=failed)
     (broken / failed[0]["run"] / "summary.json").unlink()
-    report = make_report(read_sweep(broken))
-    study, noise = report.comparison, "+ random-sign noise"
+    study, noise = read_sweep(broken), "+ random-sign noise"
     assert math.isnan(arm(study, noise).mean())
     found = row(tables.accuracy(study), "300", noise)
     assert found["test accuracy, %"] == "1 of 4 diverged"
@@ -258,7 +257,7 @@ def test_an_arm_that_diverged_has_no_mean_and_no_verdict(sweep: Path, tmp_path: 
     difference, adjusted = contrasts["+ sequential attack", noise]
     assert (difference.low, difference.p, adjusted) == (None, None, None)
     assert study.equal_cost(arm(study, "+ sequential attack")) is arm(study, "LARS")
-    assert "Where a run diverged" in " ".join(report.notes)
+    assert "Where a run diverged" in " ".join(notes_on(study))
 
 
 # Statistics
@@ -511,11 +510,15 @@ def test_the_command_line_reports_runs_and_a_sweep(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out" / "report.html"
-    assert main(["report", str(sweep), "--out", str(out), "--baseline", CONTROLS[0]]) == 0
+    cells = json.loads((sweep / "sweep.json").read_text())["cells"]
+    small = edited(sweep, tmp_path / "small", cells=[cells[3], cells[12]])
+    assert main(["report", str(small), "--out", str(out), "--baseline", CONTROLS[0]]) == 0
     assert "+ ConAdv" in capsys.readouterr().out
-    write_run(tmp_path / "run[red]", make_config("noise", model__name="[red]x[/red]"))
-    write_run(tmp_path / "run", make_config())
-    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    runs = [
+        write_run(tmp_path / "run[red]", make_config("noise", model__name="[red]x[/red]")),
+        write_run(tmp_path / "run", make_config()),
+    ]
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     assert "[red]x[/red]" in capsys.readouterr().out
     assert main(["report", str(sweep), str(tmp_path)]) == 2
     assert "name it alone" in capsys.readouterr().err

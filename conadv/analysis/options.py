@@ -5,18 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from conadv.errors import ConadvError
-
-_LEAST = {
-    **dict.fromkeys(("images", "keskar_steps", "robust_steps"), 1),
-    **dict.fromkeys(("eigenvalues", "probes", "robust_images", "seed"), 0),
-    **dict.fromkeys(("rho", "keskar_eps"), 1e-12),
-}
-
 
 @dataclass(frozen=True)
 class Options:
-    """Raises ConadvError for values out of range and for those that contradict each other."""
+    """The program checks their ranges (conadv.cli.limits)."""
 
     images: int = 500
     """Training images that everything but robust accuracy is computed on."""
@@ -40,13 +32,3 @@ class Options:
     """Of weights and images (PGD: always float32); float64 takes about twice as long on a CPU."""
     seed: int = 0
     """Of every random draw; the images do not depend on it."""
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                option = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ConadvError(f"{option} must be {least} or more.")
-        if 0 < self.eigenvalues >= self.iterations:
-            raise ConadvError(
-                f"--eigenvalues {self.eigenvalues} needs more --iterations than {self.iterations}."
-            )

@@ -140,10 +140,10 @@ def make_report(comparison: Comparison, command: str | None = None) -> Report:
         picture = f"figures/{title.lower().replace(' ', '-')}.png"
         if figures or frames:
             sections.append(Section(title, picture, figures, frames, notes[title]))
-    return Report(comparison, command, sections, _notes(comparison))
+    return Report(comparison, command, sections, notes_on(comparison))
 
 
-def _notes(c: Comparison) -> list[str]:
+def notes_on(c: Comparison) -> list[str]:
     runs = [run for arm in c.arms for run in arm.runs]
     measured = [run for run in runs if (run.summary or {}).get("robust_accuracy") is not None]
     ways = {robust(run.config.get("eval") or {}) for run in measured}
