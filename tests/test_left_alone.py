@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from conadv import PGD, SAM, Concurrent, Inline, Sequential, StepRecord, TrainStep, Vanilla
 from conadv.attacks.loss import TrainedLoss
@@ -16,7 +17,7 @@ from conadv.models.trial import check_model
 from conadv.nn.buffers import state_left_alone
 from conadv.nn.split_batchnorm import frozen_stats, route
 
-from .helpers import buffered_net, images, same, state
+from .helpers import Quantiser, buffered_net, images, same, state
 from .test_methods import EPS, SPACE, AttackFirst, as_batch, draws, make, run
 
 ATTACK = PGD(
@@ -122,3 +123,32 @@ def test_a_buffer_that_two_layers_share_is_one() -> None:
     with state_left_alone(model):
         TrainedLoss()(model(images()[0]), images()[1])
     assert same(state(model), before)
+
+
+class Recomputed(nn.Module):
+    """Activation checkpointing of all layers but the last."""
+
+    def __init__(self, net: nn.Module, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.reentrant is None:
+            return self.net(x)
+        x = checkpoint(self.net[:-1], x, use_reentrant=self.reentrant)
+        return self.net[-1](x)
+
+
+def test_layers_that_are_computed_again_see_the_weights_and_buffers_of_the_attack() -> None:
+    # Red when: functional_call gives the weights of an attack to its forward passes only.
+    made, layers = [], (nn.Conv2d(3, 6, 3), nn.GELU(), Quantiser(), nn.Flatten(), nn.Linear(216, 5))
+    for reentrant in (None, False):
+        torch.manual_seed(0)
+        model = Recomputed(nn.Sequential(*copy.deepcopy(layers)), reentrant)
+        engine = make(Sequential(ATTACK), model)
+        before = state(model)
+        other = {name: -2 * p.detach() for name, p in model.named_parameters()}
+        made.append(engine.attack_batch(ATTACK, as_batch(0), other).images[0])
+        assert same(state(model), before)
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], engine.attack_batch(ATTACK, as_batch(0)).images[0])

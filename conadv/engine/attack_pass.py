@@ -108,4 +108,5 @@ class AttackPass:
             # Copies of the copies: a pass writes to them, and the next micro-batch starts afresh.
             given = weights or {}
             own = {name: given.get(name, copy).clone() for name, copy in self.buffers().items()}
-            yield network.for_attack(weights, own, self.loss), draws
+            with network.for_attack(weights, own, self.loss) as forward:
+                yield forward, draws

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from conadv.engine.numerics import Numerics
 from conadv.engine.precision import LOW_TYPES, amplify, autocast
 from conadv.errors import ConadvError
 from conadv.nn import split_batchnorm as norm
+from conadv.nn.buffers import with_state
 from conadv.types import Forward
 
 
@@ -80,9 +81,10 @@ class Network:
         parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
         return dict(zip(views, parts, strict=True))
 
+    @contextmanager
     def for_attack(
         self, weights: Mapping[str, Tensor] | None, buffers: Mapping[str, Tensor], loss: TrainedLoss
-    ) -> AttackForward:
+    ) -> Iterator[AttackForward]:
         """x_NCHW -> output for an attack, at the present weights or at ``weights``.
 
         ``buffers``: in place of the model's own, and written to.
@@ -91,18 +93,19 @@ class Network:
         # attack's graph gets weights that need none, the same graph for present and other weights.
         now = self.trainable() if self._compiled and weights is None else weights
         values = {**(now or {}), **buffers}
-        if self._compiled:
-            values = {f"_orig_mod.{name}": w.detach() for name, w in values.items()}
+        fixed = {f"_orig_mod.{name}": w.detach() for name, w in values.items()}
 
         def forward(x_NCHW: Tensor) -> Tensor:
             with autocast(self.device, self.low):
-                # Not the module's own buffers: the gradient may be at work on those, on another
-                # stream, and an attack leaves them alone.
-                call = torch.func.functional_call if values else _call_plain
-                output = call(self._run, values, (x_NCHW,))
+                if self._compiled:
+                    output = torch.func.functional_call(self._run, fixed, (x_NCHW,))
+                else:
+                    output = self.model(x_NCHW)
             return amplify(_checked(output, len(x_NCHW)), self.low)
 
-        return AttackForward(forward, loss)
+        # Never the module's own buffers: the gradient may be at work on them, on another stream.
+        with nullcontext() if self._compiled else with_state(self.model, values):
+            yield AttackForward(forward, loss)
 
     def on_route(self, views: Views) -> AbstractContextManager[None]:
         """The block's passes go through the routes of ``views``, image by image in their order."""
@@ -139,10 +142,6 @@ class Network:
                 "micro-batches one shape (torch.compiler.reset() forgets earlier engines)."
             ) from error
         return _checked(output, len(x_NCHW))
-
-
-def _call_plain(run: Any, _: Mapping[str, Tensor], args: tuple[Tensor]) -> Any:
-    return run(*args)
 
 
 def _checked(output: Any, num_images: int) -> Tensor:

@@ -7,7 +7,7 @@ that carry a state of a generator. Those are copied before, and put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -57,6 +57,29 @@ class BufferCopies:
                     if buffer is not None and id(buffer) not in seen:
                         seen.add(id(buffer))
                         yield f"{prefix}.{key}".lstrip("."), (module, key, buffer)
+
+
+@contextmanager
+def with_state(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the block the model has other parameters and buffers, by name.
+
+    ``torch.func.functional_call`` has them for the forward pass only: activation checkpointing,
+    which runs forward again in backward, would find the model's own there.
+    """
+    own = dict((*model.named_parameters(), *model.named_buffers()))
+    new = {id(own[name]): value for name, value in values.items()}
+    kept = []
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if id(tensor) in new:  # wherever layers share it
+                    kept.append((store, key, tensor))
+                    store[key] = new[id(tensor)]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for store, key, tensor in kept:
+            store[key] = tensor  # type: ignore[assignment]
 
 
 @contextmanager

@@ -51,6 +51,21 @@ def test_two_ranks_are_one_with_twofold_accumulation_bitwise(
 
 
 @pytest.mark.parametrize(
+    ("name", "count"), [("sam", 1), ("conadv", 2)]
+)  # conadv draws by micro-batch
+def test_class_weights_count_over_the_global_batch(two: Ranks, name: str, count: int) -> None:
+    # Red when: each rank divides by its own weights, or the recorded loss is the mean of the ranks'.
+    weight = torch.tensor([1.0, 9.0, 0.1, 3.0, 0.0], dtype=torch.float64)
+    options = FUSED | {"loss": torch.nn.CrossEntropyLoss(weight, ignore_index=3)}
+    answers = two.run(jobs.without_statistics, name, 2, options)
+    assert agree(answers)
+    want = jobs.without_statistics(ALONE, name, count, options)
+    assert_close(answers[0], want, 1e-10)
+    losses = [[record["loss"] for record in records] for records, _ in (answers[0], want)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+
+
+@pytest.mark.parametrize(
     ("name", "optimizer", "bucket_mib"),
     [("conadv-lookahead", "sgd", 1e-6), ("recycle", "lars", 25.0), ("sam", "sgd", 25.0)],
 )
