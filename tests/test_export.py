@@ -125,6 +125,20 @@ def test_a_trace_that_computes_something_else_is_not_written(
     assert not (run / "model.pt2").exists()
 
 
+@pytest.mark.parametrize("name", ["nobody:net", "timm:test_resnet"])
+def test_a_network_that_cannot_be_made_here_is_not_the_checkpoints_fault(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Red when: _load builds the network where every error says that the checkpoint was changed.
+    run = made(tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("name: resnet8", f"name: {name}"))
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ConadvError, match=r"--model nobody:net|pip install") as caught:
+        export(run)
+    assert "It was changed" not in str(caught.value)
+
+
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(tmp_path / "run")
     with pytest.raises(ConadvError, match="format"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -43,15 +44,21 @@ def take(path: Path) -> Lock:
 
 
 def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
-    # Red when: take does not lock, or release leaves the file or the lock.
-    path = tmp_path / ".lock"
+    # Red when: take does not lock, release leaves the file or the lock, the file is truncated, or opened
+    # through a link.
+    path, other = tmp_path / ".lock", tmp_path / "other"
+    path.write_text("x")
     with take(path) as first:
         assert not first.take()  # it is held already
         with pytest.raises(ConadvError, match="somebody else"):
             take(path)
-        assert path.exists()
+        assert path.read_text() == "x"
     assert not path.exists()
     take(path).release()
+    other.write_text("y")
+    path.symlink_to(other)
+    assert not Lock(path, "").take()
+    assert other.read_text() == "y"
 
 
 def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -71,29 +78,15 @@ def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
         os.killpg(holder.pid, signal.SIGKILL)
 
 
-def test_content_and_links_are_left_alone(tmp_path: Path) -> None:
-    # Red when: the file is truncated, or opened through a link.
-    path, other = tmp_path / ".lock", tmp_path / "other"
-    path.write_text("x")
-    with take(path):
-        assert path.read_text() == "x"
-    other.write_text("y")
-    path.symlink_to(other)
-    assert not Lock(path, "").take()
-    assert other.read_text() == "y"
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_no_obstacle(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: take raises for every OSError, or filelock falls back to a marker that a killed run leaves behind.
-    def refuse(*_: Any) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    for _ in range(2):
-        assert not Lock(tmp_path / ".lock", "").take()
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        refused = Mock(side_effect=OSError(number, os.strerror(number)))
+        monkeypatch.setattr(fcntl, "flock", refused)
+        for _ in range(2):
+            assert not Lock(tmp_path / ".lock", "").take()
 
 
 def test_a_second_program_in_a_run_folder_ends_at_once(tmp_path: Path) -> None:

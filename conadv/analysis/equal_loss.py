@@ -21,16 +21,18 @@ FACTOR = 2.0
 """Losses further apart than this are not equal: Hessian and gradient go with the loss."""
 
 
-def step_at_loss(path: Path, target: float, count: int, device: torch.device) -> int:
+def step_at_loss(
+    path: Path, target: float, count: int, device: torch.device, data: Path | None = None
+) -> int:
     """The step of the checkpoint whose loss on ``count`` training images is nearest to ``target``.
 
     Nearest by the logarithm; of two equally near ones the later. The loss is that of the analysis:
     clean route, eval mode, float32. Checkpoints that cannot be read are passed over.
-    Ranks: one process.
+    ``data``: where the run's data lie now, if not where they were. Ranks: one process.
 
     Raises ConadvError where no checkpoint's loss is within ``FACTOR`` of the target.
     """
-    parts, folder = load_run(path, device), RunDir(path).checkpoints
+    parts, folder = load_run(path, device, data=data), RunDir(path).checkpoints
     x, y = images(parts.data, "train", count)
     losses = {}
     for step in checkpoint.steps(folder):

@@ -48,6 +48,8 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories with a checkpoint."""
     options: Annotated[Options, tyro.conf.arg(name="")] = field(default_factory=Options)
+    data: Path | None = None
+    """Where the data of these runs lie now, if they have moved."""
     at_loss: float | None = None
     """Analyse the kept checkpoint whose training loss is nearest to this, not the newest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -129,8 +131,8 @@ def _write(path: Path, settings: dict[str, Any], args: Args) -> None:
     keep_freed_memory()
     device, step = pick_device(args.device), None
     if args.at_loss is not None:
-        step = step_at_loss(path, args.at_loss, args.options.images, device)
-    parts = load_run(path, device, step=step)
+        step = step_at_loss(path, args.at_loss, args.options.images, device, args.data)
+    parts = load_run(path, device, step=step, data=args.data)
     found = {**settings, "step": parts.step.version, "split": "train"}
     shown = printable(path)
     what = parts.model, parts.data, parts.space, parts.config, args.options

@@ -20,6 +20,8 @@ class Args:
     """Run directory."""
     best: bool = False
     """The checkpoint with the best validation accuracy instead (checkpoint.keep_best)."""
+    data: Path | None = None
+    """Where the data lie now, if they have moved, or other images of the same classes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads that torch uses."""
@@ -37,7 +39,7 @@ def command(args: Args) -> None:
     from conadv.training.results import measure
     from conadv.training.resume import load_run
 
-    run = load_run(args.run, pick_device(args.device), best=args.best)
+    run = load_run(args.run, pick_device(args.device), best=args.best, data=args.data)
     for name, result in measure(run).items():
         if result is not None:
             accuracy = f"accuracy {100 * result.accuracy:6.2f} %"

@@ -214,8 +214,10 @@ def _base_config(args: list[str]) -> tuple[Config, str, list[str]]:
     path = "".join(words[at + 1 : at + 2])
     if not path:
         raise ConadvError("--config needs a file, such as RUN/config.yaml.")
-    # a stranger's file must not make this machine write somewhere: --download is given anew
-    base = replace(load_yaml(Path(path)), data__download=False)
+    # a stranger's file must not make this machine write somewhere, and changed data are accepted
+    # for one start: both are given anew
+    once = {"data__download": False, "data__changed": "error"}
+    base = replace(load_yaml(Path(path)), **once)
     return base, f"conadv train --config {path}", words[:at] + words[at + 2 :]
 
 

@@ -87,6 +87,8 @@ class DataConfig(Section):
     """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
     cutmix: Annotated[Alpha, alias("--cutmix")] = Field(0.0, ge=0, le=LARGEST)
     """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
+    changed: Literal["error", "accept"] = "error"
+    """With --resume: what happens where the data are no longer those of the checkpoint; the record lists what changed."""
     on_bad_image: Annotated[Literal["error", "skip"], alias("--on-bad-image")] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
     num_workers: int = Field(0, ge=0, le=256)

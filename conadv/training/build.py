@@ -17,6 +17,7 @@ from conadv.attacks.make import make_attack
 from conadv.attacks.space import PixelSpace
 from conadv.config.resolve import Derived, accumulation, derive, micro_batch, optimizer_settings
 from conadv.config.schema import AttackConfig, Config
+from conadv.data.fingerprint import Fingerprint
 from conadv.data.loader import Data
 from conadv.distributed.comm import Comm
 from conadv.distributed.teams import Teams, make_teams
@@ -34,6 +35,7 @@ from conadv.optim.groups import MODEL_RULES, describe, parameter_groups
 from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training.data import load_data, load_model, load_source
+from conadv.training.data_guard import check_same_on_ranks
 from conadv.training.observer import Observer
 from conadv.training.probe import Probe
 from conadv.types import Attack, Method, Schedule
@@ -49,7 +51,8 @@ class Run:
     """A run on one rank: its data, its model and its step, and how they were chosen.
 
     ``model`` trains; ``evaluated`` is what evaluation sees. ``teams``: who learns and who attacks. ``best``: step and
-    accuracy of the best checkpoint so far, empty without one.
+    accuracy of the best checkpoint so far, empty without one. ``fingerprint``: of the data, on rank 0
+    of a run that trains.
     """
 
     config: Config
@@ -63,6 +66,7 @@ class Run:
     ema: EMA | None = None
     probe: Probe | None = None
     best: dict[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
 
     @property
     def comm(self) -> Comm:
@@ -104,6 +108,8 @@ def build(
     teams = make_teams(world, execution.attack_ranks, execution.may_lose)
     with world.agreed():
         data = _load_data(config, method, teams, observer)
+    check_same_on_ranks(data, world)
+    with world.agreed():
         derived = derive(config, data.train_size, len(teams.learners))
         model = _checked_model(config, data)
         model = model.to(device)

@@ -277,13 +277,16 @@ def _other_version(state: object) -> str:
 
 
 @contextmanager
-def restoring(state: dict[str, Any]) -> Iterator[None]:
-    """Turn any error while a run takes up ``state`` into a ConadvError: a state may hold any plain value anywhere."""
+def restoring(state: dict[str, Any], but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn any error while a run takes up ``state`` into a ConadvError that blames the checkpoint.
+
+    A state may hold any plain value anywhere. ``but``: errors that are none of its fault.
+    """
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError, *but)):
+            raise
         by = f", or was written by version {other}" if (other := _other_version(state)) else ""
         raise ConadvError(
             f"The checkpoint {_NAME.format(state['step'])} does not fit the run's config: "

@@ -30,7 +30,7 @@ from conadv.training.run_dir import RunDir
 TOLERANCE = 1e-3  # of the largest logit: another order of sums, not another network
 
 
-def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
+def load_plain_model(path: Path | str, *, best: bool = False) -> nn.Module:
     """The trained network of a run on the CPU in eval mode, without routes. Needs no data.
 
     The average of the weights where the run has one (ema.decay). ``best``: of its best checkpoint
@@ -39,12 +39,14 @@ def load_plain_model(path: Path, *, best: bool = False) -> nn.Module:
     return _load(path, best)[0]
 
 
-def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
+def _load(path: Path | str, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
-    with restoring(state):
+    # a network that cannot be made here (no timm, code of the user's own) is not the checkpoint's fault
+    with restoring(state, but=(ConadvError,)):
         model = make_model(config, state["channels"], len(state["class_names"]))
+    with restoring(state):
         load_weights(model, evaluated_state(state))
         size, said = config.data.image_size, state.get("image_size", config.data.image_size)
         if size is not None and said != size:
@@ -52,14 +54,14 @@ def _load(path: Path, best: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     return strip(model).eval(), config, state
 
 
-def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path:
+def export(path: Path | str, *, best: bool = False, kind: str = "safetensors") -> Path:
     """Write the clean route into the run and return the file.
 
     ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model; beside it
     goes ``model_card.md``, see :mod:`conadv.training.card`), "torch-export"
     (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take normalised images
     (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and compared with the network before they
-    are written; mean, std and class names are in their metadata.
+    are written. Mean, std and the class names, in the order of the outputs, are in the metadata of each.
     Raises ConadvError where the network cannot be traced, where the traced one computes something else, and for
     "onnx" without the packages of the extra ``onnx``.
     """
@@ -68,14 +70,14 @@ def export(path: Path, *, best: bool = False, kind: str = "safetensors") -> Path
     run = RunDir(path)
     model, config, state = _load(path, best)
     about = {"conadv": __version__, "model": config.model.name, "method": config.method}
+    for name in ("mean", "std"):
+        about[name] = json.dumps(getattr(config.data, name))
+    about["class_names"] = json.dumps(state["class_names"])
     if kind == "safetensors":
         card = model_card(run, state)  # reads the record, before anything is written
         write_atomic(run.weights, _safetensors(model, about))
         write_atomic(run.card, card)
         return run.weights
-    for name in ("mean", "std"):
-        about[name] = json.dumps(getattr(config.data, name))
-    about["class_names"] = json.dumps(state["class_names"])
     write, target = _WRITERS[kind], run.program if kind == "torch-export" else run.onnx
     write_atomic(target, write(model, about, image_shape(config, state)))
     return target
@@ -92,7 +94,9 @@ def image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _safetensors(model: nn.Module, about: dict[str, str], shape: tuple[int, ...] = ()) -> bytes:
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    # each tensor in memory of its own: the format has no tied tensors, and the plain model ties them
+    dense = torch.contiguous_format
+    tensors = {name: value.clone(memory_format=dense) for name, value in model.state_dict().items()}
     content: bytes = save(tensors, metadata={"format": "pt", **about})
     return content
 

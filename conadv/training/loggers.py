@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +19,54 @@ from conadv.types import StepRecord
 
 
 class _Logger(Observer, ABC):
-    """Sends scalars to :meth:`log`; the base of both loggers, which open their files only when the run starts."""
+    """Sends scalars to :meth:`log`; the base of both loggers.
+
+    What a killed run has logged may lack its last minutes, or have steps that a resumed run takes
+    again. So a resume begins the log anew, and writes into it what the record has: every step once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @abstractmethod
+    def open(self, title: str) -> None:
+        """Begin the log in an empty folder."""
 
     @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
         """Send the numbers of one step."""
 
+    def start(self, title: str, first_step: int, num_steps: int) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.open(title)
+
+    def earlier(self, lines: list[dict[str, Any]]) -> None:
+        # `conadv eval` may have evaluated one step twice
+        evaluations = {
+            (line["step"], line["split"]): line for line in lines if line["type"] == "eval"
+        }
+        for line in lines:
+            if line["type"] == "step":
+                self._log_step(line)
+            elif line["type"] == "eval" and line is evaluations[line["step"], line["split"]]:
+                self.evaluation(*(line[name] for name in ("step", "split", "loss", "accuracy")))
+
     def step(self, record: StepRecord) -> None:
-        values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
-        values |= {f"losses/{name}": value for name, value in record.losses.items()}
-        if record.staleness is not None:
-            values["staleness"] = record.staleness
-        phases = {f"seconds/{name}": value for name, value in record.phases.items()}
-        self.log({f"train/{name}": value for name, value in values.items()} | phases, record.step)
+        self._log_step({**asdict(record), "staleness": record.staleness})
+
+    def _log_step(self, line: Mapping[str, Any]) -> None:
+        names = ("loss", "lr", "grad_norm", "staleness")
+        values = {f"train/{name}": line[name] for name in names}
+        values |= {f"train/losses/{name}": value for name, value in line["losses"].items()}
+        values |= {f"seconds/{name}": value for name, value in line["phases"].items()}
+        self._send(values, line["step"])
 
     def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
         group = "train_eval" if split == "train" else split  # "train/loss" is the loss of a step
-        self.log({f"{group}/loss": loss, f"{group}/accuracy": accuracy}, step)
+        self._send({f"{group}/loss": loss, f"{group}/accuracy": accuracy}, step)
+
+    def _send(self, values: Mapping[str, float | None], step: int) -> None:
+        self.log({name: value for name, value in values.items() if value is not None}, step)
 
 
 class TensorBoard(_Logger):
@@ -42,11 +79,12 @@ class TensorBoard(_Logger):
             raise ConadvError(
                 f"--tensorboard needs the extra: {install('tensorboard')}."
             ) from error
-        self._open = lambda: SummaryWriter(str(folder))
+        super().__init__(folder)
+        self._make = SummaryWriter
         self._writer: Any = None
 
-    def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self._writer = self._open()
+    def open(self, title: str) -> None:
+        self._writer = self._make(str(self._folder))
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -60,7 +98,8 @@ class TensorBoard(_Logger):
 class WandB(_Logger):
     """Offline files in ``folder``, which ``wandb sync`` sends when its user wants that; only WANDB_MODE changes this.
 
-    A resumed run begins a new file, from the step that it goes on with. Raises ConadvError without the extra.
+    A resumed run keeps its id: a server that has some of its steps already takes only those that
+    follow. Raises ConadvError without the extra.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
@@ -68,11 +107,22 @@ class WandB(_Logger):
             import wandb
         except ImportError as error:
             raise ConadvError(f"--wandb needs the extra: {install('wandb')}.") from error
-        self._wandb, self._folder, self._config = wandb, folder, config
+        super().__init__(folder)
+        self._wandb, self._config = wandb, config
         self._run: Any = None
+        self._id = ""
 
     def start(self, title: str, first_step: int, num_steps: int) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        kept = ""
+        with suppress(OSError, UnicodeDecodeError):
+            kept = (self._folder / "id").read_text()
+        known = first_step and re.fullmatch(r"[0-9a-f]{8}", kept)
+        self._id = kept if known else secrets.token_hex(4)
+        super().start(title, first_step, num_steps)
+
+    def open(self, title: str) -> None:
+        self._folder.mkdir(parents=True)
+        (self._folder / "id").write_text(self._id)
         # no links: those of a run directory are refused; no source, no console: the record has what is needed
         settings = self._wandb.Settings(
             symlink=False, console="off", silent=True, save_code=False, disable_git=True
@@ -80,6 +130,8 @@ class WandB(_Logger):
         self._run = self._wandb.init(
             project="conadv",
             name=title,
+            id=self._id,
+            resume="allow",
             dir=str(self._folder),
             config=self._config,
             mode=os.environ.get("WANDB_MODE", "offline"),

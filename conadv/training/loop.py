@@ -84,13 +84,13 @@ def train(
             restarted=restarted,
         )
         run = build(config, comm.device, observer, comm, execution)
-        first, damaged = load_or_claim(run_dir, run, resume, lock, observer)
+        first, found = load_or_claim(run_dir, run, resume, lock, observer)
         begin = _same_clock(comm, run)
         if run.teams.attacking:
             _attack(run, first)
             return {}
         with run.comm.agreed():
-            log = Log(run, open_record(run_dir, run, first, damaged), observer, begin)
+            log = Log(run, open_record(run_dir, run, first, found), observer, begin)
         return _learn(run_dir, run, log, first)
 
 
@@ -107,6 +107,8 @@ def _learn(run_dir: RunDir, run: Run, log: Log, first: int) -> dict[str, Any]:
     for line in overview(run):
         observer.message(line)
     observer.start(title(run.config), first, run.derived.steps)
+    if first and run.comm.is_main:
+        observer.earlier(record.read_lines(run_dir.record))
     try:
         _loop(run_dir, run, log, first)
         if step.stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # types imports torch, which no help text needs
     from conadv.types import StepRecord
@@ -22,6 +22,9 @@ class Observer:
     def loading(self, what: str, done: int, total: int) -> None: ...
 
     def start(self, title: str, first_step: int, num_steps: int) -> None: ...
+
+    def earlier(self, lines: list[dict[str, Any]]) -> None:
+        """After the start of a resumed run: the lines of its record so far."""
 
     def step(self, record: StepRecord) -> None: ...
 
@@ -59,6 +62,9 @@ class Guarded(Observer):
 
     def start(self, title: str, first_step: int, num_steps: int) -> None:
         self._tell("start", title, first_step, num_steps)
+
+    def earlier(self, lines: list[dict[str, Any]]) -> None:
+        self._tell("earlier", lines)
 
     def step(self, record: StepRecord) -> None:
         self._tell("step", record)

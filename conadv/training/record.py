@@ -129,7 +129,11 @@ def finite(value: float) -> float | None:
 def truncate(path: Path, step: int) -> None:
     """Drop what a resumed run writes again: steps from ``step`` on, later evaluations, the final one. Atomic."""
     lines = read_lines(path)
-    last = max((line.get("steps", 0) for line in lines if line["type"] == "header"), default=0)
+    # after a change of data a run has other steps than its header says
+    planned = [
+        line["steps"] for line in lines if line["type"] in ("header", "resume") and "steps" in line
+    ]
+    last = planned[-1] if planned else 0
     newest = dict.fromkeys(("step", "probe", "resume", "timeline", "bad_image"), step - 1)
     newest |= {"eval": min(step, last - 1), "stop": step, "attack_loss": step, "error": -1}
     kept = [

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from conadv.config.files import home
 from conadv.config.resolve import resolve
 from conadv.config.schema import replace
+from conadv.data.fingerprint import fingerprint
 from conadv.distributed.comm import Comm
 from conadv.engine.pending import Expected, gather, shard
 from conadv.engine.validate import load_average, load_optimizer, load_weights
@@ -16,6 +18,7 @@ from conadv.errors import ConadvError, printable
 from conadv.nn.ema import evaluated_state
 from conadv.training import checkpoint
 from conadv.training.build import Run, build
+from conadv.training.data_guard import changed_data
 from conadv.training.run_dir import RunDir
 from conadv.training.writer import Writer
 
@@ -42,6 +45,7 @@ def save(run: Run, writer: Writer) -> None:
                 "channels": run.data.channels,
                 "image_size": run.data.image_size,
                 "class_names": list(run.data.class_names),
+                "data": run.fingerprint,
                 "probe": None if run.probe is None else run.probe.state_dict(),
                 "best": dict(run.best) or None,
             }
@@ -96,21 +100,42 @@ def _expected_images(run: Run) -> Expected:
 
 
 def load_run(
-    path: Path, device: torch.device, *, best: bool = False, step: int | None = None
+    path: Path | str,
+    device: torch.device,
+    *,
+    best: bool = False,
+    step: int | None = None,
+    data: Path | None = None,
 ) -> Run:
     """A run with one checkpoint loaded: newest, best (checkpoint.keep_best), or that of ``step``.
 
-    Where a run has an average of its weights, that is the model.
+    Where a run has an average of its weights, that is the model. ``data``: where its data lie now;
+    images other than those that the run saw are taken from there alone, and only of its classes.
+    Raises ConadvError for data that have moved or changed.
     """
     run_dir = RunDir(path)
     # evaluating a stranger's run writes nothing
     config = replace(run_dir.open(), data__download=False)
+    if data is not None:
+        config = replace(config, data__dir=data)
+    elif config.data.dir is not None and not home(config.data.dir).exists():
+        raise ConadvError(
+            f"The data of this run are no longer in {printable(config.data.dir)}. Say where they are "
+            "now: --data DIR."
+        )
     run = build(resolve(config), device)
     cpu = torch.device("cpu")
     if step is None:
         state = load_state(run_dir, cpu, best=best)
     else:
         state = checkpoint.load_step(run_dir.checkpoints, step, cpu)
+    changed_data(
+        state,
+        fingerprint(run.data.source),
+        accept=data is not None,
+        other_classes=False,
+        remedy="To take the images that are there now: --data DIR.",
+    )
     with checkpoint.restoring(state):
         state = {**state, "engine": {**state["engine"], "pending": {}}}  # nobody trains here
     restore(run, checkpoint.to_device(state, device))

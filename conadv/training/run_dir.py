@@ -23,8 +23,8 @@ from conadv.training.record import read_lines
 class RunDir:
     """The files of one run (docs/record.md)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         self.config = path / "config.yaml"
         self.record = path / "record.jsonl"
         self.summary = path / "summary.json"
@@ -190,9 +190,11 @@ class RunDir:
 def _moved(config: Config, to: Config) -> Config:
     """``config`` with the data where ``to`` has it: the same data may lie elsewhere now, and be there already.
 
+    Whether changed data are accepted is a matter of this start alone.
     Resolved: a config of an earlier version may lack settings that this one has.
     """
-    moved: Config = replace(resolve(config), data__dir=to.data.dir, data__download=to.data.download)
+    here = {f"data__{name}": getattr(to.data, name) for name in ("dir", "download", "changed")}
+    moved: Config = replace(resolve(config), **here)
     return moved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -10,12 +11,14 @@ from conadv import __version__
 from conadv.config.files import parse
 from conadv.config.resolve import micro_batch, resolve
 from conadv.config.schema import Config, differences, replace
+from conadv.data.fingerprint import fingerprint
 from conadv.distributed.comm import Comm
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable
 from conadv.optim.groups import describe
 from conadv.training import checkpoint, provenance, record
 from conadv.training.build import Run
+from conadv.training.data_guard import changed_data
 from conadv.training.lock import Lock
 from conadv.training.observer import Observer
 from conadv.training.resume import restore, scatter
@@ -77,21 +80,34 @@ def _after_restart(run_dir: RunDir, observer: Observer) -> tuple[bool, bool]:
     return bool(saved), not saved
 
 
+@dataclass
+class Found:
+    """What a resume has found. ``damaged``: what was wrong with newer checkpoints, which are renamed.
+
+    ``data_changed``: what has changed in the data since the checkpoint (data.changed accept).
+    """
+
+    damaged: list[str] = field(default_factory=list)
+    data_changed: list[str] = field(default_factory=list)
+
+
 def load_or_claim(
     run_dir: RunDir, run: Run, resume: bool, lock: Lock, observer: Observer
-) -> tuple[int, list[str]]:
+) -> tuple[int, Found]:
     """Continue from the newest intact checkpoint, which rank 0 reads for all, or make the folder.
 
-    Returns the first step and what was wrong with newer checkpoints, which are renamed.
-    An attack rank needs no state: it gets weights with its first batch. Ranks: collective.
+    Returns the first step. An attack rank needs no state: it gets weights with its first batch. Ranks: collective.
     """
     comm, world, state = run.comm, run.teams.world, None
-    damaged: list[str] = []
+    found = Found()
     with world.agreed():
+        if world.is_main:
+            run.fingerprint = fingerprint(run.data.source)
         if world.is_main and resume:
-            state, damaged = checkpoint.find_newest(run_dir.checkpoints, torch.device("cpu"))
+            state, found.damaged = checkpoint.find_newest(run_dir.checkpoints, torch.device("cpu"))
+            state = _with_todays_data(state, run, found)
             checkpoint.set_aside(run_dir.checkpoints, state["step"])
-            for message in damaged:
+            for message in (*found.damaged, *found.data_changed):
                 observer.message(message)
             run_dir.mark()
         elif world.is_main:
@@ -104,10 +120,26 @@ def load_or_claim(
         if world.is_main and resume:
             keep, best = run.config.checkpoint.keep, run.best.get("step")
             checkpoint.prune(run_dir.checkpoints, keep, best)
-    return world.broadcast_object(run.step.version), damaged
+    return world.broadcast_object(run.step.version), found
 
 
-def open_record(run_dir: RunDir, run: Run, first: int, damaged: list[str]) -> record.Record:
+def _with_todays_data(state: dict[str, Any], run: Run, found: Found) -> dict[str, Any]:
+    """``state``, without images that wait where the data have changed: they are of other batches."""
+    assert run.fingerprint is not None
+    found.data_changed = changed_data(
+        state,
+        run.fingerprint,
+        accept=run.config.data.changed == "accept",
+        other_classes=True,
+        remedy="To go on with what is there now: --data.changed accept.",
+    )
+    if not found.data_changed:
+        return state
+    with checkpoint.restoring(state):
+        return {**state, "engine": {**state["engine"], "pending": {}}}
+
+
+def open_record(run_dir: RunDir, run: Run, first: int, found: Found) -> record.Record:
     """A new record with its header, or the old one without what will be written again."""
     if not run.comm.is_main:
         return record.Record(None)
@@ -120,7 +152,8 @@ def open_record(run_dir: RunDir, run: Run, first: int, damaged: list[str]) -> re
     lines = record.read_lines(run_dir.record)
     run.data.logged.update(line["path"] for line in lines if line["type"] == "bad_image")
     log = record.Record(run_dir.record)
-    log.write("resume", step=first, **_placement(run), damaged=damaged, time=provenance.now())
+    steps, now = run.derived.steps, provenance.now()
+    log.write("resume", step=first, steps=steps, **_placement(run), **asdict(found), time=now)
     return log
 
 

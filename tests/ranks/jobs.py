@@ -340,6 +340,13 @@ def train_run(
     return train(settings, out, resume=resume, comm=comm, **options)
 
 
+def train_on_data_of_its_own(comm: Comm, folder: Path) -> None:
+    """Each rank's images lie in a folder of its own."""
+    data = {"source": "folder", "dir": folder / f"data{comm.rank}", "image_size": 8}
+    changes = {"global_batch_size": 8, "micro_batch_size": 4, "model__width": None}
+    train(config(**changes, data=data), folder / "run", comm=comm)
+
+
 def with_attack_ranks(
     comm: Comm, out: Path, changes: dict[str, Any], attack: int, resume: bool = False
 ) -> Any:

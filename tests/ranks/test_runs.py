@@ -19,6 +19,7 @@ from conadv.training.record import read_lines
 from conadv.training.results import measure
 from conadv.training.resume import load_run
 
+from ..data_cases import image_folder
 from ..test_training import METHODS, config, weights, without_times
 from . import jobs
 from .launch import ONE_HOST, torchrun
@@ -144,3 +145,28 @@ def test_torchrun(tmp_path: Path) -> None:
     assert "already holds a run" in again.stderr
     assert "exitcode  : 2" in again.stderr
     assert "exitcode  : 1 " not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda root: (root / "train/owl/0.png").unlink(), "23 training images, rank 0 has 24"),
+        (lambda root: rename_class(root), "number 2 was owl, it is yak now"),
+    ],
+)
+def test_ranks_with_other_data_are_an_error(
+    two: Ranks, tmp_path: Path, change: Any, said: str
+) -> None:
+    # Red when: check_same_on_ranks is not called (one rank would wait for the other's last step, or the
+    # ranks would train on other labels).
+    for rank in range(2):
+        image_folder(tmp_path / f"data{rank}")
+    change(tmp_path / "data1")
+    for error in two.errors(jobs.train_on_data_of_its_own, tmp_path):
+        assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def rename_class(root: Path) -> None:
+    for split in ("train", "test"):
+        (root / split / "owl").rename(root / split / "yak")
