@@ -46,7 +46,8 @@ LAST: dict[str, str] = {
     "python benchmarks/repeat_folder.py": "--images 16",
 }
 UNLESS_GIVEN: dict[str, tuple[str, ...]] = {
-    "conadv train digits": ("--steps 9",),
+    "conadv train digits": ("--steps 3",),
+    "conadv train digits --method conadv --probe": ("--steps 9",),
     "conadv train cifar10": ("--steps 2",),
     "conadv train imagefolder": ("--steps 2", "--data.image-size 32"),
     "conadv train imagenet": ("--steps 2", "--data.image-size 32"),

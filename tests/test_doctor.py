@@ -16,14 +16,14 @@ from conadv.cli import doctor
 from conadv.cli.doctor import Device, Facts, findings
 from conadv.cli.program import main
 
-GPU = Device("H", bf16=True, free_gib=79, total_gib=80, peers=(1,))
+GPU = Device("H", bf16=True, free_gib=79, total_gib=80)
 GOOD = Facts(
     environment={"torch_version": "2.9.1"},
     usable_cores=16.0,
     threads=16,
     driver=True,
     cuda_build="13.0",
-    cuda=(GPU, replace(GPU, peers=(0,))),
+    cuda=(GPU, GPU),
     backends=("gloo", "nccl"),
     interfaces=("lo", "eth0"),
     shm_gib=16.0,
@@ -37,7 +37,6 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"cuda": (replace(GPU, bf16=False), GPU)}, "slow", "cuda:0 (H) has no bf16"),
     ({"cuda": (replace(GPU, free_gib=1), GPU)}, "slow", "1.0 of 80.0 GiB"),
     ({"cuda": (replace(GPU, free_gib=0), GPU)}, "wrong", "refuses"),
-    ({"cuda": (replace(GPU, peers=()), GPU)}, "slow", "no peer access"),
     ({"backends": ("gloo",)}, "wrong", "no NCCL"),
     ({**CPU, "backends": ()}, "wrong", "no gloo and no NCCL"),
     ({"variables": {"CUDA_LAUNCH_BLOCKING": "1"}}, "slow", "CUDA_LAUNCH_BLOCKING"),
@@ -60,7 +59,7 @@ def test_a_device_that_refuses_is_a_finding_and_no_crash(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    assert list(doctor._devices()) == [Device("H", True, 0.0, 80.0, ())]
+    assert list(doctor._devices()) == [Device("H", True, 0.0, 80.0)]
 
 
 @pytest.mark.parametrize(("change", "level", "words"), CASES)

@@ -49,13 +49,12 @@ class Args:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device. ``free_gib``: 0 where it refuses. ``peers``: devices it reads directly."""
+    """A CUDA device. ``free_gib``: 0 where it refuses."""
 
     name: str
     bf16: bool
     free_gib: float
     total_gib: float
-    peers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ def _devices() -> Iterator[Device]:
             free = torch.cuda.mem_get_info(index)[0]
         except RuntimeError:  # full, or another process has it exclusively
             free = 0
-        others = (j for j in range(count) if j != index)
-        peers = tuple(j for j in others if torch.cuda.can_device_access_peer(index, j))
-        yield Device(about.name, about.major >= 8, free / GIB, about.total_memory / GIB, peers)
+        yield Device(about.name, about.major >= 8, free / GIB, about.total_memory / GIB)
 
 
 def findings(f: Facts) -> list[Finding]:
@@ -141,9 +138,6 @@ def _cuda(f: Facts) -> Iterator[Finding]:
         elif device.free_gib < device.total_gib / 2:
             free = f"{device.free_gib:.1f} of {device.total_gib:.1f} GiB"
             yield "slow", f"{name} has {free} free: others use it", choose
-        if len(f.cuda) > 1 and not device.peers:
-            todo = "see nvidia-smi topo -m; allow peer-to-peer in the container"
-            yield "slow", f"{name} has no peer access: ranks exchange through the host", todo
     for variable in ("CUDA_LAUNCH_BLOCKING", "NCCL_P2P_DISABLE"):
         if f.cuda and f.variables.get(variable, "0") not in ("", "0"):
             yield "slow", f"{variable} is set", "unset it: it is for debugging"

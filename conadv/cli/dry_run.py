@@ -6,30 +6,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from conadv.cli.format import duration, plot
+from conadv.cli.format import duration
 from conadv.errors import printable
 from conadv.planning.dry_run import Preview
 from conadv.planning.memory import gib
 from conadv.training.build import make_schedule, overview
 
-HEIGHT = 8
-
 
 def show(shown: Preview, console: Console | None = None) -> None:
     """Write a preview to ``console`` (standard output by default); fits into 80 columns."""
     console = console or Console(highlight=False)
-    run, steps = shown.run, shown.run.derived.steps
+    run = shown.run
     title = f"{run.config.recipe} {run.config.method}: dry run"
     console.print(Text(printable(title), style="bold"))
     for line in overview(run):
         console.print(printable(line), markup=False)
-    epochs = run.derived.epochs
-    console.print(f"\nlearning rate over {steps} steps ({epochs:.4g} epochs)")
-    ascii_only = not (console.encoding or "").lower().startswith("utf")
-    width = min(console.width, 100) - 1
-    schedule = make_schedule(run.config, run.derived)
-    for line in plot(schedule, steps, width, HEIGHT, ascii_only=ascii_only):
-        console.print(line, markup=False, no_wrap=True, overflow="crop")
     console.print()
     table = Table(box=None, padding=(0, 1), show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -54,7 +45,10 @@ def _needs(shown: Preview) -> dict[str, str]:
     waiting = f", {gib(shown.waiting)} of it images that wait" if shown.waiting else ""
     left = shown.run.derived.steps - shown.first_step
     step = shown.step_seconds
+    steps, schedule = shown.run.derived.steps, make_schedule(shown.run.config, shown.run.derived)
+    lrs = ", ".join(f"{schedule(i * (steps - 1) // 8):.3g}" for i in range(9))
     needs = {
+        "schedule": f"{steps:,} steps ({shown.run.derived.epochs:.4g} epochs); learning rate at every eighth: {lrs}",
         "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images{files}",
         "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free",
         "disk": f"{shown.checkpoints} checkpoint(s) of about {gib(shown.checkpoint)}{waiting}; "
