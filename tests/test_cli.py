@@ -86,6 +86,10 @@ def test_train_eval_export_report(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{100 * summary['test_accuracy']:6.2f} %" in capsys.readouterr().out
     assert main(["export", str(b)]) == 0
     assert (b / "model.safetensors").is_file()
+    assert main(["watch", str(b)]) == 0
+    shown = capsys.readouterr().out
+    assert "2/2" in shown
+    assert "cannot be read" not in shown
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
     assert "conadv" in capsys.readouterr().out
     again, saved = tmp_path / "again", str(b / "config.yaml")

@@ -22,7 +22,7 @@ HEADER = {"type": "header", "steps": 10, "ranks": 1, "config": {"recipe": "digit
 
 def step(index: int, **changes: Any) -> dict[str, Any]:
     values = {"type": "step", "step": index, "epoch": index // 5, "lr": 0.5, "seconds": 0.4}
-    values |= {"loss": 2.0 / (index + 1), "losses": {"clean": 1.0}}
+    values |= {"loss": 2.0 / (index + 1), "losses": {"clean": 1.0}, "skipped": None, "late": False}
     values |= {"phases": {"data": 0.01, "gradient": 0.3, "attack": 0.09}}
     return values | changes
 

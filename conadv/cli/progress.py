@@ -52,14 +52,14 @@ class Live(Observer):
     """A progress bar with loss, test accuracy and time left."""
 
     def __init__(self) -> None:
-        from rich import progress
+        from rich import progress, table
 
+        name = table.Column(ratio=1, no_wrap=True, overflow="ellipsis")  # cut, so that no number is
         self._bar = progress.Progress(
             # a recipe's name may hold brackets
-            progress.TextColumn("{task.description}", style="bold", markup=False),
-            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.description}", "bold", markup=False, table_column=name),
+            progress.BarColumn(10),
             progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
             progress.TextColumn("left"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("loss {task.fields[loss]}  test {task.fields[test]}"),

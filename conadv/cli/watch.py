@@ -68,8 +68,8 @@ class Line(Document):
     loss: Number | None = None
     lr: Number | None = None
     seconds: Number | None = None
-    phases: dict[str, Number] = Field({})
-    skipped: str = ""
+    phases: dict[str, Number | None] = Field({})
+    skipped: str | None = None
     late: bool = False
     split: str = ""
     accuracy: Number | None = None
@@ -169,7 +169,7 @@ class RunState:
         """Phase -> its share of the recent steps, the largest first."""
         sums: Counter[str] = Counter()
         for line in self.recent:
-            sums.update({name: max(0.0, seconds) for name, seconds in line.phases.items()})
+            sums.update({name: max(0.0, seconds or 0.0) for name, seconds in line.phases.items()})
         total = sum(sums.values()) or 1.0
         return {printable(name[:20]): each / total for name, each in sums.most_common(10)}
 
