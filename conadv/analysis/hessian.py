@@ -16,8 +16,7 @@ from conadv.errors import ConadvError
 
 Vectors = npt.NDArray[np.float64]
 
-# ARPACK keeps pairs that miss its tolerance to itself. We want all: the residuals say how good they
-# are.
+# ARPACK returns only pairs within its tolerance. We want all: residuals say how good they are.
 _ANY_ACCURACY = 1e30
 
 
@@ -63,7 +62,8 @@ def spectrum(
     """The ``count`` largest eigenvalues by one Lanczos run of ``iterations`` products.
 
     ``generator`` (CPU) draws the first vector, normal. Of a multiple eigenvalue Lanczos sees one
-    copy. Memory: a vector per iteration. The residuals take ``count`` more products.
+    copy.
+    Memory: a vector per iteration. The residuals take ``count`` more products.
 
     Raises ConadvError unless 1 <= count < iterations <= P.
     Source: Lanczos 1950; ARPACK (Lehoucq, Sorensen, Yang 1998), with full reorthogonalisation.

@@ -36,8 +36,8 @@ class Objective:
     alone.
 
     ``x_NCHW``: uint8 pixels, or floats in model space. ``chunk``: images in one forward pass.
-    Vectors are 1-D, in the model's dtype, on its device, in the order of ``parameters()``. Ranks:
-    one process; nothing is reduced.
+    Vectors are 1-D, in the model's dtype, on its device, in the order of ``parameters()``.
+    Ranks: one process; nothing is reduced.
     """
 
     model: nn.Module
@@ -112,8 +112,9 @@ def clean_objective(
     are. theta holds the clean route's parameters, frozen ones included, and none of the other
     routes': models trained with and without an adversarial route have the same weight space.
 
-    ``space``: the normalisation of uint8 images. Raises ConadvError without images or weights, and
-    where the loss of the trained weights is not finite.
+    ``space``: the normalisation of uint8 images.
+    Raises ConadvError without images or weights, and where the loss of the trained weights is not
+    finite.
     """
     plain = norm.strip(copy.deepcopy(model)).eval().to(dtype)
     if not len(y_N) or not any(True for _ in plain.parameters()):

@@ -13,8 +13,8 @@ def sam_sharpness(objective: Objective, rho: float) -> float:
     """L(theta + rho g / |g|) - L(theta), g = dL/dtheta: the rise along one ascent step.
 
     In units of the loss. ``rho`` > 0: a Euclidean distance in weight space. Zero where g is zero;
-    nan or inf where the loss is not finite. Reduces to: rho |g| for small rho. Source: Foret et
-    al., arXiv 2010.01412, eq. 2, over all images instead of a batch.
+    nan or inf where the loss is not finite. Reduces to: rho |g| for small rho.
+    Source: Foret et al., arXiv 2010.01412, eq. 2, over all images instead of a batch.
     """
     theta = objective.theta
     loss, gradient = objective.gradient(theta)
@@ -30,8 +30,8 @@ def keskar_sharpness(objective: Objective, eps: float, num_steps: int = 10) -> f
     ``eps`` > 0, 1e-3 and 5e-4 in the paper. The maximum is sought in the full space by
     ``num_steps`` >= 1 steps of projected gradient ascent from delta = 0, along the gradient's sign,
     each 2.5 / num_steps of the box's half width; the largest loss on the way counts. So it is a
-    lower bound of the maximum, never below 0; inf where the loss overflows. Source: Keskar et al.,
-    arXiv 1609.04836, metric 2.1 with A = I (they use 10 steps of L-BFGS-B).
+    lower bound of the maximum, never below 0; inf where the loss overflows.
+    Source: Keskar et al., arXiv 1609.04836, metric 2.1 with A = I (they use 10 steps of L-BFGS-B).
     """
     theta = objective.theta
     half_width = eps * (theta.abs() + 1)

@@ -39,8 +39,6 @@ def _needs(shown: Preview) -> dict[str, str]:
     """What is needed, beside what is there."""
     data, held_out = shown.run.data, shown.run.data.source.validation
     held = f", {len(held_out.labels):,} held out" if held_out is not None else ""
-    read, bad = shown.files_read, shown.bad_files
-    files = f"; {read:,} files read, {len(bad)} bad" if read else ""
     free = "not known" if shown.memory_free is None else gib(shown.memory_free)
     waiting = f", {gib(shown.waiting)} of it images that wait" if shown.waiting else ""
     left = shown.run.derived.steps - shown.first_step
@@ -49,15 +47,13 @@ def _needs(shown: Preview) -> dict[str, str]:
     lrs = ", ".join(f"{schedule(i * (steps - 1) // 8):.3g}" for i in range(9))
     needs = {
         "schedule": f"{steps:,} steps ({shown.run.derived.epochs:.4g} epochs); learning rate at every eighth: {lrs}",
-        "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images{files}",
+        "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images",
         "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free",
         "disk": f"{shown.checkpoints} checkpoint(s) of about {gib(shown.checkpoint)}{waiting}; "
         f"{gib(shown.disk_free)} free",
         "cost": f"{shown.gradient_images:.3f} gradient images per clean image",
         "time": f"about {duration(step * left)}: {left:,} steps of {duration(step)}",
     }
-    if bad:
-        needs["left out"] = f"cannot be read: {bad[0]}"
     if shown.first_step:
         needs["resume"] = f"would go on from step {shown.first_step}"
     return needs

@@ -178,8 +178,7 @@ class Planner:
             messages.insert(0, self._message(receivers * weights))
             own = layout.share * attack / layout.accumulation
             images = layout.share * layout.micro_batch * self.profile.sizes.image
-            # weights out, attack and images back have tau steps; an attack rank has one for its
-            # share
+            # Weights out, attack and images back have tau steps; a rank's own share has one.
             travel = self._message(weights).seconds + self._message(images).seconds
             chain = max(own, (predict + travel + own) / self.staleness)
         arrived, lost = queue(gradient + after, messages)

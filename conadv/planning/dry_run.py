@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from conadv.config.schema import Config
-from conadv.data.images import BadImage
-from conadv.data.splits import PhotoSplit
 from conadv.distributed.comm import Comm
 from conadv.engine.execution import Execution
 from conadv.errors import ConadvError, printable
@@ -25,23 +23,18 @@ from conadv.training.observer import Observer
 from conadv.training.run_dir import RunDir
 from conadv.training.start import admit
 
-SAMPLE = 512
-"""So many image files of a split are read; `conadv check` reads all."""
-
 
 @dataclass(frozen=True)
 class Preview:
     """What a run is going to be: its ``run``, and what they need. Sizes in bytes.
 
-    files_read, bad_files: of the sample of image files. memory_free: None if it is not known.
-    waiting: the part of a checkpoint that is images for later steps. checkpoints: files at a time.
+    memory_free: None if it is not known. waiting: the part of a checkpoint that is images for later
+    steps. checkpoints: files at a time.
     step_seconds: without loading images and talking to other ranks.
     """
 
     run: Run
     first_step: int
-    files_read: int
-    bad_files: list[str]
     memory_needed: int
     memory_free: int | None
     checkpoint: int
@@ -72,10 +65,12 @@ def preview(
 
     Writes nothing (data.download aside) and leaves ``out`` as it is. The time is that of a few
     steps of one micro-batch of random images. ``existing``: resume, overwrite, auto_resume, as in
-    training. The micro-batch must be settled. Raises ConadvError for all that
-    :func:`conadv.training.loop.train` would stop at before its first step, and where image files in
-    the sample cannot be read, or memory or disk are too small. Ranks: collective; the preview is
-    rank 0's, with the least free memory and the slowest step of all.
+    training. The micro-batch must be settled.
+    Raises ConadvError for all that :func:`conadv.training.loop.train` would stop at before its
+    first step, and where memory or disk are too small. Image files are not read: `conadv check`
+    does.
+    Ranks: collective; the preview is rank 0's, with the least free memory and the slowest step of
+    all.
     """
     observer = observer if observer and comm.is_main else Observer()
     folder = RunDir(out)
@@ -85,7 +80,6 @@ def preview(
     learners, attackers = len(run.teams.learners), len(run.teams.attackers)
     shape = Shape(data.channels, data.image_size, data.num_classes)
     with comm.agreed():
-        read, bad = read_sample(run) if comm.is_main else (0, [])
         trial = Trial(config, shape, Comm(device=comm.device), min(2, micro))
         needed = trial.run_bytes(learners, attackers, micro)
         free = memory.available(comm.device)
@@ -113,8 +107,6 @@ def preview(
     return Preview(
         run,
         done[-1] if done else 0,
-        read,
-        bad,
         needed,
         min(everyones, default=None),
         saved,
@@ -123,30 +115,6 @@ def preview(
         disk_free,
         slowest,
     )
-
-
-def read_sample(run: Run) -> tuple[int, list[str]]:
-    """Image files that were read, and those of them that are broken.
-
-    Raises ConadvError where the run would stop at one of them.
-    """
-    source, bad, read = run.data.source, [], 0
-    for split in (source.train, source.validation, source.test):
-        if not isinstance(split, PhotoSplit):
-            continue
-        count = len(split.labels)
-        for index in sorted({index * count // SAMPLE for index in range(SAMPLE)}):  # of every class
-            read += 1
-            try:
-                split.read(index)
-            except BadImage as error:
-                bad.append(printable(f"{error.name}: {error.reason}"))
-    if bad and not run.data.skip_bad:
-        raise ConadvError(
-            f"{len(bad)} of {read} image files that were tried cannot be read, the first: {bad[0]}."
-            " `conadv check DIR` lists all; replace or remove them, or add --on-bad-image skip."
-        )
-    return read, bad
 
 
 # ---- disk

@@ -46,8 +46,9 @@ def settle(
     """``config`` with a number as micro_batch_size; itself where it has one.
 
     ``goes_on``: a run in ``out`` is resumed if there is one; its own number is taken, since another
-    would be another run. ``tell`` hears which number is taken, and why. Raises ConadvError where
-    not even the smallest micro-batch fits, or the global batch does not divide over the learners.
+    would be another run. ``tell`` hears which number is taken, and why.
+    Raises ConadvError where not even the smallest micro-batch fits, or the global batch does not
+    divide over the learners.
     Ranks: collective; every rank tries on its own device, and the smallest answer is taken by all.
     """
     with comm.agreed():

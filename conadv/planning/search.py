@@ -102,8 +102,8 @@ def best(
     """The layout of at most ``devices`` with the shortest step, or the cheapest image.
 
     Devices may be left over, where the batch does not divide into all of them or fewer are faster;
-    with the executor fixed to "inline" all of them learn. Raises ConadvError with the reason where
-    nothing fits.
+    with the executor fixed to "inline" all of them learn.
+    Raises ConadvError with the reason where nothing fits.
     """
     if not kind_of(method).stale and (rules.executor == "ranks" or rules.attack_ranks):
         raise ConadvError(

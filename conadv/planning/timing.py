@@ -149,8 +149,9 @@ class Interval(NamedTuple):
 def median_interval(values: Sequence[float]) -> Interval:
     """The median between two order statistics; below 6 values, which cannot cover 95 %, the range.
 
-    Needs independent values, of any distribution. Source: David and Nagaraja, Order Statistics, 3rd
-    edition (2003), section 7.1; ``scipy.stats.quantile_test``.
+    Needs independent values, of any distribution.
+    Source: David and Nagaraja, Order Statistics, 3rd edition (2003), section 7.1;
+    ``scipy.stats.quantile_test``.
     """
     ends = quantile_test(values, p=0.5).confidence_interval(0.95)
     low, high = ends if math.isfinite(ends[0]) else (min(values), max(values))

@@ -47,7 +47,8 @@ class Trial:
     draws are keyed.
 
     numbers: this rank's micro-batches by their number in the global batch, each of ``micro_batch``
-    clean images. Raises ConadvError where the network does not take images of this shape.
+    clean images.
+    Raises ConadvError where the network does not take images of this shape.
     Ranks: collective over ``comm``, and over the executor's ranks.
     """
 

@@ -190,7 +190,8 @@ def compare(
     """Group runs by their settings into arms.
 
     names: run folder -> name of its arm. baseline: an arm's name; None takes the vanilla arm with
-    the largest global batch, or the first arm. Raises ConadvError for an unknown baseline.
+    the largest global batch, or the first arm.
+    Raises ConadvError for an unknown baseline.
     """
     given = {Path(folder).resolve(): name for folder, name in (names or {}).items()}
     groups: dict[str, list[Run]] = {}
@@ -215,8 +216,9 @@ def is_sweep(path: str | Path) -> bool:
 def read_sweep(path: str | Path, baseline: str | None = None) -> Comparison:
     """A sweep's folder, finished or still going, or published records: sweep.json and runs.jsonl.
 
-    baseline: another arm than the spec's. Raises ConadvError for an unreadable sweep.json, without
-    a confirmation run, and for an unknown baseline.
+    baseline: another arm than the spec's.
+    Raises ConadvError for an unreadable sweep.json, without a confirmation run, and for an unknown
+    baseline.
     """
     path = Path(path)
     sweep = documents.read_sweep(path / SWEEP)

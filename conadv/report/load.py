@@ -51,8 +51,8 @@ class Run:
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Every run directory at and below ``paths``, each once, in the order given and then by name.
 
-    Nothing below a run is searched and links are not followed. Raises ConadvError for a path that
-    does not exist and for a folder without a run.
+    Nothing below a run is searched and links are not followed.
+    Raises ConadvError for a path that does not exist and for a folder without a run.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):

@@ -181,8 +181,9 @@ def write_report(
     """Compare the runs at and below ``paths``; write ``out`` (.html), .md, summary.json and PNGs.
 
     names: run folder -> name of its arm; others are named after their settings. baseline: the arm
-    that differences are taken to. command: how the runs were made. Raises ConadvError for folders
-    without runs, an unknown baseline, and an ``out`` that cannot be written or lies in a run.
+    that differences are taken to. command: how the runs were made.
+    Raises ConadvError for folders without runs, an unknown baseline, and an ``out`` that cannot be
+    written or lies in a run.
     """
     runs = [load_run(path) for path in find_runs(paths)]
     return _write(compare(runs, names, baseline, title), Path(out), command)

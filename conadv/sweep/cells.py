@@ -79,8 +79,9 @@ class Plan:
 def expand(spec: Spec, data_dir: Path | None = None) -> Plan:
     """The plan of a spec. ``data_dir`` replaces data.dir: the same images may lie elsewhere.
 
-    Two runs with the same resolved config are one run. Raises ConadvError for settings that do not
-    fit together, and for two arms that would share a folder.
+    Two runs with the same resolved config are one run.
+    Raises ConadvError for settings that do not fit together, and for two arms that would share a
+    folder.
     """
     base = _base(spec, data_dir)
     runs: dict[str, Run] = {}

@@ -31,7 +31,8 @@ def run_pool(
 
     Yields several times a second (runs under way, runs that ended), and asks for the next runs
     after that. An exception in a run is its result. On Ctrl-C, and when the iterator is closed, all
-    workers end at once and leave what a killed run leaves. Raises ConadvError when a worker dies.
+    workers end at once and leave what a killed run leaves.
+    Raises ConadvError when a worker dies.
     """
     going: dict[Future[Result], Run] = {}
     with _executor(workers) as executor:
