@@ -96,8 +96,8 @@ def preview(
         if comm.is_main and saved * count > disk_free:
             raise ConadvError(
                 f"The checkpoints take {gib(saved * count)} ({count} of {gib(saved)}), and "
-                f"{printable(out)} has {gib(disk_free)} left. Free space, choose another --out or a "
-                f"smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
+                f"{printable(out)} has {gib(disk_free)} left. Free space, choose another --out or "
+                f"a smaller --checkpoint.keep. {gib(waiting)} of each are images that wait "
                 "(--pending-dtype)."
             )
         seconds = step_seconds(run, shape)
