@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import cache
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,36 @@ def test_every_setting_reaches_what_it_is_for() -> None:
     for name, wanted in others.items():
         changes = attack if name == "disadv" else {"attack__eps": 0.3}
         assert build(resolve(config(method=name, **changes)), CPU).step.method == wanted
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_losses_of_the_program(mixed: bool) -> None:
+    # Red when: aims are not smoothed, or a class weighs by its number of images.
+    run = build(resolve(config(class_weights="balanced")), CPU)
+    counts = torch.bincount(run.data.source.train.labels, minlength=10)
+    g = torch.Generator().manual_seed(0)
+    logits, y = torch.randn(6, 10, generator=g), torch.arange(6)
+    weight = counts.sum() / (10 * counts)
+    found = run.step.loss(logits, y)
+    assert torch.allclose(found, torch.nn.CrossEntropyLoss(weight)(logits, y))
+    soft = torch.rand(6, 10, generator=g).softmax(1)
+    hard = torch.eye(10)[:6]
+    aims = 0.9 * (soft if mixed else hard) + 0.01
+    p = logits.sigmoid()
+    want = {
+        "bce": -(aims * p.log() + (1 - aims) * (1 - p).log()).mean(),
+        "mse": (logits - aims).square().mean(),
+    }
+    for name, value in want.items():
+        step = build(resolve(config(loss=name, label_smoothing=0.1)), CPU).step
+        assert isfinite(step(next(run.data.train_batches(0, 1))).loss)
+        loss = step.loss
+        found = loss(logits, soft if mixed else y)
+        assert found.item() == pytest.approx(value.item(), rel=1e-5)
+        assert loss.total(logits, y) / loss(logits, y) == pytest.approx(60)
+        for wrong in ({"class_weights": "balanced"}, {"attack__targeted": True}):
+            with pytest.raises(ConadvError, match="needs loss cross-entropy"):
+                resolve(config(method="conadv", loss=name, **wrong))
 
 
 def test_measure_uses_the_evaluation_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,17 @@ def _check_micro_batch(config: Config) -> None:
         )
 
 
+def _check_loss(config: Config) -> None:
+    if config.loss == "cross-entropy":
+        return
+    for given, option in (
+        (config.class_weights, "class_weights"),
+        (config.attack.targeted, "attack.targeted"),
+    ):
+        if given:
+            raise ConadvError(f"{option} needs loss cross-entropy, not {config.loss}.")
+
+
 def _check_eps(config: Config) -> None:
     if config.attack.norm != "linf":
         return
@@ -264,6 +275,7 @@ _CHECKS = (
     _check_duration,
     _check_method,
     _check_micro_batch,
+    _check_loss,
     _check_eps,
     _check_optimizer,
 )

@@ -241,6 +241,11 @@ class Config(Section):
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
     aug_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the aug view's loss (default 1)."""
+    loss: Literal["cross-entropy", "bce", "mse"] = "cross-entropy"
+    """What is trained, and what attacks ascend. bce and mse compare every logit with 0 or 1; evaluations report
+    cross-entropy all the same."""
+    class_weights: Literal["balanced"] | None = None
+    """balanced: classes count alike, however many images they have (cross-entropy only)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     global_batch_size: Count = Field(128, ge=1)
     """Clean images per update, over all micro-batches and ranks."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from conadv import rng
 from conadv.attacks.make import make_attack
@@ -36,6 +34,7 @@ from conadv.optim.make import build_optimizer
 from conadv.optim.schedules import WarmupDecay
 from conadv.training.data import load_data, load_model, load_source
 from conadv.training.data_guard import check_same_on_ranks
+from conadv.training.losses import balanced_weights, make_loss
 from conadv.training.observer import Observer
 from conadv.training.probe import Probe
 from conadv.types import Attack, Method, Schedule
@@ -122,7 +121,12 @@ def build(
         optimizer = make_optimizer(config, model, schedule(0))
     executor = choice.make(teams, execution.late)
     weights = derived.view_weights
-    step = make_step(config, model, optimizer, method, schedule, teams.comm, executor, weights)
+    balanced = None
+    if config.class_weights is not None:
+        balanced = balanced_weights(data.source.train.labels, data.num_classes).to(device)
+    step = make_step(
+        config, model, optimizer, method, schedule, teams.comm, executor, weights, balanced
+    )
     run = Run(config, derived, data, model, step, teams, execution, choice, ema)
     with world.agreed():
         # rank 0 of the learners measures; the weights are the same on all
@@ -224,13 +228,14 @@ def make_step(
     comm: Comm,
     executor: Executor | None = None,
     view_weights: Mapping[str, float] | None = None,
+    class_weights: Tensor | None = None,
 ) -> TrainStep:
     """The engine of a resolved config. Ranks: collective over ``comm``."""
     return TrainStep(
         model,
         optimizer,
         method,
-        loss=partial(F.cross_entropy, label_smoothing=config.label_smoothing),
+        loss=make_loss(config.loss, config.label_smoothing, class_weights),
         lr_at=schedule,
         numerics=Numerics(
             precision=config.precision,
