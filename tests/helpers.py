@@ -15,7 +15,9 @@ from conadv.nn.split_batchnorm import split_batchnorm
 
 
 def tiny_resnet(*routes: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A ResNet-8 of width 4 for 3-channel images and 5 classes, with perturbed batch-norm parameters."""
+    """A ResNet-8 of width 4 for 3-channel images and 5 classes, with perturbed batch-norm
+    parameters.
+    """
     torch.manual_seed(seed)
     model = SmallResNet(8, 4, 3, 5).to(dtype)
     with torch.no_grad():

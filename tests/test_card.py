@@ -1,4 +1,6 @@
-"""The model card: what it says is what the run did, its code runs, and nothing in a run's names becomes markup."""
+"""The model card: what it says is what the run did, its code runs, and nothing in a run's names
+becomes markup.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +52,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_it_says_what_the_run_did(run: RunDir) -> None:
-    # Red when: the robust accuracy stands in the test row, the folder of the data is in the card, the
-    # average, the recalibration or mixup is left out, or the size is the setting's, which may be none.
+    # Red when: the robust accuracy stands in the test row, the folder of the data is in the card,
+    # the average, the recalibration or mixup is left out, or the size is the setting's, which may
+    # be none.
     text, summary = run.card.read_text(), json.loads(run.summary.read_text())
     rows = re.findall(r"^\| (\w+) images(.*?) \| ([\d.]+) \| ([\d.]+) \| (\d+) \|$", text, re.M)
     found = {
@@ -72,8 +75,8 @@ def test_it_says_what_the_run_did(run: RunDir) -> None:
 
 
 def test_the_header_is_what_hubs_read(run: RunDir) -> None:
-    # Red when: the accuracy is written in percent, the header is not the first thing in the file, or a tag comes twice
-    # (the method's name is that of the library).
+    # Red when: the accuracy is written in percent, the header is not the first thing in the file,
+    # or a tag comes twice (the method's name is that of the library).
     about, summary = front(run.card.read_text()), json.loads(run.summary.read_text())
     assert about["tags"] == ["image-classification", "conadv", "large-batch"]
     assert about["pipeline_tag"] == "image-classification"

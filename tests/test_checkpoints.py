@@ -1,4 +1,6 @@
-"""Checkpoints: sealed, read back, kept, written beside the training; what damage and a full disk do."""
+"""Checkpoints: sealed, read back, kept, written beside the training; what damage and a full disk
+do.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +139,8 @@ def test_an_envelope_that_cannot_be_is_refused(name: str, tmp_path: Path) -> Non
 
 
 def test_the_error_names_the_version_that_wrote_a_checkpoint(tmp_path: Path) -> None:
-    # Red when: save does not write its version, or a checkpoint without one is not known to be of 0.1.
+    # Red when: save does not write its version, or a checkpoint without one is not known to be of
+    # 0.1.
     file = save(tmp_path, 3, {**state(3), "format": 3, "conadv": "9.1"}, keep=1)
     with pytest.raises(ConadvError, match=r"not a checkpoint of this version.*of version 9\.1"):
         load(file, CPU)
@@ -190,7 +193,8 @@ def test_the_order_of_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_stays_in_the_folder(tmp_path: Path) -> None:
-    # Red when: prune forgets the best, or the files of killed writers; steps takes every number for a step's.
+    # Red when: prune forgets the best, or the files of killed writers; steps takes every number for
+    # a step's.
     for name in (
         "step_00000009.tmp",
         "step_99.pt",
@@ -212,7 +216,8 @@ def test_what_stays_in_the_folder(tmp_path: Path) -> None:
 def test_the_writer_works_beside_the_training_and_from_a_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: save writes on the caller's thread; the state is not copied; two are under way at once.
+    # Red when: save writes on the caller's thread; the state is not copied; two are under way at
+    # once.
     go, running = threading.Event(), []
     original = checkpoint.save
 
@@ -251,7 +256,8 @@ def test_what_goes_wrong_in_the_background_is_raised_once(
 
 
 def test_a_run_with_background_writing_is_the_same_run(tmp_path: Path) -> None:
-    # Red when: the copy is taken after the next step has begun, or the end does not wait for the last checkpoint.
+    # Red when: the copy is taken after the next step has begun, or the end does not wait for the
+    # last checkpoint.
     for run, background in (("a", False), ("b", True)):
         changes = {**SHORT, "checkpoint__background": background}
         train(config(method="conadv", staleness=2, **changes), tmp_path / run)
@@ -263,7 +269,8 @@ def test_a_run_with_background_writing_is_the_same_run(tmp_path: Path) -> None:
 def test_a_failed_background_write_ends_the_run_before_its_next_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: `failed` does not reach stop_request (the run then goes on to its next checkpoint, step 6).
+    # Red when: `failed` does not reach stop_request (the run then goes on to its next checkpoint,
+    # step 6).
     original = checkpoint.save
 
     def full(folder: Path, step: int, *rest: Any) -> Path:
@@ -315,7 +322,8 @@ def test_the_best_checkpoint_is_chosen_by_held_out_images(tmp_path: Path) -> Non
 def test_waiting_images_stay_on_the_cpu_and_nobody_holds_those_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Red when: the images of all go to every rank before each takes its own, or a rank's to the device with the rest.
+    # Red when: the images of all go to every rank before each takes its own, or a rank's to the
+    # device with the rest.
     images, labels = [torch.rand(2, 3), torch.rand(2, 3)], [torch.zeros(2)] * 2
     waiting = {"images": images, "labels": labels, "weight_version": 0}
     whole = {
@@ -384,9 +392,9 @@ def test_a_resume_removes_what_a_killed_run_had_no_time_for(
 
 
 def test_a_finished_run_is_neither_deleted_nor_resumed_with_other_settings(out: Path) -> None:
-    # Red when: a resume compares the settings with config.yaml alone, which the same hand has changed;
-    # a finished run whose checkpoints are gone is begun again over its results; a run without a best
-    # has one; auto-resume takes another config's run for its own.
+    # Red when: a resume compares the settings with config.yaml alone, which the same hand has
+    # changed; a finished run whose checkpoints are gone is begun again over its results; a run
+    # without a best has one; auto-resume takes another config's run for its own.
     with pytest.raises(ConadvError, match="keep-best"):
         load_run(out, CPU, best=True)
     edited = replace(SETTINGS, seed=SETTINGS.seed + 1)
@@ -467,7 +475,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_with_an_error_and_the_last_good_checkpoint(
     small_disk: Path, background: bool
 ) -> None:
-    # Red when: save keeps its temporary file; the error is not a ConadvError; the record ends in half a line.
+    # Red when: save keeps its temporary file; the error is not a ConadvError; the record ends in
+    # half a line.
     out = small_disk / "run"
     settings = config(checkpoint__keep=10, checkpoint__background=background, model__width=8)
     with pytest.raises(ConadvError, match=r"Cannot write the (checkpoint|record).*No space left"):

@@ -1,4 +1,6 @@
-"""Config: defaults resolved, mistakes named, options that mean what they say, files of earlier versions."""
+"""Config: defaults resolved, mistakes named, options that mean what they say, files of earlier
+versions.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,8 @@ def test_resolved_defaults_belong_to_the_choice() -> None:
 
 
 def test_optimizer_defaults_are_the_documented_ones() -> None:
-    # A change here changes every run that does not set the value: say so in CHANGELOG.md under "Numerics".
+    # A change here changes every run that does not set the value: say so in CHANGELOG.md under
+    # "Numerics".
     documented = {
         "lars": {
             "momentum": 0.9,
@@ -298,7 +301,8 @@ def test_options_count_as_given_whatever_their_value() -> None:
 
 
 def test_given_settings() -> None:
-    # Red when: short names are not looked up in the schema, or a flag that is switched off is not seen.
+    # Red when: short names are not looked up in the schema, or a flag that is switched off is not
+    # seen.
     names = {
         "optim.lr",
         "optim.weight_decay",

@@ -1,4 +1,6 @@
-"""Data that change under a run: a resume and an evaluation say what changed, and go on only if told to."""
+"""Data that change under a run: a resume and an evaluation say what changed, and go on only if told
+to.
+"""
 
 from __future__ import annotations
 
@@ -84,9 +86,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.filterwarnings("ignore:A batch was not attacked ahead of time")
 def test_a_resume_names_what_changed_and_goes_on_only_if_told_to(name: str, here: Path) -> None:
-    # Red when: load_or_claim does not compare; images that wait for batches of the old data are kept
-    # (Concurrent finds other labels); the next checkpoint has the old fingerprint; what is accepted
-    # once is accepted for ever; the network's number of classes is not looked at.
+    # Red when: load_or_claim does not compare; images that wait for batches of the old data are
+    # kept (Concurrent finds other labels); the next checkpoint has the old fingerprint; what is
+    # accepted once is accepted for ever; the network's number of classes is not looked at.
     change, said, then = CHANGES[name]
     out, wanted = here / "run", settings(here / "data")
     change(here / "data")
@@ -134,8 +136,8 @@ def reseal(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def test_a_checkpoint_of_version_0_1_has_class_names_alone(here: Path) -> None:
-    # Red when: a checkpoint without a fingerprint is not compared at all, or refused; what a stranger
-    # has written in its place is used.
+    # Red when: a checkpoint without a fingerprint is not compared at all, or refused; what a
+    # stranger has written in its place is used.
     out, wanted = here / "run", settings(here / "data")
     for odd in (5, {"splits": 1}, {"source": "folder", "classes": [], "splits": {}}):
         reseal(out, lambda state, odd=odd: state.update(data=odd))
@@ -151,7 +153,8 @@ def test_a_checkpoint_of_version_0_1_has_class_names_alone(here: Path) -> None:
 
 
 def test_an_evaluation_says_where_to_look_for_data_that_moved(here: Path) -> None:
-    # Red when: load_run does not look, takes other classes for its own, or needs no word for other images.
+    # Red when: load_run does not look, takes other classes for its own, or needs no word for other
+    # images.
     out, elsewhere = here / "run", here / "elsewhere"
     before = measure(load_run(out, CPU, data=here / "data"))["test"]
     shutil.copytree(here / "data", elsewhere)

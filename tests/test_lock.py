@@ -44,8 +44,8 @@ def take(path: Path) -> Lock:
 
 
 def test_a_lock_keeps_others_out_until_it_is_released(tmp_path: Path) -> None:
-    # Red when: take does not lock, release leaves the file or the lock, the file is truncated, or opened
-    # through a link.
+    # Red when: take does not lock, release leaves the file or the lock, the file is truncated, or
+    # opened through a link.
     path, other = tmp_path / ".lock", tmp_path / "other"
     path.write_text("x")
     with take(path) as first:
@@ -81,7 +81,8 @@ def test_a_killed_holder_is_in_nobodys_way(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: take raises for every OSError, or filelock falls back to a marker that a killed run leaves behind.
+    # Red when: take raises for every OSError, or filelock falls back to a marker that a killed run
+    # leaves behind.
     for number in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
         refused = Mock(side_effect=OSError(number, os.strerror(number)))
         monkeypatch.setattr(fcntl, "flock", refused)
@@ -90,7 +91,8 @@ def test_a_file_system_without_locks_is_no_obstacle(
 
 
 def test_a_second_program_in_a_run_folder_ends_at_once(tmp_path: Path) -> None:
-    # Red when: train does not lock, locks behind admit (a run of other settings would be named), or keeps the lock.
+    # Red when: train does not lock, locks behind admit (a run of other settings would be named), or
+    # keeps the lock.
     out = tmp_path / "run"
     refused: list[str] = []
 
@@ -126,7 +128,8 @@ def test_a_run_that_was_begun_meanwhile_is_not_deleted(
 
 
 def test_what_a_killed_run_leaves_does_not_fill_a_folder(tmp_path: Path) -> None:
-    # Red when: the lock or a half-written file counts as somebody's file; the launcher's note is decoded.
+    # Red when: the lock or a half-written file counts as somebody's file; the launcher's note is
+    # decoded.
     RunDir(tmp_path).lock.touch()
     (tmp_path / ".config.yaml.tmp").touch()
     train(settings(), tmp_path)

@@ -1,4 +1,5 @@
-"""Weights & Biases beside TensorBoard: the same names, steps and values, once each, whatever was killed.
+"""Weights & Biases beside TensorBoard: the same names, steps and values, once each, whatever was
+killed.
 
 Really offline where wandb is installed.
 """
@@ -59,8 +60,8 @@ class Fakes:
 
 
 def test_both_loggers_write_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: one logger has a name of its own, or evaluations come at another step. What wandb itself does with it
-    # is the business of the test below.
+    # Red when: one logger has a name of its own, or evaluations come at another step. What wandb
+    # itself does with it is the business of the test below.
     fakes = Fakes(monkeypatch)
     both, seen = fakes.both(tmp_path), fakes.seen
     both.finish()  # before the start there is nothing to close
@@ -120,8 +121,9 @@ class Lives:
 def test_each_step_is_logged_once_after_two_kills(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: a resume appends to the log of the killed run; what a kill has lost of it is not made up
-    # for; the evaluation before the checkpoint is dropped with the steps behind it; the id changes.
+    # Red when: a resume appends to the log of the killed run; what a kill has lost of it is not
+    # made up for; the evaluation before the checkpoint is dropped with the steps behind it; the id
+    # changes.
     lives, fakes = Lives(tmp_path / "run"), Fakes(monkeypatch)
     for kill_at in (4, 5, -1):
         lives.live(fakes.both(lives.out), kill_at)
@@ -161,11 +163,13 @@ def test_without_wandb_the_message_says_what_to_install(
 
 
 def test_a_run_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: nothing is logged, or what wandb writes keeps the run from being opened again (links in the folder).
+    # Red when: nothing is logged, or what wandb writes keeps the run from being opened again (links
+    # in the folder).
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     out = tmp_path / "run"
-    args = "--model.width 4 --steps 2 --schedule.warmup-epochs 0 --method conadv --eval.robust-images 0 --quiet".split()
+    options = "--model.width 4 --steps 2 --schedule.warmup-epochs 0 --eval.robust-images 0 --quiet"
+    args = ["--method", "conadv", *options.split()]
     assert main(["train", "digits", *args, "--out", str(out), "--wandb"]) == 0
     written = _written(out)
     for line in read_lines(out / "record.jsonl"):
@@ -178,7 +182,9 @@ def test_a_run_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def _written(out: Path) -> bytes:
-    """What wandb's own process has written, once the last evaluation is there (or after 30 seconds)."""
+    """What wandb's own process has written, once the last evaluation is there (or after 30
+    seconds).
+    """
     end = time.monotonic() + 30
     while True:
         found = b"".join(path.read_bytes() for path in out.glob("wandb/**/*.wandb"))

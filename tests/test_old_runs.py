@@ -1,4 +1,6 @@
-"""Run directories that version 0.1 wrote: stopped by SIGTERM with images pending, and finished with an EMA and SGD."""
+"""Run directories that version 0.1 wrote: stopped by SIGTERM with images pending, and finished with
+an EMA and SGD.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def tensors(state: Any, name: str = "") -> dict[str, torch.Tensor]:
 def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
     stopped: Path, tmp_path: Path
 ) -> None:
-    # Red when: the pending images, the momentum or the order of the data is not taken from the 0.1 checkpoint.
+    # Red when: the pending images, the momentum or the order of the data is not taken from the 0.1
+    # checkpoint.
     assert load_newest(stopped / "checkpoints", CPU)["engine"]["pending"]
     before, config = losses(stopped), RunDir(stopped).open()
     train(config, stopped, resume=True)
@@ -73,7 +76,8 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one(
 def test_a_finished_run_is_evaluated_exported_and_reported(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Red when: a command cannot read what 0.1 wrote, or evaluates the weights instead of their average.
+    # Red when: a command cannot read what 0.1 wrote, or evaluates the weights instead of their
+    # average.
     page = finished.parent / "page" / "report.html"
     assert main(["eval", str(finished)]) == 0
     assert main(["export", str(finished)]) == 0

@@ -1,7 +1,8 @@
 """The ImageNet recipes against tables and formulas written down here once more, step by step.
 
-Sources: mlcommons/logging, training_2.0.0/rcps_resnet.json; mlcommons/training, image_classification/tensorflow2/
-lars_util.py; the ConAdv authors' TF1 code; fastalgo/imagenet_resnet50_lamb; README_revenge.md of facebookresearch/deit.
+Sources: mlcommons/logging, training_2.0.0/rcps_resnet.json; mlcommons/training,
+image_classification/tensorflow2/ lars_util.py; the ConAdv authors' TF1 code;
+fastalgo/imagenet_resnet50_lamb; README_revenge.md of facebookresearch/deit.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def schedule_of(name: str) -> tuple[Config, WarmupDecay]:
 
 
 def mlperf_lr(point: Point, warmup_steps: int, step: int) -> float:
-    """PolynomialDecayWithWarmup of the reference, step counted from 0, its power free: lr 0 at step 0, the peak at step
-    warmup_steps, end lr after decay_steps more."""
+    """PolynomialDecayWithWarmup of the reference, step counted from 0, its power free: lr 0 at step
+    0, the peak at step warmup_steps, end lr after decay_steps more.
+    """
     if step <= warmup_steps:
         return point.lr * step / warmup_steps
     left = 1 - min(step - warmup_steps, point.decay_steps) / point.decay_steps
@@ -72,8 +74,8 @@ def mlperf_lr(point: Point, warmup_steps: int, step: int) -> float:
 
 @pytest.mark.parametrize("name", POINTS)
 def test_lars_points_step_by_step(name: str) -> None:
-    # Red when: a number of the table differs, steps_per_epoch is rounded up, power is 2 for all, end_lr is 0, steps
-    # leaves out the warm-up, or the micro-batch is left at the default.
+    # Red when: a number of the table differs, steps_per_epoch is rounded up, power is 2 for all,
+    # end_lr is 0, steps leaves out the warm-up, or the micro-batch is left at the default.
     point = POINTS[name]
     config, lr = schedule_of(name)
     warmup = point.warmup_epochs * (TRAIN_IMAGES // point.batch)
@@ -122,7 +124,8 @@ def test_lamb_points_step_by_step(
     weight_decay: float,
     formula: Callable[[float, int, int, int], float],
 ) -> None:
-    # Red when: the square root is left out, the decay has power 2, or warm-up counts steps as epochs.
+    # Red when: the square root is left out, the decay has power 2, or warm-up counts steps as
+    # epochs.
     config, lr = schedule_of(name)
     per_epoch = TRAIN_IMAGES // batch
     warmup, total = round(warmup_epochs * per_epoch), epochs * per_epoch
@@ -136,7 +139,7 @@ def test_lamb_points_step_by_step(
 
 
 def ranks_of(doc: str) -> list[int]:
-    """The number of ranks of every command in a recipe's docstring, in the order of the commands."""
+    """The number of ranks of every command in a recipe's docstring, in their order."""
     default = int(re.findall(r"#SBATCH --nodes=(\d+)", SLURM.read_text())[0])
     found: list[int] = []
     for line in map(str.strip, doc.splitlines()):
@@ -153,8 +156,8 @@ def ranks_of(doc: str) -> list[int]:
 
 @pytest.mark.parametrize("name", IMAGENET)
 def test_the_commands_of_a_recipe_are_those_of_its_config(name: str) -> None:
-    # Red when: a recipe names another in its config, its docstring plans another batch, or a 4K recipe
-    # is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm.
+    # Red when: a recipe names another in its config, its docstring plans another batch, or a 4K
+    # recipe is started on eight nodes (4,096 is not 64 ranks x 128), by torchrun or on Slurm.
     config, doc = resolve(recipes.get(name)), recipes.RECIPES[name].__doc__ or ""
     sizes = (config.global_batch_size, config.micro_batch_size)
     assert "--global-batch-size {} --micro-batch-size {}".format(*sizes) in doc
@@ -188,7 +191,7 @@ exit 143"""
 
 
 def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[str]:
-    """The script as a job of a Slurm that is played by two small programs; ``stdout`` is its log."""
+    """The script as a job of a Slurm played by two small programs; ``stdout`` is its log."""
     for name, body in (("srun", srun), ("scontrol", SCONTROL), ("rank", RANK)):
         (folder / name).write_text(TOOL.format(body))
         (folder / name).chmod(0o755)
@@ -204,8 +207,9 @@ def ended(folder: Path, srun: str, **job: str) -> subprocess.CompletedProcess[st
 
 
 def test_slurm_script_runs_a_recipe_with_options_that_exist(tmp_path: Path) -> None:
-    # Red when: the script's recipe is renamed, an option is misspelt, a requeued job would not go on, or the task gets
-    # one core; `head` is given more hosts than a pipe holds and the script ends with its SIGPIPE.
+    # Red when: the script's recipe is renamed, an option is misspelt, a requeued job would not go
+    # on, or the task gets one core; `head` is given more hosts than a pipe holds and the script
+    # ends with its SIGPIPE.
     many = {"SLURM_JOB_NUM_NODES": "20000", "HOSTS_NAMED": "20000"}
     job = ended(tmp_path, SRUN_SHOWS, **many)
     words = job.stdout.splitlines()
@@ -225,8 +229,8 @@ SIZES = ("nodes", "ntasks-per-node", "gpus-per-node")
 
 
 def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> None:
-    # Red when: the folder names a method that OPTIONS may not have chosen, or has the job's number in it (a job that is
-    # sent once more would start again), or two job names share a folder.
+    # Red when: the folder names a method that OPTIONS may not have chosen, or has the job's number
+    # in it (a job that is sent once more would start again), or two job names share a folder.
     def folder(**job: str) -> str:
         words = ended(
             tmp_path, SRUN_SHOWS, OUT="", OPTIONS="--method noise", **job
@@ -241,15 +245,15 @@ def test_slurm_script_names_the_run_by_recipe_and_job_name(tmp_path: Path) -> No
 
 
 def test_slurm_script_grants_what_workers_outlive() -> None:
-    # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and how
-    # long the loader's workers go on after a signal to all processes.
+    # Red when: one of the three numbers changes alone: the signal's lead, what the run is told, and
+    # how long the loader's workers go on after a signal to all processes.
     found = re.findall(r"(?:--signal=TERM@|GRACE_SECONDS=)(\d+)", SLURM.read_text())
     assert list(map(int, found)) == [GRACE_SECONDS] * 2
 
 
 def test_slurm_script_requeues_no_error_and_starts_on_no_unknown_hosts(tmp_path: Path) -> None:
-    # Red when: an error is requeued for ever, or the number of hosts is not compared (mapfile does not
-    # see that scontrol failed).
+    # Red when: an error is requeued for ever, or the number of hosts is not compared (mapfile does
+    # not see that scontrol failed).
     for code in (0, 2):
         assert ended(tmp_path, SRUN_SHOWS, SRUN_EXIT=str(code)).returncode == code
         assert not (tmp_path / "requeued").exists()
@@ -260,8 +264,8 @@ def test_slurm_script_requeues_no_error_and_starts_on_no_unknown_hosts(tmp_path:
 
 
 def test_slurm_tasks_are_ranks_and_a_stopped_job_is_requeued(tmp_path: Path) -> None:
-    # Red when: a task's RANK is not its SLURM_PROCID; exit code 143 of a task, which is a stop with a
-    # checkpoint (tests/test_signals.py), does not reach the script.
+    # Red when: a task's RANK is not its SLURM_PROCID; exit code 143 of a task, which is a stop with
+    # a checkpoint (tests/test_signals.py), does not reach the script.
     tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "PYTHON": str(tmp_path / "rank")}
     job = ended(tmp_path, SRUN_STARTS, **tasks)
     assert job.returncode == 143

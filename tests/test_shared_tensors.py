@@ -1,4 +1,6 @@
-"""Networks whose tensors share memory: trained, averaged, resumed, stripped and exported as any other."""
+"""Networks whose tensors share memory: trained, averaged, resumed, stripped and exported as any
+other.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +89,8 @@ def ties(model: nn.Module) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_network_with_shared_tensors_goes_all_the_way(name: str, tmp_path: Path) -> None:
-    # Red when: export hands tensors that share memory to safetensors; EMA or strip copies them apart;
-    # a resume loads them as if they were not one.
+    # Red when: export hands tensors that share memory to safetensors; EMA or strip copies them
+    # apart; a resume loads them as if they were not one.
     out, plain = tmp_path / "whole", NETS[name](10)
     train(settings(name), out)
     cut = Path(shutil.copytree(out, tmp_path / "cut"))

@@ -70,8 +70,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_ends_the_run_after_the_next_step_with_a_checkpoint(
     number: int, name: str, code: int, whole: Path, tmp_path: Path
 ) -> None:
-    # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before do
-    # not come back; the last step is an exception.
+    # Red when: the loop does not look at stop; no checkpoint is saved there; the handlers of before
+    # do not come back; the last step is an exception.
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     step = 2 if number == signal.SIGHUP else 1
     seen, saved = Sends(number, step), step + 2
@@ -120,8 +120,8 @@ def test_the_stronger_request_counts_and_a_second_interrupt_has_the_systems_acti
 
 
 def test_a_signal_that_was_ignored_stays_ignored() -> None:
-    # Red when: Signals takes signals that the process was started to ignore (nohup, a script's `&`), or changes any off
-    # the main thread.
+    # Red when: Signals takes signals that the process was started to ignore (nohup, a script's
+    # `&`), or changes any off the main thread.
     ignored = (signal.SIGHUP, signal.SIGINT)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
     try:
@@ -174,8 +174,8 @@ if __name__ == "__main__":
 
 
 def test_loader_workers_end_with_a_killed_run(tmp_path: Path) -> None:
-    # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork server,
-    # which lives on).
+    # Red when: outlive_stop does not end with the parent (torch's own watchdog sees the fork
+    # server, which lives on).
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     command = [sys.executable, script]
@@ -201,8 +201,8 @@ WAITS: list[tuple[tuple[str | None, ...], float | None]] = [
 
 
 def test_how_long_a_launcher_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Red when: torchrun's own 30 seconds are not known, the job script's word does not come first, or
-    # a time may be infinite or below 0, or is looked at by the first step only.
+    # Red when: torchrun's own 30 seconds are not known, the job script's word does not come first,
+    # or a time may be infinite or below 0, or is looked at by the first step only.
     for values, seconds in WAITS:
         for name, value in zip(NAMES, values, strict=True):
             monkeypatch.setenv(name, value or "")
@@ -220,8 +220,8 @@ def test_how_long_a_launcher_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_stopping_takes_the_longest_turn_and_what_saving_takes(
     granted: float | None, said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: the first step counts (it compiles), saving counts as a step, the write in the background is left out,
-    # or it is said at every step.
+    # Red when: the first step counts (it compiles), saving counts as a step, the write in the
+    # background is left out, or it is said at every step.
     now, heard = [0.0], list[str]()
     monkeypatch.setattr("conadv.training.signals.time.monotonic", lambda: now[0])
     patience = Patience(granted, heard.append)

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaigns n
 
 
 def test_kill(tmp_path: Path) -> None:
-    # Red when: pending batches are not saved; truncate keeps steps after the checkpoint; save writes to the final name.
+    # Red when: pending batches are not saved; truncate keeps steps after the checkpoint; save
+    # writes to the final name.
     found = torture.run("kill", True, tmp_path)
     assert found["kills"] >= 2
     assert found["runs"] == 2
@@ -36,7 +37,8 @@ def test_corrupt(tmp_path: Path) -> None:
 
 
 def test_fuzz(tmp_path: Path) -> None:
-    # Red when: any reader raises something else than ConadvError, or a command ends with another code than 0, 1, 2.
+    # Red when: any reader raises something else than ConadvError, or a command ends with another
+    # code than 0, 1, 2.
     found = torture.run("fuzz", True, tmp_path)
     assert found["inputs"] >= 1_500
     assert all(target["accepted"] for target in found["targets"].values())
@@ -64,7 +66,8 @@ def test_changes_reach_every_place_and_leave_the_original() -> None:
 
 
 def test_growth_is_that_of_the_second_half() -> None:
-    # Red when: the first half, where a process warms up, counts; a single spike decides; a slope per step is returned.
+    # Red when: the first half, where a process warms up, counts; a single spike decides; a slope
+    # per step is returned.
     level = [
         (step, 1e8 + (1e8 if step == 70 else 0.0) - 1e6 * max(0, 40 - step), 20.0, 5.0)
         for step in range(100)

@@ -21,13 +21,16 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "attack.until": (1.0,),
     "probe.predictors": (["momentum", "last-update", "momentum-gradient"], ["momentum"]),
 }
-"""Settings of version 0.1 that no study supported, with the values that mean what is done without them."""
+"""Settings of version 0.1 that no study supported, with the values that mean what is done without
+them.
+"""
 
 
 def removed_setting(name: str) -> ConadvError:
     """What to say of a setting that only version 0.1 had."""
     return ConadvError(
-        f"{name} is a setting of conadv 0.1 that this version does not have (docs/experiments.md says "
+        f"{name} is a setting of conadv 0.1 that this version does not have (docs/experiments.md "
+        "says "
         "why). Leave it out, or use version 0.1 for this run."
     )
 
@@ -46,7 +49,9 @@ def load_yaml(path: Path) -> Config:
 
 
 def parse(values: dict[str, Any], where: str) -> Config:
-    """A Config from plain values, with errors that a user can act on. ``where``: what they come from, for the message."""
+    """A Config from plain values, with errors that a user can act on. ``where``: what they come
+    from, for the message.
+    """
     try:
         return Config.model_validate(_without_removed(values, where))
     except ValidationError as error:
@@ -54,7 +59,9 @@ def parse(values: dict[str, Any], where: str) -> Config:
 
 
 def _without_removed(values: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """``values`` without settings of version 0.1 that had their default; ConadvError where they had not."""
+    """``values`` without settings of version 0.1 that had their default; ConadvError where they had
+    not.
+    """
     kept: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -71,7 +78,9 @@ def _without_removed(values: dict[str, Any], where: str, prefix: str = "") -> di
 
 
 def home(path: Path) -> Path:
-    """``path`` with a leading ``~`` or ``~name`` as that user's folder. ConadvError where there is no such user."""
+    """``path`` with a leading ``~`` or ``~name`` as that user's folder. ConadvError where there is
+    no such user.
+    """
     try:
         return path.expanduser()
     except RuntimeError as error:

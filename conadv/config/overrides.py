@@ -19,7 +19,9 @@ from conadv.methods import METHODS
 
 
 def short_names(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
-    """The short name of each option that has one (``alias`` in the schema) -> the setting's dotted name."""
+    """The short name of each option that has one (``alias`` in the schema) -> the setting's dotted
+    name.
+    """
     found: dict[str, str] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -47,11 +49,13 @@ def given_settings(args: Sequence[str]) -> set[str]:
 
 
 def override(base: Config, edited: Config, given: Collection[str]) -> Config:
-    """``edited``, which is ``base`` (a recipe or a saved config) with a user's options, before ``resolve``.
+    """``edited``, which is ``base`` (a recipe or a saved config) with a user's options, before
+    ``resolve``.
 
-    ``given``: the dotted names of the settings that the user gave. Those stand as they are, and one without effect is a
-    ConadvError. Settings of the base that belong to a choice which the user replaced (another method, optimizer or
-    model, steps for epochs, eps for step_size) fall back to their defaults.
+    ``given``: the dotted names of the settings that the user gave. Those stand as they are, and one
+    without effect is a ConadvError. Settings of the base that belong to a choice which the user
+    replaced (another method, optimizer or model, steps for epochs, eps for step_size) fall back to
+    their defaults.
     """
     stale: list[str] = []
     stale += ["epochs"] if "steps" in given else ["steps"] if "epochs" in given else []

@@ -1,7 +1,7 @@
 """Fill in every default and check every rule between settings, once, before anything is loaded.
 
-:func:`resolve` needs a config alone. :func:`derive` adds what also depends on the data and on the number of ranks.
-Below them everybody is handed numbers.
+:func:`resolve` needs a config alone. :func:`derive` adds what also depends on the data and on the
+number of ranks. Below them everybody is handed numbers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from conadv.optim import OPTIMIZERS
 METHOD_SETTINGS = tuple(dict.fromkeys(name for row in METHODS.values() for name in row.settings))
 OPTIM_SETTINGS = tuple(dict.fromkeys(name for row in OPTIMIZERS.values() for name in row.defaults))
 EXTRA_VIEW_SETTINGS = ("attack.share", "attack.route", "attack.statistics")
-"""Settings of the attack that no recipe chooses, so that they must have an effect wherever they stand."""
+"""Settings of the attack that no recipe chooses, so that they must have an effect wherever they
+stand.
+"""
 
 
 def resolve(config: Config) -> Config:
-    """Every default filled in, every rule checked that needs no data. Raises ConadvError; idempotent."""
+    """Every default filled in, every rule checked that needs no data. Raises ConadvError;
+    idempotent.
+    """
     for check in _CHECKS:
         check(config)
     config = _with_method_defaults(config)
@@ -38,7 +42,9 @@ def resolve(config: Config) -> Config:
 
 
 def micro_batch(config: Config) -> int:
-    """Clean images per forward pass. ConadvError where "auto" has not been settled: that needs the device."""
+    """Clean images per forward pass. ConadvError where "auto" has not been settled: that needs the
+    device.
+    """
     if config.micro_batch_size == "auto":
         raise ConadvError(
             "micro_batch_size auto is found by trial on the device: `conadv train` does so, and "
@@ -48,7 +54,9 @@ def micro_batch(config: Config) -> int:
 
 
 def accumulation(config: Config, ranks: int = 1) -> int:
-    """Micro-batches per rank and step: global batch = micro-batch x accumulation x ranks, or ConadvError."""
+    """Micro-batches per rank and step: global batch = micro-batch x accumulation x ranks, or
+    ConadvError.
+    """
     micro = micro_batch(config)
     if config.global_batch_size % ranks:
         raise ConadvError(
@@ -57,14 +65,18 @@ def accumulation(config: Config, ranks: int = 1) -> int:
     count, rest = divmod(config.global_batch_size, micro * ranks)
     if rest or not count:
         raise ConadvError(
-            f"global_batch_size {config.global_batch_size} is not micro_batch_size {micro} x accumulation x "
-            f"{ranks} rank(s). Choose a micro-batch that divides {config.global_batch_size // ranks}."
+            f"global_batch_size {config.global_batch_size} is not micro_batch_size {micro} x "
+            "accumulation x "
+            f"{ranks} rank(s). Choose a micro-batch that divides "
+            f"{config.global_batch_size // ranks}."
         )
     return count
 
 
 def scaled_lr(optim: OptimConfig, global_batch_size: int) -> float:
-    """The peak learning rate after the scaling rule (Goyal et al. 2017 linear; Krizhevsky 2014 square root)."""
+    """The peak learning rate after the scaling rule (Goyal et al. 2017 linear; Krizhevsky 2014
+    square root).
+    """
     if optim.lr_scaling == "none":
         return optim.lr
     assert optim.lr_reference_batch is not None
@@ -79,10 +91,12 @@ def optimizer_settings(optim: OptimConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Derived:
-    """What follows from a resolved config, the number of training images and the number of learners.
+    """What follows from a resolved config, the number of training images and the number of
+    learners.
 
-    Sizes are images, durations steps. ``accumulation``: micro-batches per learner and step. ``*_every``: None for
-    never. ``view_weights``: the weight of each view's loss. ``lr``: the peak, after scaling.
+    Sizes are images, durations steps. ``accumulation``: micro-batches per learner and step.
+    ``*_every``: None for never. ``view_weights``: the weight of each view's loss. ``lr``: the peak,
+    after scaling.
     """
 
     micro_batch_size: int
@@ -106,11 +120,14 @@ class Derived:
 
 
 def derive(config: Config, train_images: int, learners: int = 1) -> Derived:
-    """The numbers of a run. Raises ConadvError for durations that are too short for what is asked of them."""
+    """The numbers of a run. Raises ConadvError for durations that are too short for what is asked
+    of them.
+    """
     per_epoch = train_images // config.global_batch_size
     if per_epoch < 1:
         raise ConadvError(
-            f"global_batch_size {config.global_batch_size} is larger than the training set of {train_images} "
+            f"global_batch_size {config.global_batch_size} is larger than the training set of "
+            f"{train_images} "
             "images. Choose a smaller batch."
         )
     steps = config.steps or round((config.epochs or 0) * per_epoch)
@@ -120,7 +137,8 @@ def derive(config: Config, train_images: int, learners: int = 1) -> Derived:
         )
     if config.staleness is not None and config.staleness >= steps:
         raise ConadvError(
-            f"staleness {config.staleness} has no effect in {steps} steps: no batch is attacked so far "
+            f"staleness {config.staleness} has no effect in {steps} steps: no batch is attacked "
+            "so far "
             "ahead. Train longer, or choose a smaller staleness."
         )
 
@@ -149,7 +167,8 @@ def _check_probe_fits(probe: ProbeConfig, every: int, steps: int) -> None:
     if max(probe.staleness) > last:
         raise ConadvError(
             f"probe.staleness {max(probe.staleness)} has no effect: of {steps} steps, probed every "
-            f"{every}, the last one measured is step {last}. Probe more often, train longer, or leave "
+            f"{every}, the last one measured is step {last}. Probe more often, train longer, or "
+            "leave "
             "it out."
         )
 
@@ -225,12 +244,14 @@ def _check_micro_batch(config: Config) -> None:
         return
     if share == 1 and config.adv_route != "clean":
         raise ConadvError(
-            "attack.share 1 with mix replace leaves no clean image to train the clean route of batch "
+            "attack.share 1 with mix replace leaves no clean image to train the clean route of "
+            "batch "
             "norm. Take a smaller share, such as 0.5, or adv_route clean."
         )
     if abs(images - round(images)) > 1e-6:
         raise ConadvError(
-            f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: with "
+            f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: "
+            "with "
             "mix replace a step has to have as many images as its batch. Change one of them."
         )
 

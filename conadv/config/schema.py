@@ -1,7 +1,8 @@
 """The settings of a run: one owner per value. Nothing here imports torch.
 
-``None`` means "the default that belongs to the choice beside it". :func:`conadv.config.resolve.resolve` fills it in,
-so that a saved ``config.yaml`` leaves nothing for a newer version to read differently.
+``None`` means "the default that belongs to the choice beside it".
+:func:`conadv.config.resolve.resolve` fills it in, so that a saved ``config.yaml`` leaves nothing
+for a newer version to read differently.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ else:
     OptimizerName, SourceName = Literal[tuple(OPTIMIZERS)], Literal[tuple(SOURCES)]
     AugmentName = Literal[AUGMENTATIONS]
 
-# Bounds, so that a typo or a hostile file ends in a message and not in an overflow or in all of the memory.
+# Bounds, so that a typo or a hostile file ends in a message and not in an overflow or in all of the
+# memory.
 LONGEST = 1e9  # epochs: more cannot be counted in steps
 LARGEST, LARGEST_LR = 1e6, 1e30  # float32 holds numbers up to their product
 MOST = 10**9  # the product of two counts fits into the 64 bits of a tensor's sizes
@@ -68,29 +70,45 @@ class DataConfig(Section):
 
     source: SourceName = "digits"
     dir: Annotated[Path | None, alias("--data")] = None
-    """Image folder DIR/{train,test}/<class>/*; parquet files of huggingface; for a download, where it is kept."""
+    """Image folder DIR/{train,test}/<class>/*; parquet files of huggingface; for a download, where
+    it is kept.
+    """
     download: Annotated[bool, alias("--download")] = False
     """Let torchvision download the data set into dir."""
     image_size: int | None = Field(None, ge=4, le=1024)
     """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
     train_images: Count | None = Field(None, ge=2)
-    """Train on this many images, the same share of every class, chosen by subset_seed; None takes all."""
+    """Train on this many images, the same share of every class, chosen by subset_seed; None takes
+    all.
+    """
     validation_images: Count | None = Field(None, ge=1)
-    """Hold so many of these out of training, the same share of every class, to choose settings by; None holds none."""
+    """Hold so many of these out of training, the same share of every class, to choose settings by;
+    None holds none.
+    """
     subset_seed: int | None = Field(0, ge=0, le=LARGEST_SEED)
-    """Chooses train_images and validation_images. None takes the run's seed: every seed then has images of its own."""
+    """Chooses train_images and validation_images. None takes the run's seed: every seed then has
+    images of its own.
+    """
     augment: Annotated[AugmentName, alias("--augment")] = "none"
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, alias("--aug-view")] = None
     """Augmentation of a third view with its own route; None has no third view."""
     mixup: Annotated[Alpha, alias("--mixup")] = Field(0.0, ge=0, le=LARGEST)
-    """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup); 0 does not."""
+    """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup);
+    0 does not.
+    """
     cutmix: Annotated[Alpha, alias("--cutmix")] = Field(0.0, ge=0, le=LARGEST)
-    """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each micro-batch draws which."""
+    """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each
+    micro-batch draws which.
+    """
     changed: Literal["error", "accept"] = "error"
-    """With --resume: what happens where the data are no longer those of the checkpoint; the record lists what changed."""
+    """With --resume: what happens where the data are no longer those of the checkpoint; the record
+    lists what changed.
+    """
     on_bad_image: Annotated[Literal["error", "skip"], alias("--on-bad-image")] = "error"
-    """An image file that cannot be read stops the run, or another image of its class takes its place (listed)."""
+    """An image file that cannot be read stops the run, or another image of its class takes its
+    place (listed).
+    """
     num_workers: int = Field(0, ge=0, le=256)
     """Loader processes; 0 loads in the training process (best for images held in memory)."""
     mean: tuple[float, ...] = (0.5,)
@@ -103,12 +121,14 @@ class ModelConfig(Section):
     """The network."""
 
     name: Annotated[str, alias("--model")] = "resnet8"
-    """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), any torchvision classifier,
-    timm:NAME, or module:function, your own code (docs/models.md)."""
+    """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), any torchvision
+    classifier, timm:NAME, or module:function, your own code (docs/models.md).
+    """
     width: int | None = Field(None, ge=1, le=WIDEST)
     """Channels of the first stage of the small-image networks (16 in the paper)."""
     args: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=100)
-    """More arguments of the network's constructor as NAME=VALUE, such as drop_rate=0.1 img_size=64."""
+    """More arguments of the network's constructor as NAME=VALUE, such as drop_rate=0.1 img_size=64.
+    """
 
 
 class OptimConfig(Section):
@@ -132,7 +152,8 @@ class OptimConfig(Section):
     eps: float | None = Field(None, ge=0, le=LARGEST)
     """Added to LARS's denominator, or to LAMB's and AdamW's root."""
     clip_norm: float | None = Field(None, gt=0, le=LARGEST_LR)
-    """Scale the whole gradient down to this Euclidean norm before the update; None does not clip."""
+    """Scale the whole gradient down to this Euclidean norm before the update; None does not clip.
+    """
 
 
 class ScheduleConfig(Section):
@@ -184,14 +205,18 @@ class EvalConfig(Section):
     train_images: Count = Field(5000, ge=1)
     """How many training images train_loss and train_accuracy use at most."""
     precise_bn_images: Annotated[Count | None, alias("--precise-bn")] = Field(None, ge=2)
-    """After the last step compute batch norm's running statistics anew over so many training images."""
+    """After the last step compute batch norm's running statistics anew over so many training
+    images.
+    """
 
 
 class EmaConfig(Section):
-    """An exponential moving average of the weights, which is then what is evaluated and exported."""
+    """An exponential moving average of the weights, which is then evaluated and exported."""
 
     decay: float | None = Field(None, gt=0, lt=1)
-    """Share of the old average in the new one, such as 0.999; smaller in the first steps. None keeps no average."""
+    """Share of the old average in the new one, such as 0.999; smaller in the first steps. None
+    keeps no average.
+    """
 
 
 class CheckpointConfig(Section):
@@ -202,13 +227,17 @@ class CheckpointConfig(Section):
     keep: Count = Field(2, ge=1)
     """How many of the newest checkpoints stay."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best accuracy on data.validation_images, measured every eval.every_epochs."""
+    """Also keep the checkpoint with the best accuracy on data.validation_images, measured every
+    eval.every_epochs.
+    """
     background: bool = False
     """Write while training goes on, from a copy of the state in the CPU's memory."""
 
 
 class ProbeConfig(Section):
-    """The staleness probe: what stale and predicted weights are worth to the attack (docs/staleness.md)."""
+    """The staleness probe: what stale and predicted weights are worth to the attack
+    (docs/staleness.md).
+    """
 
     every_epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Measure this often; None never."""
@@ -223,20 +252,26 @@ class Config(Section):
 
     recipe: tyro.conf.Suppress[str] = "custom"
     method: MethodName = "vanilla"
-    """vanilla | sam | multiview, noise (controls) | disadv (sequential attack) | conadv (concurrent) | recycle."""
+    """vanilla | sam | multiview, noise (controls) | disadv (sequential attack) | conadv
+    (concurrent) | recycle.
+    """
     staleness: int | None = Field(None, ge=0, le=1024)
-    """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only; default 1)."""
+    """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only;
+    default 1).
+    """
     lookahead: bool = False
     """Attack at predicted weights instead of stale ones (conadv only)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     mix: Literal["add", "replace"] | None = None
-    """Extra images beside the clean ones, as published (add, the default), or in the place of attack.share of them
-    (replace): a step then has no more gradients than plain training."""
+    """Extra images beside the clean ones, as published (add, the default), or in the place of
+    attack.share of them (replace): a step then has no more gradients than plain training.
+    """
     adv_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
     adv_route: Literal["own", "statistics", "clean"] = "own"
-    """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route."""
+    """Batch norm of the extra view: all its own, statistics of its own alone, or the clean route.
+    """
     sam_rho: float | None = Field(None, gt=0, le=LARGEST)
     """How far uphill SAM takes its gradient, a length in weight space (sam only; default 0.05)."""
     aug_weight: float | None = Field(None, gt=0, le=LARGEST)
@@ -250,17 +285,22 @@ class Config(Section):
     global_batch_size: Count = Field(128, ge=1)
     """Clean images per update, over all micro-batches and ranks."""
     micro_batch_size: Annotated[Count, Field(ge=1)] | Literal["auto"] | None = None
-    """Clean images per forward pass: what batch norm sees in each route. None is the global batch; auto the largest
-    that fits on this device, by trial, which config.yaml then names."""
+    """Clean images per forward pass: what batch norm sees in each route. None is the global batch;
+    auto the largest that fits on this device, by trial, which config.yaml then names.
+    """
     epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Passes over the training set (give epochs or steps)."""
     steps: Count | None = Field(None, ge=1)
     """Updates (give epochs or steps)."""
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 are autocast's; fp16 scales the loss and leaves out a step whose gradient overflows."""
+    """bf16 and fp16 are autocast's; fp16 scales the loss and leaves out a step whose gradient
+    overflows.
+    """
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """When a loss or gradient is infinite or NaN: end the run before the update, or leave the update out."""
+    """When a loss or gradient is infinite or NaN: end the run before the update, or leave the
+    update out.
+    """
     nonfinite_limit: Count = Field(10, ge=1)
     """With skip: so many steps in a row without an update end the run."""
     channels_last: bool = False
@@ -279,7 +319,9 @@ class Config(Section):
 
 
 def replace(section: Any, **changes: Any) -> Any:
-    """A checked copy with the given fields changed; a dotted path is written with double underscores."""
+    """A checked copy with the given fields changed; a dotted path is written with double
+    underscores.
+    """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
     for key, value in changes.items():

@@ -1,7 +1,8 @@
-"""Keep freed memory in the process on Linux: activations of one step are the activations of the next.
+"""Keep freed memory in the process on Linux: activations of one step are the activations of the
+next.
 
-glibc gives large freed blocks back to the system and gets them again page by page, every step. For convolutional
-networks on a CPU that costs time in every step (docs/experiments.md).
+glibc gives large freed blocks back to the system and gets them again page by page, every step. For
+convolutional networks on a CPU that costs time in every step (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ _LARGEST_OLD = 32 * 2**20  # the limit of the mmap threshold in glibc before 2.3
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc to keep freed blocks of up to 2 GiB for later use; True if it agreed, False without glibc.
+    """Tell glibc to keep freed blocks of up to 2 GiB for later use; True if it agreed, False
+    without glibc.
 
     The process's memory then stays at its peak. Meant for programs that train, at their start.
     """

@@ -40,7 +40,8 @@ from conadv.training.probe import Probe
 from conadv.types import Attack, Method, Schedule
 
 NO_BATCH_NORM = (
-    "no batch norm in this model: the routes share its normalisation and every weight, so that clean "
+    "no batch norm in this model: the routes share its normalisation and every weight, so that "
+    "clean "
     "and extra images are told apart by their loss alone"
 )
 
@@ -49,9 +50,9 @@ NO_BATCH_NORM = (
 class Run:
     """A run on one rank: its data, its model and its step, and how they were chosen.
 
-    ``model`` trains; ``evaluated`` is what evaluation sees. ``teams``: who learns and who attacks. ``best``: step and
-    accuracy of the best checkpoint so far, empty without one. ``fingerprint``: of the data, on rank 0
-    of a run that trains.
+    ``model`` trains; ``evaluated`` is what evaluation sees. ``teams``: who learns and who attacks.
+    ``best``: step and accuracy of the best checkpoint so far, empty without one. ``fingerprint``:
+    of the data, on rank 0 of a run that trains.
     """
 
     config: Config
@@ -97,7 +98,8 @@ def build(
 ) -> Run:
     """Data, model, optimizer and step of a resolved config.
 
-    Raises ConadvError for whatever does not fit together. Ranks: collective; an error on one rank is raised by all.
+    Raises ConadvError for whatever does not fit together. Ranks: collective; an error on one rank
+    is raised by all.
     """
     world = world or Comm(device=device)
     observer, execution = observer or Observer(), execution or Execution()
@@ -144,7 +146,7 @@ def _load_data(config: Config, method: Method, teams: Teams, observer: Observer)
 
 
 def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
-    """The network on the CPU, initialised by the seed alone, with the routes that the views need."""
+    """The network on the CPU, initialised by the seed alone, with the routes of the views."""
     with rng.scope(torch.device("cpu"), config.seed, "init"):
         model = load_model(config.model, channels, num_classes)
     split_batchnorm(model.train(), *(["aug"] if config.data.aug_view is not None else []))
@@ -155,7 +157,9 @@ def make_model(config: Config, channels: int, num_classes: int) -> nn.Module:
 
 
 def _checked_model(config: Config, data: Data) -> nn.Module:
-    """The model, after one look at it: a network that cannot take these images says so before training."""
+    """The model, after one look at it: a network that cannot take these images says so before
+    training.
+    """
     model = make_model(config, data.channels, data.num_classes)
     attacked = max(1, round(config.attack.share * data.micro_batch_size))
     probed = config.probe.images if config.probe.every_epochs is not None else 2
@@ -261,14 +265,17 @@ def title(config: Config) -> str:
 
 
 def overview(run: Run) -> Iterator[str]:
-    """What is about to be trained: the sizes that decide the mathematics, then the parameter groups."""
+    """What is about to be trained: the sizes that decide the mathematics, then the parameter
+    groups.
+    """
     config, derived, ranks = run.config, run.derived, run.comm.ranks
     attackers = len(run.teams.attackers)
     more = f" (and {attackers} attack rank(s))" if attackers else ""
     normed = has_batchnorm(run.model)
     sees = f"batch norm sees {derived.micro_batch_size} images per route; " if normed else ""
     yield (
-        f"global batch {config.global_batch_size} = micro-batch {derived.micro_batch_size} x accumulation "
+        f"global batch {config.global_batch_size} = micro-batch {derived.micro_batch_size} x "
+        "accumulation "
         f"{derived.accumulation} x ranks {ranks}{more}; {sees}{derived.steps} steps of "
         f"{derived.steps_per_epoch} per epoch; {config.optim.name} lr {derived.lr:g}"
     )

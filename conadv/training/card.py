@@ -1,8 +1,9 @@
-"""The model card of an export: what the weights are, and where they come from (Mitchell et al., arXiv 1810.03993).
+"""The model card of an export: what the weights are, and where they come from (Mitchell et al.,
+arXiv 1810.03993).
 
-Markdown with the YAML header that model hubs read (huggingface.co/docs/hub/model-cards). Every value may come from
-somebody else's run: the template escapes every value it prints, a YAML writer makes the header, and code stands in a fence
-of its own length.
+Markdown with the YAML header that model hubs read (huggingface.co/docs/hub/model-cards). Every
+value may come from somebody else's run: the template escapes every value it prints, a YAML writer
+makes the header, and code stands in a fence of its own length.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class Raw(str):
 def model_card(run: RunDir, state: dict[str, Any]) -> str:
     """The card for the weights of the checkpoint ``state`` of ``run``, as text.
 
-    Accuracies are those that the record has for just this step, of images that the run names by their split; a split
-    that was not evaluated then is not there. Raises ConadvError for a record that cannot be read.
+    Accuracies are those that the record has for just this step, of images that the run names by
+    their split; a split that was not evaluated then is not there. Raises ConadvError for a record
+    that cannot be read.
     """
     config = resolve(run.open())
     lines = read_lines(run.record) if run.record.is_file() else []
@@ -83,7 +85,9 @@ def model_card(run: RunDir, state: dict[str, Any]) -> str:
 
 
 def escape(value: object) -> str:
-    """Text of one line that Markdown shows as it is: no markup, table cell, link or HTML begins in it."""
+    """Text of one line that Markdown shows as it is: no markup, table cell, link or HTML begins in
+    it.
+    """
     if isinstance(value, Raw):
         return value
     text = printable(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -148,7 +152,7 @@ mean, std = torch.tensor({mean}).view(-1, 1, 1), torch.tensor({std}).view(-1, 1,
 
 
 def _constructor(config: Config, channels: int, classes: int) -> str:
-    """Lines that make ``model``: the network's own constructor where it has one outside of conadv."""
+    """Lines that make ``model``, by the network's own constructor where it is not conadv's."""
     name, kind = config.model.name, family(config.model.name)
     short = name.removeprefix(f"{kind}:")
     options = "".join(f", {key}={value!r}" for key, value in arguments(config.model.args).items())

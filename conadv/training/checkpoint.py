@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, sealed by a checksum, read without running code.
 
-A file is torch's own zip archive with a seal of fixed length behind it: the SHA-256 and the length of the archive.
-The seal tells damage (a write that was cut off, flipped bits, blocks of zeros) from a checkpoint; it does not tell who
-wrote it. What keeps a stranger's file from running code is ``weights_only=True``.
+A file is torch's own zip archive with a seal of fixed length behind it: the SHA-256 and the length
+of the archive. The seal tells damage (a write that was cut off, flipped bits, blocks of zeros) from
+a checkpoint; it does not tell who wrote it. What keeps a stranger's file from running code is
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class _Engine(Document):
 
 
 class _Envelope(Document):
-    """The plain values of a checkpoint that are used before its state goes to a model; old ones may have fewer."""
+    """The plain values of a checkpoint that are used before its state goes to a model; old ones may
+    have fewer.
+    """
 
     step: _Step
     engine: _Engine
@@ -101,8 +104,9 @@ def save(
 ) -> Path:
     """Write ``state`` (tensors and plain values) as the checkpoint after ``step`` updates.
 
-    The file gets its name only when it is complete, on disk, and has been read back and compared with what was
-    written; older ones go only after that. The newest ``keep`` stay, and that of step ``best``.
+    The file gets its name only when it is complete, on disk, and has been read back and compared
+    with what was written; older ones go only after that. The newest ``keep`` stay, and that of step
+    ``best``.
     Raises ConadvError if it cannot be written; the checkpoints before it are then untouched.
     """
     path = folder / _NAME.format(step)
@@ -118,7 +122,8 @@ def save(
         with suppress(OSError):
             temporary.unlink()
         raise ConadvError(
-            f"Cannot write the checkpoint {printable(path)}: {error}. Older checkpoints are intact: free "
+            f"Cannot write the checkpoint {printable(path)}: {error}. Older checkpoints are "
+            "intact: free "
             "some space or choose another disk, and go on with --resume."
         ) from error
     prune(folder, keep, best)
@@ -138,7 +143,9 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
-    """Remove all checkpoints but the newest ``keep`` and that of step ``best``, and what killed writers have left."""
+    """Remove all checkpoints but the newest ``keep`` and that of step ``best``, and what killed
+    writers have left.
+    """
     old = [folder / _NAME.format(step) for step in steps(folder)[:-keep] if step != best]
     try:
         for path in (*old, *folder.glob("step_*.tmp")):
@@ -150,7 +157,9 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in ``folder``, ascending: of files named exactly as :func:`save` names them."""
+    """The steps of the checkpoints in ``folder``, ascending: of files named exactly as :func:`save`
+    names them.
+    """
     names = {path.name for path in folder.glob("step_*.pt")}
     digits = (name.removeprefix("step_").removesuffix(".pt") for name in names)
     found = {int(text) for text in digits if text.isascii() and text.isdigit()}
@@ -158,7 +167,9 @@ def steps(folder: Path) -> list[int]:
 
 
 def set_aside(folder: Path, after: int) -> None:
-    """Rename the checkpoints of steps after ``after``, which could not be used, so that they do not count as kept."""
+    """Rename the checkpoints of steps after ``after``, which could not be used, so that they do not
+    count as kept.
+    """
     for step in steps(folder):
         if step > after:
             path = folder / _NAME.format(step)
@@ -171,7 +182,8 @@ def set_aside(folder: Path, after: int) -> None:
 def verify(path: Path) -> None:
     """Read a file and compare it with its seal.
 
-    Raises DamagedCheckpoint, OSError if it cannot be read, and ConadvError for a pipe or folder in its place.
+    Raises DamagedCheckpoint, OSError if it cannot be read, and ConadvError for a pipe or folder in
+    its place.
     """
     size = path.stat().st_size
     if not path.is_file():
@@ -237,10 +249,11 @@ def load_step(folder: Path, step: int, device: torch.device) -> dict[str, Any]:
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """One checkpoint; only tensors and plain values are ever unpickled, and nothing of a damaged file.
+    """One checkpoint; only tensors and plain values are ever unpickled, and nothing of a damaged
+    file.
 
-    Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything else, another
-    version wrote it in another format, or what it says of itself is impossible.
+    Raises DamagedCheckpoint, or ConadvError for an intact file that is refused: it holds anything
+    else, another version wrote it in another format, or what it says of itself is impossible.
     """
     try:
         verify(path)
@@ -250,7 +263,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise
     except Exception as error:  # torch raises anything on a hostile file
         raise ConadvError(
-            f"Cannot read the checkpoint {printable(path)}: {error}. Delete it to resume from an older one."
+            f"Cannot read the checkpoint {printable(path)}: {error}. Delete it to resume from an "
+            "older one."
         ) from error
     found = state.get("format") if isinstance(state, dict) else None
     if type(found) is not int or found != FORMAT:
@@ -260,7 +274,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         _Envelope.model_validate(state)
     except ValidationError as error:
         raise ConadvError(
-            f"The checkpoint {printable(path)} does not fit itself: its {first_problem(error)}. It was "
+            f"The checkpoint {printable(path)} does not fit itself: its {first_problem(error)}. "
+            "It was "
             "changed: delete it to resume from an older one."
         ) from error
     if path.name != _NAME.format(state["step"]):
@@ -271,7 +286,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _other_version(state: object) -> str:
-    """The other version of conadv that wrote a checkpoint; empty if this one did, or nothing says so."""
+    """The other version of conadv that wrote a checkpoint; empty if this one did, or nothing says
+    so.
+    """
     version = state.get("conadv", "0.1") if isinstance(state, dict) else __version__
     return "" if version == __version__ else printable(version)[:40]
 

@@ -16,8 +16,8 @@ from conadv.models.make import build_model
 def load_source(config: Config, progress: Progress | None = None) -> Source:
     """The data set of a resolved config. ``progress`` hears of images decoded into memory.
 
-    Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be trained on and for
-    settings that do not fit the data.
+    Raises ConadvError, naming the path or the setting and what to do, for a folder that cannot be
+    trained on and for settings that do not fit the data.
     """
     data = config.data
     source = build_source(
@@ -51,7 +51,8 @@ def load_data(
     read: int | None = None,
     source: Source | None = None,
 ) -> Data:
-    """The batches of a resolved config; ``source``: what :func:`load_source` has made of it, where it is there already.
+    """The batches of a resolved config; ``source``: what :func:`load_source` has made of it, where
+    it is there already.
 
     The other arguments are those of :func:`conadv.data.loader.Data`.
     """

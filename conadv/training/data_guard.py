@@ -39,8 +39,8 @@ def changed_data(
 ) -> list[str]:
     """What has changed in the data since the checkpoint ``state``, one sentence each.
 
-    Raises ConadvError with ``remedy`` unless nothing has, or ``accept`` takes it; other classes only
-    with ``other_classes``, and never another number of them, which the network cannot have.
+    Raises ConadvError with ``remedy`` unless nothing has, or ``accept`` takes it; other classes
+    only with ``other_classes``, and never another number of them, which the network cannot have.
     """
     with restoring(state):
         before = state.get("data")

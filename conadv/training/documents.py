@@ -1,4 +1,6 @@
-"""summary.json, analysis.json, sweep.json and lines of the record as their readers need them. Needs no torch."""
+"""summary.json, analysis.json, sweep.json and lines of the record as their readers need them. Needs
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Settings = dict[str, Plain | list[Plain]]
 
 
 class Summary(Document):
-    """summary.json (docs/record.md). Accuracies in [0, 1], times in seconds, rates in images per second."""
+    """summary.json (docs/record.md). Accuracies in [0, 1], times in seconds, rates in images per
+    second.
+    """
 
     ranks: Annotated[int, Field(ge=1, le=10**6)] | None = None
     train_accuracy: Share | None = None
@@ -37,7 +41,9 @@ Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]  # a number in every JSON r
 
 
 class RecordLine(Document):
-    """What a line of the record holds (docs/record.md), whatever its type; null for what is not finite."""
+    """What a line of the record holds (docs/record.md), whatever its type; null for what is not
+    finite.
+    """
 
     step: Whole = 0
     steps: Whole = 0

@@ -31,15 +31,18 @@ class Result:
 
 
 def stop_if_diverged(results: Mapping[str, Result | None], step: int) -> None:
-    """Raise NonFiniteError for a loss that is not finite after ``step`` updates; ``results`` by split.
+    """Raise NonFiniteError for a loss that is not finite after ``step`` updates; ``results`` by
+    split.
 
-    The update before an evaluation was made by finite numbers, and its weights are looked at first there.
+    The update before an evaluation was made by finite numbers, and its weights are looked at first
+    there.
     Ranks: results are those of all, so all raise.
     """
     for split, result in results.items():
         if result is not None and not math.isfinite(result.loss):
             raise NonFiniteError(
-                f"After {step} steps the loss on the {split} images is {result.loss}: training has diverged. "
+                f"After {step} steps the loss on the {split} images is {result.loss}: training "
+                "has diverged. "
                 "Lower the learning rate, or lengthen its warm-up."
             )
 
@@ -57,7 +60,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def forward_pass(model: nn.Module, precision: str) -> Callable[[Tensor], Tensor]:
-    """images_NCHW -> float32 logits_NK in the run's precision, with gradients that do not vanish in fp16."""
+    """images_NCHW -> float32 logits_NK in the run's precision, with gradients that do not vanish in
+    fp16.
+    """
     device, low = next(model.parameters()).device, LOW_TYPES[precision]
 
     def forward(x: Tensor) -> Tensor:
@@ -110,12 +115,13 @@ def evaluate(
 ) -> Result:
     """Loss and accuracy on ``batches`` of (images_NCHW, y_N): uint8 pixels or model space.
 
-    With ``attack``, images are attacked first (white box, eval mode, clean route). The model's modes and statistics
-    are left as they were.
+    With ``attack``, images are attacked first (white box, eval mode, clean route). The model's
+    modes and statistics are left as they were.
 
-    Ranks: with ``comm``, ``batches`` are this rank's: every ``comm.ranks``-th of the whole list, beginning with number
-    ``comm.rank`` (none is fine). Sums go over the ranks, so all return the same result. An attack's draws are keyed by
-    a batch's number in the whole list; the model must be the same on all ranks, buffers included.
+    Ranks: with ``comm``, ``batches`` are this rank's: every ``comm.ranks``-th of the whole list,
+    beginning with number ``comm.rank`` (none is fine). Sums go over the ranks, so all return the
+    same result. An attack's draws are keyed by a batch's number in the whole list; the model must
+    be the same on all ranks, buffers included.
     """
     comm = comm or Comm()
     device = next(model.parameters()).device

@@ -43,7 +43,8 @@ def _load(path: Path | str, best: bool) -> tuple[nn.Module, Config, dict[str, An
     run = RunDir(path)
     config = resolve(run.open())
     state = load_state(run, torch.device("cpu"), best=best)
-    # a network that cannot be made here (no timm, code of the user's own) is not the checkpoint's fault
+    # a network that cannot be made here (no timm, code of the user's own) is not the checkpoint's
+    # fault
     with restoring(state, but=(ConadvError,)):
         model = make_model(config, state["channels"], len(state["class_names"]))
     with restoring(state):
@@ -57,13 +58,14 @@ def _load(path: Path | str, best: bool) -> tuple[nn.Module, Config, dict[str, An
 def export(path: Path | str, *, best: bool = False, kind: str = "safetensors") -> Path:
     """Write the clean route into the run and return the file.
 
-    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model; beside it
-    goes ``model_card.md``, see :mod:`conadv.training.card`), "torch-export"
-    (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take normalised images
-    (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and compared with the network before they
-    are written. Mean, std and the class names, in the order of the outputs, are in the metadata of each.
-    Raises ConadvError where the network cannot be traced, where the traced one computes something else, and for
-    "onnx" without the packages of the extra ``onnx``.
+    ``kind``: "safetensors" (``model.safetensors``: loads with ``strict=True`` into the plain model;
+    beside it goes ``model_card.md``, see :mod:`conadv.training.card`), "torch-export"
+    (``model.pt2``: ``torch.export.load``) or "onnx" (``model.onnx``, one file). The latter two take
+    normalised images (N, C, H, W) in float32 with any N, give logits (N, K), and are run once and
+    compared with the network before they are written. Mean, std and the class names, in the order
+    of the outputs, are in the metadata of each.
+    Raises ConadvError where the network cannot be traced, where the traced one computes something
+    else, and for "onnx" without the packages of the extra ``onnx``.
     """
     if kind not in _WRITERS:
         raise unknown("format", kind, _WRITERS)
@@ -94,7 +96,8 @@ def image_shape(config: Config, state: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _safetensors(model: nn.Module, about: dict[str, str], shape: tuple[int, ...] = ()) -> bytes:
-    # each tensor in memory of its own: the format has no tied tensors, and the plain model ties them
+    # each tensor in memory of its own: the format has no tied tensors, and the plain model ties
+    # them
     dense = torch.contiguous_format
     tensors = {name: value.clone(memory_format=dense) for name, value in model.state_dict().items()}
     content: bytes = save(tensors, metadata={"format": "pt", **about})
@@ -141,20 +144,22 @@ def _traced(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedPr
         )
     except Exception as error:  # tracing runs the network's own code, which raises anything
         raise ConadvError(
-            f"The {type(model).__name__} cannot be traced for any number of images: {str(error)[:500]}. "
+            f"The {type(model).__name__} cannot be traced for any number of images: "
+            f"{str(error)[:500]}. "
             "Export its weights (safetensors) and trace them where they are used."
         ) from error
 
 
 @torch.no_grad()
 def _compare(model: nn.Module, traced: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
-    """ConadvError unless both give the same logits for another number of images than the trace had."""
+    """ConadvError unless both give the same logits, for other images than the trace had."""
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     want, found = model(x), traced(x)
     off = float((found - want).abs().max() / want.abs().max().clamp_min(1e-12))
     if not off <= TOLERANCE:
         raise ConadvError(
-            f"The exported network differs from the trained one: logits by {off:.2g} of the largest."
+            f"The exported network differs from the trained one: logits by {off:.2g} of the "
+            "largest."
         )
 
 

@@ -1,4 +1,6 @@
-"""What happens around the steps of a run: probe, average, record, evaluation, checkpoints; in that order."""
+"""What happens around the steps of a run: probe, average, record, evaluation, checkpoints; in that
+order.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from conadv.types import Span, StepRecord
 
 
 class Hook:
-    """Called around every step. Ranks: every learner has the same hooks; rank 0 alone writes and shows."""
+    """Called around every step. Ranks: every learner has the same hooks; rank 0 alone writes and
+    shows.
+    """
 
     def before_step(self) -> None:
         """At the weights of the coming step."""
@@ -58,7 +62,9 @@ class Log:
         self.observer.step(done)
 
     def evaluations(self, results: dict[str, Result | None]) -> None:
-        """One line per split. Raises NonFiniteError for a model that has diverged (on_nonfinite stop)."""
+        """One line per split. Raises NonFiniteError for a model that has diverged (on_nonfinite
+        stop).
+        """
         step = self.run.step.version
         if self.run.config.on_nonfinite == "stop":
             stop_if_diverged(results, step)
@@ -74,7 +80,8 @@ class Log:
     def bad_images(self, *, of_all_ranks: bool = False) -> None:
         """Files that could not be read, each once.
 
-        Ranks: rank 0 writes its own at once; with ``of_all_ranks`` those of the others too (collective).
+        Ranks: rank 0 writes its own at once; with ``of_all_ranks`` those of the others too
+        (collective).
         """
         data, comm = self.run.data, self.run.comm
         if not data.skip_bad or not (comm.is_main or of_all_ranks):
@@ -91,7 +98,9 @@ class Log:
                 )
 
     def failed_attack_ranks(self, *, of_all_ranks: bool = False) -> None:
-        """Attack ranks that failed and that learners go on without. Ranks: as for :meth:`bad_images`."""
+        """Attack ranks that failed and that learners go on without. Ranks: as for
+        :meth:`bad_images`.
+        """
         comm, executor = self.run.comm, self.run.step.executor
         if not self.run.teams.may_lose or not (comm.is_main or of_all_ranks):
             return
@@ -102,14 +111,15 @@ class Log:
         for failure in chain(*found):
             self.record.write("attack_loss", **asdict(failure))
             self.observer.message(
-                f"attack rank {failure.attack_rank} failed at step {failure.step} ({failure.reason}); the "
+                f"attack rank {failure.attack_rank} failed at step {failure.step} "
+                f"({failure.reason}); the "
                 "learners attack in its place"
             )
 
 
 @dataclass
 class Measure(Hook):
-    """The staleness probe. Numbers that are not finite are left out: so is the step that follows."""
+    """The staleness probe. Numbers that are not finite are left out, as is the step behind them."""
 
     run: Run
     log: Log
@@ -156,7 +166,9 @@ class WriteRecord(Hook):
 
 @dataclass
 class Evaluate(Hook):
-    """Test accuracy every ``eval.every_epochs``; the best on held-out images is noted in ``run.best``."""
+    """Test accuracy every ``eval.every_epochs``; the best on held-out images is noted in
+    ``run.best``.
+    """
 
     run: Run
     log: Log
@@ -190,7 +202,9 @@ class Evaluate(Hook):
 
 @dataclass
 class Save(Hook):
-    """A checkpoint where one is due, where the model is the best so far, at the end and before a stop."""
+    """A checkpoint where one is due, where the model is the best so far, at the end and before a
+    stop.
+    """
 
     run: Run
     log: Log
@@ -210,7 +224,9 @@ class Save(Hook):
 
 
 def agree_to_stop(run: Run) -> None:
-    """If any rank got a stop request, all ranks stop, at this step and not at the next. Ranks: collective."""
+    """If any rank got a stop request, all ranks stop, at this step and not at the next. Ranks:
+    collective.
+    """
     step = run.step
     mine = max(step.stop, step.stop_request.mine())
     flags = run.comm.any(torch.tensor([mine >= INTERRUPT, mine == TERMINATE]))

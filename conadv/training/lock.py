@@ -13,8 +13,9 @@ from conadv.errors import ConadvError
 class Lock:
     """A lock on the file ``path``. The system lifts it when its holder ends, even by a kill.
 
-    It keeps nobody out where the file system has no locks, or where the file cannot be made (then nothing else
-    can be written either). ``refusal``: the message while another program, or another Lock of this one, holds it.
+    It keeps nobody out where the file system has no locks, or where the file cannot be made (then
+    nothing else can be written either). ``refusal``: the message while another program, or another
+    Lock of this one, holds it.
     """
 
     def __init__(self, path: Path, refusal: str) -> None:
@@ -22,7 +23,9 @@ class Lock:
         self._lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
 
     def take(self) -> bool:
-        """Take the lock; returns whether this call did. Raises ConadvError where somebody else holds it."""
+        """Take the lock; returns whether this call did. Raises ConadvError where somebody else
+        holds it.
+        """
         if self._lock.is_locked:
             return False
         try:

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases: the numbers of the record under the same names, at the same steps."""
+"""TensorBoard and Weights & Biases: the numbers of the record under the same names, at the same
+steps.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,8 @@ class TensorBoard(_Logger):
 
 
 class WandB(_Logger):
-    """Offline files in ``folder``, which ``wandb sync`` sends when its user wants that; only WANDB_MODE changes this.
+    """Offline files in ``folder``, which ``wandb sync`` sends when its user wants that; only
+    WANDB_MODE changes this.
 
     A resumed run keeps its id: a server that has some of its steps already takes only those that
     follow. Raises ConadvError without the extra.
@@ -123,7 +126,8 @@ class WandB(_Logger):
     def open(self, title: str) -> None:
         self._folder.mkdir(parents=True)
         (self._folder / "id").write_text(self._id)
-        # no links: those of a run directory are refused; no source, no console: the record has what is needed
+        # no links: those of a run directory are refused; no source, no console: the record has what
+        # is needed
         settings = self._wandb.Settings(
             symlink=False, console="off", silent=True, save_code=False, disable_git=True
         )

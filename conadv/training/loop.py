@@ -47,20 +47,23 @@ def train(
 ) -> dict[str, Any]:
     """Train by ``config`` into the run directory ``out`` and return its summary.
 
-    ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was never interrupted.
-    ``auto_resume`` does so where ``out`` holds a run of this config, and starts one otherwise: the same call serves
-    every start of a job that may be pre-empted.
-    ``restarted``: a launcher has started these processes again. A run of this config in ``out`` that the same launcher
-    process began is then this one: it goes on from its newest checkpoint, and from the start where there is none.
-    ``comm``: this process among several ranks, which also says the device; default: alone on ``device``.
+    ``resume`` continues from the newest checkpoint: the finished run has the bits of one that was
+    never interrupted. ``auto_resume`` does so where ``out`` holds a run of this config, and starts
+    one otherwise: the same call serves every start of a job that may be pre-empted.
+    ``restarted``: a launcher has started these processes again. A run of this config in ``out``
+    that the same launcher process began is then this one: it goes on from its newest checkpoint,
+    and from the start where there is none.
+    ``comm``: this process among several ranks, which also says the device; default: alone on
+    ``device``.
     ``execution``: when and where things run; default: everything on this process, in its turn.
-    Raises ConadvError before the first step for anything wrong with config, data or ``out``, and NonFiniteError (the
-    checkpoints before it stay) when a loss or gradient is not finite. SIGTERM and SIGINT end training after the
-    present step with a checkpoint and :class:`conadv.training.signals.Stopped`, on all ranks.
-    ``out`` is locked meanwhile: a second program that would train there ends at once with a ConadvError.
-    Ranks: all call it alike. Rank 0 alone reads, writes and locks ``out`` and has an observer; what stops one before
-    the first step stops all with its message. The summary is the same on all learners; an attack rank, which is done
-    before the evaluation, returns an empty one.
+    Raises ConadvError before the first step for anything wrong with config, data or ``out``, and
+    NonFiniteError (the checkpoints before it stay) when a loss or gradient is not finite. SIGTERM
+    and SIGINT end training after the present step with a checkpoint and
+    :class:`conadv.training.signals.Stopped`, on all ranks. ``out`` is locked meanwhile: a second
+    program that would train there ends at once with a ConadvError.
+    Ranks: all call it alike. Rank 0 alone reads, writes and locks ``out`` and has an observer; what
+    stops one before the first step stops all with its message. The summary is the same on all
+    learners; an attack rank, which is done before the evaluation, returns an empty one.
     """
     comm = comm or Comm(device=pick_device(device))
     observer = Guarded(observer if observer and comm.is_main else Observer())
@@ -95,7 +98,9 @@ def train(
 
 
 def _same_clock(comm: Comm, run: Run) -> float:
-    """Have all ranks count time from one moment, now; returns it on this rank's ``time.monotonic()``."""
+    """Have all ranks count time from one moment, now; returns it on this rank's
+    ``time.monotonic()``.
+    """
     ahead = clock_offset(comm)
     run.step.clock.origin = comm.broadcast_object(time.monotonic()) + ahead
     return run.step.clock.origin
@@ -135,10 +140,13 @@ def _learn(run_dir: RunDir, run: Run, log: Log, first: int) -> dict[str, Any]:
 
 
 def _loop(run_dir: RunDir, run: Run, log: Log, first: int) -> None:
-    """The steps from ``first`` on, until the last one or a request to stop (then ``run.step.stop``)."""
+    """The steps from ``first`` on, until the last one or a request to stop (then
+    ``run.step.stop``).
+    """
     options = run.config.checkpoint
     with ExitStack() as stack:
-        # signals outermost: one that comes while the other ranks already leave must not end this one in between
+        # signals outermost: one that comes while the other ranks already leave must not end this
+        # one in between
         signals = stack.enter_context(Signals(log.observer.message))
         stack.enter_context(_closing(run, log))
         writer = Writer(
@@ -146,7 +154,8 @@ def _loop(run_dir: RunDir, run: Run, log: Log, first: int) -> None:
         )
         stack.enter_context(_written(run, writer))
         stack.enter_context(naming_lost_workers())
-        # a checkpoint that could not be written ends the run at the next step: save() raises it on all ranks
+        # a checkpoint that could not be written ends the run at the next step: save() raises it on
+        # all ranks
         run.step.stop_request.ask = lambda: max(signals.request, INTERRUPT * writer.failed)
         hooks = make_hooks(
             run, log, first, writer, Patience(granted_seconds(), log.observer.message)
@@ -162,7 +171,9 @@ def _loop(run_dir: RunDir, run: Run, log: Log, first: int) -> None:
 
 
 def _timed_batches(run: Run, first: int) -> Iterator[tuple[Batch, Batch | None]]:
-    """The batches from step ``first`` on, each with the one ``ahead`` of it; waiting for them counts as "data"."""
+    """The batches from step ``first`` on, each with the one ``ahead`` of it; waiting for them
+    counts as "data".
+    """
     batches = run.data.train_batches(first, run.derived.steps, run.views)
     pairs = windows(batches, run.step.ahead, copy=False)
     while True:
@@ -179,7 +190,8 @@ def _attack(run: Run, first: int) -> None:
     """What an attack rank does until the learners have finished."""
     log = Log(run, record.Record(None), Observer(), run.step.clock.origin)
     batches = run.data.train_batches(first + run.step.ahead, run.derived.steps, ("clean",))
-    # an attack rank that the learners can do without is ended by a signal alone: learners have signals of their own
+    # an attack rank that the learners can do without is ended by a signal alone: learners have
+    # signals of their own
     listening = nullcontext(None) if run.teams.may_lose else Signals()
     with listening as signals, _closing(run, log), naming_lost_workers():
         if signals is not None:
@@ -218,7 +230,9 @@ def _closing(run: Run, log: Log) -> Iterator[None]:
 
 @contextmanager
 def _written(run: Run, writer: Writer) -> Iterator[None]:
-    """Wait at the end until all is written. Ranks: after a good end all raise what rank 0 could not write."""
+    """Wait at the end until all is written. Ranks: after a good end all raise what rank 0 could not
+    write.
+    """
     try:
         yield
     except BaseException:

@@ -1,4 +1,6 @@
-"""Precise batch norm: running statistics computed anew, over many images at the weights as they are."""
+"""Precise batch norm: running statistics computed anew, over many images at the weights as they
+are.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +33,24 @@ def recalibrate(
     channels_last: bool = False,
     comm: Comm | None = None,
 ) -> None:
-    """Replace the running mean and variance of every batch-norm layer on ``route`` by those of all ``batches``.
+    """Replace the running mean and variance of every batch-norm layer on ``route`` by those of all
+    ``batches``.
 
-    mean = sum_b n_b mean_b / n,  var = (sum_b n_b (var_b + mean_b^2) / n - mean^2) n / (n - 1), with n_b values per
-    channel in batch b and n in all: mean and unbiased variance of what reaches the layer over all images. Each batch is
-    normalised by its own statistics on the way (so take the micro-batch of training); all else, dropout for one, is in
-    eval mode, since that is what the statistics are for. Weights, modes and other routes stay as they are.
+    mean = sum_b n_b mean_b / n, var = (sum_b n_b (var_b + mean_b^2) / n - mean^2) n / (n - 1), with
+    n_b values per channel in batch b and n in all: mean and unbiased variance of what reaches the
+    layer over all images. Each batch is normalised by its own statistics on the way (so take the
+    micro-batch of training); all else, dropout for one, is in eval mode, since that is what the
+    statistics are for. Weights, modes and other routes stay as they are.
 
-    ``batches``: (images_NCHW, y_N), uint8 pixels or model space. ``attack``: images are attacked first, on this route
-    and in this mode, with draws keyed by (seed, a batch's number in the whole list).
-    Reduces to: a training pass with momentum 1 for a single batch.
+    ``batches``: (images_NCHW, y_N), uint8 pixels or model space. ``attack``: images are attacked
+    first, on this route and in this mode, with draws keyed by (seed, a batch's number in the whole
+    list). Reduces to: a training pass with momentum 1 for a single batch.
     Raises ConadvError without a batch norm that keeps statistics, or without images.
-    Ranks: with ``comm``, ``batches`` are every ``comm.ranks``-th of the whole list, beginning with number
-    ``comm.rank``; sums in float64 go over the ranks, so all get the same statistics.
+    Ranks: with ``comm``, ``batches`` are every ``comm.ranks``-th of the whole list, beginning with
+    number ``comm.rank``; sums in float64 go over the ranks, so all get the same statistics.
 
-    Source: Wu and Johnson, "Rethinking Batch in BatchNorm", arXiv 2105.07576, section 3 (PreciseBN).
+    Source: Wu and Johnson, "Rethinking Batch in BatchNorm", arXiv 2105.07576, section 3
+    (PreciseBN).
     """
     comm = comm or Comm()
     layers = [layer for layer in norm.layers_on(model, route) if layer.running_mean is not None]
@@ -74,7 +79,9 @@ def recalibrate(
 
 @contextmanager
 def _normalising_by_batch(model: nn.Module) -> Iterator[None]:
-    """Eval mode, but for batch norm, which normalises by the batch and leaves its running statistics alone."""
+    """Eval mode, but for batch norm, which normalises by the batch and leaves its running
+    statistics alone.
+    """
     with eval_mode(model):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
@@ -84,7 +91,9 @@ def _normalising_by_batch(model: nn.Module) -> Iterator[None]:
 
 
 def _observe(total: Tensor, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """Add the count and the first two moments of a layer's input to ``total``: rows are moments, then the count."""
+    """Add the count and the first two moments of a layer's input to ``total``: rows are moments,
+    then the count.
+    """
     x = args[0].detach()
     x = x if x.dtype == torch.float64 else x.float()
     var, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)

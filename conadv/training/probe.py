@@ -33,8 +33,9 @@ PREDICTORS = ("momentum", "last-update")  # of look-ahead, measured beside stale
 class Probe:
     """Measures before steps every, 2 every, 3 every, ... of a run.
 
-    The images are a fixed subset of the training images, unaugmented, the same for all steps, methods
-    and seeds, in forward passes of the run's micro-batch size: batch norm sees what it sees in training.
+    The images are a fixed subset of the training images, unaugmented, the same for all steps,
+    methods and seeds, in forward passes of the run's micro-batch size: batch norm sees what it sees
+    in training.
 
     Memory: on the host, for each probed step and tau that lie ahead, the weights at t - tau and one
     prediction per predictor; on the device what the predictors need.
@@ -184,15 +185,17 @@ class Probe:
         return _distance(predicted, now) / moved if moved else None
 
     def _pass(self, step: int, micro: MicroBatch, weights: Weights | None) -> Any:
-        """The attack's mode. All points get the same draws, so that they differ by weights alone."""
+        """The attack's mode, with the same draws for all points: they differ by weights alone."""
         path = ("probe", step, micro.index)
         return self._engine.attacks.open(path, weights, self._route)
 
 
 def mean_cosine(a: list[Tensor], b: list[Tensor]) -> float | None:
-    """Mean over images of cos(a_i, b_i), (N, ...) tensors; zero gradients are left out, None if all are.
+    """Mean over images of cos(a_i, b_i), (N, ...) tensors; zero gradients are left out, None if all
+    are.
 
-    In float64: gradients of images that are classified with certainty are smaller than any fixed floor.
+    In float64: gradients of images that are classified with certainty are smaller than any fixed
+    floor.
     """
     x, y = (torch.cat([part.detach().flatten(1) for part in parts]).double() for parts in (a, b))
     lengths = x.norm(dim=1) * y.norm(dim=1)

@@ -45,7 +45,9 @@ def _processor() -> str:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit and dirty flag of the source tree that this package runs from; None for an installed package."""
+    """Commit and dirty flag of the source tree that this package runs from; None for an installed
+    package.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

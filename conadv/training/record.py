@@ -21,7 +21,8 @@ BESIDE = ("network", "transfer")
 
 
 class Record:
-    """Appends to ``record.jsonl``, each line in one piece: a reader sees whole steps while the run goes on.
+    """Appends to ``record.jsonl``, each line in one piece: a reader sees whole steps while the run
+    goes on.
 
     Without a path nothing is written: the record of a rank other than the first.
     """
@@ -46,7 +47,8 @@ class Record:
         except OSError as error:
             self._file.truncate(end)  # half a line would make the lines after it unreadable
             raise ConadvError(
-                f"Cannot write the record {printable(self._path)}: {error}. Free some space, and go on "
+                f"Cannot write the record {printable(self._path)}: {error}. Free some space, and "
+                "go on "
                 "with --resume."
             ) from error
 
@@ -69,7 +71,8 @@ class Record:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a record; a last line that a killed run left unfinished is dropped.
 
-    Raises ConadvError that names the first line without a ``type``, or with fields that are not those of its type.
+    Raises ConadvError that names the first line without a ``type``, or with fields that are not
+    those of its type.
     """
     lines = []
     try:
@@ -79,7 +82,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 if raw.endswith(b"\n"):
                     raise ConadvError(
-                        f"{printable(path)}, line {number} is not JSON of a record: {printable(error)[:300]}"
+                        f"{printable(path)}, line {number} is not JSON of a record: "
+                        f"{printable(error)[:300]}"
                     ) from error
     except OSError as error:
         raise ConadvError(f"Cannot read the record {printable(path)}: {error}") from error
@@ -103,7 +107,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def check_steps(path: Path, step: int) -> None:
-    """Raise ConadvError unless a record has its header and each step before ``step`` once: a run goes on from that."""
+    """Raise ConadvError unless a record has its header and each step before ``step`` once: a run
+    goes on from that.
+    """
     lines = read_lines(path)
     whole = (
         line for line in lines if line["type"] == "step" and {"phases", "losses"} <= line.keys()
@@ -116,7 +122,8 @@ def check_steps(path: Path, step: int) -> None:
         problems.append(f"it has more than one line of step(s) {', '.join(map(str, extra[:5]))}")
     if problems:
         raise ConadvError(
-            f"Cannot resume at step {step} with the record {printable(path)}: {'; '.join(problems)}. "
+            f"Cannot resume at step {step} with the record {printable(path)}: "
+            f"{'; '.join(problems)}. "
             "Bring back the record of this run, or start the run again in another folder."
         )
 
@@ -127,7 +134,9 @@ def finite(value: float) -> float | None:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop what a resumed run writes again: steps from ``step`` on, later evaluations, the final one. Atomic."""
+    """Drop what a resumed run writes again: steps from ``step`` on, later evaluations, the final
+    one. Atomic.
+    """
     lines = read_lines(path)
     # after a change of data a run has other steps than its header says
     planned = [

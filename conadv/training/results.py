@@ -1,4 +1,6 @@
-"""What a trained model is worth: accuracy on every split and under attack, precise batch-norm statistics."""
+"""What a trained model is worth: accuracy on every split and under attack, precise batch-norm
+statistics.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,13 @@ from conadv.types import Attack
 
 
 def measure(run: Run) -> dict[str, Result | None]:
-    """Train, validation and test results of the model as it is, and the test result under PGD ("robust").
+    """Train, validation and test results of the model as it is, and the test result under PGD
+    ("robust").
 
-    None for what is switched off: validation without held-out images, PGD with eval.robust_images 0.
-    Ranks: collective; all get the same results, those of the model with rank 0's running statistics.
+    None for what is switched off: validation without held-out images, PGD with eval.robust_images
+    0.
+    Ranks: collective; all get the same results, those of the model with rank 0's running
+    statistics.
     """
     options, held_out = run.config.eval, run.data.source.validation is not None
     assert options.robust_eps is not None
@@ -57,10 +62,12 @@ def evaluate_split(
 
 
 def recalibrate_model(run: Run) -> None:
-    """Precise statistics for the model that is evaluated, on its clean route and on that of the extra images.
+    """Precise statistics for the model that is evaluated, on its clean route and on that of the
+    extra images.
 
-    The images are training images as evaluation sees its own, without augmentation: always the same whole
-    micro-batches for any number of ranks. The extra images of a method are made of them at the final weights.
+    The images are training images as evaluation sees its own, without augmentation: always the same
+    whole micro-batches for any number of ranks. The extra images of a method are made of them at
+    the final weights.
     Ranks: collective.
     """
     config, comm = run.config, run.comm

@@ -26,12 +26,12 @@ from conadv.training.writer import Writer
 def save(run: Run, writer: Writer) -> None:
     """Write a checkpoint of the present state, or have it written (checkpoint.background).
 
-    Ranks: collective. Rank 0 writes its own state and the images that wait on all ranks, as one rank would hold them;
-    so a checkpoint does not depend on the number of ranks.
+    Ranks: collective. Rank 0 writes its own state and the images that wait on all ranks, as one
+    rank would hold them; so a checkpoint does not depend on the number of ranks.
     """
     comm, step = run.comm, run.step.state_dict()
-    # Each rank tracks running statistics of its own, and rank 0's are saved: an attack that uses them
-    # must go on here as it will after a resume.
+    # Each rank tracks running statistics of its own, and rank 0's are saved: an attack that uses
+    # them must go on here as it will after a resume.
     comm.broadcast(run.model.buffers())
     comm.at("checkpoint", run.step.version)
     waiting = gather(step["pending"], comm)
@@ -55,7 +55,8 @@ def save(run: Run, writer: Writer) -> None:
 def restore(run: Run, state: dict[str, Any]) -> None:
     """Load a checkpoint into model, optimizer and step.
 
-    Ranks: ``state`` is the same on all but for the images that wait, of which each has its own (:func:`scatter`).
+    Ranks: ``state`` is the same on all but for the images that wait, of which each has its own
+    (:func:`scatter`).
     """
     step = run.step
     with checkpoint.restoring(state):
@@ -70,9 +71,11 @@ def restore(run: Run, state: dict[str, Any]) -> None:
 
 
 def scatter(state: dict[str, Any] | None, comm: Comm) -> dict[str, Any]:
-    """Rank 0's ``state`` for every rank, on its device; of the images that wait only its own, on the CPU.
+    """Rank 0's ``state`` for every rank, on its device; of the images that wait only its own, on
+    the CPU.
 
-    Those of all ranks together may be more than a device holds. Ranks: collective, for any number of ranks that wrote.
+    Those of all ranks together may be more than a device holds. Ranks: collective, for any number
+    of ranks that wrote.
     """
     shares: list[dict[str, Any]] | None = None
     with comm.agreed():
@@ -120,7 +123,8 @@ def load_run(
         config = replace(config, data__dir=data)
     elif config.data.dir is not None and not home(config.data.dir).exists():
         raise ConadvError(
-            f"The data of this run are no longer in {printable(config.data.dir)}. Say where they are "
+            f"The data of this run are no longer in {printable(config.data.dir)}. Say where they "
+            "are "
             "now: --data DIR."
         )
     run = build(resolve(config), device)
@@ -154,6 +158,7 @@ def load_state(run_dir: RunDir, device: torch.device, *, best: bool = False) -> 
         return state
     if state["best"] is None:
         raise ConadvError(
-            f"{printable(run_dir.path)} has kept no best checkpoint: train with --checkpoint.keep-best."
+            f"{printable(run_dir.path)} has kept no best checkpoint: train with "
+            "--checkpoint.keep-best."
         )
     return checkpoint.load_step(run_dir.checkpoints, state["best"]["step"], device)

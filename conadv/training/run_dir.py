@@ -43,7 +43,9 @@ class RunDir:
         self.lock = path / ".lock"
 
     def open(self) -> Config:
-        """The run's config. Raises ConadvError if this is not a run directory, or not one of this version."""
+        """The run's config. Raises ConadvError if this is not a run directory, or not one of this
+        version.
+        """
         if not self.config.is_file():
             raise ConadvError(
                 f"{printable(self.path)} is not a run directory: it has no config.yaml."
@@ -95,7 +97,8 @@ class RunDir:
         return Lock(self.lock, refusal)
 
     def claim(self, config: Config, lock: Lock) -> None:
-        """Make the folder of a new run, and lock it if it was not there when ``lock`` was to be taken.
+        """Make the folder of a new run, and lock it if it was not there when ``lock`` was to be
+        taken.
 
         Raises ConadvError if another program has begun a run here since :meth:`check`.
         """
@@ -118,7 +121,8 @@ class RunDir:
             yield
         except OSError as error:
             raise ConadvError(
-                f"Cannot write the run directory {printable(self.path)}: {error}. Choose another --out."
+                f"Cannot write the run directory {printable(self.path)}: {error}. Choose another "
+                "--out."
             ) from error
 
     def _delete(self) -> None:
@@ -136,7 +140,7 @@ class RunDir:
         write_atomic(self.launcher, launcher() + "\n")
 
     def is_of_this_launcher(self) -> bool:
-        """Whether the process that started this one had also started the one that wrote here last."""
+        """Whether the process that started this one also started the last one that wrote here."""
         try:
             return self.launcher.read_bytes().strip() == launcher().encode()
         except OSError:
@@ -145,9 +149,12 @@ class RunDir:
     def without_weights(self) -> ConadvError:
         """The error where weights are wanted and there is no checkpoint."""
         return ConadvError(
-            f"{printable(self.path)} holds no checkpoint, so there are no weights. A run writes one when "
-            "it ends, and every --checkpoint.every-epochs; a sweep keeps those of finished runs with "
-            "--keep-checkpoints. Train it again with: conadv train --config RUN/config.yaml --out RUN "
+            f"{printable(self.path)} holds no checkpoint, so there are no weights. A run writes "
+            "one when "
+            "it ends, and every --checkpoint.every-epochs; a sweep keeps those of finished runs "
+            "with "
+            "--keep-checkpoints. Train it again with: conadv train --config RUN/config.yaml --out "
+            "RUN "
             "--overwrite"
         )
 
@@ -157,7 +164,8 @@ class RunDir:
     def changes(self, config: Config) -> list[str]:
         """The settings in which the run here differs from ``config``, but for where the data lies.
 
-        Those of the record's header, which the run began with: config.yaml may have been edited since.
+        Those of the record's header, which the run began with: config.yaml may have been edited
+        since.
         """
         began = self._header().get("config")
         where = f"the header of {printable(self.record)}"
@@ -167,7 +175,8 @@ class RunDir:
         self.open()
         if changed := self.changes(config):
             raise ConadvError(
-                f"Cannot resume {printable(self.path)} with other settings than those that it began "
+                f"Cannot resume {printable(self.path)} with other settings than those that it "
+                "began "
                 "with:\n  "
                 + "\n  ".join(changed)
                 + "\nRepeat the run's own settings (conadv train "
@@ -188,7 +197,8 @@ class RunDir:
 
 
 def _moved(config: Config, to: Config) -> Config:
-    """``config`` with the data where ``to`` has it: the same data may lie elsewhere now, and be there already.
+    """``config`` with the data where ``to`` has it: the same data may lie elsewhere now, and be
+    there already.
 
     Whether changed data are accepted is a matter of this start alone.
     Resolved: a config of an earlier version may lack settings that this one has.
@@ -199,7 +209,9 @@ def _moved(config: Config, to: Config) -> Config:
 
 
 def launcher() -> str:
-    """The process that started this one, such as torchrun's agent, told from all others that this machine has had."""
+    """The process that started this one, such as torchrun's agent, told from all others that this
+    machine has had.
+    """
     parent = os.getppid()
     try:
         stat = Path(f"/proc/{parent}/stat").read_bytes()

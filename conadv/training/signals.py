@@ -1,9 +1,9 @@
 """Signals that ask a run to stop: at the next step boundary, with a checkpoint.
 
-SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that closes, and counts as
-SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks learn of within the step's own all-reduce
-(conadv.engine.stop). After it SIGINT has the system's own action again: a second Ctrl-C ends the process at
-once, even while it waits for something.
+SIGTERM is what Slurm, Kubernetes and torchrun send before they kill; SIGHUP is a terminal that
+closes, and counts as SIGTERM; SIGINT is Ctrl-C. The first of them is a request, which all ranks
+learn of within the step's own all-reduce (conadv.engine.stop). After it SIGINT has the system's own
+action again: a second Ctrl-C ends the process at once, even while it waits for something.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ if hasattr(signal, "SIGHUP"):  # not on Windows
 
 
 class Stopped(KeyboardInterrupt):
-    """A run has stopped because a signal asked it to, and its checkpoint is written. ``code``: the exit code."""
+    """A run has stopped because a signal asked it to, and its checkpoint is written. ``code``: the
+    exit code.
+    """
 
     def __init__(self, request: int, steps: int) -> None:
         self.signal = _NAMES[request]
@@ -39,11 +41,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside the block SIGTERM, SIGHUP and SIGINT are requests to stop: ``request`` is then INTERRUPT or TERMINATE.
+    """Inside the block SIGTERM, SIGHUP and SIGINT are requests to stop: ``request`` is then
+    INTERRUPT or TERMINATE.
 
-    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a script's ``&``.
-    ``tell`` hears of the first one, on a thread of its own (what a handler may call is little). The earlier handlers
-    come back at the end. Off the main thread, where Python takes no handlers, nothing changes.
+    A signal that this process was started to ignore stays ignored: SIGHUP under nohup, SIGINT of a
+    script's ``&``. ``tell`` hears of the first one, on a thread of its own (what a handler may call
+    is little). The earlier handlers come back at the end. Off the main thread, where Python takes
+    no handlers, nothing changes.
     """
 
     def __init__(self, tell: Callable[[str], None] | None = None) -> None:
@@ -80,8 +84,9 @@ class Signals:
 def granted_seconds() -> float | None:
     """How long after SIGTERM this process is killed; None where nobody has said so.
 
-    CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30 seconds, newer ones
-    after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is not a number of seconds.
+    CONADV_GRACE_SECONDS is what a job script knows (`conadv slurm` has it). torchrun kills after 30
+    seconds, newer ones after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Raises ConadvError for a value that is
+    not a number of seconds.
     """
     torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     for name in ("CONADV_GRACE_SECONDS", *["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] * torchrun):
@@ -92,18 +97,20 @@ def granted_seconds() -> float | None:
                 seconds = math.nan
             if not 0 <= seconds < math.inf:
                 raise ConadvError(
-                    f"The environment variable {name} is {printable(text)[:80]!r}, not a number of seconds."
+                    f"The environment variable {name} is {printable(text)[:80]!r}, not a number "
+                    "of seconds."
                 )
             return seconds
     return 30.0 if torchrun else None
 
 
 class Patience:
-    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has saved.
+    """Says once, by ``tell``, that a run which is asked to stop would be killed before it has
+    saved.
 
-    ``granted``: seconds from the request to the kill, None if unknown. A request may come just after
-    a step has begun, so what counts is the longest time between two :meth:`turn` calls, the first
-    step with its compilation left out, and then what saving takes.
+    ``granted``: seconds from the request to the kill, None if unknown. A request may come just
+    after a step has begun, so what counts is the longest time between two :meth:`turn` calls, the
+    first step with its compilation left out, and then what saving takes.
     """
 
     def __init__(self, granted: float | None, tell: Callable[[str], None]) -> None:
@@ -132,9 +139,11 @@ class Patience:
         needed = self._longest + self._saving + writing
         if needed > self._granted:
             self._tell(
-                f"stopping takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), but "
+                f"stopping takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), "
+                "but "
                 f"this process is killed {self._granted:g} s after SIGTERM: work since the last "
-                "checkpoint would be lost. Have it signalled earlier (Slurm: --signal=TERM@SECONDS and "
+                "checkpoint would be lost. Have it signalled earlier (Slurm: "
+                "--signal=TERM@SECONDS and "
                 "CONADV_GRACE_SECONDS) or killed later (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
             )
             self._granted = None

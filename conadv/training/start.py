@@ -1,4 +1,6 @@
-"""How a run begins: whether its directory may be used, new or from a checkpoint, and the record that it writes to."""
+"""How a run begins: whether its directory may be used, new or from a checkpoint, and the record
+that it writes to.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def admit(
 ) -> tuple[Config, bool]:
     """The resolved config, and whether to resume; arguments as those of ``train``. Changes nothing.
 
-    Raises ConadvError for settings that do not fit together, differ between ranks, or may not go into ``run_dir``.
+    Raises ConadvError for settings that do not fit together, differ between ranks, or may not go
+    into ``run_dir``.
     Ranks: collective.
     """
     with comm.agreed():
@@ -56,7 +59,9 @@ def admit(
 
 
 def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> None:
-    """Every host has a command line of its own: all must ask for the same, but for where the data lies."""
+    """Every host has a command line of its own: all must ask for the same, but for where the data
+    lies.
+    """
     mine = replace(config, data__dir=None)
     theirs, how = comm.broadcast_object((mine.model_dump(mode="json"), execution))
     with comm.agreed():
@@ -69,11 +74,14 @@ def _check_same_settings(comm: Comm, config: Config, execution: Execution) -> No
 
 
 def _after_restart(run_dir: RunDir, observer: Observer) -> tuple[bool, bool]:
-    """Whether to resume, and whether to overwrite, where a launcher has started this run's processes again."""
+    """Whether to resume, and whether to overwrite, where a launcher has started this run's
+    processes again.
+    """
     saved = checkpoint.steps(run_dir.checkpoints)
     if not saved and run_dir.summary.is_file():
         raise ConadvError(
-            f"{printable(run_dir.path)} holds this run, finished, but without a checkpoint to go on from. "
+            f"{printable(run_dir.path)} holds this run, finished, but without a checkpoint to go "
+            "on from. "
             "Add --overwrite to train it again, or choose another --out."
         )
     observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
@@ -82,7 +90,8 @@ def _after_restart(run_dir: RunDir, observer: Observer) -> tuple[bool, bool]:
 
 @dataclass
 class Found:
-    """What a resume has found. ``damaged``: what was wrong with newer checkpoints, which are renamed.
+    """What a resume has found. ``damaged``: what was wrong with newer checkpoints, which are
+    renamed.
 
     ``data_changed``: what has changed in the data since the checkpoint (data.changed accept).
     """
@@ -96,7 +105,8 @@ def load_or_claim(
 ) -> tuple[int, Found]:
     """Continue from the newest intact checkpoint, which rank 0 reads for all, or make the folder.
 
-    Returns the first step. An attack rank needs no state: it gets weights with its first batch. Ranks: collective.
+    Returns the first step. An attack rank needs no state: it gets weights with its first batch.
+    Ranks: collective.
     """
     comm, world, state = run.comm, run.teams.world, None
     found = Found()
@@ -124,7 +134,7 @@ def load_or_claim(
 
 
 def _with_todays_data(state: dict[str, Any], run: Run, found: Found) -> dict[str, Any]:
-    """``state``, without images that wait where the data have changed: they are of other batches."""
+    """``state``; where the data have changed without images that wait, which are of other batches."""
     assert run.fingerprint is not None
     found.data_changed = changed_data(
         state,

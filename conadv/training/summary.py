@@ -58,7 +58,9 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _costs(steps: list[dict[str, Any]], run: Run) -> dict[str, Any]:
-    """Times from the record's phases. The first step (allocation, warm caches) is left out of the median."""
+    """Times from the record's phases. The first step (allocation, warm caches) is left out of the
+    median.
+    """
     totals = [line.get("seconds", sum(line["phases"].values())) for line in steps]
     seconds = sum(totals)
     attack = sum(line["phases"].get("attack", 0.0) for line in steps)

@@ -15,10 +15,10 @@ from conadv.training import checkpoint
 class Writer:
     """Writes the checkpoints of one run; used by rank 0 alone.
 
-    ``before`` is called before each checkpoint gets its name: what a resumed run needs besides it (the record up to
-    its step) must be on disk first.
-    In flight: with ``background`` at most one checkpoint, a copy of the state in the CPU's memory; the next one waits
-    for it. The next :meth:`save` or :meth:`wait` raises its error; ``failed`` says so at once.
+    ``before`` is called before each checkpoint gets its name: what a resumed run needs besides it
+    (the record up to its step) must be on disk first. In flight: with ``background`` at most one
+    checkpoint, a copy of the state in the CPU's memory; the next one waits for it. The next
+    :meth:`save` or :meth:`wait` raises its error; ``failed`` says so at once.
     """
 
     def __init__(
@@ -33,7 +33,9 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._error: ConadvError | None = None
         self.background_seconds: float | None = None if background else 0.0
-        """What the last write beside the training took: None before the first has ended, 0 if there are none."""
+        """What the last write beside the training took: None before the first has ended, 0 if there
+        are none.
+        """
 
     @property
     def failed(self) -> bool:
@@ -41,7 +43,8 @@ class Writer:
         return self._error is not None
 
     def save(self, step: int, state: dict[str, Any], best: int | None = None) -> None:
-        """Write ``state`` as the checkpoint after ``step`` updates; with ``background`` return before that is done.
+        """Write ``state`` as the checkpoint after ``step`` updates; with ``background`` return
+        before that is done.
 
         Raises ConadvError if this checkpoint or the one before it cannot be written.
         """
@@ -55,7 +58,7 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises ConadvError if what was written last has failed."""
+        """Until nothing is being written. Raises ConadvError if the last write has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -71,7 +71,9 @@ def workers(pid: int) -> dict[int, int]:
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """The first true value of ``condition``; an AssertionError that says ``what`` did not happen in time."""
+    """The first true value of ``condition``; an AssertionError that says ``what`` did not happen in
+    time.
+    """
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"{what}: not after {seconds:g} s"

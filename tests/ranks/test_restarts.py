@@ -1,4 +1,6 @@
-"""torchrun --max-restarts: a run whose rank is killed goes on from its last checkpoint to the same bits."""
+"""torchrun --max-restarts: a run whose rank is killed goes on from its last checkpoint to the same
+bits.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker to kill in /proc")
 def test_a_killed_rank_is_made_up_for_by_a_restart(two: Ranks, tmp_path: Path) -> None:
-    # Red when: a restarted attempt finds its own run in the way; starts from the beginning; forgets images that wait.
+    # Red when: a restarted attempt finds its own run in the way; starts from the beginning; forgets
+    # images that wait.
     out, log = tmp_path / "cut", tmp_path / "log"
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**SETTINGS)))
     program = ["--config", tmp_path / "config.yaml", "--out", out, "--comm-timeout", 60]
@@ -58,8 +61,9 @@ def test_a_killed_rank_is_made_up_for_by_a_restart(two: Ranks, tmp_path: Path) -
 
 
 def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
-    # Red when: --overwrite of the first attempt deletes what it has trained; a restart takes a run of other settings
-    # for its own, or of another launcher; one that was killed before its first checkpoint cannot start again.
+    # Red when: --overwrite of the first attempt deletes what it has trained; a restart takes a run
+    # of other settings for its own, or of another launcher; one that was killed before its first
+    # checkpoint cannot start again.
     settings = resolve(config(steps=4, epochs=None))
     run = RunDir(tmp_path)
     run.start(settings)  # killed before the first checkpoint
@@ -82,8 +86,8 @@ def test_what_a_restart_does_with_what_it_finds(tmp_path: Path) -> None:
 
 
 def test_a_new_start_meets_under_a_prefix_that_no_old_one_has_used() -> None:
-    # Red when: rank 0 does not show whom it has seen (rank 1 then takes the first start's prefix); rank 1 does not look
-    # for a new prefix.
+    # Red when: rank 0 does not show whom it has seen (rank 1 then takes the first start's prefix);
+    # rank 1 does not look for a new prefix.
     store, limit = torch.distributed.HashStore(), timedelta(seconds=60)
     with ThreadPoolExecutor(2) as pool:
         for start in range(3):

@@ -43,8 +43,9 @@ def forget_after(out: Path, step: int) -> None:
 
 @pytest.mark.parametrize("name", ["sam-aug", "conadv-tau2", "conadv-share", "recycle"])
 def test_methods_train_and_resume_bitwise(two: Ranks, name: str, tmp_path: Path) -> None:
-    # Red when: only rank 0's waiting images are saved; a rank takes another's share of them; rank 1 goes
-    # on with its own running statistics; the checkpoint's statistics are not those that were evaluated.
+    # Red when: only rank 0's waiting images are saved; a rank takes another's share of them; rank 1
+    # goes on with its own running statistics; the checkpoint's statistics are not those that were
+    # evaluated.
     changes = METHODS[name]
     mine, theirs = two.run(jobs.train_run, tmp_path / "whole", changes)
     assert mine == theirs == json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -85,10 +86,10 @@ def test_the_probe_on_two_ranks(two: Ranks, tmp_path: Path) -> None:
 def test_one_rank_gives_the_losses_of_two_and_goes_on_where_they_stopped(
     two: Ranks, name: str, tmp_path: Path
 ) -> None:
-    # Red when: rank 1 reads rank 0's images; losses in the record are those of one rank; the waiting images of rank 0
-    # are taken for those of all ranks.
-    # Up to rounding, which six LARS steps in float32 amplify: four gradients are summed one by one instead of two and
-    # two. Without evaluations: one rank tracks the statistics of all images, not only of rank 0's.
+    # Red when: rank 1 reads rank 0's images; losses in the record are those of one rank; the
+    # waiting images of rank 0 are taken for those of all ranks. Up to rounding, which six LARS
+    # steps in float32 amplify: four gradients are summed one by one instead of two and two. Without
+    # evaluations: one rank tracks the statistics of all images, not only of rank 0's.
     out = tmp_path / "two"
     two.run(jobs.train_run, out, METHODS[name])
     train(config(**METHODS[name]), tmp_path / "one")
@@ -124,8 +125,9 @@ def run_on_two(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    # Red when: every rank writes the record, shows progress or reports what all have raised; a check of
-    # rank 0 ends rank 0 alone; the ranks compare their clocks on the line of the first weights.
+    # Red when: every rank writes the record, shows progress or reports what all have raised; a
+    # check of rank 0 ends rank 0 alone; the ranks compare their clocks on the line of the first
+    # weights.
     settings: dict[str, Any] = {"method": "conadv", "staleness": 2, "lookahead": True}
     settings |= {"epochs": None, "steps": 4, "eval__robust_images": 32}
     file, out = tmp_path / "config.yaml", tmp_path / "run"
@@ -157,8 +159,8 @@ def test_torchrun(tmp_path: Path) -> None:
 def test_ranks_with_other_data_are_an_error(
     two: Ranks, tmp_path: Path, change: Any, said: str
 ) -> None:
-    # Red when: check_same_on_ranks is not called (one rank would wait for the other's last step, or the
-    # ranks would train on other labels).
+    # Red when: check_same_on_ranks is not called (one rank would wait for the other's last step, or
+    # the ranks would train on other labels).
     for rank in range(2):
         image_folder(tmp_path / f"data{rank}")
     change(tmp_path / "data1")

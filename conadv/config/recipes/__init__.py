@@ -1,4 +1,5 @@
-"""Recipes: plain functions that return a Config. The docstring is the command, the time and the expected result.
+"""Recipes: plain functions that return a Config. The docstring is the command, the time and the
+expected result.
 
 Every recipe trains with every method; its learning rate was chosen for its optimizer and batch.
 """

@@ -15,11 +15,12 @@ from conadv.config.schema import (
 
 
 def digits() -> Config:
-    """8x8 handwritten digits at the full batch of 898 images, ResNet-8, LARS: 20 seconds on one core.
+    """8x8 handwritten digits, full batch of 898 images, ResNet-8, LARS: 20 seconds on one core.
 
     conadv train digits --method conadv --lookahead
 
-    scikit-learn's digits, 898 training and 899 test images; nothing is downloaded. See the README for results.
+    scikit-learn's digits, 898 training and 899 test images; nothing is downloaded. See the README
+    for results.
     """
     return Config(
         recipe="digits",
@@ -40,7 +41,8 @@ def cifar10() -> Config:
 
     conadv train cifar10 --data DIR --method conadv --lookahead --precision bf16
 
-    --download takes torchvision's CIFAR10 instead of an image folder. The folder is decoded once into memory.
+    --download takes torchvision's CIFAR10 instead of an image folder. The folder is decoded once
+    into memory.
     """
     return Config(
         recipe="cifar10",
