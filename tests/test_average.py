@@ -72,6 +72,71 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+class Buffers(nn.Module):
+    """Buffers of all kinds: complex weights, a mask, a counter, ones that are made or grow later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        for name, value in {
+            "mask": torch.ones(3, dtype=torch.bool),
+            "scale": torch.ones(3),
+        }.items():
+            self.register_buffer(name, value)
+        self.register_buffer("grows", torch.zeros(0), persistent=False)
+        self.register_buffer("later", None)
+        self.register_buffer("running_max", torch.zeros(3))
+
+    def change(self, t: int) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.tensor([1, 1j, 2 + 2j]) * t)
+        self.mask[t % 3] = False
+        self.scale = torch.full((3,), float(t))  # another tensor, not a change in place
+        self.grows, self.later = torch.arange(t + 1.0), torch.full((t + 1,), 2.0)
+        self.running_max.fill_(t)
+
+
+def test_other_buffers_are_copied_and_complex_weights_averaged() -> None:
+    # Red when: only floats are averaged (the average is then the newest weights); a buffer that is
+    # no statistic is averaged; one that has another size, or came later, is an error.
+    model = Buffers()
+    average, want = EMA(model, 0.5), torch.zeros(())
+    for t in range(6):
+        model.change(t)
+        average.update_parameters(model)
+        d = min(0.5, (1 + t) / (10 + t)) if t else 0.0
+        want = d * want + (1 - d) * t
+    found: Any = average.module
+    weights = torch.tensor([1, 1j, 2 + 2j]) * want
+    assert torch.allclose(found.weight, weights)
+    assert torch.allclose(found.running_max, want.expand(3))
+    for name in ("mask", "scale", "grows", "later"):
+        assert torch.equal(getattr(found, name), getattr(model, name)), name
+        assert getattr(found, name) is not getattr(model, name)
+
+
+def test_the_average_of_spectral_norm_keeps_its_unit_vectors() -> None:
+    # Red when: every buffer is averaged: the vectors shrink, and the weights grow by their product.
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
+    model, turn = nn.Sequential(layer), torch.linalg.qr(torch.randn(8, 8)).Q
+    average = EMA(model, 0.9)
+    for _ in range(40):  # the weights turn in one plane after another
+        with torch.no_grad():
+            original = layer.parametrizations.weight.original
+            original.copy_(original @ turn)
+        model(torch.rand(2, 8))
+        average.update_parameters(model)
+    vectors = dict(average.module.named_buffers())
+    assert [round(v.norm().item(), 4) for v in vectors.values()] == [1.0, 1.0]
+    hooked = nn.utils.spectral_norm(nn.Linear(4, 4))
+    hooked(torch.rand(1, 4))
+    with pytest.raises(
+        ConadvError, match=r"parametrizations of torch.nn.utils in place of its hook"
+    ):
+        EMA(hooked, 0.9)
+
+
 def test_the_average_does_not_touch_training(whole: Path, tmp_path: Path) -> None:
     # Red when: the average, or the evaluation of it, writes into the weights that train.
     train(config(method="conadv"), tmp_path / "plain")
