@@ -33,28 +33,20 @@ def step_lines(config: Config, steps: int, per_epoch: int) -> list[dict[str, Any
     """Losses that fall, a rate that decays, the weight versions that the method would leave."""
     rng = np.random.default_rng([config.seed, len(config.method)])
     tau = {"disadv": 0, "recycle": 1, "conadv": config.staleness}.get(config.method)
+    views = ("clean",) if config.method == "vanilla" else ("clean", "adv")
     lines = []
     for step in range(steps):
         fall = 2.3 * math.exp(-4 * step / steps) + 0.02
-        views = ("clean",) if config.method == "vanilla" else ("clean", "adv")
         losses = {view: fall * (1 + 0.1 * rng.standard_normal()) for view in views}
-        version = (
-            None
-            if tau is None or (tau > step and config.method == "recycle")
-            else max(step - tau, 0)
-        )
+        none = tau is None or (tau > step and config.method == "recycle")
         line = {"type": "step", "step": step, "epoch": step // per_epoch, "losses": losses}
-        line |= {"lr": config.optim.lr * (1 - step / steps), "weight_version": version}
-        lines.append({**line, "loss": losses["clean"], "phases": SECONDS, "time": 0.1 * step})
+        line |= {"weight_version": None if none else max(step - (tau or 0), 0), "phases": SECONDS}
+        line |= {"lr": config.optim.lr * (1 - step / steps), "time": 0.1 * step}
+        lines.append({**line, "loss": losses["clean"]})
         if (step + 1) % per_epoch == 0:
             line = {"type": "eval", "step": step + 1, "epoch": (step + 1) // per_epoch}
-            line |= {
-                "split": "test",
-                "loss": 0.2,
-                "accuracy": 0.95 - 0.6 * fall / 2.4,
-                "images": 500,
-            }
-            lines.append(line)
+            line |= {"split": "test", "loss": 0.2, "images": 500}
+            lines.append({**line, "accuracy": 0.95 - 0.6 * fall / 2.4})
     return lines
 
 
@@ -165,6 +157,7 @@ def probe_lines(step: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def analysis(eigenvalue: float) -> dict[str, Any]:
     """An analysis.json whose keskar part was switched off."""
+    sharpness = {"sam": {"rho": 0.05, "value": eigenvalue / 50}, "keskar": None}
     return {
         "version": "0.1.0",
         "step": 60,
@@ -172,7 +165,7 @@ def analysis(eigenvalue: float) -> dict[str, Any]:
         "images": 500,
         "loss": 0.02,
         "accuracy": 1.0,
+        "sharpness": sharpness,
         "hessian": {"eigenvalues": [eigenvalue, 1.0], "trace": 5 * eigenvalue},
-        "sharpness": {"sam": {"rho": 0.05, "value": eigenvalue / 50}, "keskar": None},
         "robust": {"eps": 0.01, "steps": 10, "accuracy": 0.6, "images": 500},
     }

@@ -84,7 +84,7 @@ def attack_cost(
 
 
 def name_of(method: str, how: str, size: int, overlap: bool) -> str:
-    """The name of a case: whatever differs from an inline step with backward overlap is in it."""
+    """The name of a case: its method, batch, and what differs from an inline step with overlap."""
     words = [method.replace("-lookahead", " + look-ahead"), f"batch {size}"]
     words += [how] if how != "inline" else []
     return ", ".join([*words, *([] if overlap else ["no overlap"])])

@@ -229,7 +229,7 @@ class Planner:
         return min(ring, tree, key=lambda message: message.seconds) if trees else ring
 
     def _message(self, sent: float, steps: int = 1, ready: float = 0.0) -> Message:
-        """So many bytes out of a rank, in so many steps."""
+        """``sent`` bytes out of a rank in ``steps`` steps, each of which costs one latency."""
         link = self._link()
         seconds = steps * link.latency + sent * link.seconds_per_byte
         busy = sent * link.busy_seconds_per_byte * self.arithmetic

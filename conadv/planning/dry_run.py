@@ -1,4 +1,4 @@
-"""``conadv train --dry-run``: everything up to the first step, and what the run is going to be."""
+"""``conadv train --dry-run``: everything up to the first step, and what the run would need."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from conadv.training.start import admit
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run is going to be: its ``run``, and what they need. Sizes in bytes.
+    """A ``run`` as it would be trained, and what it would need. Sizes in bytes.
 
     memory_free: None if it is not known. waiting: the part of a checkpoint that is images for later
     steps. checkpoints: files at a time.

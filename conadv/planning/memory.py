@@ -44,7 +44,7 @@ def host_available() -> int | None:
 def cuda_peak(work: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that ``work`` adds to what is allocated, as torch reserves them; None if it runs out.
 
-    Whatever it took is free again afterwards.
+    All of it is free again afterwards.
     """
     _release()
     before = torch.cuda.memory_allocated(device)

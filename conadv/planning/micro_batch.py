@@ -27,11 +27,11 @@ from conadv.training.data import load_source
 from conadv.training.run_dir import RunDir
 
 CUDA_HEADROOM = 0.05
-"""Share of a CUDA device's memory that stays free: NCCL's buffers, fragments, evaluation."""
+"""Share of a CUDA device's memory left free for NCCL's buffers, fragments and evaluation."""
 CPU_SHARE = 0.8
-"""Share of the host's free memory that a step may take: data loaders come on top."""
+"""Share of the host's free memory that a step may take; data loaders need the rest."""
 WORKSPACE = 2.0
-"""So many times what autograd keeps: gradients and workspaces of a layer come on top."""
+"""Factor on what autograd keeps, for the gradients and workspaces of a layer."""
 
 
 def settle(

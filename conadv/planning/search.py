@@ -77,7 +77,7 @@ def make_plan(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows by batch, devices and method, and the combinations that do not exist, with the reason.
 
-    Raises ConadvError with the first reason if there is no row.
+    Raises ConadvError with the first reason if none exists.
     """
     rows, omitted = [], []
     for batch, count, method in product(batches, devices, methods):

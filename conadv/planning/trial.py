@@ -122,7 +122,7 @@ class Trial:
     ) -> int:
         """Bytes that a learner of a run needs at least, by the cost model.
 
-        workspace: so many times the activations, for what kernels need beside them.
+        workspace: factor on the activations, for the workspaces of kernels.
         """
         config, method, sizes = self.config, self.engine.method, self.sizes
         views = 1 + (method.route is not None) + (config.data.aug_view is not None)

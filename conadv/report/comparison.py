@@ -172,7 +172,7 @@ def _results(rows: Mapping[int, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def _arm(name: str, runs: Sequence[Run]) -> Arm:
-    """One run per seed, the latest finished one; a name for any table, whatever somebody chose."""
+    """One run per seed, the latest finished one. Names may hold anything, so they are escaped."""
     order = sorted(runs, key=lambda run: (run.summary is not None, str(run.header.get("time"))))
     latest = {run.seed: run for run in order}
     used = [latest[seed] for seed in sorted(latest)]

@@ -20,7 +20,7 @@ from conadv.sweep.spec import Settings
 class Schedule:
     """What has been done and what is next; sweep.json is rewritten after every run.
 
-    ``results``: of all runs that have ended, by name. ``spec_file``: how sweep.json calls the spec.
+    ``results``: of all runs that have ended, by name. ``spec_file``: its name in sweep.json.
     """
 
     plan: Plan
@@ -60,11 +60,11 @@ class Schedule:
         write_atomic(self.folder.out / "sweep.json", text)
 
     def runs(self) -> list[Run]:
-        """All runs the sweep will have made in the end; of the first trial where it is open."""
+        """All runs that the sweep will make, by the first trial where none is chosen yet."""
         return [self.plan.runs[name] for name in dict.fromkeys(self._names(guess=True))]
 
     def choice(self, index: int) -> int | None:
-        """The number of the trial that is chosen for the cell; None while there is no choice."""
+        """The number of the trial chosen for the cell; None before the choice."""
         source = self.plan.cells[index].source
         return 0 if source is None else choose(self._trials(source))
 
