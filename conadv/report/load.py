@@ -93,7 +93,7 @@ def _read_config(path: Path, header: Line) -> Line:
     with suppress(ConadvError):
         header = {"config": read_yaml(path / "config.yaml")}
     found = header.get("config")
-    if not isinstance(found, dict) or not isinstance(found.get("method", ""), str):
+    if not isinstance(found, dict) or not isinstance(found.get("method"), str):
         raise ConadvError(f"{printable(path)} holds no configuration of a run. Leave it out.")
     if type(found.get("seed", 0)) is not int:
         raise ConadvError(f"{printable(path)} has a seed that is not a whole number. Leave it out.")
