@@ -19,7 +19,9 @@ RECORDS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 
 
 def table(name: str, options: dict[str, str]) -> tuple[pd.DataFrame, str]:
-    """The table of results/benchmarks/NAME.json, and how it was made. Option ``overlap``: off, of two_hosts."""
+    """The table of results/benchmarks/NAME.json, and how it was made. Option ``overlap``: off, of
+    two_hosts.
+    """
     facts = json.loads((RECORDS / f"{name}.json").read_text())
     overlap = options.get("overlap", "on") == "on"
     kinds = {"two_hosts": lambda facts: links(facts, overlap), "attack_ranks": splits}
@@ -44,7 +46,9 @@ def cases(facts: Json) -> Iterator[dict[str, str]]:
 
 
 def splits(facts: Json) -> Iterator[dict[str, str]]:
-    """Per split of ranks: the attack's overhead over noise on as many learners, and images per core."""
+    """Per split of ranks: the attack's overhead over noise on as many learners, and images per
+    core.
+    """
     points = facts["points"]
     ranks = [(p["ranks"]["learners"], p["ranks"]["attack_ranks"]) for p in points]
     for split in dict.fromkeys(ranks):
@@ -76,7 +80,9 @@ def splits(facts: Json) -> Iterator[dict[str, str]]:
 
 
 def links(facts: Json, overlap: bool) -> Iterator[dict[str, str]]:
-    """Per rate of the link: noise, the all-reduce and the attack by themselves, every method's ratio to noise."""
+    """Per rate of the link: noise, the all-reduce and the attack by themselves, every method's
+    ratio to noise.
+    """
     for point in facts["points"]:
         rate, measured = point["link"]["rate_mbit"], point["link"]["measured_mbit"]
         cells = {"link, Mbit/s": f"{rate:,}" if rate else f"no limit ({measured:,.0f})"}

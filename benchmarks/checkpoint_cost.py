@@ -1,12 +1,13 @@
-"""What saving costs the steps beside it: no saving, saving on the training thread, saving in the background.
+"""What saving costs the steps beside it: no saving, saving on the training thread, saving in the
+background.
 
     python benchmarks/checkpoint_cost.py [--turn 10] [--rounds 60] [--threads 1] [--out FILE.json]
 
 ResNet-18 on random 32x32 images with LARS and conadv: a state of about 90 MB. A case is a turn of
-``--turn`` steps with one checkpoint at its beginning, and ends when that is written. With a checkpoint
-every 50 steps, a fifth of what the ratio to "none" is above 1 comes on top of a step. Longer turns
-would meet more of the machine's own changes of speed. With every core in use by the steps, a
-background write takes their time: leave it one (``--threads``).
+``--turn`` steps with one checkpoint at its beginning, and ends when that is written. With a
+checkpoint every 50 steps, a fifth of what the ratio to "none" is above 1 comes on top of a step.
+Longer turns would meet more of the machine's own changes of speed. With every core in use by the
+steps, a background write takes their time: leave it one (``--threads``).
 """
 
 from __future__ import annotations

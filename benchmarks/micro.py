@@ -1,12 +1,13 @@
 """Small timings: TrainStep, split batch norm and the optimizers, each beside what others have.
 
-    python benchmarks/micro.py engine|norm|optim [--rounds 20] [--threads 1] [--device cpu] [--out FILE.json]
-    torchrun --nproc-per-node 2 benchmarks/micro.py engine      beside torch's DistributedDataParallel
+    python benchmarks/micro.py engine|norm|optim [--rounds 20] [--threads 1] [--out FILE.json]
+    torchrun --nproc-per-node 2 benchmarks/micro.py engine   # beside DistributedDataParallel
 
-engine: a step through TrainStep beside the same arithmetic by hand: no clock, no check for non-finite numbers, no keyed
-randomness. norm: forward and backward of two halves through split batch norm, beside plain ones and timm's. optim: an
-optimizer step on ResNet-50's parameters; yardsticks are torch's fused SGD (for LARS) and AdamW (for LAMB); norm and
-bias parameters have neither weight decay nor trust ratio in any of them. timm's lines are left out without timm.
+engine: a step through TrainStep beside the same arithmetic by hand: no clock, no check for
+non-finite numbers, no keyed randomness. norm: forward and backward of two halves through split
+batch norm, beside plain ones and timm's. optim: an optimizer step on ResNet-50's parameters;
+yardsticks are torch's fused SGD (for LARS) and AdamW (for LAMB); norm and bias parameters have
+neither weight decay nor trust ratio in any of them. timm's lines are left out without timm.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def with_engine(step: conadv.TrainStep, x: Tensor, y: Tensor) -> None:
 def by_hand(
     model: nn.Module, method: conadv.Concurrent | None, x: Tensor, y: Tensor, comm: conadv.Comm
 ) -> Callable[[], float]:
-    """A loop of one's own: conadv on one rank, plain training by DistributedDataParallel on several."""
+    """A loop of one's own: conadv on one rank, plain training by DistributedDataParallel on
+    several.
+    """
     update = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     network: Any = model
     if comm.ranks > 1:

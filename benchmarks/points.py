@@ -20,7 +20,9 @@ ALIKE = {
 
 
 def combine(name: str, out: str, *files: str) -> None:
-    """What is alike once, and the rest of every point. SystemExit if points were measured otherwise."""
+    """What is alike once, and the rest of every point. SystemExit if points were measured
+    otherwise.
+    """
     points: list[Json] = [json.loads(Path(file).read_text()) for file in files]
     for key in ALIKE[name]:
         if any(point[key] != points[0][key] for point in points):

@@ -1,9 +1,11 @@
-"""An image folder in which a few photographs stand many times, by symbolic links: for trying a large batch.
+"""An image folder in which a few photographs stand many times, by symbolic links: for trying a
+large batch.
 
     python benchmarks/repeat_folder.py SOURCE TARGET --images 98304
 
-SOURCE holds one folder per class; TARGET gets train/<class>/<copy> -> SOURCE/<class>, at least ``images`` files in all,
-and val/<class>. This is no training set: it lets a step at a real global batch run where the real images are not.
+SOURCE holds one folder per class; TARGET gets train/<class>/<copy> -> SOURCE/<class>, at least
+``images`` files in all, and val/<class>. This is no training set: it lets a step at a real global
+batch run where the real images are not.
 """
 
 from __future__ import annotations

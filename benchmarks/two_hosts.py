@@ -1,8 +1,8 @@
 """What benchmarks/two_hosts.sh needs besides the benchmark: the link's true rate, and a figure.
 
-python benchmarks/two_hosts.py probe HOST ADDRESS FILE          both hosts at once: bandwidth and round trip
-python benchmarks/two_hosts.py join RATE BENCH LINK FILE        one rate: the benchmark's JSON and the link's
-python benchmarks/two_hosts.py draw FILE FIGURE.svg             or .png
+python benchmarks/two_hosts.py probe HOST ADDRESS FILE     both hosts at once: bandwidth, round trip
+python benchmarks/two_hosts.py join RATE BENCH LINK FILE   the benchmark's JSON and the link's
+python benchmarks/two_hosts.py draw FILE FIGURE.svg        or .png
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INK = "#7d8590"  # readable on white and on black
 
 
 def probe(host: str, address: str, out: str) -> None:
-    """Megabits of payload per second and direction while both hosts send, and the median round trip. Host 0 writes."""
+    """Mbit/s of payload while both hosts send, and the median round trip. Host 0 writes."""
     with _connect(int(host), address) as link:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         trips = [_round_trip(link, int(host)) for _ in range(ROUND_TRIPS)]
@@ -106,7 +106,7 @@ def attack_ms(point: Json) -> float | None:
 
 
 def sum_ms(point: Json) -> float:
-    """What summing the gradients takes at the measured rate: each of n ranks sends 2 (n - 1) / n of them."""
+    """The all-reduce at the measured rate: each of n ranks sends 2 (n - 1) / n of the gradients."""
     rows = point["tables"]["attack-cost"]
     n = rows[0]["labels"]["learners"]
     largest = max(row["labels"]["gradient_bytes"] for row in rows)
@@ -114,7 +114,7 @@ def sum_ms(point: Json) -> float:
 
 
 def draw(file: str, out: str) -> None:
-    """Overhead over noise by link rate, with and without backward overlap; bands are the intervals of the medians."""
+    """Overhead over noise by link rate; bands are the intervals of the medians."""
     points = json.loads(Path(file).read_text())["points"]
     inked = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
     look = dict.fromkeys(inked, INK) | {"svg.hashsalt": "conadv", "figure.facecolor": "none"}

@@ -2,8 +2,9 @@
 
     accelerate launch examples/accelerate_loop.py
 
-Accelerate starts the processes, deals out the data and writes checkpoints. The model is not prepared by it: TrainStep
-sums gradients over the processes itself, while the attack runs, and has its own mixed precision (``precision``).
+Accelerate starts the processes, deals out the data and writes checkpoints. The model is not
+prepared by it: TrainStep sums gradients over the processes itself, while the attack runs, and has
+its own mixed precision (``precision``).
 """
 
 import torch

@@ -1,6 +1,7 @@
 """ConAdv in a Lightning module, by manual optimization: python examples/lightning_module.py
 
-One process: TrainStep sums gradients over ranks itself, so for several use torchrun with a plain loop or Accelerate.
+One process: TrainStep sums gradients over ranks itself, so for several use torchrun with a plain
+loop or Accelerate.
 """
 
 import lightning as L

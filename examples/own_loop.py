@@ -2,9 +2,10 @@
 
     python examples/own_loop.py
 
-Trains a small network on scikit-learn's 8x8 digits and prints the test accuracy. The loop keeps its own optimizer and
-its own schedule; `step.gradient` takes the place of `loss.backward()`, and `step.prepare` attacks a batch that comes
-later. For a loop that wants nothing of its own, `step(batch, future)` does it all.
+Trains a small network on scikit-learn's 8x8 digits and prints the test accuracy. The loop keeps its
+own optimizer and its own schedule; `step.gradient` takes the place of `loss.backward()`, and
+`step.prepare` attacks a batch that comes later. For a loop that wants nothing of its own,
+`step(batch, future)` does it all.
 """
 
 import torch

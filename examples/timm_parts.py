@@ -1,9 +1,10 @@
-"""ConAdv with the parts of timm's training script: its data loader, mixup, loss, optimizer and scheduler.
+"""ConAdv with the parts of timm's training script: its data loader, mixup, loss, optimizer and
+scheduler.
 
     python examples/timm_parts.py
 
-Where timm's script has `loss_fn(model(input), target)`, `loss.backward()` and `optimizer.step()`, there is one call of
-the step. Mixed labels are probabilities: both views and the attack take them.
+Where timm's script has `loss_fn(model(input), target)`, `loss.backward()` and `optimizer.step()`,
+there is one call of the step. Mixed labels are probabilities: both views and the attack take them.
 """
 
 import timm

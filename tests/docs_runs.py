@@ -1,9 +1,10 @@
 """How the tests run the commands of the documentation, and which ones they do not run, and why.
 
-A page's blocks run in their order in one empty folder. What a page calls DIR, RUN or PHOTOGRAPHS lies there under that
-very name: small random images, a short run. A run or profile that a page names and has not made is a copy of one.
-Options in ``LAST`` are put behind the page's own, where the later one wins; those in ``UNLESS_GIVEN`` only if the
-page has none like it. torchrun's options go through torchrun's parser, and its program runs as one process here.
+A page's blocks run in their order in one empty folder. What a page calls DIR, RUN or PHOTOGRAPHS
+lies there under that very name: small random images, a short run. A run or profile that a page
+names and has not made is a copy of one. Options in ``LAST`` are put behind the page's own, where
+the later one wins; those in ``UNLESS_GIVEN`` only if the page has none like it. torchrun's options
+go through torchrun's parser, and its program runs as one process here.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def why_not(words: list[str]) -> str | None:
 
 
 def _begins(words: list[str], start: str) -> bool:
-    """Whole words but for the last, so that "train imagenet" stands for all recipes with that name."""
+    """By whole words but for the last: "train imagenet" stands for all such recipes."""
     *first, last = start.split()
     return words[: len(first)] == first and "".join(words[len(first) :][:1]).startswith(last)
 
@@ -115,7 +116,9 @@ def tiny(words: list[str]) -> list[str]:
 
 
 def run(words: list[str], kept: Path) -> None:
-    """Run a command in the present folder; the test fails unless it ends well. ``kept``: what ``short_run`` made."""
+    """Run a command in the present folder; the test fails unless it ends well. ``kept``: what
+    ``short_run`` made.
+    """
     if words[0] == "torchrun":
         parsed: argparse.Namespace = get_args_parser().parse_args(words[1:])
         assert parsed.module, "torchrun is shown with -m conadv"
@@ -184,13 +187,15 @@ def photographs(folder: Path, count: int) -> None:
 
 def short_run(folder: Path) -> None:
     """A run whose record has something for every command that reads one."""
-    words = f"train digits --method conadv --probe.every-epochs 4 --out {folder} --steps 9 {SHORT}".split()
+    options = f"--method conadv --probe.every-epochs 4 --out {folder} --steps 9 {SHORT}"
+    words = ["train", "digits", *options.split()]
     assert cli.main(words) == 0, "see stderr"
 
 
 def on_two_ranks(program: str, folder: Path) -> None:
     """Run a Python program under torchrun as two processes."""
-    # torch's threads now and then abort Python's way out ("terminate called without an active exception")
+    # torch's threads now and then abort Python's way out ("terminate called without an active
+    # exception")
     (folder / "page.py").write_text(f"{program}\nimport os\nos._exit(0)\n")
     around = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     around["PYTHONPATH"] = str(ROOT)

@@ -1,4 +1,6 @@
-"""The program as a user meets it: help without torch, exit codes, messages, and a run from the command line."""
+"""The program as a user meets it: help without torch, exit codes, messages, and a run from the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,8 @@ def test_live_progress_on_a_terminal(
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # Red when: --overwrite, --resume, --device or --threads has no effect, or torchrun's count of restarts.
+    # Red when: --overwrite, --resume, --device or --threads has no effect, or torchrun's count of
+    # restarts.
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
         "conadv.training.loop.train",

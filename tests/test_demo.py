@@ -21,7 +21,8 @@ from .test_sweep import train_here
 
 
 def test_plan() -> None:
-    # Red when: an arm trains something else than its name says, or the seed or the epochs do not arrive.
+    # Red when: an arm trains something else than its name says, or the seed or the epochs do not
+    # arrive.
     runs = plan(2, epochs=8)
     assert [(arm, run.config.seed) for arm, run in runs] == [
         (arm, seed) for seed in range(2) for arm in ARMS

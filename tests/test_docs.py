@@ -1,11 +1,14 @@
-"""The documentation is true: its Python runs, its commands parse, its links lead somewhere, its tables are complete.
+"""The documentation is true: its Python runs, its commands parse, its links lead somewhere, its
+tables are complete.
 
-Each page's ```python blocks and the commands of its ```sh and ```console blocks run in the order of the page, in one
-namespace and one folder, small (``docs_runs.py`` says how, and gives the reason for each command that is not run). The
-pages may take two names for granted, as their readers have them: ``model`` (a small network for 8x8 grey images) and
-``loader`` (batches for it). A page with the comment "tests: two ranks" has its Python run by two processes.
-Before that every command goes through its own parser as it stands, and `conadv train` through resolve(); `make` targets
-and scripts must exist. Lines that a ```diff block leaves alone stand in the code; ```yaml is a file of the repository.
+Each page's ```python blocks and the commands of its ```sh and ```console blocks run in the order of
+the page, in one namespace and one folder, small (``docs_runs.py`` says how, and gives the reason
+for each command that is not run). The pages may take two names for granted, as their readers have
+them: ``model`` (a small network for 8x8 grey images) and ``loader`` (batches for it). A page with
+the comment "tests: two ranks" has its Python run by two processes. Before that every command goes
+through its own parser as it stands, and `conadv train` through resolve(); `make` targets and
+scripts must exist. Lines that a ```diff block leaves alone stand in the code; ```yaml is a file of
+the repository.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ _LINK = re.compile(r"!?\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 
 
 def in_order(text: str) -> Iterator[tuple[str, str]]:
-    """(language, body) of the fenced blocks from the top of a page to its end, those within lists too.
+    """(language, body) of the fenced blocks from the top of a page to its end, those within lists
+    too.
 
     A line number in an error is that of the page.
     """
@@ -79,7 +83,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def commands_of(language: str, body: str) -> Iterator[list[str]]:
-    """The words of every command of one block: lines joined; prompts, comments and output left out."""
+    """The words of every command of one block, without prompts, comments and output."""
     for line in body.replace("\\\n", " ").splitlines():
         if language == "console" and not line.startswith("$ "):
             continue  # what the command prints
@@ -103,7 +107,9 @@ def anchors(text: str) -> set[str]:
 
 
 def parse(words: list[str]) -> Config | None:
-    """Parse a `conadv` command as the program does; the config for `conadv train`. ConadvError or SystemExit if not."""
+    """Parse a `conadv` command as the program does; the config for `conadv train`. ConadvError or
+    SystemExit if not.
+    """
     name, *args = words[1:]
     if name in OPTIONS_ALONE:
         return None
@@ -168,7 +174,8 @@ def test_blocks_run(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_diffs_and_specs_fit_the_repository(name: str) -> None:
-    # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec has an unknown key.
+    # Red when: the row beside which extending.md adds one is renamed; sweep.md's spec has an
+    # unknown key.
     text = (ROOT / name).read_text()
     files = [path for folder in ("conadv", "tests") for path in (ROOT / folder).rglob("*.py")]
     code = [path.read_text() for path in files] if "```diff" in text else []
@@ -183,7 +190,8 @@ def test_diffs_and_specs_fit_the_repository(name: str) -> None:
 
 
 def test_what_is_not_run_has_a_reason() -> None:
-    # Red when: a command goes from the pages and its reason stays, or the test that a reason names is renamed.
+    # Red when: a command goes from the pages and its reason stays, or the test that a reason names
+    # is renamed.
     shown = [words for name in NAMES for words in commands((ROOT / name).read_text())]
     for start, reason in docs_runs.NOT_RUN.items():
         assert any(docs_runs.why_not(words) == reason for words in shown), f"no page has {start}"
@@ -201,7 +209,8 @@ def test_scripts_are_bash(path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Red when: a page writes --warmup-epochs for --schedule.warmup-epochs, or --staleness beside --method disadv.
+    # Red when: a page writes --warmup-epochs for --schedule.warmup-epochs, or --staleness beside
+    # --method disadv.
     monkeypatch.chdir(tmp_path)
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for words in commands((ROOT / name).read_text()):
@@ -245,7 +254,8 @@ def test_every_method_has_its_row() -> None:
 def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parsers above find what they are for: an empty list would pass every page."""
     monkeypatch.chdir(tmp_path)
-    text = "# One  head\n\n```sh\nA=1 conadv train digits \\\n  --lr 3  # a; b\n```\n```console\n$ make test\nok\n```\n"
+    text = "# One  head\n\n```sh\nA=1 conadv train digits \\\n  --lr 3  # a; b\n```\n"
+    text += "```console\n$ make test\nok\n```\n"
     text += "* a\n\n  ```python\n  if 1:\n      1 / 0\n  ```\nSee [a](b.md#c) and `[no](link)`.\n"
     assert list(commands(text)) == [["conadv", "train", "digits", "--lr", "3"], ["make", "test"]]
     assert blocks(text, "python")[0].lstrip("\n") == "if 1:\n    1 / 0\n"

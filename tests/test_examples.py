@@ -1,4 +1,6 @@
-"""The examples run, learn, and do what they say: every step is checked against Algorithm 1 as it happens."""
+"""The examples run, learn, and do what they say: every step is checked against Algorithm 1 as it
+happens.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def load(name: str) -> Any:
 
 
 class Watched(TrainStep):
-    """A TrainStep that holds what the example makes of it against the plain arithmetic, step by step."""
+    """A TrainStep that holds what the example makes of it against the plain arithmetic, step by
+    step.
+    """
 
     engines: ClassVar[list[Watched]] = []
 
@@ -85,8 +89,8 @@ def through(model: nn.Module, name: str, x: Tensor) -> Tensor:
 def test_examples_train_on_images_made_at_the_weights_before(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # Red when: a loop windows every epoch on its own (a step of the second epoch then has staleness 0), calls prepare
-    # after the update, or attacks the batch of the present step.
+    # Red when: a loop windows every epoch on its own (a step of the second epoch then has staleness
+    # 0), calls prepare after the update, or attacks the batch of the present step.
     example = load(name)
     monkeypatch.chdir(tmp_path)  # Lightning writes a checkpoint there
     monkeypatch.setattr(example, "TrainStep", Watched)
@@ -112,7 +116,8 @@ def test_own_loop_learns() -> None:
 
 
 def test_accelerate_saves_the_images_that_wait(tmp_path: Path) -> None:
-    # Red when: a process's own state goes through Accelerate, which saves that of the first one for all.
+    # Red when: a process's own state goes through Accelerate, which saves that of the first one for
+    # all.
     load("accelerate_loop").main(epochs=1, limit=200, folder=str(tmp_path))
     assert {"version", "pending"} <= torch.load(tmp_path / "conadv_0.pt", weights_only=True).keys()
     files = list(tmp_path.glob("custom_checkpoint_*.pkl"))
@@ -124,7 +129,8 @@ def test_accelerate_saves_the_images_that_wait(tmp_path: Path) -> None:
 def test_lightning_goes_on_with_the_images_that_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Red when: on_load_checkpoint is left out: the first step after it then attacks its own batch, staleness 0.
+    # Red when: on_load_checkpoint is left out: the first step after it then attacks its own batch,
+    # staleness 0.
     example, found = load("lightning_module"), []
     monkeypatch.chdir(tmp_path)
 

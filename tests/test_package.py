@@ -1,4 +1,6 @@
-"""What `pip install` gives: wheel and source distribution have all they need, and run from another folder."""
+"""What `pip install` gives: wheel and source distribution have all they need, and run from another
+folder.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
 
 
 def test_the_sdist_builds_the_same_wheel(built: tuple[Path, Path], tmp_path: Path) -> None:
-    # Red when: MANIFEST.in prunes conadv/report, or a file that the build reads is not in the sdist.
+    # Red when: MANIFEST.in prunes conadv/report, or a file that the build reads is not in the
+    # sdist.
     sdist, wheel = built
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
@@ -106,7 +109,8 @@ def test_it_runs_from_where_it_is_installed(built: tuple[Path, Path], tmp_path: 
 
 
 def imported(tree: ast.AST, always: bool = True) -> Iterator[tuple[str, bool]]:
-    """(top-level module, whether importing the file imports it) for every import statement below ``tree``.
+    """(top-level module, whether importing the file imports it) for every import statement below
+    ``tree``.
 
     Not always: within functions, under TYPE_CHECKING, and where an ImportError is caught.
     """
@@ -135,8 +139,8 @@ OWNERS = {
 
 
 def test_the_declared_dependencies_are_what_the_package_imports() -> None:
-    # Red when: a module is imported whose distribution is not in pyproject.toml's dependencies (in its extras, for
-    # imports within functions), or a dependency is imported nowhere.
+    # Red when: a module is imported whose distribution is not in pyproject.toml's dependencies (in
+    # its extras, for imports within functions), or a dependency is imported nowhere.
     text = (ROOT / "pyproject.toml").read_text()  # tomllib is not in Python 3.10
     dependencies, extra = re.findall(
         r"^dependencies = (\[.*?^\])|^\[project.optional-dependencies\]\n(.*?)^\[",
@@ -158,7 +162,8 @@ def test_the_declared_dependencies_are_what_the_package_imports() -> None:
 
 
 def test_extras_are_installed_from_the_checkout_everywhere() -> None:
-    # Red when: a page, a message or a comment installs an extra from an index, or one that pyproject.toml has not.
+    # Red when: a page, a message or a comment installs an extra from an index, or one that
+    # pyproject.toml has not.
     project = (ROOT / "pyproject.toml").read_text()
     section = project.split("[project.optional-dependencies]")[1].split("[project.")[0]
     known = set(re.findall(r"^(\w+) = \[", section, re.M))

@@ -1,4 +1,5 @@
-"""Records -> timelines: shares worked out by hand, traces that viewers accept, pictures, bad records.
+"""Records -> timelines: shares worked out by hand, traces that viewers accept, pictures, bad
+records.
 
 The records are written by ``record``: lines of docs/record.md with made-up times, in milliseconds.
 """
@@ -33,9 +34,10 @@ Spans = list[tuple[str, float, float]]
 STEP = 100.0  # milliseconds from one step to the next
 ROOT = Path(__file__).parent.parent
 
-# Both have launched the first bucket at 40 and the second at 50. So gradients are on rank 0's network
-# from 40 to 75 (35 ms), 10 ms of it in "wait", and its whole attack lies beside that; on rank 1's from
-# 40 to 60 (20 ms), never in "wait", which comes later, and 5 of the attack's 20 ms come after it.
+# Both have launched the first bucket at 40 and the second at 50. So gradients are on rank 0's
+# network from 40 to 75 (35 ms), 10 ms of it in "wait", and its whole attack lies beside that; on
+# rank 1's from 40 to 60 (20 ms), never in "wait", which comes later, and 5 of the attack's 20 ms
+# come after it.
 OWN: Spans = [("data", 0, 5), ("gradient", 5, 45), ("attack", 45, 65)]
 FIRST: Spans = [*OWN, ("wait", 65, 75), ("update", 75, 85)]
 FIRST += [("network", 35, 55), ("network", 50, 75)]
@@ -50,7 +52,7 @@ def seconds(spans: Spans, begin: float) -> list[list[Any]]:
 def record(
     learners: Sequence[Spans], attackers: Sequence[Spans] = (), steps: int = 20, **header: Any
 ) -> list[Any]:
-    """The same spans in every step, STEP apart; rank 0 in "step" lines, others in "timeline" lines."""
+    """The same spans in every step; rank 0 in "step" lines, others in "timeline" lines."""
     execution = {"executor": "inline", "learners": len(learners), "attack_ranks": len(attackers)}
     settings = {"method": "conadv", "staleness": 1}
     lines: list[Any] = [{"type": "header", "config": settings, "execution": execution | header}]
@@ -78,7 +80,8 @@ cells = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)).map(sorted), 
 
 @given(cells, cells)
 def test_intervals_are_sets(a: list[list[int]], b: list[list[int]]) -> None:
-    # Red when: an interval inside an earlier one counts again, or one that only touches is left out.
+    # Red when: an interval inside an earlier one counts again, or one that only touches is left
+    # out.
     def array(pairs: list[list[int]]) -> np.ndarray:
         return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
@@ -110,8 +113,8 @@ def attacker(attack: float) -> Spans:
 
 # lines -> (seconds, exposed, delay, shares of ranks) in ms, None where nothing is to be hidden
 COMMUNICATION = {
-    # Red when: buckets are added instead of united (40 ms), "wait" counts as work, ranks are averaged
-    # (6/7), or a bucket is on the network before both have launched it (30/40).
+    # Red when: buckets are added instead of united (40 ms), "wait" counts as work, ranks are
+    # averaged (6/7), or a bucket is on the network before both have launched it (30/40).
     "two learners": (record([FIRST, SECOND]), (27.5, 5, 0.5, {0: 25 / 35, 1: 1})),
     "a slower learner": (record(UNEVEN), (20, 5, 0.5, {0: 10 / 20, 1: 1})),
     "one process": (record([[("gradient", 0, 50), ("attack", 50, 70)]]), None),
@@ -156,7 +159,8 @@ def test_shares_by_hand(share: Any, lines: list[Any], want: Any) -> None:
 
 
 def test_buckets_are_matched_within_their_step() -> None:
-    # Red when: buckets are numbered through the run: after a step that rank 1 lacks, they do not match.
+    # Red when: buckets are numbered through the run: after a step that rank 1 lacks, they do not
+    # match.
     lines = [x for x in record([FIRST, SECOND]) if (x.get("rank"), x.get("step")) != (1, 5)]
     hidden = hidden_communication(timeline(lines))
     assert hidden is not None
@@ -189,8 +193,8 @@ def test_warm_up_does_not_count() -> None:
 
 
 def test_phase_table_by_hand() -> None:
-    # Red when: overlapping buckets are added, a step lasts until the next one, or the network is part of
-    # the step's extent.
+    # Red when: overlapping buckets are added, a step lasts until the next one, or the network is
+    # part of the step's extent.
     sends: Spans = [("receive", 0, 30), ("attack", 30, 100), ("transfer", 90, 130)]
     found = summary(timeline(record([FIRST, SECOND], [sends])))
     learner, attacker = (found.loc[role] for role in ("learner", "attack"))
@@ -205,7 +209,8 @@ def test_phase_table_by_hand() -> None:
 
 
 def test_the_committed_record() -> None:
-    # Red when: records of version 0.2 cannot be read, or the pictures' numbers are not this record's.
+    # Red when: records of version 0.2 cannot be read, or the pictures' numbers are not this
+    # record's.
     found = {
         path.stem: timeline(read_lines(path))
         for path in (ROOT / "results/timelines").glob("*.jsonl")
@@ -224,8 +229,8 @@ def test_the_committed_record() -> None:
 
 
 def test_a_resumed_run_has_one_clock_per_part() -> None:
-    # Red when: the parts are laid over each other, the shorter one is taken, or a part keeps the other's
-    # ranks.
+    # Red when: the parts are laid over each other, the shorter one is taken, or a part keeps the
+    # other's ranks.
     first = record([FIRST, SECOND], steps=4)
     second = [x | {"step": x["step"] + 4} for x in record([SECOND], steps=10)[1:]]
     resume = {"type": "resume", "step": 4, "execution": {"executor": "stream"}}
@@ -324,7 +329,8 @@ def check_nesting(events: list[dict[str, Any]]) -> None:
 
 
 def test_trace_by_hand() -> None:
-    # Red when: times are in milliseconds, not shifted to the first span, or two ranks share a thread id.
+    # Red when: times are in milliseconds, not shifted to the first span, or two ranks share a
+    # thread id.
     complete = check_trace(found := trace(timeline(record([FIRST, SECOND], steps=3))))
     assert len(complete) == 3 * 14
     attacks = [(e["ts"], e["dur"]) for e in complete if e["name"] == "attack" and e["pid"] == 1]
@@ -381,8 +387,8 @@ def test_the_window_is_typical() -> None:
 
 
 def test_picture() -> None:
-    # Red when: ranks beyond MOST are drawn, the last attack rank is not, phases that nobody can see are in
-    # the legend, or gradients are drawn before all learners have launched them.
+    # Red when: ranks beyond MOST are drawn, the last attack rank is not, phases that nobody can see
+    # are in the legend, or gradients are drawn before all learners have launched them.
     fast: Spans = [("data", 0, 0.001), ("gradient", 5, 60), ("update", 79, 80), ("network", 30, 70)]
     slow: Spans = [("gradient", 5, 60), ("update", 79, 80), ("network", 50, 70)]
     attacks: Spans = [("receive", 0, 10), ("attack", 10, 40)]
@@ -414,8 +420,8 @@ def run(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, str
 
 
 def test_command_on_a_real_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Red when: the phases of the record and the lengths of its spans are not the same seconds; --out is
-    # ignored.
+    # Red when: the phases of the record and the lengths of its spans are not the same seconds;
+    # --out is ignored.
     train(config(method="conadv"), tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "record.jsonl")
     steps = [line for line in lines if line["type"] == "step"]

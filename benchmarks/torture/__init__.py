@@ -1,7 +1,8 @@
 """Torture campaigns: faults by the hundred, each checked, and one JSON per campaign.
 
-A campaign is a module of this folder whose docstring begins with what it does, with ``run(short, out)``, which returns
-counts and seeds, and raises AssertionError where the product did not do what it promises.
+A campaign is a module of this folder whose docstring begins with what it does, with ``run(short,
+out)``, which returns counts and seeds, and raises AssertionError where the product did not do what
+it promises.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ Json = dict[str, Any]
 
 
 def trials(out: Path, total: int, trial: Callable[[int], Json]) -> list[Json]:
-    """The results of trial(0) to trial(total - 1). ``out`` keeps one JSON line each: a cut-off campaign goes on."""
+    """The results of trial(0) to trial(total - 1). ``out`` keeps one JSON line each: a cut-off
+    campaign goes on.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "trials.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -34,7 +37,9 @@ def trials(out: Path, total: int, trial: Callable[[int], Json]) -> list[Json]:
 
 
 def run(name: str, short: bool, folder: Path) -> Json:
-    """One campaign, from its start or from where it was cut off; returns what was written to FOLDER/<name>.json."""
+    """One campaign, from its start or from where it was cut off; returns what was written to
+    FOLDER/<name>.json.
+    """
     import torch
 
     from conadv.training import provenance

@@ -2,7 +2,7 @@
 
 python -m benchmarks.torture                     list the campaigns
 python -m benchmarks.torture all                 every campaign in full (`make torture`)
-python -m benchmarks.torture NAME... [--short]   some of them; --short is the form that the tests run
+python -m benchmarks.torture NAME... [--short]   some; --short is the form that the tests run
     [--out FOLDER]                               default results/reliability (--short: give another)
 """
 

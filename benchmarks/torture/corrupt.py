@@ -1,8 +1,10 @@
-"""Random damage to the newest checkpoints of a run: all of it is found, and the newest intact checkpoint is used.
+"""Random damage to the newest checkpoints of a run: all of it is found, and the newest intact
+checkpoint is used.
 
-A mutation spoils the newest one to three of four checkpoints, or exchanges two of them. The folder must then give the
-newest intact state, bit for bit, with a message for each damaged file. After every RESUME_EVERY-th mutation the run is
-also resumed, and must end with the bits of the run that nothing happened to.
+A mutation spoils the newest one to three of four checkpoints, or exchanges two of them. The folder
+must then give the newest intact state, bit for bit, with a message for each damaged file. After
+every RESUME_EVERY-th mutation the run is also resumed, and must end with the bits of the run that
+nothing happened to.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ MUTATIONS: dict[str, Mutation] = {
 SETUP = Setup(
     1,
     0,
-    "--method conadv --staleness 2 --steps 8 --eval.every-epochs None --checkpoint.every-epochs 0.2 "
-    "--checkpoint.keep 4",
+    "--method conadv --staleness 2 --steps 8 --eval.every-epochs None "
+    "--checkpoint.every-epochs 0.2 --checkpoint.keep 4",
 )
 
 

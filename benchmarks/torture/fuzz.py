@@ -1,9 +1,10 @@
 """Mutated configs, records, checkpoints, summaries, specs and profiles end in a result or an error.
 
-Two kinds of targets. READERS get bytes that are changed at random: the functions that read a stranger's file first.
-COMMANDS get a whole run of which one file has other values in its places (with a valid seal, where it is a
-checkpoint), so that what lies behind the first check is reached. An error is a ConadvError, or exit code 2. A crash is
-anything else, or an input that takes longer than SLOW seconds.
+Two kinds of targets. READERS get bytes that are changed at random: the functions that read a
+stranger's file first. COMMANDS get a whole run of which one file has other values in its places
+(with a valid seal, where it is a checkpoint), so that what lies behind the first check is reached.
+An error is a ConadvError, or exit code 2. A crash is anything else, or an input that takes longer
+than SLOW seconds.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ EACH = 250  # inputs of a reader in one trial; of a command a 25th
 FULL, SHORT = 400, 1  # trials of each target
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
-    b"NaN 1e999 -1 null true [] {} &a *a <<: = 4/0 !!int !!bool !!set_{a} 1:1 0xffffffffffffffffffffff "
-    b"!!python/name:os.system cos\nsystem\n R. PK\x01\x02 PK\x05\x06 \0 \n \x93 \xff\xfe \xed\xb2\x80 \xe2\x80\xa8"
+    b"NaN 1e999 -1 null true [] {} &a *a <<: = 4/0 !!int !!bool !!set_{a} 1:1 "
+    b"0xffffffffffffffffffffff !!python/name:os.system cos\nsystem\n R. PK\x01\x02 PK\x05\x06 "
+    b"\0 \n \x93 \xff\xfe \xed\xb2\x80 \xe2\x80\xa8"
 ).split(b" ")
 ODD = (None, -1, 0, True, 1.5, 2, "x", [], {}, ["x"], 2**63, 10**400, float("inf"), float("nan"))
 
 
 def mutate(data: bytes, seeds: list[bytes], draw: random.Random) -> bytes:
-    """A few changes: bytes, pieces cut, repeated or taken from another seed, words that mean something."""
+    """A few changes: bytes, pieces cut, repeated or taken from another seed, words that mean
+    something.
+    """
     out = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         at, width = draw.randint(0, len(out)), draw.choice((1, 1, 2, 4, 8, 64))
@@ -63,7 +67,9 @@ def mutate(data: bytes, seeds: list[bytes], draw: random.Random) -> bytes:
 
 
 def changed(value: Any, draw: random.Random) -> Any:
-    """A copy of lists, objects and plain values (others stay) of which one to three places became ODD or went."""
+    """A copy of lists, objects and plain values (others stay) of which one to three places became
+    ODD or went.
+    """
     found = _copied(value)
     for _ in range(draw.randint(1, 3)):
         if places := list(_places(found)):
@@ -135,7 +141,9 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _exit_code(args: list[str]) -> bool:
-    """Whether a command accepts its input. AssertionError for a code that stands for neither result nor error."""
+    """Whether a command accepts its input. AssertionError for a code that stands for neither result
+    nor error.
+    """
     try:
         code = main(args)
     except SystemExit as stop:  # how tyro ends
@@ -177,12 +185,15 @@ def _write_changed(file: Path, draw: random.Random) -> None:
 
 
 def make_base(base: Path) -> None:
-    """Genuine files of every kind. The run can go on for one step, so that a state has to survive an update."""
+    """Genuine files of every kind. The run can go on for one step, so that a state has to survive
+    an update.
+    """
     shutil.rmtree(base, ignore_errors=True)
     run = base / "run"
     options = (
-        "--method conadv --steps 3 --global-batch-size 8 --model.width 2 --data.train-images 40 --quiet "
-        "--schedule.warmup-epochs 0 --eval.train-images 8 --eval.robust-images 0 --checkpoint.every-epochs 0.2"
+        "--method conadv --steps 3 --global-batch-size 8 --model.width 2 --quiet "
+        "--data.train-images 40 --schedule.warmup-epochs 0 --eval.train-images 8 "
+        "--eval.robust-images 0 --checkpoint.every-epochs 0.2"
     )
     assert main(["train", "digits", *options.split(), "--out", str(run)]) == 0
     (run / "checkpoints" / "step_00000003.pt").unlink()

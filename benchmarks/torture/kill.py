@@ -1,7 +1,8 @@
-"""SIGKILL at random places of runs on 1, 2 and 3 ranks; resumed runs end with the bits of uninterrupted ones.
+"""SIGKILL at random places of runs on 1, 2 and 3 ranks; resumed runs end with the bits of
+uninterrupted ones.
 
-A trial is one run directory, killed up to KILLS times and then left to finish, always by the same command
-(``--auto-resume``). After every kill the newest checkpoint must be intact.
+A trial is one run directory, killed up to KILLS times and then left to finish, always by the same
+command (``--auto-resume``). After every kill the newest checkpoint must be intact.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ SETUPS = {
 
 
 def draw(choices: random.Random, setup: Setup, short: bool) -> tuple[Fault, int]:
-    """A fault and the rank that has it. In the short form it is one that the first life reaches on any machine."""
+    """A fault and the rank that has it. In the short form it is one that the first life reaches on
+    any machine.
+    """
     names = [name for name in SITES if name != "in an attack"]
     name = choices.choice(names if short else ["timer", *names])
     if name == "timer":
@@ -64,7 +67,9 @@ def trial(number: int, short: bool, folder: Path) -> dict[str, Any]:
 
 
 def intact(out: Path) -> int:
-    """The step of the newest checkpoint after a kill, which must be intact; 0 where there is none yet."""
+    """The step of the newest checkpoint after a kill, which must be intact; 0 where there is none
+    yet.
+    """
     import torch
 
     from conadv.training.checkpoint import find_newest, steps

@@ -1,8 +1,10 @@
-"""A link between two hosts that falls silent, for good or for five seconds, under two learners or an attack rank.
+"""A link between two hosts that falls silent, for good or for five seconds, under two learners or
+an attack rank.
 
-The hosts are network namespaces (root and iproute2 needed). Five seconds must cost nothing but time. For good: two
-learners both end by themselves with exit code 2 in time, and the same command finishes the run; a learner whose attack
-rank is behind the link finishes by ``--on-attack-loss continue``. All of them with the bits of a run without a fault.
+The hosts are network namespaces (root and iproute2 needed). Five seconds must cost nothing but
+time. For good: two learners both end by themselves with exit code 2 in time, and the same command
+finishes the run; a learner whose attack rank is behind the link finishes by ``--on-attack-loss
+continue``. All of them with the bits of a run without a fault.
 """
 
 from __future__ import annotations
@@ -64,7 +66,9 @@ def hosts() -> Iterator[list[str]]:
 
 
 def silence(names: list[str], on: bool = True) -> None:
-    """Packets leave for an address that no device has: nothing arrives, and nobody is told. Or restore the link."""
+    """Packets leave for an address that no device has: nothing arrives, and nobody is told. Or
+    restore the link.
+    """
     what = "replace {} lladdr 02:00:00:00:00:01 dev wire nud permanent" if on else "del {} dev wire"
     for name, other in zip(names, reversed(HOSTS), strict=True):
         ip(f"-n {name} neighbour {what.format(other)}")
@@ -95,7 +99,9 @@ def wait_for(what: Callable[[], bool], log: Path) -> None:
 
 
 def fault(kind: str, who: str, delay: float, args: list[str], out: Path) -> tuple[list[int], float]:
-    """Exit codes, and the seconds from the fault to the end of both ranks (of the learner, where one attacks)."""
+    """Exit codes, and the seconds from the fault to the end of both ranks (of the learner, where
+    one attacks).
+    """
     from conadv.training.checkpoint import steps
 
     log = out.with_suffix(".log")

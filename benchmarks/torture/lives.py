@@ -1,7 +1,9 @@
-"""Lives of a run: the program in processes from a fork server, one of which is killed or silenced at a chosen place.
+"""Lives of a run: the program in processes from a fork server, one of which is killed or silenced
+at a chosen place.
 
-A place is (site, count): the count-th time that the process comes there it ends itself with SIGKILL, which nothing can
-catch, or stops itself with SIGSTOP. ("timer", seconds) does so wherever the process is by then.
+A place is (site, count): the count-th time that the process comes there it ends itself with
+SIGKILL, which nothing can catch, or stops itself with SIGSTOP. ("timer", seconds) does so wherever
+the process is by then.
 """
 
 from __future__ import annotations
@@ -34,13 +36,16 @@ Fault = tuple[str, float]
 STEPS = 12
 BASE = (
     f"--global-batch-size 192 --micro-batch-size 32 --steps {STEPS} --model.width 4 --optim.lr 2 "
-    "--schedule.warmup-epochs 0.5 --eval.every-epochs 0.5 --eval.robust-images 32 --eval.robust-steps 1 "
+    "--schedule.warmup-epochs 0.5 --eval.every-epochs 0.5 --eval.robust-images 32 "
+    "--eval.robust-steps 1 "
     "--eval.train-images 100 --checkpoint.every-epochs 0.25 --checkpoint.keep 2"
 )
 
 
 class Setup(NamedTuple):
-    """How many ranks there are, how many of them only attack, and the options that differ from BASE."""
+    """How many ranks there are, how many of them only attack, and the options that differ from
+    BASE.
+    """
 
     ranks: int
     attackers: int
@@ -48,7 +53,8 @@ class Setup(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The call owner.name. ``count``: how often a process may come there in STEPS steps; ``after``: fail behind it.
+    """The call owner.name. ``count``: how often a process may come there in STEPS steps; ``after``:
+    fail behind it.
 
     ``before`` does half of what the call would do. ``first``: only rank 0 comes there.
     """
@@ -232,7 +238,9 @@ def remove(out: Path) -> None:
 
 
 def compare(a: Path, b: Path, what: str) -> None:
-    """AssertionError unless two runs have the same bits, the same results and, but for times, the same record."""
+    """AssertionError unless two runs have the same bits, the same results and, but for times, the
+    same record.
+    """
     import torch
 
     from conadv.training.checkpoint import load_newest, steps

@@ -1,8 +1,10 @@
-"""Ranks that die or fall silent at random places, learners and attack ranks, with no launcher that ends the others.
+"""Ranks that die or fall silent at random places, learners and attack ranks, with no launcher that
+ends the others.
 
-By ``--on-attack-loss continue`` the learners of a run that loses an attack rank must finish it with the bits of the run
-that lost nothing, and the record must say so. Otherwise every other rank must end by itself with exit code 2 and an
-error, within the timeout and what the diagnosis may take; the same command then finishes the run with the same bits.
+By ``--on-attack-loss continue`` the learners of a run that loses an attack rank must finish it with
+the bits of the run that lost nothing, and the record must say so. Otherwise every other rank must
+end by itself with exit code 2 and an error, within the timeout and what the diagnosis may take; the
+same command then finishes the run with the same bits.
 """
 
 from __future__ import annotations

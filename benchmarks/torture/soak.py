@@ -1,8 +1,9 @@
 """One long training with evaluations, checkpoints and a reader of its record: nothing may grow.
 
-Memory, file descriptors and threads of the process are sampled from outside. Flat means: the Theil-Sen slope of the
-second half, over that half, is below LIMITS. A shorter control run leaks all three on purpose and must be found.
-Meanwhile the record is read as it is written: every line that ends must be whole.
+Memory, file descriptors and threads of the process are sampled from outside. Flat means: the
+Theil-Sen slope of the second half, over that half, is below LIMITS. A shorter control run leaks all
+three on purpose and must be found. Meanwhile the record is read as it is written: every line that
+ends must be whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 from .lives import CONTEXT
 
 LIMITS = {"memory": 4 * 2**20, "descriptors": 1.0, "threads": 1.0}
-"""Growth that is still flat: bytes; counts, which a background write changes by one for a moment."""
+"""Growth that is still flat: bytes; counts, which a background write changes by one for a moment.
+"""
 SEED = 7
 SLOPES = 20_000  # pairs of samples that a slope is taken from
 FULL = {"steps": 20_000, "control": 2_000, "period": 100, "every": 0.5}
@@ -66,7 +68,9 @@ class Follower:
         self.path, self.steps, self.reads, self.halves, self._end = path, list[int](), 0, 0, 0
 
     def look(self) -> None:
-        """AssertionError where a line that ends is not whole, or the program's own reader sees fewer steps."""
+        """AssertionError where a line that ends is not whole, or the program's own reader sees
+        fewer steps.
+        """
         from conadv.training.record import read_lines
 
         if not self.path.exists():
@@ -95,7 +99,9 @@ def sample(pid: int, step: int) -> Sample:
 
 
 def growth(samples: Sequence[Sample]) -> dict[str, float]:
-    """What each of LIMITS has grown by in the second half of the steps: the median slope of pairs times the half."""
+    """What each of LIMITS has grown by in the second half of the steps: the median slope of pairs
+    times the half.
+    """
     last = samples[-1][0]
     half = [each for each in samples if each[0] >= last / 2]
     draw = random.Random(SEED)

@@ -58,14 +58,16 @@ class Args:
     overwrite: bool = False
     """Compute again, and replace an analysis with other options."""
     model: str | None = None
-    """Only for runs whose model is code of yours: repeat its module:function, to say that it may run."""
+    """Only for runs whose model is code of yours: repeat its module:function, to say that it may
+    run.
+    """
 
 
 def command(args: Args) -> None:
     """Analyse every run in turn and show all as one table.
 
-    Raises ConadvError before any computation for a folder that is not a run or has no checkpoint, and
-    for an analysis with other options that only --overwrite may replace.
+    Raises ConadvError before any computation for a folder that is not a run or has no checkpoint,
+    and for an analysis with other options that only --overwrite may replace.
     """
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv analyze RUN...")
@@ -99,7 +101,7 @@ def _settings(path: Path, args: Args) -> dict[str, Any]:
 
 
 def _done(path: Path, now: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the run has this very analysis. Another one is an error unless it may be overwritten."""
+    """Whether the run has this analysis. Another one is an error, unless it may be overwritten."""
     if overwrite or not RunDir(path).analysis_file.exists():
         return False
     found = read(path)

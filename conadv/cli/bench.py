@@ -51,10 +51,12 @@ class BenchArgs:
 
 @dataclass
 class AttackCostArgs(BenchArgs):
-    """Time of a training step by method, beside `noise`: the same views and gradients without an attack.
+    """Time of a training step by method, beside `noise`: the same views and gradients without an
+    attack.
 
-    Under torchrun each rank trains on its share; with --attack-ranks M, M of the ranks only attack. A case is
-    timed in bursts of consecutive steps, since an adversarial batch is made steps ahead of its use.
+    Under torchrun each rank trains on its share; with --attack-ranks M, M of the ranks only attack.
+    A case is timed in bursts of consecutive steps, since an adversarial batch is made steps ahead
+    of its use.
     """
 
     methods: tuple[MethodName, ...] = (
@@ -63,10 +65,13 @@ class AttackCostArgs(BenchArgs):
     batches: tuple[int, ...] = (64,)
     """Clean images per rank and step."""
     executors: tuple[Literal["inline", "stream", "ranks"], ...] | None = None
-    """How conadv's attack runs: inline, stream (CUDA), ranks. Default: inline, and ranks if there are
-    attack ranks."""
+    """How conadv's attack runs: inline, stream (CUDA), ranks. Default: inline, and ranks if there
+    are attack ranks.
+    """
     attack_ranks: int = 0
-    """Ranks of the world that only attack; the others learn, and noise runs on these learners alone."""
+    """Ranks of the world that only attack; the others learn, and noise runs on these learners
+    alone.
+    """
     overlap: Literal["on", "off", "both"] = "on"
     """Whether gradients leave for the other ranks while backward still runs."""
     model: str = "resnet20"
@@ -102,10 +107,12 @@ class AttackCostArgs(BenchArgs):
 
 @dataclass
 class DataArgs(BenchArgs):
-    """Images per second of the loader, beside a plain DataLoader with the same torchvision transforms.
+    """Images per second of the loader, beside a plain DataLoader with the same torchvision
+    transforms.
 
-    Without --data it reads images made at random in a temporary folder. To see what a training step leaves of
-    it, give the step's --accumulation and the seconds that it computes as --pause: workers read on meanwhile.
+    Without --data it reads images made at random in a temporary folder. To see what a training step
+    leaves of it, give the step's --accumulation and the seconds that it computes as --pause:
+    workers read on meanwhile.
     """
 
     rounds: int = 5

@@ -1,6 +1,8 @@
-"""The demo: one network, one data set, one question. What does a full batch lose, and what wins it back?
+"""The demo: one network, one data set, one question. What does a full batch lose, and what wins it
+back?
 
-Seven arms on scikit-learn's digits, several seeds each, a few runs at a time, each an ordinary run directory.
+Seven arms on scikit-learn's digits, several seeds each, a few runs at a time, each an ordinary run
+directory.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from conadv.sweep.pool import cores, run_pool
 
 BASELINE = "full batch, LARS"
 
-# The small batch has an optimizer of its own; all full-batch arms share the learning rate that was chosen for the
-# baseline (results/digits_lr), which favours the baseline.
+# The small batch has an optimizer of its own; all full-batch arms share the learning rate that was
+# chosen for the baseline (results/digits_lr), which favours the baseline.
 ARMS: dict[str, dict[str, Any]] = {
     "small batch 32, SGD": {
         "global_batch_size": 32,
@@ -41,7 +43,9 @@ ARMS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Args:
-    """Train the digits network at a small batch and at the full batch with every method, and compare."""
+    """Train the digits network at a small batch and at the full batch with every method, and
+    compare.
+    """
 
     out: Path = Path("runs/demo")
     """Folder for the runs, report.html, report.md and summary.json."""
@@ -56,7 +60,7 @@ class Args:
 
 
 def command(args: Args) -> None:
-    """Run all arms, write the report, show the table. Raises ConadvError for impossible arguments."""
+    """Run all arms, write the report, show the table."""
     from conadv.cli.tables import show_report
     from conadv.report import write_report
 

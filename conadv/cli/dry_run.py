@@ -46,7 +46,8 @@ def _needs(shown: Preview) -> dict[str, str]:
     steps, schedule = shown.run.derived.steps, make_schedule(shown.run.config, shown.run.derived)
     lrs = ", ".join(f"{schedule(i * (steps - 1) // 8):.3g}" for i in range(9))
     needs = {
-        "schedule": f"{steps:,} steps ({shown.run.derived.epochs:.4g} epochs); learning rate at every eighth: {lrs}",
+        "schedule": f"{steps:,} steps ({shown.run.derived.epochs:.4g} epochs); "
+        f"learning rate at every eighth: {lrs}",
         "data": f"{data.train_size:,} training{held} and {data.test_size:,} test images",
         "memory": f"a step needs at least {gib(shown.memory_needed)}; {free} free",
         "disk": f"{shown.checkpoints} checkpoint(s) of about {gib(shown.checkpoint)}{waiting}; "

@@ -26,7 +26,9 @@ class Args:
     threads: int | None = None
     """CPU threads that torch uses."""
     model: str | None = None
-    """Only for a run whose model is code of yours: repeat its module:function, to say that it may run."""
+    """Only for a run whose model is code of yours: repeat its module:function, to say that it may
+    run.
+    """
 
 
 def command(args: Args) -> None:

@@ -33,7 +33,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def check_numbers(options: Any) -> None:
-    """Raise ConadvError for a number in ``options``, a command's dataclass, that is out of bounds."""
+    """Raise ConadvError for a number in a command's ``options`` that is out of bounds."""
     for name, value in _numbers(options):
         option = f"--{name.replace('_', '-')} {str(value)[:30]}"
         least, most = BOUNDS.get(name, (-MOST, MOST))

@@ -33,7 +33,9 @@ def set_threads(threads: int | None) -> None:
 
 
 def trust(model: str | None) -> None:
-    """A model module:function that was typed in this command may run its code; one in a config alone may not."""
+    """A model module:function that was typed in this command may run its code; one in a config
+    alone may not.
+    """
     if model is not None:
         from conadv.models.own import trust
 

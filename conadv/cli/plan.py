@@ -57,7 +57,8 @@ class Args:
 
       torchrun --nproc-per-node 2 -m conadv plan PROFILE.json --measure all --workload.threads 1
 
-    then plan: conadv plan PROFILE.json --method conadv,noise --devices 1,8,64 --global-batch-size 8192
+    then plan: conadv plan PROFILE.json --method conadv,noise --devices 1,8,64 --global-batch-size
+    8192
     """
 
     profile: tyro.conf.Positional[Path]
@@ -82,7 +83,9 @@ class Args:
     attack_ranks: int | None = None
     """Fix the number of attack ranks (default: the best)."""
     objective: Literal["speed", "cost"] = "speed"
-    """Choose the layout with the most images per second, or with the fewest device-seconds per image."""
+    """Choose the layout with the most images per second, or with the fewest device-seconds per
+    image.
+    """
     link_gbit: float | None = None
     """Plan for a link of this many Gbit/s per rank instead of the measured one."""
     latency_us: float | None = None

@@ -1,8 +1,8 @@
 """``conadv COMMAND``: the table of commands, and how errors become messages and exit codes.
 
-Every command is a module of this folder with ``Args`` (its options) and ``command(args)``, which returns False where it
-found something wrong (exit code 1). A module is imported when its command is called: ``conadv --help`` does not wait for
-torch.
+Every command is a module of this folder with ``Args`` (its options) and ``command(args)``, which
+returns False where it found something wrong (exit code 1). A module is imported when its command is
+called: ``conadv --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def help_text() -> str:
             "  --version, --help            `conadv COMMAND --help` has the details",
             "  --debug                      show tracebacks (also with CONADV_DEBUG=1)",
             "",
-            "exit codes: 0 done, 1 check or doctor found something, 2 an error that you can act on,",
-            "70 a bug of conadv, 130 interrupted and 143 terminated (saved, if training), 141 broken pipe",
+            "exit codes: 0 done, 1 check or doctor found something, 2 an error to act on,",
+            "70 a bug of conadv, 130 interrupted, 143 terminated (saved), 141 broken pipe",
         ]
     )
 
@@ -70,7 +70,8 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code.
 
-    An error is one message. With --debug, or CONADV_DEBUG in the environment, the traceback comes before it.
+    An error is one message. With --debug, or CONADV_DEBUG in the environment, the traceback comes
+    before it.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("CONADV_DEBUG", "0") not in ("", "0") or "--debug" in args
@@ -137,8 +138,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
     ours = [frame for frame in frames if package in Path(frame.filename).parents]
     frame = (ours or list(frames))[-1]
     return EXIT_BUG, (
-        f"Unexpected {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: {error}. This "
-        "is a bug of conadv: please report it with what --debug shows (the traceback)."
+        f"Unexpected {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: "
+        f"{error}. This is a bug of conadv: please report it with the traceback that --debug shows."
     )
 
 

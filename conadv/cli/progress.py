@@ -12,7 +12,9 @@ from conadv.types import StepRecord
 
 
 class Plain(Observer):
-    """Lines of text, at most one every ``every`` seconds besides evaluations: for files and job logs."""
+    """Lines of text, at most one every ``every`` seconds besides evaluations: for files and job
+    logs.
+    """
 
     def __init__(self, every: float = 10.0) -> None:
         self._every = every

@@ -17,7 +17,9 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, or folders that contain runs; or the folder of one sweep."""
     out: Path | None = None
-    """The HTML file; the others lie beside it (default: runs/report.html; for a sweep, report.html in its folder)."""
+    """The HTML file; the others lie beside it (default: runs/report.html; for a sweep, report.html
+    in its folder).
+    """
     baseline: str | None = None
     """Label of the arm that differences refer to."""
 

@@ -10,7 +10,9 @@ from conadv.cli.options import say
 
 @dataclass
 class Args:
-    """Print a Slurm script that trains an ImageNet recipe on several nodes. conadv slurm > job.sh, and read it."""
+    """Print a Slurm script that trains an ImageNet recipe on several nodes. conadv slurm > job.sh,
+    and read it.
+    """
 
 
 def command(args: Args) -> None:

@@ -1,4 +1,4 @@
-"""``conadv staleness RUN...``: what the staleness probe measured, as a table and a picture per run."""
+"""``conadv staleness RUN...``: what the staleness probe measured, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from conadv.training.run_dir import RunDir
 
 @dataclass
 class Args:
-    """Show what stale and predicted weights are worth to the attack, measured by --probe.every-epochs."""
+    """Show what stale and predicted weights are worth to the attack, measured by
+    --probe.every-epochs.
+    """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories; each gets its staleness.png."""
 
 
 def command(args: Args) -> None:
-    """Print each run's table and write its picture. Raises ConadvError for a run without probe lines."""
+    """Print each run's table and write its picture. Raises ConadvError for a run without probe
+    lines.
+    """
     if not args.runs:
         raise ConadvError("Name at least one run directory: conadv staleness RUN...")
     runs = list(map(RunDir, args.runs))

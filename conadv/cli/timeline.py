@@ -1,4 +1,4 @@
-"""``conadv timeline RUN``: when every rank did what, as a trace, a picture and a few lines of text."""
+"""``conadv timeline RUN``: when every rank did what, as a trace, a picture and text."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ class Args:
     run: tyro.conf.Positional[Path]
     """Run directory."""
     steps: str | None = None
-    """The picture's steps as FIRST:END, END left out (default: 3 typical steps after the warm-up)."""
+    """The picture's steps as FIRST:END, END left out (default: 3 typical steps after the warm-up).
+    """
     out: Path | None = None
     """Folder for trace.json and timeline.png (default: RUN/timeline)."""
 
 
 def command(args: Args) -> None:
-    """Write both files and print what they show. Raises ConadvError for a record without valid spans."""
+    """Write both files and print what they show. Raises ConadvError for a record without valid
+    spans.
+    """
     steps = None if args.steps is None else parse_steps(args.steps)
     record = RunDir(args.run).record
     if not record.is_file():
@@ -109,7 +112,8 @@ def text(found: Timeline) -> Iterator[str]:
     else:
         yield _hidden("Attack", hidden_attack(found))
     if late := sum(step in found.late for step in found.steady):
-        yield f"{late} of {len(found.steady)} steps went without adversarial images: they came too late."
+        count = f"{late} of {len(found.steady)} steps"
+        yield f"{count} went without adversarial images, which came too late."
 
 
 def _missing(found: Timeline, setting: str, role: str) -> bool:

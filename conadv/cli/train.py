@@ -41,8 +41,9 @@ class RunOptions(Section):
     quiet: bool = False
     """Show nothing but errors."""
     dry_run: bool = False
-    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and time,
-    and end before the first step. Writes nothing."""
+    """Check data, settings, memory and disk, show the schedule, the parameter groups, cost and
+    time, and end before the first step. Writes nothing.
+    """
     tensorboard: bool = False
     """Also write TensorBoard scalars into OUT/tensorboard."""
     wandb: bool = False
@@ -109,7 +110,9 @@ def main(args: Sequence[str]) -> None:
 
 
 def read_options(args: Sequence[str]) -> tuple[Config, RunOptions]:
-    """The resolved config of a command line, and how to run it. Raises ConadvError, or SystemExit as tyro does."""
+    """The resolved config of a command line, and how to run it. Raises ConadvError, or SystemExit
+    as tyro does.
+    """
     base, prog, rest = _base_config(list(args))
     rest = ["--help" if arg == "--help-all" else arg for arg in rest]
     given = given_settings(rest)

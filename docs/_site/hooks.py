@@ -1,6 +1,8 @@
-"""MkDocs hooks: pages from outside of docs/, help texts for the command-line page, and a check of what came out.
+"""MkDocs hooks: pages from outside of docs/, help texts for the command-line page, and a check of
+what came out.
 
-The pages are written for a reader of the repository. On the site a link out of docs/ leads to a copy of its target.
+The pages are written for a reader of the repository. On the site a link out of docs/ leads to a
+copy of its target.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def _on_site(target: str) -> str:
 
 
 def _copy(target: str) -> str:
-    """The text of a page for a file outside of docs/: Markdown as it is, code in a fence, a folder as a list."""
+    """The text of a page for a file outside of docs/: Markdown as it is, code in a fence, a folder
+    as a list.
+    """
     path = ROOT / target
     if path.is_dir():
         names = "\n".join(
