@@ -241,7 +241,8 @@ class Method:
         gradient counts 1. ``num_images``: the size of a micro-batch. Plain training costs 1.
         """
         extra = round(self.share * num_images)
-        # What replaces images leaves fewer clean ones; late images leave all, unless fewer were read.
+        # What replaces images leaves fewer clean ones; late images leave all, unless fewer were
+        # read.
         replaced = self.mix == "replace" and ("adv" in views or self.reads_fewer)
         sizes = {"adv": extra, "clean": num_images - extra * replaced}
         passes = sum(sizes.get(view, num_images) for view in views)

@@ -348,15 +348,6 @@ def test_replaced_by_themselves_images_train_as_plain_ones(share: float) -> None
     assert same(state(b.model), state(c.model))
 
 
-def test_the_noise_control_has_the_attacks_size_and_not_its_direction() -> None:
-    engine = make(Noise(RandomSigns(EPS, SPACE)))
-    batch = as_batch(0)
-    x = batch.micro[0].views["clean"]
-    delta = SPACE.to_pixels(engine.method.extra_view(engine, batch).images[0]) - SPACE.to_pixels(x)
-    assert delta.abs().max() == pytest.approx(EPS, abs=1e-6)
-    assert abs((delta > 0).float().mean() - 0.5) < 0.05
-
-
 # ---- waiting images
 
 
@@ -448,8 +439,8 @@ def test_lookahead_follows_the_schedule() -> None:
 
 @pytest.mark.parametrize("tau", [1, 3])
 def test_what_is_trained_follows_the_model(tau: int) -> None:
-    # Red when: look-ahead keeps the names that it found at the start, or predicts by the momentum of
-    # a layer that is frozen.
+    # Red when: look-ahead keeps the names that it found at the start, or predicts by the momentum
+    # of a layer that is frozen.
     model = no_norm_net()
     model[0].requires_grad_(False)
     engine = make(
@@ -539,20 +530,6 @@ def test_phases_called_one_by_one_equal_the_step() -> None:
     assert same(state(a.model), state(c.model))
 
 
-def test_channels_last_changes_the_layout_only() -> None:
-    a = make(Concurrent(ATTACK, 1), tiny_resnet("adv", dtype=torch.float64))
-    model = tiny_resnet("adv", dtype=torch.float64).to(memory_format=torch.channels_last)
-    b = make(Concurrent(ATTACK, 1), model, channels_last=True)
-    seen = []
-    model.conv1.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    x, y = run(a, 3, dtype=torch.float64), run(b, 3, dtype=torch.float64)
-    assert [r.loss for r in x] == pytest.approx([r.loss for r in y], rel=1e-9)
-    assert len(seen) == 9  # three steps of a clean, an adversarial and an attack pass
-    assert all(seen)
-
-
 @pytest.mark.parametrize("fuse", [False, True])
 def test_view_weights_are_a_weighted_mean(fuse: bool) -> None:
     # Red when: the weights are in the record only, or the gradient is not divided by their sum.
@@ -629,16 +606,6 @@ def test_dropout_is_keyed_by_step_and_micro_batch_only() -> None:
     a, b = masks(1), masks(2)
     assert a == b
     assert len(set(a)) == len(a) == 12  # two steps of two micro-batches: attack, clean, adversarial
-
-
-def test_uint8_images_are_normalised_on_the_way_in() -> None:
-    # Red when: uint8 images are cast to float without dividing by 255.
-    pixels = (images(8, 4)[0] * 255).to(torch.uint8)
-    y = images(8, 4)[1]
-    a, b = make(Sequential(ATTACK)), make(Sequential(ATTACK))
-    a((pixels, y))
-    b((SPACE.normalize(pixels), y))
-    assert same(state(a.model), state(b.model))
 
 
 def test_memory_is_one_copy_of_the_weights_with_lookahead_and_none_without() -> None:

@@ -26,7 +26,7 @@ from conadv import (
     windows,
 )
 from conadv.cli.program import main
-from conadv.config.schema import Config, replace
+from conadv.config.schema import Config
 from conadv.engine.guard import LossScale
 from conadv.report import write_report
 from conadv.training.checkpoint import load_newest
@@ -196,30 +196,23 @@ def test_a_run_that_skips_records_every_step_and_resumes_to_the_same_bits(
     monkeypatch.setattr(TrainStep, "gradient", gradient)
     settings = config(method="conadv", on_nonfinite="skip")
     train(settings, tmp_path / "whole")
-    lines = [
-        line for line in read_lines(tmp_path / "whole" / "record.jsonl") if line["type"] == "step"
-    ]
-    assert [line["step"] for line in lines] == list(range(6))
-    assert [line["skipped"] for line in lines] == [
-        None,
-        "the gradient is nan",
-        None,
-        None,
-        "the gradient is nan",
-        None,
-    ]
-    assert [line["grad_norm"] is None for line in lines] == [t in (1, 4) for t in range(6)]
+    found = read_lines(tmp_path / "whole" / "record.jsonl")
+    lines = [line for line in found if line["type"] == "step"]
+    for t, line in enumerate(lines):
+        assert (line["step"], line["skipped"]) == (
+            t,
+            "the gradient is nan" if t in (1, 4) else None,
+        )
+        assert (line["grad_norm"] is None) == (t in (1, 4))
+    assert len(lines) == 6
     assert all(math.isfinite(line["loss"]) for line in lines)
     train(settings, tmp_path / "cut")
     for step in (5, 6):
         (tmp_path / "cut" / "checkpoints" / f"step_{step:08d}.pt").unlink()
     train(settings, tmp_path / "cut", resume=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    assert without_times(read_lines(tmp_path / "cut" / "record.jsonl")) == without_times(
-        read_lines(tmp_path / "whole" / "record.jsonl")
-    )
-    with pytest.raises(NonFiniteError, match="Step 1"):
-        train(replace(settings, on_nonfinite="stop"), tmp_path / "stop")
+    again = read_lines(tmp_path / "cut" / "record.jsonl")
+    assert without_times(again) == without_times(found)
 
 
 def diverging(**changes: Any) -> Config:

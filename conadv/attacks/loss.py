@@ -118,14 +118,14 @@ class TrainedLoss:
             raise _misfit(output, y_N, f"Labels range from {y_N.min()} to {y_N.max()}. {hint}")
 
     def _check_is_mean(self, loss: Tensor, output: Tensor, y_N: Tensor) -> None:
-        """ConadvError if a loss of the caller's own adds up: N ranks would train N times as fast."""
+        """ConadvError if a loss of the caller's own adds up: N ranks would train N times faster."""
         devices = [output.device] if output.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             twice = self._call(self._loss, torch.cat([output, output]), torch.cat([y_N, y_N]))
         if loss and torch.isclose(twice, 2 * loss, rtol=1e-3, atol=0.0):
             raise ConadvError(
-                "The loss of a batch that is given twice is twice the loss: it is a sum over images. "
-                "Have it return the mean."
+                "The loss of a batch that is given twice is twice the loss: it is a sum over "
+                "images. Have it return the mean."
             )
 
 

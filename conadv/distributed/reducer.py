@@ -50,7 +50,7 @@ def cut(
     cap: int = int(BUCKET_MIB * MIB),
     first: int | None = None,
 ) -> Iterator[list[int]]:
-    """Numbers of ``params`` in ``order``, in groups of one dtype that are full when they reach ``cap`` bytes.
+    """Numbers of ``params`` in ``order``, in groups of one dtype that are full at ``cap`` bytes.
 
     ``first``: a smaller cap of the first group, which is to leave early.
     """
@@ -113,7 +113,7 @@ class GradientReducer:
         return bool(self._handles)
 
     def follow(self) -> bool:
-        """Before a step's first pass: whether other parameters are trained than the buckets are for.
+        """Before a step's first pass: whether parameters were frozen or unfrozen since the last one.
 
         Ranks: not collective. Where any rank says so, all call :meth:`regroup` after :meth:`wait`.
         """
@@ -130,7 +130,7 @@ class GradientReducer:
         return self._key is not None and self._trained != self._grouped
 
     def regroup(self) -> None:
-        """Sum the gradients that had no bucket in this step, and have buckets made anew in the next.
+        """Sum the gradients that had no bucket in this step; the next step makes new buckets.
 
         Ranks: collective. Raises ConadvError on all ranks if they do not train the same parameters:
         they would drift apart.

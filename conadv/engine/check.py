@@ -51,6 +51,7 @@ def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) ->
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, scheduled: bool) -> None:
     """ConadvError unless it has all parameters; ``scheduled``: at one learning rate."""
+    # One schedule would overwrite what makes the groups differ.
     rates = {float(group["lr"]) for group in optimizer.param_groups}
     if scheduled and len(rates) > 1:
         raise ConadvError(

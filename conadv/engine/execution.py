@@ -37,6 +37,7 @@ class Execution:
             if getattr(self, name) < 0:
                 option = name.replace("_", "-")
                 raise ConadvError(f"--{option} {getattr(self, name)} must be 0 or more.")
+        # Asked for twice, in ways that contradict each other: nobody can tell which is meant.
         if self.executor != "auto" and (self.executor == "ranks") != (self.attack_ranks > 0):
             raise ConadvError(
                 f"--executor {self.executor} does not fit --attack-ranks {self.attack_ranks}: the "
@@ -79,10 +80,11 @@ def choose(execution: Execution, method: Method) -> Choice:
     bench attack-cost`` measures it).
     Raises ConadvError for a choice that has no effect with the method.
     """
+    # Before anything is built: the executor itself would say so only then.
     if execution.attack_ranks or execution.executor == "stream":
         used = "stream" if execution.executor == "stream" else "ranks"
         check_future_attack(method, f"The {used} executor")
-    if execution.executor != "auto":
+    if execution.executor != "auto":  # a request is never second-guessed
         return Choice(execution.executor, "asked for")
     if execution.attack_ranks:
         return Choice("ranks", f"{execution.attack_ranks} attack rank(s) were asked for")

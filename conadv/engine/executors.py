@@ -81,6 +81,8 @@ class Executor(ABC):
         """On an attack rank: attack batches for the learners."""
         raise ConadvError("serve() is for attack ranks: give TrainStep the Ranks executor.")
 
+    # Nothing to lose or to close where there are no other processes.
+
     def failed_ranks(self) -> Sequence[Any]:
         """The attack ranks that this learner has lost since the last call and goes on without."""
         return []

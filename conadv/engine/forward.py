@@ -77,6 +77,7 @@ class Network:
         images = [x for x, _ in views.values()]
         with autocast(self.device, self.low):
             logits_NK = self._call(torch.cat(images) if len(images) > 1 else images[0])
+        # By labels: the output may have any shape behind its first dim.
         sizes = [len(y) for _, y in views.values()]
         parts = logits_NK.split(sizes) if len(views) > 1 else [logits_NK]
         return dict(zip(views, parts, strict=True))

@@ -123,6 +123,7 @@ class Guard:
         if not bad and self.scale is not None and self.scale.can_shrink:
             self.scale.shrink()
             return f"the gradient overflowed at loss scale {2 * self.scale.scale:g}"
+        # From here on it is an error, of data or of the learning rate, that the run may outlive.
         self._in_a_row += 1
         reason = f"the {bad[0] if bad else f'gradient is {grad_norm}'}"
         if self._stop or self._in_a_row > self._limit:

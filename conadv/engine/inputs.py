@@ -38,8 +38,8 @@ class Inputs:
         if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
             found = [type(part).__name__ for part in parts] or type(raw).__name__
             raise ConadvError(
-                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {found}. Of a "
-                "loader that yields more, pass the first two: step((x, y))."
+                f"A batch is a pair (images, labels) of tensors or a conadv.Batch, not {found}. Of "
+                "a loader that yields more, pass the first two: step((x, y))."
             )
         # The rank numbers the micro-batch: N ranks then draw what one rank with N of them draws.
         x_NCHW, y_N = raw
@@ -65,8 +65,10 @@ class Inputs:
             x = self.space.normalize(x.double().div_(255) if self._float64 else x)
         elif not x.is_floating_point():
             raise ConadvError(
-                f"Images are uint8 pixels or floats in model space, not {x.dtype}: x.to(torch.uint8)."
+                f"Images are uint8 pixels or floats in model space, not {x.dtype}: "
+                "x.to(torch.uint8)."
             )
+        # Layouts are of images; what has another number of dims has one layout only.
         return x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
 
     def labels(self, micro: MicroBatch) -> Tensor:

@@ -37,6 +37,7 @@ class Pending:
 
     def put(self, step: int, extra: ExtraBatch, dtype: torch.dtype | None = None) -> None:
         """Store the batch of ``step``. ``dtype``: of its images before somebody encoded them."""
+        # Attack ranks send images as they wait here, so what arrives may be encoded already.
         # Labels on the CPU are the loader's own memory, which it may fill again while they wait.
         labels = tuple(y_N.clone() for y_N in extra.labels)
         stored = ExtraBatch(tuple(map(self.encode, extra.images)), labels, extra.weight_version)
@@ -56,6 +57,7 @@ class Pending:
 
     def skips(self, step: int) -> bool:
         """Whether :meth:`skip` was called for ``step``; forgets it."""
+        # Set by the executor, asked by the method: the two know nothing else of each other.
         found = step in self._skipped
         self._skipped.discard(step)
         return found
@@ -106,7 +108,7 @@ class Pending:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Replace what waits by a saved state."""
         self._waiting.clear()
-        for step, entry in state.items():
+        for step, entry in state.items():  # keys are text: checkpoints hold plain values
             images, labels = (
                 tuple(x.to(device) for x in entry[key]) for key in ("images", "labels")
             )
@@ -138,6 +140,7 @@ class Expected:
                 raise ConadvError(f"{what} are of {shown(entry['dtype'])}, not of a float type")
             if entry["weight_version"] is not None:
                 check_count(entry["weight_version"], f"the weights of {what}", version)
+            # On the meta device: a shape from a stranger's file takes no memory.
             image = torch.empty(
                 self.images, dtype=dtype or getattr(torch, entry["dtype"]), device="meta"
             )
@@ -164,6 +167,7 @@ def gather(pending: dict[str, Any], comm: Comm) -> dict[str, Any]:
     0 then holds little more than the result, which may be tens of GB.
     """
     merged = {}
+    # All ranks wait for the same steps; rank 0 sets their order, since gathering is collective.
     for step in comm.broadcast_object(list(pending)):
         entry = dict(pending[step])
         for part in ("images", "labels"):

@@ -177,6 +177,7 @@ class TrainStep:
         self.begin()
         self._gradient_version, self._batch, self._epoch = self.version, batch, batch.epoch
         self.comm.at("gradient", self.version)
+        # What the step needs now, on the critical path; what it needs later is prepare()'s.
         with self.clock.phase("attack"):
             extra = method.extra_view(self, batch)
         self._extra_version = None if extra is None else extra.weight_version
@@ -185,7 +186,7 @@ class TrainStep:
             clean = self.gradients.run(batch, extra, scale, input_grad=input_grad)
         if method.two_gradients:
             self._second_gradient(batch, extra)
-        if input_grad:
+        if input_grad:  # these gradients are this rank's own: no sum over ranks is needed
             with self.clock.phase("attack"):
                 grads = [x.grad for x in clean if x.grad is not None]
                 method.on_input_grad(self, batch, [x.detach() for x in clean], grads)
@@ -232,7 +233,7 @@ class TrainStep:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self._lr_at(self.version)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            if skipped is None:
+            if skipped is None:  # otherwise the step counts as an update by zero
                 self.optimizer.step()
             record = StepRecord(self.version, self._epoch, lr, loss, losses, grad_norm)
             record.weight_version, record.skipped = self._extra_version, skipped
@@ -295,6 +296,7 @@ class TrainStep:
 
     def snapshot(self) -> None:
         """For executors: once per step, between the attack and the update."""
+        # After the attack: a predictor without momentum writes its prediction over this memory.
         if self._lookahead is not None:
             self._lookahead.snapshot()
 
@@ -306,6 +308,7 @@ class TrainStep:
         Takes in what attack ranks have under way first: the state does not depend on the executor.
         """
         self.executor.settle()
+        # Weights and optimizer state are the caller's to save: torch has formats for those.
         return {
             "version": self.version,
             "pending": self.pending.state_dict(),
@@ -391,7 +394,7 @@ class TrainStep:
             skipped = self._guard.judge(self.version, losses, grad_norm)
         except NonFiniteError as error:
             assert self._batch is not None
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)  # whoever goes on starts from none
             cause = self.inputs.likely_cause(self._batch, self.comm)
             raise NonFiniteError(f"{error} {cause}") from None
         if skipped is None:

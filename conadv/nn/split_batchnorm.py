@@ -66,8 +66,8 @@ class SplitBatchNorm:
     def _run(self, name: str, x: Tensor) -> Tensor:
         layer: Any = self if name == CLEAN else self.routes[name]
         forward: Any = super().forward if name == CLEAN else layer  # type: ignore[misc]
-        # A pass that repeats another one must not count again; frozen_stats would keep fewer tensors
-        # for backward than that one did, which torch takes for a fault.
+        # A pass that repeats another one must not count again; frozen_stats would keep fewer
+        # tensors for backward than that one did, which torch takes for a fault.
         again = self._routing.again
         if layer.training and (again or _inside_ddp()):
             with _statistics_apart(layer, copies=again):

@@ -28,7 +28,7 @@ def make_loss(name: str, label_smoothing: float, class_weights: Tensor | None = 
 
 
 def balanced_weights(labels: Tensor, num_classes: int) -> Tensor:
-    """Class weights by which every class counts as much as any other; their mean over images is 1."""
+    """Class weights by which all classes count alike; their mean over images is 1."""
     counts = torch.bincount(labels, minlength=num_classes).clamp_min(1)
     return len(labels) / (num_classes * counts)
 

@@ -37,9 +37,11 @@ LATE = 3  # with a gate, images of this step are late
 class Case:
     """One training run, on a single process or on learners and attack ranks.
 
-    lost: (rank, "killed" or "stopped") in its third batch. save_at: a learner's state before this step is kept.
-    gate: with late "skip", attack ranks hold the images of step LATE back until this file is there, which it is after
-    the next step; otherwise learners give every message the time that it takes, so that nothing depends on it.
+    lost: (rank, "killed" or "stopped") in its third batch.
+    save_at: a learner's state before this step is kept.
+    gate: with late "skip", attack ranks hold the images of step LATE back until this file is there,
+    which it is after the next step; otherwise learners give every message the time that it takes,
+    so that nothing depends on it.
     """
 
     model: str = "batchnorm"
@@ -65,7 +67,7 @@ class Trained(NamedTuple):
 
 
 def engine_for(teams: Teams, case: Case) -> TrainStep:
-    """The engine of one process; ranks other than 0 begin with other weights, which must not matter."""
+    """The engine of one process; other ranks than 0 begin with weights that must not matter."""
     seed = teams.world.rank
     net: nn.Module = no_norm_net(seed=seed)
     if case.model == "buffers":
@@ -158,7 +160,7 @@ SMALL = Case("no norm")
 
 
 def learner_fails(world: Comm) -> bool:
-    """The learner ends with an error of its own and says so; returns what the attack rank makes of it."""
+    """The learner ends with an error of its own and says so; what the attack rank returns then."""
     teams = make_teams(world, 1)
     engine = engine_for(teams, SMALL)
     if teams.attacking:

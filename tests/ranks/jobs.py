@@ -1,5 +1,6 @@
-"""What the ranks of the tests run. Every function gets the Comm first and returns plain values and
-tensors.
+"""What the ranks of the tests run.
+
+Every function gets the Comm first and returns plain values and tensors.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def small_resnet(seed: int = 0) -> nn.Module:
 
 
 def batch_of(comm: Comm, step: int, count: int | None = None) -> Batch:
-    """This rank's micro-batches of the global batch of ``count``, as the data order has them."""
+    """This rank's micro-batches of the global batch of ``count``."""
     batch = as_batch(step, count=count or comm.ranks, dtype=F64)
     mine = len(batch.micro) // comm.ranks
     return replace(batch, micro=batch.micro[comm.rank * mine : (comm.rank + 1) * mine])
@@ -71,9 +72,7 @@ def steps(engine: TrainStep, count: int | None, numbers: Iterable[int]) -> list[
 def without_statistics(
     comm: Comm, case: str, count: int, options: dict[str, Any], optimizer: str = "sgd"
 ) -> Answer:
-    """Five float64 steps of a network without batch statistics; rank 1's own weights must not
-    matter.
-    """
+    """Five float64 steps without batch statistics; rank 1's own weights must not matter."""
     engine = make(comm, case, no_norm_net(seed=comm.rank), optimizer, **options)
     return steps(engine, count, range(5)), state(engine.model)
 
@@ -141,30 +140,8 @@ def launches(comm: Comm, case: str, count: int, options: dict[str, Any]) -> dict
     return seen
 
 
-def clipped(comm: Comm) -> list[tuple[float, float, float]]:
-    """The norm of the reducer, torch's own, and the reducer's after the gradient was clipped."""
-    engine = make(comm, "conadv", small_resnet())
-    found = []
-    for t in range(2):
-        engine.gradient(batch_of(comm, t))
-        engine.wait()
-        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        recorded, wanted = (
-            engine.gradients.reducer.norm(gradients),
-            torch.nn.utils.get_total_norm(gradients),
-        )
-        torch.nn.utils.clip_grad_norm_(engine.model.parameters(), 0.125)
-        found.append(
-            (float(recorded), float(wanted), float(engine.gradients.reducer.norm(gradients)))
-        )
-        engine.update()
-    return found
-
-
 def skipped(comm: Comm, policy: str) -> Any:
-    """Four steps of batch norm, rank 1's images spoilt in the third; this rank's state before and
-    after that step.
-    """
+    """Four steps with batch norm, rank 1's images spoilt in the third; states around that step."""
     engine = make(comm, "conadv", small_resnet(), on_nonfinite=policy)
     found, states = [], []
     stream = [batch_of(comm, t) for t in range(4)]
@@ -189,9 +166,7 @@ def non_finite(comm: Comm) -> None:
 
 
 def gone(comm: Comm, culprit: int, how: str) -> None:
-    """Rank ``culprit`` is killed, stopped, held up in its own work, or leaves with gradients under
-    way, in step 2.
-    """
+    """In step 2 ``culprit`` is killed, stopped or held up, or leaves with gradients under way."""
     engine = make(comm, "conadv", no_norm_net())
     for t in range(100):
         batch, future = batch_of(comm, t), batch_of(comm, t + 1)
@@ -324,9 +299,7 @@ def scattered(comm: Comm) -> str:
 
 
 def gathered_pending(comm: Comm) -> tuple[dict[str, Any], int]:
-    """Two micro-batches per rank, gathered; and the largest tensor that one message of this rank
-    had.
-    """
+    """Two micro-batches per rank, gathered, and the largest tensor in a message of this rank."""
     mine = [torch.full((1000,), 10.0 * comm.rank + m) for m in range(2)]
     labels = [image[:1].long() for image in mine]
     waiting = {"5": {"images": mine, "labels": labels, "weight_version": 4}}

@@ -28,9 +28,7 @@ def free_port() -> int:
 
 
 def serve(pipe: Connection, environment: dict[str, str], timeout: float) -> None:
-    """What a rank does: run the functions that come through the pipe and send back what they return
-    or raise.
-    """
+    """A rank: run the functions that come through the pipe, send back what they return or raise."""
     import torch
 
     from conadv import Comm
@@ -48,9 +46,7 @@ def serve(pipe: Connection, environment: dict[str, str], timeout: float) -> None
 
 
 class Ranks:
-    """N processes; ``run`` has all of them run one function and returns their answers in rank
-    order.
-    """
+    """N processes; ``run`` has all of them run one function; answers are in rank order."""
 
     def __init__(self, ranks: int, timeout: float = 30.0) -> None:
         common = {
@@ -81,16 +77,12 @@ class Ranks:
             pipe.send((function, args))
 
     def answers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """("value", ...), ("error", (type, message, traceback)) or ("ended", exit code) of every
-        rank.
-        """
+        """("value", ...), ("error", (type, message, traceback)) or ("ended", code) of every rank."""
         self.start(function, *args)
         return [self.answer(rank) for rank in range(len(self.pipes))]
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(comm, *args)`` returns on every rank; the test fails with the traceback
-        if one raises.
-        """
+        """What ``function(comm, *args)`` returns on every rank; the test fails if one raises."""
         found = self.answers(function, *args)
         failed = [
             f"rank {n}: {kind} {what[2] if kind == 'error' else what}"

@@ -1,4 +1,4 @@
-"""--on-attack-loss continue: learners go on without attack ranks that have failed, to the same bits."""
+"""--on-attack-loss continue: learners go on without failed attack ranks, to the same bits."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def test_one_that_has_failed_is_neither_waited_for_nor_told_of_again() -> None:
 
 
 def test_a_whole_run_and_its_resume(two: Ranks, tmp_path: Path) -> None:
-    # Red when: the end of a run involves the world; no line says what was lost; a resumed run, here with an attack rank
-    # again, or one without any, does not go on.
+    # Red when: the end of a run involves the world; no line says what was lost; a resumed run, here
+    # with an attack rank again, or one without any, does not go on.
     settings = {**METHODS["conadv-tau2"], "checkpoint__every_epochs": 1.0}
     cut, whole, inline = (tmp_path / name for name in ("cut", "whole", "inline"))
     two.run(jobs.lose_of_a_run, whole, settings, 1, False)
@@ -137,7 +137,8 @@ LOSING = ["--method", "conadv", "--attack-ranks", "1", "--on-attack-loss", "cont
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the attack rank in /proc")
 def test_under_torchrun_attack_ranks_have_an_agent_of_their_own(tmp_path: Path) -> None:
-    # Red when: the world's roles are dealt out per agent; the learners' agent hears of the attack rank's end.
+    # Red when: the world's roles are dealt out per agent; the learners' agent hears of the attack
+    # rank's end.
     out, inline = tmp_path / "run", tmp_path / "inline"
     settings = {"method": "conadv", "staleness": 2, "epochs": 6, "eval__every_epochs": 2}
     (tmp_path / "config.yaml").write_text(dump_yaml(config(**settings)))
@@ -152,7 +153,8 @@ def test_under_torchrun_attack_ranks_have_an_agent_of_their_own(tmp_path: Path) 
         until(lambda: len(steps(out / "checkpoints")) >= 2, 180, "the second checkpoint")
         kill(workers(agents[1].pid)[1])
         assert agents[1].wait(120) == 1
-        # the learners' agent then waits up to 300 s for the other one before it ends with 0: its worker has ended
+        # the learners' agent then waits up to 300 s for the other one before it ends with 0: its
+        # worker has ended
         until(lambda: 0 not in workers(agents[0].pid), 180, "the end of the learner")
         assert agents[0].poll() in (None, 0)
     assert json.loads((out / "summary.json").read_text())["attack_ranks_lost"] == 1

@@ -64,9 +64,9 @@ BF16 = {"channels_last": True, "precision": "bf16"}
     ids=str,
 )
 def test_one_learner_and_one_attack_rank_are_inline_bitwise(two: Ranks, case: Case) -> None:
-    # Red when: the weights that travel are those after the update; an attack rank keys its draws by its own count of
-    # batches; images are decoded to float32 whatever they were; the look-ahead is asked for one step less; a learner
-    # expects whole micro-batches where a share is attacked.
+    # Red when: the weights that travel are those after the update; an attack rank keys its draws by
+    # its own count of batches; images are decoded to float32 whatever they were; the look-ahead is
+    # asked for one step less; a learner expects whole micro-batches where a share is attacked.
     learner, served = two.run(jobs.training, 1, case)
     tau = case.tau
     assert served == list(range(tau, 6))
@@ -77,8 +77,9 @@ def test_one_learner_and_one_attack_rank_are_inline_bitwise(two: Ranks, case: Ca
 
 @pytest.mark.parametrize(("attack_ranks", "micro"), [(1, 4), (2, 2), (2, 4)])
 def test_any_split_is_one_process(three: Ranks, attack_ranks: int, micro: int) -> None:
-    # Red when: attack ranks share out micro-batches by rank instead of by number; a learner takes images in the order
-    # in which they come; the weights of one attack rank come from another version.
+    # Red when: attack ranks share out micro-batches by rank instead of by number; a learner takes
+    # images in the order in which they come; the weights of one attack rank come from another
+    # version.
     case = Case("no norm", 2, True, micro, options={"fuse_views": True})
     answers = three.run(jobs.training, attack_ranks, case)
     learners, served = answers[: 3 - attack_ranks], answers[3 - attack_ranks :]
@@ -95,7 +96,8 @@ def test_any_split_is_one_process(three: Ranks, attack_ranks: int, micro: int) -
 
 
 def test_state_saved_while_images_are_under_way_resumes_inline_bitwise(two: Ranks) -> None:
-    # Red when: state_dict() does not wait for what is under way (the resumed run then attacks those batches itself).
+    # Red when: state_dict() does not wait for what is under way (the resumed run then attacks those
+    # batches itself).
     case = Case(tau=3, lookahead=True, micro=1, save_at=4)
     learner, _ = two.run(jobs.training, 1, case)
     rest = jobs.resumed(case, learner.saved)
@@ -103,14 +105,16 @@ def test_state_saved_while_images_are_under_way_resumes_inline_bitwise(two: Rank
 
 
 def test_late_images_are_skipped(three: Ranks, tmp_path: Path) -> None:
-    # Red when: "skip" waits; learners decide alone (they then train on other views and hang); images that come late are
-    # taken for those of the next step; the exchange does not go on with the newest weights afterwards.
+    # Red when: "skip" waits; learners decide alone (they then train on other views and hang);
+    # images that come late are taken for those of the next step; the exchange does not go on with
+    # the newest weights afterwards.
     case = Case("no norm", steps=9, late="skip", gate=tmp_path / "gate")
     learners = three.run(jobs.training, 1, case)[:2]
     for learner in learners:
         assert_alike(learner, learners[0])
     late = [record["step"] for record in learners[0].records if record["late"]]
-    # step LATE was not attacked in time, the next one not either, and the one behind it was not asked for
+    # step LATE was not attacked in time, the next one not either, and the one behind it was not
+    # asked for
     assert late == [LATE, LATE + 1, LATE + 2]
     for record in learners[0].records:
         assert record["late"] == ("adv" not in record["losses"])
@@ -169,8 +173,9 @@ def test_a_learner_with_other_micro_batches_than_its_own(two: Ranks) -> None:
 
 
 def test_whole_runs(two: Ranks, tmp_path: Path) -> None:
-    # Red when: the attack rank reads the batches from the first step on; an attack rank writes into the run; a resumed
-    # attack rank begins at step 0; a checkpoint lacks the images under way, which one process then attacks itself.
+    # Red when: the attack rank reads the batches from the first step on; an attack rank writes into
+    # the run; a resumed attack rank begins at step 0; a checkpoint lacks the images under way,
+    # which one process then attacks itself.
     changes, out = METHODS["conadv-tau2"], tmp_path / "ranks"
     assert two.run(with_attack_ranks, out, changes, 1)[1] == {}
     summary = train(config(**changes), tmp_path / "inline")
@@ -268,7 +273,8 @@ def test_a_message_keeps_shapes_types_and_layout() -> None:
 
 
 def test_choice_of_an_executor() -> None:
-    # Red when: attack ranks are taken without a future attack; "auto" says inline in spite of attack ranks.
+    # Red when: attack ranks are taken without a future attack; "auto" says inline in spite of
+    # attack ranks.
     conadv = CASES["conadv"]()
     assert choose(Execution(), conadv).name == "inline"
     assert choose(Execution(), Vanilla()).name == "inline"

@@ -1,4 +1,4 @@
-"""A loop of one's own on DistributedDataParallel, and SyncBatchNorm: what works, and what says why it does not."""
+"""A loop of one's own on DistributedDataParallel, and SyncBatchNorm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .pool import Ranks
 
 
 class InPlaceDDP(DistributedDataParallel):
-    """DistributedDataParallel before torch's fix of its issue 175024: autograd sees that it overwrites buffers."""
+    """DDP before torch's fix of its issue 175024: autograd sees that it overwrites buffers."""
 
     def _sync_buffers(self) -> None:
         super()._sync_buffers()
@@ -32,7 +32,7 @@ class InPlaceDDP(DistributedDataParallel):
 
 
 def own_loop(comm: Comm, how: str, broadcast: bool, wrapper: Any) -> dict[str, Any]:
-    """Three steps of a loop of one's own on DDP: attack the plain module, both views forward, one backward."""
+    """Three steps on DDP: attack the plain module, both views forward, one backward."""
     model = jobs.small_resnet()
     optimizer, attack, calls = sgd(model), FGSM(EPS, space=SPACE), []
     start = [buffer.clone() for buffer in model.buffers()]
@@ -90,8 +90,9 @@ def check_against_train_step(
 ) -> None:
     """Each weight after three steps to 1e-11 of its size.
 
-    DDP sums the same gradients in another order (views, ranks, buckets): 2^-53 per addition, a few thousand additions
-    deep in these layers, so 1e-12 or less at a step; measured 1e-15 to 1e-13. A wrong factor or route shows at 1e-2.
+    DDP sums the same gradients in another order (views, ranks, buckets): 2^-53 per addition, a few
+    thousand additions deep in these layers, so 1e-12 or less at a step; measured 1e-15 to 1e-13. A
+    wrong factor or route shows at 1e-2.
     """
     want = pool.run(same_by_train_step)
     for found, wanted in zip(pool.run(own_loop, how, broadcast, wrapper), want, strict=True):
@@ -106,14 +107,14 @@ def check_against_train_step(
 def test_two_views_under_ddp_train_as_train_step_does(
     two: Ranks, how: str, broadcast: bool
 ) -> None:
-    # Red when: the adversarial view goes through the clean route; the attack's gradient is taken by backward(), which
-    # fills parameter gradients and starts DDP's sums.
+    # Red when: the adversarial view goes through the clean route; the attack's gradient is taken by
+    # backward(), which fills parameter gradients and starts DDP's sums.
     check_against_train_step(two, how, broadcast, DistributedDataParallel)
 
 
 def test_buffers_that_ddp_overwrites_between_two_forward_passes(two: Ranks) -> None:
-    # Red when: _statistics_apart does nothing, or shares version counters by detach() ("modified by an inplace
-    # operation"); the layers' statistics are those of a copy, and do not move.
+    # Red when: _statistics_apart does nothing, or shares version counters by detach() ("modified by
+    # an inplace operation"); the layers' statistics are those of a copy, and do not move.
     check_against_train_step(two, "two", True, InPlaceDDP)
 
 

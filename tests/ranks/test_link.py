@@ -1,4 +1,4 @@
-"""A link that goes silent between two hosts, here network namespaces: every rank and every launcher ends by itself."""
+"""A link that goes silent between two hosts (network namespaces): all processes end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT = 15  # seconds: a busy machine gets through a step, and through the ren
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[str]]:
-    """Two namespaces with an address each, joined by a pair of devices called "wire"; gone afterwards in any case."""
+    """Two namespaces with an address each, joined by devices called "wire"; gone afterwards."""
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("network namespaces need root and iproute2")
     with ExitStack() as stack:

@@ -35,8 +35,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_ranks_signal_is_everybodys(name: str, three: Ranks, tmp_path: Path) -> None:
-    # Red when: the request does not ride on the sum (the ranks then wait for each other), the code is not agreed on,
-    # or an attack rank's request does not travel with its images.
+    # Red when: the request does not ride on the sum (the ranks then wait for each other), the code
+    # is not agreed on, or an attack rank's request does not travel with its images.
     rank, attack, number, code = CASES[name]
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     answers = three.run(jobs.stopped_run, cut, SETTINGS, rank, int(number), attack)

@@ -1,4 +1,4 @@
-"""The timelines of real runs on two ranks: what the analysis takes for granted about records holds."""
+"""The timelines of real runs on two ranks hold what the analysis takes for granted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def timeline_of(two: Ranks, out: Path, method: str) -> Timeline:
 
 
 def test_an_attack_before_the_gradient_is_not_hidden(two: Ranks, tmp_path: Path) -> None:
-    # Red when: "network" spans begin before their launch, or belong to another step, or the shares count all attacks.
+    # Red when: "network" spans begin before their launch, or belong to another step, or the shares
+    # count all attacks.
     found = timeline_of(two, tmp_path, "disadv")
     hidden = hidden_attack(found)
     assert hidden is not None

@@ -57,16 +57,20 @@ class Ranks(Executor):
     def attach(self, engine: Step) -> None:
         """Collective over the world: all ranks take rank 0's weights."""
         check_future_attack(engine.method, "Attack ranks")
+        # Each learner has running statistics of its own, of its own images.
         if engine.method.attack_statistics == "running":
             raise ConadvError(
                 "Attack ranks have no running statistics: use attack.statistics batch, or no "
                 "attack ranks."
             )
+        # Sums over the world would wait for attack ranks, which sum nothing.
         if engine.comm is not self.teams.comm:
             raise ConadvError(
                 "With attack ranks learners sum gradients among themselves: give TrainStep "
                 "comm=teams.comm."
             )
+        # Frozen parameters and batch norm's statistics do not travel later: the same from the
+        # start.
         world = self.teams.world
         world.broadcast([*engine.model.parameters(), *engine.model.buffers()])
         kind = Attacker if self.teams.attacking else Learner
@@ -75,6 +79,7 @@ class Ranks(Executor):
     def __call__(self, engine: Step, batch: Batch, future: Batch | None) -> StepRecord:
         if not isinstance(self._side, Learner):
             raise ConadvError("An attack rank has no steps of its own: call step.serve(batches).")
+        # Weights leave first of all, so that attack ranks work while this rank has its gradient.
         late = self._side.begin(batch, future)
         engine.gradient(batch)
         self._side.prepare()

@@ -39,7 +39,8 @@ class Arrival:
 class Incoming:
     """The images of one step, on their way; ``version``: of the weights that they are made at.
 
-    ``weights``: those weights, kept where attack ranks may fail. ``images``: those that are here, by
+    ``weights``: those weights, kept where attack ranks may fail. ``images``: those that are here,
+    by
     micro-batch.
     """
 
@@ -97,7 +98,7 @@ class Learner:
         return late
 
     def prepare(self) -> None:
-        """Attack, beside the sums, what failed attack ranks were not even asked for at this step."""
+        """Attack, beside the sums, what failed attack ranks were not asked for at this step."""
         for incoming in self._incoming.values():
             if incoming.version == self._engine.version:
                 self._attack(incoming, {i for a in incoming.arrivals for i in a.indices})

@@ -21,6 +21,7 @@ from conadv.distributed.teams import Teams
 from conadv.errors import ConadvError
 from conadv.types import Batch
 
+# Learners decide how training ends; an attack rank that hears FAILED ends with an error, too.
 STOP, WORK, FAILED = range(3)
 
 
@@ -53,6 +54,7 @@ class Channels(NamedTuple):
     @classmethod
     def open(cls, world: Comm) -> Channels:
         """New ones. Collective."""
+        # Two, so that weights that are under way hold no images up.
         return cls(world.new_channel(), world.new_channel())
 
 
