@@ -53,10 +53,10 @@ def test_a_rank_that_is_held_up_or_has_left_says_where(messages: dict[str, list[
         assert "No word" not in message
 
 
-def test_where_the_store_is_gone_nobody_is_accused() -> None:
+def test_where_the_store_is_gone_nobody_is_accused(messages: dict[str, list[str]]) -> None:
     # Red when: findings() waits for the store without a limit; it accuses a rank without an answer
     # from the store. Rank 0 keeps the store here, as without torchrun.
-    for message in messages(0, "stopped"):
+    for message in messages["the store stopped"]:
         assert NOBODY_KNOWS in message
         assert "No word" not in message
 
