@@ -151,6 +151,19 @@ def test_links_are_followed_and_a_test_folder_without_classes_is_passed_over(roo
     assert (len(found.train.labels), len(found.test.labels)) == (25, 12)
 
 
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir", ".cat"])
+def test_what_other_programs_leave_behind_is_no_image(root: Path, name: str) -> None:
+    # Red when: such a folder is a class, or the thumbnails in it are images of one.
+    before = build_source("folder", dir=root).train
+    for folder in (root / "train", root / "test", root / "train" / "cat"):
+        (folder / name).mkdir()
+        picture(3).save(folder / name / "thumbnail.png")
+    (root / "train" / "cat" / "._0.png").write_bytes(b"resource fork")
+    found = build_source("folder", dir=root)
+    assert found.class_names == CLASSES
+    assert found.train.keys.tolist() == before.keys.tolist()
+
+
 # ---- a subset
 
 
@@ -351,9 +364,7 @@ def test_a_failed_download_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         raise RuntimeError("no route to host" if download else "Dataset not found")
 
     monkeypatch.setattr(datasets, "FashionMNIST", refuse)
-    with pytest.raises(
-        ConadvError, match=f"download of fashion-mnist into {tmp_path} failed.*route"
-    ):
+    with pytest.raises(ConadvError, match=f"Cannot download fashion-mnist into {tmp_path}.*route"):
         build_source("fashion-mnist", dir=tmp_path, download=True)
     with pytest.raises(ConadvError, match=f"no fashion-mnist in {tmp_path}.*--download"):
         build_source("fashion-mnist", dir=tmp_path)

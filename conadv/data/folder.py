@@ -99,7 +99,12 @@ def evaluation_folder(directory: Path) -> Path | None:
 
 def class_folders(root: Path) -> list[str]:
     """The names of the folders in ``root``, sorted."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not _is_litter(e.name))
+
+
+def _is_litter(name: str) -> bool:
+    """Whether another program made a file or folder: a notebook, macOS, a disk station."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
 def scan_split(root: Path) -> PhotoSplit:
@@ -129,13 +134,15 @@ def class_files(folder: Path) -> list[str]:
         raise error
 
     found = []
-    for where, _, names in os.walk(folder, followlinks=True, onerror=stop):
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        folders[:] = [name for name in folders if not _is_litter(name)]  # do not descend
         parents = map(os.path.realpath, Path(where).parents)
         if os.path.islink(where) and os.path.realpath(where) in parents:  # noqa: PTH114
             raise ConadvError(
                 f"{printable(where)} is a link to a folder that it lies in. Remove the link."
             )
-        found += [(where, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        images = (name for name in names if name.lower().endswith(IMG_EXTENSIONS))
+        found += [(where, name) for name in images if not _is_litter(name)]
     return [os.path.join(where, name) for where, name in sorted(found)]  # noqa: PTH118
 
 
