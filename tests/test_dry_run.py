@@ -268,6 +268,17 @@ def test_memory_is_that_of_the_cost_model() -> None:
     assert plain.run_bytes(2, 1, 16) == base + 2 * sizes.weights - images // 2
     for changes in ({"ema__decay": 0.9}, {"lookahead": True}):
         assert trial(**changes).run_bytes(1, 0, 16) == base + sizes.weights
+    # a quarter of the images is replaced: 12 clean ones make the larger pass, a quarter waits
+    fewer = trial(mix="replace", attack__share=0.25).run_bytes(1, 0, 16)
+    assert base - fewer == 4 * sizes.activations_per_image + 3 * images // 4
+
+
+def test_a_trial_reads_as_many_images_as_the_run() -> None:
+    # Red when: a micro-batch of recycle with replace is all fresh: it would train on a third more.
+    rehearsed = trial(method="recycle", mix="replace", attack__share=0.25)
+    assert len(rehearsed.micro[0].y_N) == 12
+    rehearsed.step()
+    assert rehearsed.step().step == 1
 
 
 def test_what_does_not_fit_ends_the_dry_run(

@@ -125,7 +125,9 @@ class Trial:
         workspace: factor on the activations, for the workspaces of kernels.
         """
         config, method, sizes = self.config, self.engine.method, self.sizes
-        views = 1 + (method.route is not None) + (config.data.aug_view is not None)
+        made = round(config.attack.share * micro_batch) if method.route is not None else 0
+        clean = micro_batch - made * (method.mix == "replace")
+        views = (clean, made, micro_batch * (config.data.aug_view is not None))
         extra = (learners > 1, attack_ranks > 0, config.method == "sam", config.lookahead)
         kept = round(workspace * sizes.activations_per_image)
         return step_bytes(
@@ -133,8 +135,8 @@ class Trial:
             copies=2 + sum(map(bool, extra)) + (config.ema.decay is not None),
             local_batch=config.global_batch_size // learners,
             held=self.held,
-            micro_batch=micro_batch,
-            views_per_pass=views if self.engine.network.fuses_views else 1,
+            micro_batch=sum(views) if self.engine.network.fuses_views else max(views),
+            views_per_pass=1,
         )
 
 
