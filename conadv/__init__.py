@@ -1,7 +1,7 @@
 """Concurrent adversarial learning (ConAdv) for large-batch training in PyTorch.
 
-The names below are the public interface. They are imported on first use, so that ``import conadv`` and
-``conadv --help`` do not wait for torch.
+The names below are the public interface. They are imported on first use, so that ``import conadv``
+and ``conadv --help`` do not wait for torch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ def program() -> None:
         sys.stderr.write("conadv: interrupted\n")
         code = 130
     if code and os.environ.get("WORLD_SIZE", "1") != "1":
-        # threads of torch.distributed may still wait for ranks that are gone; Python's way out would abort the process
+        # threads of torch.distributed may still wait for ranks that are gone; Python's way out
+        # would abort the process
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 class ConadvError(ValueError):
     """What happened, where, and what to do about it.
 
-    Every mistake that a user can make ends in this type (a subclass of ``ValueError``); invariants of the
-    library itself are ``assert``ed. The command line prints the message without a traceback.
+    Every mistake that a user can make ends in this type (a subclass of ``ValueError``); invariants
+    of the library itself are ``assert``ed. The command line prints the message without a traceback.
     ``agreed``: every rank raises it, so that the first one alone reports it.
     """
 
     agreed = False
 
     def __init__(self, *args: object) -> None:
-        """A message can be written anywhere: bytes of a path that are not UTF-8 are shown as escapes."""
+        """Bytes of a path that are not UTF-8 become escapes: any output takes the message."""
         super().__init__(*(_encodable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
@@ -39,15 +39,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConadvError:
 
 
 def install(*extras: str) -> str:
-    """The command that installs these extras; docs/index.md says where. No index of packages has conadv."""
+    """The command that installs these extras: conadv is on no index of packages."""
     return f"pip install '.[{','.join(extras)}]' in conadv's checkout"
 
 
 def printable(text: object) -> str:
-    """``text`` on one line: control characters, line ends and bytes of no encoding are written as escapes.
+    """``text`` on one line, control characters and undecodable bytes as escapes.
 
-    For names that somebody else chose: a path may hold a line end, a terminal's escape codes, or bytes that no output
-    can encode.
+    For names that somebody else chose: a path may hold a line end, a terminal's escape codes, or
+    bytes that no output can encode.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
 

@@ -1,8 +1,9 @@
 """Randomness as a pure function of what it is for.
 
-Nothing in conadv draws from a stream whose state depends on what ran before. Every draw is keyed by a seed and a
-path of names and numbers, such as ``(seed, "attack", step, micro_batch)``, so that two processes agree without
-talking, executors may reorder work, and a resumed run continues bit for bit without saving generator states.
+Nothing in conadv draws from a stream whose state depends on what ran before. Every draw is keyed by
+a seed and a path of names and numbers, such as ``(seed, "attack", step, micro_batch)``, so that two
+processes agree without talking, executors may reorder work, and a resumed run continues bit for bit
+without saving generator states.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 
 def derive(seed: int, *path: int | str) -> int:
-    """A 63-bit seed for ``path`` under ``seed``: stable over processes, platforms and Python versions."""
+    """A 63-bit seed for ``path`` under ``seed``, the same on every platform."""
     text = "/".join(map(str, (seed, *path)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -28,7 +29,7 @@ def generator(device: torch.device | str, seed: int, *path: int | str) -> torch.
 
 @contextmanager
 def scope(device: torch.device, seed: int, *path: int | str) -> Iterator[None]:
-    """Seed torch's global generators inside the block (dropout, stochastic depth), and restore them afterwards.
+    """Seed torch's global generators (dropout, stochastic depth) inside the block.
 
     The caller's own random stream is the same whether the block ran or not.
     """

@@ -1,4 +1,4 @@
-"""Read files that a stranger may have written: runs, checkpoints, configs, profiles; write files as a whole.
+"""Read files that a stranger may have written, and write files as a whole.
 
 No file's code runs, no link leads out of a run, and memory stays in proportion to the file's size.
 """
@@ -34,9 +34,12 @@ NUMBER_CHARACTERS = 100
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only: no anchors (a few lines can expand to a billion values), no duplicate keys, bounded nesting.
+    """Plain values only, without duplicate keys and with bounded nesting.
 
-    Keys are text. Integers have at most 20 digits, and none is in base 60 (YAML 1.1 reads 1:30 as 90).
+    No anchors: a few lines of them can expand to a billion values.
+
+    Keys are text. Integers have at most 20 digits, and none is in base 60 (YAML 1.1 reads 1:30 as
+    90).
     """
 
     keys: tuple[type, ...] = (str,)
@@ -151,7 +154,8 @@ def check_regular(path: Path) -> None:
 def parse_json(text: str) -> Any:
     """Values of a JSON text, nested at most JSON_DEPTH deep.
 
-    Raises ValueError for anything else: NaN, infinities, floats that overflow, integers beyond 64 bits.
+    Raises ValueError for anything else: NaN, infinities, floats that overflow, integers beyond 64
+    bits.
     """
     try:
         found = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
@@ -209,7 +213,8 @@ def read_document(kind: type[D], path: Path, remedy: str) -> D:
 def checked(kind: type[D], values: Any, path: Path, remedy: str) -> D:
     """``values`` from the JSON file ``path`` as a ``kind``.
 
-    Raises ConadvError that names the file and the first wrong field with its value, and ends in ``remedy``.
+    Raises ConadvError that names the file and the first wrong field with its value, and ends in
+    ``remedy``.
     """
     try:
         return kind.model_validate(values)
@@ -233,10 +238,10 @@ def first_problem(error: ValidationError) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ConadvError for a link, pipe, socket or device in a run or sweep and in its direct subfolders.
+    """Raise ConadvError for a link, pipe, socket or device in a run or a sweep, two levels deep.
 
-    A stranger's link could have its record read from, or written to, anywhere; opening a pipe blocks forever.
-    ``folder`` itself may be a link, since its user chose it.
+    A stranger's link could have its record read from, or written to, anywhere; opening a pipe
+    blocks forever. ``folder`` itself may be a link, since its user chose it.
     """
     try:
         entries = list(os.scandir(folder)) if folder.is_dir() else []
@@ -250,8 +255,9 @@ def refuse_links(folder: Path) -> None:
     for entry in entries:
         if entry.is_symlink():
             raise ConadvError(
-                f"{printable(entry.path)} is a link, but everything in {printable(folder)} must lie "
-                "in it. Replace the link by the file or folder itself (the folder as a whole may be a link)."
+                f"{printable(entry.path)} is a link, but everything in {printable(folder)} must "
+                "lie in it. Replace the link by the file or folder itself (the folder as a whole "
+                "may be a link)."
             )
         if not (entry.is_file() or entry.is_dir()):
             raise ConadvError(
@@ -260,7 +266,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name`` for a ``name`` read from a file; ConadvError unless that lies below ``folder``."""
+    """``folder / name``, for a name read from a file. ConadvError unless it lies below."""
     path = folder / name
     try:
         below = folder.resolve() in path.resolve().parents
@@ -286,11 +292,12 @@ _OPCODES = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "STACK_GLOBAL", "EXT1", "EXT2"
 
 
 def check_archive(path: Path) -> None:
-    """Raise ConadvError unless a file is an archive of tensors and plain values as ``torch.save`` writes it.
+    """Raise ConadvError unless ``torch.save`` could have written the file: tensors, plain values.
 
-    The first of two gates; the second is ``torch.load(weights_only=True)``, which would still inflate compressed
-    entries and make byte arrays of any size. Old torch formats, scripts, compressed entries and every global but those
-    of tensors are refused before anything is unpickled.
+    The first of two gates; the second is ``torch.load(weights_only=True)``, which would still
+    inflate compressed entries and make byte arrays of any size. Old torch formats, scripts,
+    compressed entries and every global but those of tensors are refused before anything is
+    unpickled.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -332,7 +339,7 @@ def _archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file as a whole: a reader or a crash sees the old or the new content, never a part of it.
+    """Replace a file: a reader or a crash sees the old or the new content, never a part.
 
     Text that UTF-8 cannot hold (bytes of an odd file name) is written as escapes.
     """

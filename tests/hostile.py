@@ -1,7 +1,8 @@
-"""Files that would run code if somebody unpickled or followed them, each a function of the marker that it would make.
+"""Files that would run code if somebody unpickled or followed them, each a function of the marker
+that it would make.
 
-A payload that ran has made the marker. ``LIVE`` kinds do run with plain ``pickle.loads``; a test checks it, so that
-those which refuse them refuse something.
+A payload that ran has made the marker. ``LIVE`` kinds do run with plain ``pickle.loads``; a test
+checks it, so that those which refuse them refuse something.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _from_type(m: Path) -> bytes:
     return in_state(b"ctorch._tensor\n_rebuild_from_type_v2\n" + made)
 
 
-# The gate has a list of what is allowed, so a kind here is a way to get at a function, not a function.
+# The gate has a list of what is allowed, so a kind here is a way to get at a function, not a
+# function.
 PICKLES: dict[str, Make] = {
     "os.system": lambda m: in_state(call("os", "system", touch(m))),
     "pickle in a pickle": _nested_pickle,

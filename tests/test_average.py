@@ -73,7 +73,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Buffers(nn.Module):
-    """Buffers of all kinds: complex weights, a mask, a counter, ones that are made or grow later."""
+    """Buffers of all kinds: complex weights, a mask, a counter, ones that are made or grow
+    later.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,8 @@ from .test_methods import CASES, make, run
 
 
 def test_spans_and_seconds() -> None:
-    # Red when: spans of the network count as this process's time; origin is added; collect() keeps what it has given.
+    # Red when: spans of the network count as this process's time; origin is added; collect() keeps
+    # what it has given.
     clock = PhaseClock(torch.device("cpu"))
     clock.origin = 100.0
     clock.add("data", 101.0, 101.5)

@@ -1,4 +1,6 @@
-"""Every way to end the program: its exit code, one message, and a traceback only where it was asked for."""
+"""Every way to end the program: its exit code, one message, and a traceback only where it was asked
+for.
+"""
 
 from __future__ import annotations
 

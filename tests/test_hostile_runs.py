@@ -1,4 +1,6 @@
-"""A run or sweep that somebody else has made: nothing is executed, nothing leads out of it, refusals are errors."""
+"""A run or sweep that somebody else has made: nothing is executed, nothing leads out of it,
+refusals are errors.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +176,8 @@ SAID: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_a_checkpoint_says_of_its_images_is_checked(name: str, copy: Path) -> None:
-    # Red when: _Envelope lacks that field, or a step has no upper bound (export then ended with exit code 70).
+    # Red when: _Envelope lacks that field, or a step has no upper bound (export then ended with
+    # exit code 70).
     genuine = checkpoint.load_newest(copy / "checkpoints", CPU)
     for value in SAID[name]:
         state = {**genuine, name: value}

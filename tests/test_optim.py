@@ -129,7 +129,9 @@ def assert_equal(left: Any, right: Any) -> None:
 
 
 class Oracle:
-    """The reference in float64 over a case's two groups; its snapshots have ``snapshot``'s order."""
+    """The reference in float64 over a case's two groups; its snapshots have ``snapshot``'s
+    order.
+    """
 
     def __init__(self, case: Case, start: list[nn.Parameter]) -> None:
         self.weights = [p.detach().double() for p in start]
@@ -343,7 +345,9 @@ def test_first_steps_by_hand() -> None:
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "nus"] + ["LAMB"])
 def test_without_adaptation_it_is_torchs_own(variant: str) -> None:
-    """SGD and AdamW, constant lr. Red when: adapt is ignored, or LAMB's decay is not scaled by lr."""
+    """SGD and AdamW, constant lr. Red when: adapt is ignored, or LAMB's decay is not scaled by
+    lr.
+    """
     kind, torchs, own = LARS, torch.optim.SGD, {"variant": variant}
     settings: dict[str, Any] = {"momentum": 0.8, "weight_decay": 0.1}
     if variant == "LAMB":
@@ -427,7 +431,9 @@ def test_bad_options_are_refused(kind: type, options: dict[str, Any], message: s
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
 def test_what_cannot_be_trained_is_refused(kind: type) -> None:
-    """Red when: the group stays after its check failed; the layout of a gradient is not looked at."""
+    """Red when: the group stays after its check failed; the layout of a gradient is not looked
+    at.
+    """
     optimizer = kind([nn.Parameter(torch.ones(2))], 0.1)
     for options, message in (
         ({"params": [nn.Parameter(torch.ones(2))], "adapt": 1}, "adapt = 1"),

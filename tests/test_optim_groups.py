@@ -121,7 +121,8 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 @ALL
 def test_a_row_says_what_the_optimizer_gets(name: str) -> None:
-    # Red when: a setting that is given does not replace the row's; the groups' weight decay is overwritten.
+    # Red when: a setting that is given does not replace the row's; the groups' weight decay is
+    # overwritten.
     optimizer = built(name, small_model(), eps=None, momentum=0.5, betas=(0.1, 0.2))
     assert type(optimizer) is KINDS[name]
     want = {**OPTIMIZERS[name].defaults, "lr": 0.1}
@@ -150,8 +151,10 @@ def test_the_classes_and_the_table_have_the_same_defaults() -> None:
 
 @ALL
 def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
-    """Contiguous gradients and state for channels-last weights; one batch-norm tensor has no gradient in step 0. Red
-    when: _prepare_fused does not touch gradients, or state, or leaves SGD's buffer to torch."""
+    """Contiguous gradients and state for channels-last weights; one batch-norm tensor has no
+    gradient in step 0. Red when: _prepare_fused does not touch gradients, or state, or leaves SGD's
+    buffer to torch.
+    """
     ends = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = small_model()
@@ -166,7 +169,9 @@ def test_channels_last_and_late_gradients_change_nothing(name: str) -> None:
 
 @ALL
 def test_a_built_optimizer_resumes_bit_for_bit(name: str) -> None:
-    """From a state that torch's own class can load too. Red when: SGD's state is not what torch.optim.SGD saves."""
+    """From a state that torch's own class can load too. Red when: SGD's state is not what
+    torch.optim.SGD saves.
+    """
     model, twin, plain = (small_model() for _ in range(3))
     optimizer = built(name, model)
     for number in range(3):

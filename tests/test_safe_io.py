@@ -1,4 +1,6 @@
-"""Text that somebody else has written: YAML, JSON, documents, records and names are values, or short errors."""
+"""Text that somebody else has written: YAML, JSON, documents, records and names are values, or
+short errors.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,9 @@ MANY: dict[str, str] = {  # they took more than 10 s, or have more values than a
 
 @pytest.mark.parametrize("name", [*YAMLS, *MANY])
 def test_hostile_configs_are_short_and_quick_errors(name: str, tmp_path: Path) -> None:
-    # Red when: yaml.unsafe_load; no check of aliases, depth, duplicates, size; each key is looked for in a list of those
-    # before it; without a limit on numbers of base 60, which take the square of their length.
+    # Red when: yaml.unsafe_load; no check of aliases, depth, duplicates, size; each key is looked
+    # for in a list of those before it; without a limit on numbers of base 60, which take the square
+    # of their length.
     file = tmp_path / "config.yaml"
     file.write_text((YAMLS | MANY)[name].replace("MARKER", str(tmp_path / "ran")))
     begin = time.process_time()
@@ -93,7 +96,8 @@ def test_a_yaml_number_may_have_20_digits() -> None:
 
 @pytest.mark.parametrize("text", ['!!int ""', "!!bool x", "1:30", "0x" + "f" * 5000, "{1: 2}"])
 def test_the_command_line_reads_yaml_in_the_same_way(text: str, tmp_path: Path) -> None:
-    # Red when: parse_yaml lets another error than YAMLError through, or keys that are not text pass: exit code 70.
+    # Red when: parse_yaml lets another error than YAMLError through, or keys that are not text
+    # pass: exit code 70.
     args = ["--model.name", "torchvision:resnet18", "--model.args", f"a={text[:900]}"]
     out = ["--out", str(tmp_path / "out")]
     assert main(["train", "digits", "--steps", "1", *args, *out]) == 2
@@ -147,7 +151,8 @@ def test_any_text_is_yaml_or_an_error(text: str) -> None:
     ["1e999999999", "1e400", "1/1e400", "9" * 5000, "1/0", "nan", "inf", "", "0x1", "1_0/3 /"],
 )
 def test_numbers_that_are_none_are_errors(text: str) -> None:
-    # Red when: Fraction gets any text (it would write out a billion digits), or an OverflowError gets through.
+    # Red when: Fraction gets any text (it would write out a billion digits), or an OverflowError
+    # gets through.
     with pytest.raises(ConadvError, match="attack"):
         parse({"attack": {"eps": text}}, "config")
 

@@ -26,7 +26,8 @@ def test_by_hand() -> None:
 
 
 def test_phases_by_hand() -> None:
-    # Red when: the peak lasts until the decay begins, or a warm-up step at half of the peak counts as peak.
+    # Red when: the peak lasts until the decay begins, or a warm-up step at half of the peak counts
+    # as peak.
     schedule = WarmupDecay(peak=8.0, total_steps=10, warmup_steps=2, power=1)
     assert [schedule(t) for t in range(10)] == pytest.approx([4, 8, 8, 7, 6, 5, 4, 3, 2, 1])
     assert [schedule.phase(t) for t in range(10)] == ["warm-up"] * 2 + ["peak"] * 5 + ["decay"] * 3

@@ -1,4 +1,6 @@
-"""benchmarks/two_hosts.sh takes everything along that it made, however it ends; and what is drawn from its results."""
+"""benchmarks/two_hosts.sh takes everything along that it made, however it ends; and what is drawn
+from its results.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def load(name: str) -> ModuleType:
 
 
 def result(methods: dict[str, float]) -> dict[str, Any]:
-    """A benchmark's JSON with a row for each method, with and without overlap: its ratio to noise."""
+    """A benchmark's JSON with a row for each method, with and without overlap: its ratio to
+    noise.
+    """
     rows = []
     for method, ratio in methods.items():
         for overlap in (True, False):
@@ -149,9 +153,9 @@ def running(words: str) -> list[str]:
 
 
 def test_namespaces_and_processes_go_with_the_script(tmp_path: Path) -> None:
-    # Red when: the trap on EXIT is taken out; on_both waits for a host before it starts the other; tc gets the rate in
-    # another unit; a rate with a JSON is measured again.
-    # One test, since each part looks at the list of namespaces.
+    # Red when: the trap on EXIT is taken out; on_both waits for a host before it starts the other;
+    # tc gets the rate in another unit; a rate with a JSON is measured again. One test, since each
+    # part looks at the list of namespaces.
     if reason := why_not():
         pytest.skip(reason)
     before = names()
@@ -175,7 +179,8 @@ def ends(out: Path, before: set[str]) -> None:
     out.mkdir()
     mark = f"sleep {time.time_ns() % 10**6 + 10**6}"  # a number of seconds that no other sleep has
     environment = {**ENVIRONMENT, "CONADV_TWO_HOSTS_COMMAND": f"touch {out}/$HOST; {mark}; true"}
-    # Whoever starts the tests in the background may ignore SIGINT, and a script of bash cannot undo that.
+    # Whoever starts the tests in the background may ignore SIGINT, and a script of bash cannot undo
+    # that.
     script = subprocess.Popen(
         ["env", "--default-signal=INT", str(SCRIPT), "--out", str(out), "500"],
         env=environment,

@@ -21,10 +21,10 @@ class PGD:
     ``eps``, ``step_size``: [0, 1] pixel units, as numbers or text ("4/255"); step_size None: eps for
     one step, 2.5 eps / num_steps for more.
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``:
-    probability, for each image, of starting from a random point of the ball instead of the image
-    itself. ``space``: the model's normalisation; attacks clip to valid pixels, not to a fixed
-    interval of normalised values. ``loss``: what the attack ascends; default: the loss that the
-    engine trains, and cross-entropy where the forward is a plain model.
+    probability, for each image, of starting from a random point of the ball instead of the image.
+    ``space``: the model's normalisation; attacks clip to valid pixels, not to a fixed interval of
+    normalised values. ``loss``: what the attack ascends; default: the loss that the engine trains,
+    and cross-entropy where the forward is a plain model.
 
     Costs ``num_steps`` input-only forward-backward passes. Raises ConadvError for values out of
     range.

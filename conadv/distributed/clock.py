@@ -25,9 +25,7 @@ def now(*, cuda: bool) -> Mark:
 
 
 class Phases(NamedTuple):
-    """What a process did: seconds by phase, all spans in the order they were noted, seconds in any
-    phase.
-    """
+    """What a process did: seconds by phase, all spans in their order, seconds in any phase."""
 
     by_name: dict[str, float]
     spans: list[Span]
@@ -40,8 +38,7 @@ class PhaseClock:
     Times are seconds of ``time.monotonic()``, which the processes of one host share, minus
     ``origin``; a run sets it so that the ranks of all hosts count from the same moment (see
     :func:`conadv.distributed.offset.clock_offset`). On CUDA a phase lies between events on the
-    current
-    stream: it is the device's time, not the time to queue the work.
+    current stream: it is the device's time, not the time to queue the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,9 +60,7 @@ class PhaseClock:
         return now(cuda=self._cuda)
 
     def add(self, name: str, begin: Mark, end: Mark, *, beside: bool = False) -> None:
-        """Note a span that was measured elsewhere. ``beside``: beside this process's phases (the
-        network).
-        """
+        """Note a span measured elsewhere. ``beside`` this process's phases: the network."""
         self._marks.append((name, begin, end, beside))
 
     def discard(self) -> None:

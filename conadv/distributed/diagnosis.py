@@ -57,18 +57,14 @@ class RollCall:
         self._thread = _in_thread(self._listen)
 
     def findings(self) -> str:
-        """A sentence or two on who is missing: calls the roll if nobody has. At most 5 s, the same
-        answer each time.
-        """
+        """Who is missing, in a sentence or two. Takes at most 5 s; the same answer each time."""
         if not self._done.is_set():
             _in_thread(self._call)
             self._done.wait(LIMIT_SECONDS)
         return self._result or NOBODY_KNOWS
 
     def close(self) -> None:
-        """Say that this rank has left, and end the thread; at most a second where the store is
-        silent.
-        """
+        """Say that this rank has left, and end the thread. At most a second."""
         _in_thread(self._leave)
         self._thread.join(1.0)
 

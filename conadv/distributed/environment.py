@@ -40,11 +40,12 @@ def world_size() -> int:
         return variable("WORLD_SIZE", range(1, MOST_RANKS + 1))
     for name, launcher in OTHERS.items():
         if os.environ.get(name, "1") not in ("", "0", "1"):
+            count = printable(os.environ[name])[:40]
             raise ConadvError(
-                f"{launcher} says that there are {printable(os.environ[name])[:40]} processes ({name}), "
-                "but WORLD_SIZE is not set: each would train by itself. Start them by torchrun, one "
-                "per node, or set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR as the script that "
-                "`conadv slurm` prints does. For a single process set WORLD_SIZE=1."
+                f"{launcher} says that there are {count} processes ({name}), but WORLD_SIZE is not "
+                "set: each would train by itself. Start them by torchrun, one per node, or set "
+                "RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR as the script that `conadv slurm` "
+                "prints does. For a single process set WORLD_SIZE=1."
             )
     if os.environ.get("RANK", "0") not in ("", "0"):
         raise ConadvError("RANK is set and WORLD_SIZE is not. Start several processes by torchrun.")

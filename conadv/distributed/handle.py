@@ -60,8 +60,7 @@ class Handle:
         return bool(self._work.is_completed()) if self._stream else self._arrival.done()
 
     def wait(self) -> Tensor:
-        """The tensor. CPU: blocks until it is there. CUDA: the current stream waits, this thread
-        does not.
+        """The tensor. CPU: blocks until it is there. CUDA: the stream waits, this thread does not.
 
         Raises ConadvError if another rank has ended or does not answer within the timeout.
         """
@@ -76,8 +75,7 @@ class Handle:
         return self._tensor
 
     def failure(self, seconds: float) -> BaseException | None:
-        """Why the message is not through ``seconds`` from now; None if it is. CPU only; does not
-        raise.
+        """Why the message is not through ``seconds`` from now; None if it is. CPU only.
 
         TimeoutError: it is still under way. In place of :meth:`wait`, for a peer that may fail. A
         message that has not come through may hold its tensor until the process group's timeout.

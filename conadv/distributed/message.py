@@ -12,8 +12,7 @@ TAGS = 5
 
 
 class Message:
-    """A buffer of bytes that travels as one message: ``TAGS`` integers, then tensors like
-    ``examples``.
+    """A buffer that travels as one message: ``TAGS`` integers, then tensors like ``examples``.
 
     ``bytes`` is what is sent. ``parts`` are views into it, with the examples' shapes, types and
     memory order (examples may be on the meta device).
@@ -46,8 +45,6 @@ class Message:
 
 
 def shaped_like(part: Tensor, like: Tensor) -> Tensor:
-    """A part of a flat buffer in the shape and memory order of ``like``, as autograd's own
-    gradients have.
-    """
+    """A part of a flat buffer in the shape and memory order of ``like``, as gradients have."""
     strides = torch.empty_like(like, device="meta").stride()
     return part.as_strided(like.shape, strides, part.storage_offset())

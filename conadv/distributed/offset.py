@@ -14,8 +14,7 @@ ROUND_TRIPS = 8
 
 
 def clock_offset(comm: Comm) -> float:
-    """Seconds by which this rank's ``time.monotonic()`` is ahead of rank 0's; 0 on one host, up to
-    noise.
+    """Seconds by which this rank's ``time.monotonic()`` is ahead of rank 0's.
 
     Rank 0 asks one rank after another. Half of the shortest round trip bounds the error
     (Cristian 1989). Collective; nothing else may be under way.

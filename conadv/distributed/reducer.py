@@ -34,9 +34,7 @@ Key = tuple[str, ...]
 
 
 class Bucket(NamedTuple):
-    """Parameters (by number) whose gradients travel together, and the flat buffer that they travel
-    in.
-    """
+    """Parameters (by number) whose gradients travel together in one flat buffer."""
 
     members: tuple[int, ...]
     flat: Tensor
@@ -187,8 +185,7 @@ class GradientReducer:
         self._handles.clear()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The Euclidean norm of ``gradients`` together, with the bits of
-        ``torch.nn.utils.get_total_norm``.
+        """The Euclidean norm of all ``gradients``, in the bits of torch's ``get_total_norm``.
 
         Uses the norms that :meth:`wait` took. Where somebody has changed gradients since (clipped
         them, or put others in their place), they are taken again; a change through ``.data`` hides.
@@ -245,9 +242,7 @@ class GradientReducer:
     # ---- which gradients travel together
 
     def _make_buckets(self) -> None:
-        """Agree between ranks on who takes part and who is touched by the last pass, and lay out
-        the buckets.
-        """
+        """Agree with the other ranks on who takes part, and when; lay out the buckets."""
         late, takes_part = self._agree()
         # backward goes from the last layer to the first, so gradients become final in this order
         order = [number for number in reversed(range(len(self._params))) if takes_part[number]]

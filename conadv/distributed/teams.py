@@ -13,8 +13,7 @@ from conadv.errors import ConadvError
 
 @dataclass(frozen=True)
 class Teams:
-    """The ranks of ``world`` by what they do; ``learners`` and ``attackers`` are the world's
-    numbers.
+    """The ranks of ``world`` by what they do, as its numbers.
 
     ``comm``: on a learner that of the learners; on an attack rank a Comm of one, since attack ranks
     reduce nothing. ``may_lose``: learners go on without attack ranks that fail, so nothing that is
@@ -33,9 +32,7 @@ class Teams:
         return self.world.rank in self.attackers
 
     def feeder(self, number: int) -> int:
-        """The learner that gives weights to ``attackers[number]``: the owner of its first
-        micro-batch.
-        """
+        """The learner that sends weights to ``attackers[number]``: it has its first micro-batch."""
         return self.learners[number * len(self.learners) // len(self.attackers)]
 
     def micro_batches(self, accumulation: int) -> range:
@@ -51,8 +48,7 @@ class Teams:
 
 
 def shares(micro_batches: int, attackers: int) -> list[range]:
-    """Which of a step's micro-batches each attack rank attacks: contiguous, and as even as
-    possible.
+    """Which of a step's micro-batches each attack rank attacks: contiguous and even.
 
     A micro-batch is not divided: batch norm in the attack sees what it sees in training.
     """
@@ -68,8 +64,7 @@ def shares(micro_batches: int, attackers: int) -> list[range]:
 def roles(
     ranks: int, attack_ranks: int, ranks_per_host: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(learners, attackers): every host gives its last ranks, or the world does where they do not
-    divide.
+    """(learners, attackers): every host gives its last ranks, if that divides, else the world.
 
     Images then stay on their host as far as possible: learners and attack ranks share out
     micro-batches in rank order. Raises ConadvError where no learner would be left.
@@ -124,6 +119,7 @@ def _check_launchers(world: Comm, learners: tuple[int, ...]) -> None:
         if (agents[0] & agents[1]) - {None}:
             raise ConadvError(
                 "--on-attack-loss continue has no effect where one torchrun starts learners and "
-                "attack ranks: when one of its processes dies, it ends all others. Start the attack "
-                "ranks by a torchrun of their own, with the higher --node-rank (docs/concurrency.md)."
+                "attack ranks: when one of its processes dies, it ends all others. Start the "
+                "attack ranks by a torchrun of their own, with the higher --node-rank "
+                "(docs/concurrency.md)."
             )

@@ -52,6 +52,7 @@ class AttackMethod(SharedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Here, not in the first step: by then attack ranks wait for each other.
         check_attack(self.attack)
         if self.attack_route not in ("adv", "clean"):
             raise unknown("attack_route", self.attack_route, ("adv", "clean"))

@@ -1,5 +1,4 @@
-"""The optimizers by name. Torch-free: the config and ``--help`` read this table before torch is
-imported.
+"""The optimizers by name. Torch-free: the config and ``--help`` read this table.
 
 A new optimizer is a file with its class, which takes (groups, lr, **settings), and a row here.
 """
@@ -24,9 +23,7 @@ class Row:
     by_variant: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def complete(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All settings of the optimizer: those of ``given`` that are not None, and defaults for the
-        rest.
-        """
+        """The settings in ``given`` that are not None, and defaults for the rest."""
         chosen = {k: v for k, v in given.items() if k in self.defaults and v is not None}
         variant = str(chosen.get("variant", self.defaults.get("variant")))
         return {**self.defaults, **self.by_variant.get(variant, {}), **chosen}

@@ -1,5 +1,4 @@
-"""Parameter groups by rules that cover every parameter: weights decay and adapt, norm and bias
-parameters do neither.
+"""Parameter groups: weights decay and adapt, norm and bias parameters do neither.
 
 The parameters of every batch-norm route are norm parameters like those of the layer itself, since a
 parameter is judged by the module that owns it, wherever that module hangs.
@@ -25,8 +24,7 @@ NORM_LAYERS = (
 
 @dataclass(frozen=True)
 class Rule:
-    """Which parameters form the group ``name``, and whether they get weight decay and the trust
-    ratio.
+    """Which parameters form the group ``name``, and whether they decay and adapt.
 
     ``matches`` takes the owning module, the parameter's own name in it ("weight") and the
     parameter.
@@ -74,8 +72,10 @@ def parameter_groups(
             if not p.requires_grad or p in seen:
                 continue
             seen.add(p)
+            # By the module that owns it: a route's batch norm hangs below another layer.
             own = name.rpartition(".")[2]
             rule = next((rule for rule in rules if rule.matches(module, own, p)), None)
+            # Whatever a network has beyond the rules must be decided by somebody, not by a default.
             if rule is None:
                 raise _uncovered(module, name, p)
             groups[rule.name, rule.decay, rule.adapt].append(p)

@@ -1,5 +1,4 @@
-"""LAMB: Adam's direction, scaled per tensor by |w| / |direction| (plain form:
-conadv/reference/lamb.py).
+"""LAMB: Adam's direction, scaled per tensor by |w| / |direction|.
 
 You, Li, Reddi et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes",
 arXiv 1904.00962, Algorithm 2.
@@ -121,6 +120,7 @@ class LAMB(TrustRatioOptimizer):
     def _moments(self, params: list[Tensor], group: Group) -> list[list[Tensor]]:
         """[exp_avg, exp_avg_sq, step] of all parameters, this process's parts of them."""
         for p in params:
+            # Counted for each parameter: a batch-norm route gets its first gradient later.
             if not self.state[p]:
                 self.state[p]["step"] = self._counter(p, group)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
@@ -175,6 +175,7 @@ class LAMB(TrustRatioOptimizer):
         counts: Any = torch.stack(steps).double().unbind() if capturable else map(float, steps)
         counts = list(counts)
         first, second = ([1 - beta**t for t in counts] for beta in group["betas"])
+        # The operators and their order are those of torch's AdamW, so that adapt=False is AdamW.
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(s, beta2)
         torch._foreach_addcmul_(s, grads, grads, 1 - beta2)

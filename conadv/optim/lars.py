@@ -168,6 +168,8 @@ class LARS(TrustRatioOptimizer):
         for p, v in zip(params, self._buffers(params), strict=True):
             assert p.grad is not None
             triple = p, p.grad, v
+            # The kernel has no clamp, dampens nothing at momentum 0, and its 1 - (1 - rate) costs
+            # float64 digits.
             if not (fits and flat_alike(*triple)):
                 self._foreach([p], group)
             elif group["adapt"]:
@@ -189,6 +191,7 @@ class LARS(TrustRatioOptimizer):
         if inside < _SMALLEST_FUSED_RATE:
             self._foreach(params, group)
             return
+        # SGD's v <- mu v + (1 - dampening) g is LARS's with the rate as 1 - dampening.
         rates = {name: group[name] for name in ("weight_decay", "momentum", "maximize")}
         sgd(params, grads, buffers, lr=outside, dampening=1.0 - inside, **rates, **_FUSED)  # type: ignore[arg-type]
 
@@ -199,6 +202,7 @@ class LARS(TrustRatioOptimizer):
         if group["adapt"]:
             ratios = variant.ratio(norms(weights, where), norms(grads, where), group)
         inside, outside = map(per_tensor, variant.rates(group["lr"], ratios))
+        # The only copy: what follows is in place, in the order that the loop form has.
         updates: Any = torch._foreach_add(grads, weights, alpha=group["weight_decay"])
         if variant.max_gradient is not None:
             torch._foreach_clamp_min_(updates, -variant.max_gradient)

@@ -19,12 +19,11 @@ from conadv.optim.trust_ratio import flat_alike
 def build_optimizer(
     name: str, groups: Sequence[dict[str, Any]], lr: float, **settings: Any
 ) -> Optimizer:
-    """The optimizer ``name`` of the table over :func:`parameter_groups`, in its fastest form for
-    the device.
+    """The optimizer ``name`` of the table, in its fastest form for the device.
 
-    ``lr`` is the learning rate to start from (the caller's schedule decides it). ``settings``:
-    those of the table's row; one that is left out, or None, takes its default there. The groups
-    carry the weight decay. Raises ConadvError for a name that is not in the table.
+    ``groups``: of :func:`parameter_groups`, which carry the weight decay. ``lr``: the learning rate
+    to start from (the caller's schedule decides it). ``settings``: those of the table's row; one
+    that is left out, or None, takes its default there. Raises ConadvError for an unknown name.
     """
     if name not in OPTIMIZERS:
         raise unknown("optimizer", name, OPTIMIZERS)
@@ -47,8 +46,7 @@ def _fusable(p: Tensor) -> bool:
 
 
 def _prepare_fused(optimizer: Optimizer, *_: object) -> None:
-    """Give torch's fused CPU step what it takes for granted but does not check (seen in torch
-    2.14).
+    """Give torch's fused CPU step what it takes for granted but does not check (torch 2.14).
 
     It reads gradients and state in the memory order of the weights whatever their strides (wrong
     weights), and SGD stops on a parameter whose first gradient comes in a later step, as a

@@ -11,8 +11,7 @@ from conadv.errors import ConadvError
 
 @dataclass(frozen=True)
 class WarmupDecay:
-    """Linear warm-up to ``peak`` over ``warmup_steps``, then decay to ``end`` at step
-    ``total_steps``.
+    """Linear warm-up to ``peak``, then decay to ``end`` at step ``total_steps``.
 
     Warm-up: lr(t) = peak (t + 1) / warmup_steps, so that no step is lost at lr 0; step
     warmup_steps - 1 has the peak.
@@ -41,9 +40,7 @@ class WarmupDecay:
             raise ConadvError(f"end_lr {self.end:g} is above the peak {self.peak:g}.")
 
     def phase(self, step: int) -> str:
-        """ "warm-up"; then "peak" while the learning rate is at least half of ``peak``; then
-        "decay".
-        """
+        """ "warm-up"; "peak" while the rate is at least half of ``peak``; then "decay"."""
         if step < self.warmup_steps:
             return "warm-up"
         return "peak" if self(step) >= self.peak / 2 else "decay"
@@ -53,6 +50,7 @@ class WarmupDecay:
             return self.peak * (step + 1) / self.warmup_steps
         if self.decay == "constant":
             return self.peak
+        # Beyond the end it stays there: a resumed run may ask for one step more.
         s = min((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 1.0)
         shape = (
             (1 - s) ** self.power if self.decay == "polynomial" else (1 + math.cos(math.pi * s)) / 2

@@ -15,7 +15,7 @@ from torch import Tensor
 from conadv.errors import ConadvError
 
 Spread = tuple[tuple[Any, int], ...]
-"""The dims of a device mesh that a tensor is divided over, as (mesh, dim); empty for a whole one."""
+"""The mesh dims that a tensor is divided over, as (mesh, dim); empty for a whole tensor."""
 
 
 def spread(x: Any) -> Spread:
@@ -32,6 +32,7 @@ def local(x: Any) -> Tensor:
 
 def local_grad(p: Any) -> Tensor:
     """This process's part of the gradient, cut like the parameter."""
+    # Of fully_shard they are cut alike; tensor parallelism may leave sums or copies as gradients.
     if getattr(p.grad, "placements", None) == getattr(p, "placements", None):
         return local(p.grad)
     return local(p.grad.redistribute(placements=p.placements))
@@ -44,6 +45,8 @@ def whole_norms(norms: Tensor, where: Spread) -> Tensor:
     """
     if not where:
         return norms
+    # Squares add up over parts, norms do not. In float64 from the caller, so the detour is exact
+    # to far below float32's rounding.
     squares = norms.square()
     for mesh, dim in where:
         dist.all_reduce(squares, group=mesh.get_group(dim))
@@ -52,9 +55,10 @@ def whole_norms(norms: Tensor, where: Spread) -> Tensor:
 
 def refuse_flat(p: Tensor, optimizer: str) -> None:
     """Raise ConadvError for a part of FSDP1: it does not know where its tensor begins or ends."""
+    # FSDP1 marks flat parameters, and the slices of them that pose as the original ones.
     if getattr(p, "_fsdp_flattened", False):
         raise ConadvError(
-            f"{optimizer} needs the norm of every weight tensor, and FullyShardedDataParallel keeps "
-            "flat parts that know none. Use torch.distributed.fsdp.fully_shard, whose parameters "
-            "are DTensors."
+            f"{optimizer} needs the norm of every weight tensor, and FullyShardedDataParallel "
+            "keeps flat parts that know none. Use torch.distributed.fsdp.fully_shard, whose "
+            "parameters are DTensors."
         )

@@ -64,6 +64,7 @@ def norms(tensors: list[Tensor], where: Spread = ()) -> Tensor:
 
     ``where``: what the tensors are parts of, see :func:`conadv.optim.sharded.spread`.
     """
+    # On CUDA few kernels count, on the CPU the accuracy of sums over rows.
     if tensors[0].is_cuda:
         dtype = torch.float32 if tensors[0].dtype in _HALF else None
         each: Any = torch._foreach_norm(tensors, 2, dtype)
@@ -76,6 +77,7 @@ def trust_ratio(
     w_norm: Scalar, other_norm: Scalar, formula: Callable[[Scalar, Scalar], Scalar]
 ) -> Scalar:
     """``formula(w_norm, other_norm)``, or 1 where either norm is 0; numbers or vectors of norms."""
+    # A tensor that starts at zero would never move with a ratio of 0.
     if isinstance(w_norm, Tensor):
         return torch.where((w_norm > 0) & (other_norm > 0), formula(w_norm, other_norm), 1.0)
     return formula(w_norm, other_norm) if w_norm > 0 and other_norm > 0 else 1.0
@@ -128,6 +130,7 @@ class TrustRatioOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Version 0.1 and other programs saved fewer options: those are this optimizer's own."""
         super().__setstate__(state)
+        # Only these: torch itself adds to the defaults here, and a saved state must not grow by it.
         for group in self.param_groups:
             for name in _CHOICES:
                 group.setdefault(name, self.defaults[name])
@@ -139,7 +142,7 @@ class TrustRatioOptimizer(Optimizer):
         try:
             self._check(self.param_groups[-1])
         except ConadvError:
-            self.param_groups.pop()
+            self.param_groups.pop()  # torch has added it already
             raise
 
     def _check(self, group: Group) -> None:
@@ -178,6 +181,7 @@ class TrustRatioOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             options = group
+            # Read once per group, not per tensor. The group keeps it, for schedulers to fill.
             if isinstance(group["lr"], Tensor) and not group["capturable"]:
                 options = {**group, "lr": group["lr"].item()}
             for (device, _, where), params in self._buckets(group["params"]).items():
@@ -196,6 +200,7 @@ class TrustRatioOptimizer(Optimizer):
                     f"{tuple(p.shape)}. Use nn.Embedding(..., sparse=False), or give that "
                     "parameter to torch.optim.SparseAdam."
                 )
+            # Foreach operators take one device and dtype, and one message sums one set of shards.
             buckets.setdefault((p.device, p.dtype, spread(p)), []).append(p)
         return buckets
 
@@ -221,5 +226,6 @@ class TrustRatioOptimizer(Optimizer):
 
 def grads_of(params: list[Tensor], group: Group) -> list[Tensor]:
     """The gradients to descend, this process's parts of them."""
+    # Negated copies where the loss is to rise: gradients belong to the caller, who may log them.
     grads = [local_grad(p) for p in params]
     return list(torch._foreach_neg(grads)) if group["maximize"] else grads
