@@ -21,7 +21,8 @@ from torch import Tensor
 from conadv.errors import ConadvError
 
 Forward = Callable[[Tensor], Tensor]
-"""x_NCHW -> logits_NK. The engine has already set the route and frozen the statistics."""
+"""x_NCHW -> the model's output, logits_NK for most. The engine has already set the route and frozen
+the statistics; its forward names the loss that is trained (conadv.attacks.targets.trained_loss)."""
 
 Span = tuple[str, float, float]
 """(phase, start, end) in seconds on one clock (see conadv.distributed.clock)."""

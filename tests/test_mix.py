@@ -41,7 +41,7 @@ def test_every_method_trains_on_soft_labels(name: str) -> None:
 
 
 def test_the_attack_climbs_the_loss_of_the_soft_labels() -> None:
-    # Red when: ascent_loss takes the largest class of a soft label.
+    # Red when: the attack takes the largest class of a soft label.
     model = tiny_resnet("adv")
     engine = make(CASES["disadv"].__call__().__class__(FGSM(EPS, space=SPACE)), model)
     batch = soft(as_batch(0))

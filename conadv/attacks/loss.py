@@ -49,7 +49,7 @@ class TrainedLoss:
                 'one rank and on many: give the loss reduction="mean".'
             )
         self._sum = _summed(loss)
-        self.classes = self._is(_CLASSES)
+        self.classes, self._like_output = self._is(_CLASSES), self._is(_LIKE_OUTPUT)
         # A module always has an ignore_index, so it may always find labels to ignore.
         given = {"weight", "ignore_index"} & {k for k, v in self._settings.items() if v is not None}
         self.weighted = self.classes and bool(given)
@@ -101,7 +101,7 @@ class TrainedLoss:
 
     def _check_fit(self, output: Tensor, y_N: Tensor) -> None:
         """ConadvError for what torch computes without a word, or ends a CUDA process by."""
-        if self._is(_LIKE_OUTPUT) and output.shape != y_N.shape:  # torch would broadcast
+        if self._like_output and output.shape != y_N.shape:  # torch would broadcast
             raise _misfit(output, y_N, "Give both the same shape: output.squeeze(1), or y[:, None]")
         if not self.classes:
             return

@@ -184,6 +184,17 @@ def other_data(world: Comm, what: str) -> None:
     engine.serve(batches)
 
 
+def frozen_learner(world: Comm) -> None:
+    """The learner freezes a layer after its first step."""
+    teams = make_teams(world, 1)
+    engine = engine_for(teams, SMALL)
+    if teams.attacking:
+        engine.serve(stream(teams, SMALL, 1))
+    for batch, future in windows(stream(teams, SMALL), 1):
+        engine(batch, future)
+        engine.model[0].requires_grad_(False)
+
+
 def wrong(world: Comm, what: str) -> None:
     """Mistakes that are found before anything is sent."""
     teams = make_teams(world, 2 if what == "no learner" else 1)

@@ -147,6 +147,13 @@ def test_other_data_than_the_learners(what: str, message: str) -> None:
         assert message in pool.errors(jobs.other_data, what)[1]
 
 
+def test_what_is_trained_stays_during_a_run_with_attack_ranks() -> None:
+    # Red when: the message is filled with the weights that there are (its parts change places).
+    with Ranks(2, timeout=5.0) as pool:
+        error = pool.errors(jobs.frozen_learner)[0]
+    assert "The parameter '0.bias' was frozen or unfrozen during training" in error
+
+
 @pytest.mark.parametrize(
     ("what", "messages"),
     [
