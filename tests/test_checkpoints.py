@@ -415,7 +415,7 @@ def test_a_finished_run_is_neither_deleted_nor_resumed_with_other_settings(out: 
 def test_a_stop_line_stays_where_the_run_goes_on_from_it(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     path.write_text("".join(f'{{"type": "stop", "step": {step}}}\n' for step in (3, 5)))
-    truncate(path, 3)
+    truncate(path, read_lines(path), 3)
     assert [line["step"] for line in read_lines(path)] == [3]
 
 

@@ -103,7 +103,7 @@ def _config(file: Path) -> None:
 
 def _record(file: Path) -> None:
     json.dumps(record.read_lines(file), allow_nan=False)
-    record.truncate(file, 2)
+    record.truncate(file, record.read_lines(file), 2)
 
 
 def _checkpoint(file: Path) -> None:

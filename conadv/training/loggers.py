@@ -17,6 +17,7 @@ from typing import Any
 
 from conadv.errors import ConadvError, install
 from conadv.training.observer import Observer
+from conadv.training.record import read_lines
 from conadv.types import StepRecord
 
 
@@ -42,33 +43,37 @@ class _Logger(Observer, ABC):
         shutil.rmtree(self._folder, ignore_errors=True)
         self.open(title)
 
-    def earlier(self, lines: list[dict[str, Any]]) -> None:
-        # `conadv eval` may have evaluated one step twice
-        evaluations = {
-            (line["step"], line["split"]): line for line in lines if line["type"] == "eval"
-        }
-        for line in lines:
+    def earlier(self, record: Path) -> None:
+        for line in read_lines(record):
             if line["type"] == "step":
                 self._log_step(line)
-            elif line["type"] == "eval" and line is evaluations[line["step"], line["split"]]:
-                self.evaluation(*(line[name] for name in ("step", "split", "loss", "accuracy")))
+            elif line["type"] == "eval":
+                self._log_evaluation(line)
 
     def step(self, record: StepRecord) -> None:
         self._log_step({**asdict(record), "staleness": record.staleness})
 
+    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+        self._log_evaluation({"step": step, "split": split, "loss": loss, "accuracy": accuracy})
+
     def _log_step(self, line: Mapping[str, Any]) -> None:
         names = ("loss", "lr", "grad_norm", "staleness")
-        values = {f"train/{name}": line[name] for name in names}
+        values = {f"train/{name}": line.get(name) for name in names}
         values |= {f"train/losses/{name}": value for name, value in line["losses"].items()}
         values |= {f"seconds/{name}": value for name, value in line["phases"].items()}
         self._send(values, line["step"])
 
-    def evaluation(self, step: int, split: str, loss: float, accuracy: float) -> None:
+    def _log_evaluation(self, line: Mapping[str, Any]) -> None:
+        split = line.get("split")
         group = "train_eval" if split == "train" else split  # "train/loss" is the loss of a step
-        self._send({f"{group}/loss": loss, f"{group}/accuracy": accuracy}, step)
+        self._send(
+            {f"{group}/{name}": line.get(name) for name in ("loss", "accuracy")}, line["step"]
+        )
 
-    def _send(self, values: Mapping[str, float | None], step: int) -> None:
-        self.log({name: value for name, value in values.items() if value is not None}, step)
+    def _send(self, values: Mapping[str, Any], step: int) -> None:
+        """Numbers only: a record has null for those that were not finite."""
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.log(numbers, step)
 
 
 class TensorBoard(_Logger):

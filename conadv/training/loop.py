@@ -113,7 +113,7 @@ def _learn(run_dir: RunDir, run: Run, log: Log, first: int) -> dict[str, Any]:
         observer.message(line)
     observer.start(title(run.config), first, run.derived.steps)
     if first and run.comm.is_main:
-        observer.earlier(record.read_lines(run_dir.record))
+        observer.earlier(run_dir.record)
     try:
         _loop(run_dir, run, log, first)
         if step.stop:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # types imports torch, which no help text needs
     from conadv.types import StepRecord
@@ -23,8 +24,8 @@ class Observer:
 
     def start(self, title: str, first_step: int, num_steps: int) -> None: ...
 
-    def earlier(self, lines: list[dict[str, Any]]) -> None:
-        """After the start of a resumed run: the lines of its record so far."""
+    def earlier(self, record: Path) -> None:
+        """After the start of a resumed run: its record so far."""
 
     def step(self, record: StepRecord) -> None: ...
 
@@ -63,8 +64,8 @@ class Guarded(Observer):
     def start(self, title: str, first_step: int, num_steps: int) -> None:
         self._tell("start", title, first_step, num_steps)
 
-    def earlier(self, lines: list[dict[str, Any]]) -> None:
-        self._tell("earlier", lines)
+    def earlier(self, record: Path) -> None:
+        self._tell("earlier", record)
 
     def step(self, record: StepRecord) -> None:
         self._tell("step", record)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises ConadvError that names the first line without a ``type``, or with fields that are not
     those of its type.
     """
-    lines = []
+    return list(_read(path))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The first line of a record, which says how the run began; empty where there is none."""
+    first = next(_read(path), {}) if path.is_file() else {}
+    return first if first.get("type") == "header" else {}
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for number, raw in safe_io.read_lines(path):
             try:
-                lines.append(_parsed(raw))
+                yield _parsed(raw)
             except ValueError as error:
                 if raw.endswith(b"\n"):
                     raise ConadvError(
@@ -87,7 +97,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                     ) from error
     except OSError as error:
         raise ConadvError(f"Cannot read the record {printable(path)}: {error}") from error
-    return lines
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
@@ -106,11 +115,11 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return line
 
 
-def check_steps(path: Path, step: int) -> None:
-    """Raise ConadvError unless a record has its header and each step before ``step`` once: a run
-    goes on from that.
+def check_steps(lines: list[dict[str, Any]], path: Path, step: int) -> None:
+    """Raise ConadvError unless a run can go on at ``step`` from these lines of the record ``path``.
+
+    It needs the header, and each step before once.
     """
-    lines = read_lines(path)
     whole = (
         line for line in lines if line["type"] == "step" and {"phases", "losses"} <= line.keys()
     )
@@ -133,11 +142,11 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drop what a resumed run writes again: steps from ``step`` on, later evaluations, the final
-    one. Atomic.
+def truncate(path: Path, lines: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Drop what a run that is resumed at ``step`` writes again, and return the lines that stay.
+
+    Dropped are steps from ``step`` on, later evaluations and the final one. Atomic.
     """
-    lines = read_lines(path)
     # after a change of data a run has other steps than its header says
     planned = [
         line["steps"] for line in lines if line["type"] in ("header", "resume") and "steps" in line
@@ -146,8 +155,7 @@ def truncate(path: Path, step: int) -> None:
     newest = dict.fromkeys(("step", "probe", "resume", "timeline", "bad_image"), step - 1)
     newest |= {"eval": min(step, last - 1), "stop": step, "attack_loss": step, "error": -1}
     kept = [
-        json.dumps(line) + "\n"
-        for line in lines
-        if line["type"] not in newest or line["step"] <= newest[line["type"]]
+        line for line in lines if line["type"] not in newest or line["step"] <= newest[line["type"]]
     ]
-    write_atomic(path, "".join(kept))
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept

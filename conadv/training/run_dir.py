@@ -17,7 +17,7 @@ from conadv.config.schema import Config, differences, replace
 from conadv.errors import ConadvError, printable
 from conadv.safe_io import refuse_links, write_atomic
 from conadv.training.lock import Lock
-from conadv.training.record import read_lines
+from conadv.training.record import read_header
 
 
 class RunDir:
@@ -167,7 +167,7 @@ class RunDir:
         Those of the record's header, which the run began with: config.yaml may have been edited
         since.
         """
-        began = self._header().get("config")
+        began = read_header(self.record).get("config")
         where = f"the header of {printable(self.record)}"
         return differences(_moved(parse(began, where) if began else self.open(), config), config)
 
@@ -183,15 +183,10 @@ class RunDir:
                 "--config RUN/config.yaml --out RUN --resume), or start a new run."
             )
 
-    def _header(self) -> dict[str, Any]:
-        """The first header of the record; empty without one."""
-        lines = read_lines(self.record) if self.record.is_file() else []
-        return next((line for line in lines if line["type"] == "header"), {})
-
     def _written_by(self) -> str:
         """A sentence that names another version which wrote this run; empty if nothing says so."""
         with suppress(ConadvError):
-            if (version := self._header().get("version", __version__)) != __version__:
+            if (version := read_header(self.record).get("version", __version__)) != __version__:
                 return f" Version {printable(version)} of conadv wrote this run."
         return ""
 

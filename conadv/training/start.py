@@ -157,9 +157,9 @@ def open_record(run_dir: RunDir, run: Run, first: int, found: Found) -> record.R
         log = record.Record(run_dir.record)
         log.write("header", **_header(run), **_placement(run))
         return log
-    record.check_steps(run_dir.record, first)
-    record.truncate(run_dir.record, first)
     lines = record.read_lines(run_dir.record)
+    record.check_steps(lines, run_dir.record, first)
+    lines = record.truncate(run_dir.record, lines, first)
     run.data.logged.update(line["path"] for line in lines if line["type"] == "bad_image")
     log = record.Record(run_dir.record)
     steps, now = run.derived.steps, provenance.now()
