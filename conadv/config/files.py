@@ -30,8 +30,7 @@ def removed_setting(name: str) -> ConadvError:
     """What to say of a setting that only version 0.1 had."""
     return ConadvError(
         f"{name} is a setting of conadv 0.1 that this version does not have (docs/experiments.md "
-        "says "
-        "why). Leave it out, or use version 0.1 for this run."
+        "says why). Leave it out, or use version 0.1 for this run."
     )
 
 

@@ -66,8 +66,7 @@ def accumulation(config: Config, ranks: int = 1) -> int:
     if rest or not count:
         raise ConadvError(
             f"global_batch_size {config.global_batch_size} is not micro_batch_size {micro} x "
-            "accumulation x "
-            f"{ranks} rank(s). Choose a micro-batch that divides "
+            f"accumulation x {ranks} rank(s). Choose a micro-batch that divides "
             f"{config.global_batch_size // ranks}."
         )
     return count
@@ -127,8 +126,7 @@ def derive(config: Config, train_images: int, learners: int = 1) -> Derived:
     if per_epoch < 1:
         raise ConadvError(
             f"global_batch_size {config.global_batch_size} is larger than the training set of "
-            f"{train_images} "
-            "images. Choose a smaller batch."
+            f"{train_images} images. Choose a smaller batch."
         )
     steps = config.steps or round((config.epochs or 0) * per_epoch)
     if steps < 1:
@@ -137,9 +135,8 @@ def derive(config: Config, train_images: int, learners: int = 1) -> Derived:
         )
     if config.staleness is not None and config.staleness >= steps:
         raise ConadvError(
-            f"staleness {config.staleness} has no effect in {steps} steps: no batch is attacked "
-            "so far "
-            "ahead. Train longer, or choose a smaller staleness."
+            f"staleness {config.staleness} has no effect in {steps} steps: no batch is attacked so "
+            "far ahead. Train longer, or choose a smaller staleness."
         )
 
     def period(epochs: float | None) -> int | None:
@@ -168,8 +165,7 @@ def _check_probe_fits(probe: ProbeConfig, every: int, steps: int) -> None:
         raise ConadvError(
             f"probe.staleness {max(probe.staleness)} has no effect: of {steps} steps, probed every "
             f"{every}, the last one measured is step {last}. Probe more often, train longer, or "
-            "leave "
-            "it out."
+            "leave it out."
         )
 
 
@@ -245,14 +241,12 @@ def _check_micro_batch(config: Config) -> None:
     if share == 1 and config.adv_route != "clean":
         raise ConadvError(
             "attack.share 1 with mix replace leaves no clean image to train the clean route of "
-            "batch "
-            "norm. Take a smaller share, such as 0.5, or adv_route clean."
+            "batch norm. Take a smaller share, such as 0.5, or adv_route clean."
         )
     if abs(images - round(images)) > 1e-6:
         raise ConadvError(
             f"attack.share {share:g} of a micro-batch of {micro} images is not a whole number: "
-            "with "
-            "mix replace a step has to have as many images as its batch. Change one of them."
+            "with mix replace a step has to have as many images as its batch. Change one of them."
         )
 
 

@@ -277,8 +277,8 @@ class Config(Section):
     aug_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the aug view's loss (default 1)."""
     loss: Literal["cross-entropy", "bce", "mse"] = "cross-entropy"
-    """What is trained, and what attacks ascend. bce and mse compare every logit with 0 or 1; evaluations report
-    cross-entropy all the same."""
+    """What is trained, and what attacks ascend. bce and mse compare every logit with 0 or 1;
+    evaluations report cross-entropy all the same."""
     class_weights: Literal["balanced"] | None = None
     """balanced: classes count alike, however many images they have (cross-entropy only)."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -77,8 +77,8 @@ def _scan_folder(directory: Path) -> tuple[PhotoSplit, PhotoSplit]:
         problem = "has neither a folder test nor val"
     if problem or held is None:
         raise ConadvError(
-            f"The data folder {printable(directory)} {problem}. "
-            "Expected DIR/train/<class>/<image files>, and the same below DIR/test or DIR/val."
+            f"The data folder {printable(directory)} {problem}. --data DIR names another one, with "
+            "DIR/train/<class>/<image files>, and the same below DIR/test or DIR/val."
         )
     train, test = scan_split(directory / "train"), scan_split(held)
     ours, theirs = set(train.class_names), set(test.class_names)

@@ -41,8 +41,7 @@ from conadv.types import Attack, Method, Schedule
 
 NO_BATCH_NORM = (
     "no batch norm in this model: the routes share its normalisation and every weight, so that "
-    "clean "
-    "and extra images are told apart by their loss alone"
+    "clean and extra images are told apart by their loss alone"
 )
 
 
@@ -275,9 +274,8 @@ def overview(run: Run) -> Iterator[str]:
     sees = f"batch norm sees {derived.micro_batch_size} images per route; " if normed else ""
     yield (
         f"global batch {config.global_batch_size} = micro-batch {derived.micro_batch_size} x "
-        "accumulation "
-        f"{derived.accumulation} x ranks {ranks}{more}; {sees}{derived.steps} steps of "
-        f"{derived.steps_per_epoch} per epoch; {config.optim.name} lr {derived.lr:g}"
+        f"accumulation {derived.accumulation} x ranks {ranks}{more}; {sees}{derived.steps} steps "
+        f"of {derived.steps_per_epoch} per epoch; {config.optim.name} lr {derived.lr:g}"
     )
     if not normed:
         yield NO_BATCH_NORM

@@ -123,8 +123,7 @@ def save(
             temporary.unlink()
         raise ConadvError(
             f"Cannot write the checkpoint {printable(path)}: {error}. Older checkpoints are "
-            "intact: free "
-            "some space or choose another disk, and go on with --resume."
+            "intact: free some space or choose another disk, and go on with --resume."
         ) from error
     prune(folder, keep, best)
     return path
@@ -274,9 +273,8 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         _Envelope.model_validate(state)
     except ValidationError as error:
         raise ConadvError(
-            f"The checkpoint {printable(path)} does not fit itself: its {first_problem(error)}. "
-            "It was "
-            "changed: delete it to resume from an older one."
+            f"The checkpoint {printable(path)} does not fit itself: its {first_problem(error)}. It "
+            "was changed: delete it to resume from an older one."
         ) from error
     if path.name != _NAME.format(state["step"]):
         raise DamagedCheckpoint(

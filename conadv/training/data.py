@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from conadv.config.files import home
@@ -42,36 +44,20 @@ def load_source(config: Config, progress: Progress | None = None) -> Source:
     return source
 
 
-def load_data(
-    config: Config,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    mine: range | None = None,
-    read: int | None = None,
-    source: Source | None = None,
-) -> Data:
-    """The batches of a resolved config; ``source``: what :func:`load_source` has made of it, where
-    it is there already.
+def load_data(config: Config, source: Source | None = None, **placed: Any) -> Data:
+    """The batches of a resolved config. ``source``: what :func:`load_source` made of it already.
 
-    The other arguments are those of :func:`conadv.data.loader.Data`.
+    ``placed``: ``rank``, ``ranks``, ``mine`` and ``read`` of :class:`conadv.data.loader.Data`.
     """
-    accumulation(config, ranks)  # before anything is read
+    accumulation(config, placed.get("ranks", 1))  # before anything is read
+    names = ("augment", "aug_view", "mixup", "cutmix", "num_workers", "on_bad_image")
     return Data(
         source or load_source(config),
         global_batch_size=config.global_batch_size,
         micro_batch_size=micro_batch(config),
-        read=read,
         seed=config.seed,
-        augment=config.data.augment,
-        aug_view=config.data.aug_view,
-        mixup=config.data.mixup,
-        cutmix=config.data.cutmix,
-        num_workers=config.data.num_workers,
-        on_bad_image=config.data.on_bad_image,
-        rank=rank,
-        ranks=ranks,
-        mine=mine,
+        **{name: getattr(config.data, name) for name in names},
+        **placed,
     )
 
 

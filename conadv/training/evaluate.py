@@ -41,9 +41,8 @@ def stop_if_diverged(results: Mapping[str, Result | None], step: int) -> None:
     for split, result in results.items():
         if result is not None and not math.isfinite(result.loss):
             raise NonFiniteError(
-                f"After {step} steps the loss on the {split} images is {result.loss}: training "
-                "has diverged. "
-                "Lower the learning rate, or lengthen its warm-up."
+                f"After {step} steps the loss on the {split} images is {result.loss}: training has "
+                "diverged. Lower the learning rate, or lengthen its warm-up."
             )
 
 

@@ -112,8 +112,7 @@ class Log:
             self.record.write("attack_loss", **asdict(failure))
             self.observer.message(
                 f"attack rank {failure.attack_rank} failed at step {failure.step} "
-                f"({failure.reason}); the "
-                "learners attack in its place"
+                f"({failure.reason}); the learners attack in its place"
             )
 
 

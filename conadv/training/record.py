@@ -49,8 +49,7 @@ class Record:
             self._file.truncate(end)  # half a line would make the lines after it unreadable
             raise ConadvError(
                 f"Cannot write the record {printable(self._path)}: {error}. Free some space, and "
-                "go on "
-                "with --resume."
+                "go on with --resume."
             ) from error
 
     def sync(self) -> None:

@@ -124,8 +124,7 @@ def load_run(
     elif config.data.dir is not None and not home(config.data.dir).exists():
         raise ConadvError(
             f"The data of this run are no longer in {printable(config.data.dir)}. Say where they "
-            "are "
-            "now: --data DIR."
+            "are now: --data DIR."
         )
     run = build(resolve(config), device)
     cpu = torch.device("cpu")

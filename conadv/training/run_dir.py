@@ -150,12 +150,9 @@ class RunDir:
         """The error where weights are wanted and there is no checkpoint."""
         return ConadvError(
             f"{printable(self.path)} holds no checkpoint, so there are no weights. A run writes "
-            "one when "
-            "it ends, and every --checkpoint.every-epochs; a sweep keeps those of finished runs "
-            "with "
-            "--keep-checkpoints. Train it again with: conadv train --config RUN/config.yaml --out "
-            "RUN "
-            "--overwrite"
+            "one when it ends, and every --checkpoint.every-epochs; a sweep keeps those of "
+            "finished runs with --keep-checkpoints. Train it again with: conadv train --config "
+            "RUN/config.yaml --out RUN --overwrite"
         )
 
     def write_summary(self, summary: dict[str, Any]) -> None:

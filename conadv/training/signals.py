@@ -140,10 +140,9 @@ class Patience:
         if needed > self._granted:
             self._tell(
                 f"stopping takes up to {needed:.3g} s (a step or evaluation, then a checkpoint), "
-                "but "
-                f"this process is killed {self._granted:g} s after SIGTERM: work since the last "
-                "checkpoint would be lost. Have it signalled earlier (Slurm: "
-                "--signal=TERM@SECONDS and "
-                "CONADV_GRACE_SECONDS) or killed later (torchrun: TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
+                f"but this process is killed {self._granted:g} s after SIGTERM: work since the "
+                "last checkpoint would be lost. Have it signalled earlier (Slurm: "
+                "--signal=TERM@SECONDS and CONADV_GRACE_SECONDS) or killed later (torchrun: "
+                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT)."
             )
             self._granted = None

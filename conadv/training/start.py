@@ -81,8 +81,7 @@ def _after_restart(run_dir: RunDir, observer: Observer) -> tuple[bool, bool]:
     if not saved and run_dir.summary.is_file():
         raise ConadvError(
             f"{printable(run_dir.path)} holds this run, finished, but without a checkpoint to go "
-            "on from. "
-            "Add --overwrite to train it again, or choose another --out."
+            "on from. Add --overwrite to train it again, or choose another --out."
         )
     observer.message(f"started again: going on from step {saved[-1] if saved else 0}")
     return bool(saved), not saved
@@ -134,7 +133,7 @@ def load_or_claim(
 
 
 def _with_todays_data(state: dict[str, Any], run: Run, found: Found) -> dict[str, Any]:
-    """``state``; where the data have changed without images that wait, which are of other batches."""
+    """``state``; where the data have changed, without the images that wait for other batches."""
     assert run.fingerprint is not None
     found.data_changed = changed_data(
         state,
