@@ -217,9 +217,6 @@ def test_users_errors_are_one_message_and_exit_2(
         (["--lrr", "3"], "--lr"),
         (["--lr", "-3"], "greater than 0"),
         (["--eps", "4/0"], "4/255"),
-        (["--method", "conad"], "conadv"),
-        (["--attack.name", "pgdd"], "pgd"),
-        (["--global-batch-size", "0"], "greater than or equal to 1"),
         (["--optim.momentumm", "0.9"], "--optim.momentum"),
     ],
 )

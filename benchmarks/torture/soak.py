@@ -8,7 +8,6 @@ ends must be whole.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from conadv.cli.watch import RunState
 
 from .lives import CONTEXT
 
@@ -61,35 +62,6 @@ def _train(steps: int, period: float, out: str, leaked: int) -> None:
     os._exit(main(["train", "digits", *options.split()]))
 
 
-class Follower:
-    """Reads a record while it is written, from where it was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.steps, self.reads, self.halves, self._end = path, list[int](), 0, 0, 0
-
-    def look(self) -> None:
-        """AssertionError where a line that ends is not whole, or the program's own reader sees
-        fewer steps.
-        """
-        from conadv.training.record import read_lines
-
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._end)
-            whole, newline, rest = file.read().rpartition(b"\n")
-        self.reads, self.halves = self.reads + 1, self.halves + bool(rest)
-        self._end += len(whole) + len(newline)
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise AssertionError(f"a line of the record is no JSON: {error}") from error
-        self.steps += [line["step"] for line in lines if line["type"] == "step"]
-        if self.reads % 100 == 1:
-            found = sum(line["type"] == "step" for line in read_lines(self.path))
-            assert found >= len(self.steps)
-
-
 def sample(pid: int, step: int) -> Sample:
     """What a process holds now (Linux). OSError when it has ended."""
     folder = Path(f"/proc/{pid}")
@@ -119,27 +91,28 @@ def not_flat(grown: dict[str, float]) -> list[str]:
 
 def watch(
     steps: int, form: dict[str, float], out: Path, leaked: int
-) -> tuple[list[Sample], Follower]:
-    """Train in another process; returns samples and what the reader saw."""
+) -> tuple[list[Sample], RunState]:
+    """Train in another process; returns samples and what `conadv watch` saw of the record."""
     shutil.rmtree(out, ignore_errors=True)
-    follower, samples = Follower(out / "record.jsonl"), list[Sample]()
+    reader, samples = RunState(out), list[Sample]()
     process = CONTEXT.Process(target=_train, args=(steps, form["period"], str(out), leaked))
     process.start()
     try:
         while process.is_alive():
             process.join(form["every"])
-            follower.look()
-            if 0 < len(follower.steps) < steps:  # the last evaluation is another thing
+            reader.update()
+            assert reader.counts["broken"] == 0, "a line of the record was not whole"
+            if 0 < reader.done < steps:  # the last evaluation is another thing
                 try:
-                    samples.append(sample(process.pid or 0, follower.steps[-1]))
+                    samples.append(sample(process.pid or 0, reader.done))
                 except OSError:
                     break
     finally:
         process.join(60)
         process.kill()
     assert process.exitcode == 0, f"the run ended with {process.exitcode}"
-    follower.look()
-    return samples, follower
+    reader.update()
+    return samples, reader
 
 
 def run(short: bool, out: Path) -> dict[str, Any]:
@@ -149,10 +122,11 @@ def run(short: bool, out: Path) -> dict[str, Any]:
     leaked = 6 * LIMITS["memory"] // control_steps
     control = growth(watch(control_steps, form, out / "control", int(leaked))[0])
     assert not_flat(control) == list(LIMITS), f"a leak on purpose was not found: {control}"
-    samples, follower = watch(steps, form, out / "soak", 0)
+    samples, reader = watch(steps, form, out / "soak", 0)
     grown = growth(samples)
     assert not not_flat(grown), f"{not_flat(grown)} grew in the second half: {grown}"
-    assert follower.steps == list(range(steps)), "the reader missed or repeated a step"
+    seen = reader.done, reader.counts["step"], reader.counts["broken"]
+    assert seen == (steps, steps, 0), f"the reader missed or repeated a step: {seen}"
     return {
         "seed": SEED,
         "steps": steps,
@@ -162,6 +136,4 @@ def run(short: bool, out: Path) -> dict[str, Any]:
         "growth_in_the_second_half": grown,
         "at_the_end": dict(zip(LIMITS, samples[-1][1:], strict=True)),
         "control_growth": control,
-        "record_reads": follower.reads,
-        "reads_that_met_half_a_line": follower.halves,
     }
