@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -254,6 +255,35 @@ def test_the_command_line_trusts_what_was_typed_in_it(
         assert main([*command, "--model", "mynets:make"]) == 0
     plain = build_model("mynets:make", 1, 10)
     plain.load_state_dict(load_file(folder / "run" / "model.safetensors"), strict=True)
+
+
+LAYERS = """
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.out = nn.Linear(64, num_classes)
+    def forward(self, x): return self.out(self.second(self.first(x.flatten(1)).relu()).relu())
+"""
+
+
+def test_layers_that_changed_places_do_not_get_each_others_momentum(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Red when: the optimizer's state is matched by order alone (the run went on with other losses).
+    (folder / "mynets.py").write_text(LAYERS)
+    run = ["train", "digits", *TRAIN, "--out", "run", "--global-batch-size", "64"]
+    assert main([*run, "--model", "mynets:Net", "--checkpoint.every-epochs", "0.05"]) == 0
+    (folder / "run" / "summary.json").unlink()
+    swapped = LAYERS.replace("self.first, self.second = ", "self.second, self.first = ")
+    for text, code in ((swapped, 2), (LAYERS, 0)):
+        (folder / "mynets.py").write_text(text)
+        sys.modules.pop("mynets", None)
+        importlib.invalidate_caches()
+        again = ["train", "--config", "run/config.yaml", "--resume", "--out", "run", "--quiet"]
+        assert main([*again, "--model", "mynets:Net"]) == code
+    assert "same layers in another order" in capsys.readouterr().err
 
 
 # ---- before the first step

@@ -61,6 +61,12 @@ def restore(run: Run, state: dict[str, Any]) -> None:
     step = run.step
     with checkpoint.restoring(state):
         load_weights(run.model, state["model"])
+        if list(state["model"]) != list(run.model.state_dict()):
+            # An optimizer's state goes by the order of the parameters, not by their names.
+            raise ConadvError(
+                "its model has the same layers in another order, so the momentum of one would go "
+                "to another. Restore the order in the model's code"
+            )
         step.load_state_dict(state["engine"], _expected_images(run))
         load_optimizer(step.optimizer, state["optimizer"])
         if run.probe is not None:
