@@ -33,14 +33,19 @@ class _Logger(Observer, ABC):
 
     @abstractmethod
     def open(self, title: str) -> None:
-        """Begin the log in an empty folder."""
+        """Begin the log."""
 
     @abstractmethod
     def log(self, values: dict[str, float], step: int) -> None:
         """Send the numbers of one step."""
 
+    @abstractmethod
+    def clear(self) -> None:
+        """Remove what the run has logged before."""
+
     def start(self, title: str, first_step: int, num_steps: int) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if first_step:
+            self.clear()
         self.open(title)
 
     def earlier(self, record: Path) -> None:
@@ -90,6 +95,10 @@ class TensorBoard(_Logger):
         self._make = SummaryWriter
         self._writer: Any = None
 
+    def clear(self) -> None:
+        for file in self._folder.glob("events.out.tfevents.*"):
+            file.unlink()
+
     def open(self, title: str) -> None:
         self._writer = self._make(str(self._folder))
 
@@ -128,8 +137,11 @@ class WandB(_Logger):
         self._id = kept if known else secrets.token_hex(4)
         super().start(title, first_step, num_steps)
 
+    def clear(self) -> None:
+        shutil.rmtree(self._folder / "wandb", ignore_errors=True)  # wandb's own name for its files
+
     def open(self, title: str) -> None:
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "id").write_text(self._id)
         # no links: those of a run directory are refused; no source, no console: the record has what
         # is needed
