@@ -25,7 +25,6 @@ from conadv.analysis.model import images as images_of
 from conadv.analysis.objective import Objective, clean_objective
 from conadv.analysis.options import Options
 from conadv.analysis.sharpness import keskar_sharpness, sam_sharpness
-from conadv.cli.analyze import read
 from conadv.cli.program import main
 from conadv.config import recipes
 from conadv.config.schema import replace
@@ -410,13 +409,6 @@ def test_errors(name: str, trained: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["analyze", *runs, *FAST, "--overwrite", *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert sorted(trained.iterdir()) == before
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"options": 3, "loss": 1}'])
-def test_a_damaged_analysis(text: str, tmp_path: Path) -> None:
-    (tmp_path / "analysis.json").write_text(text)
-    with pytest.raises(ConadvError, match="conadv analyze RUN --overwrite"):
-        read(tmp_path)
 
 
 def test_parts_can_be_left_out(trained: Path) -> None:

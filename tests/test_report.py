@@ -98,18 +98,6 @@ def test_a_killed_run_is_unfinished_and_reported_as_far_as_it_came(
     assert report.notes[0] == "Runs that are not finished and not counted: 1."
 
 
-def test_what_ended_a_run_is_shown_until_it_is_resumed(tmp_path: Path) -> None:
-    # Red when: any error line counts, not the last line alone.
-    path = write_run(tmp_path / "run", make_config(), None)
-    for line, shown in (
-        ({"type": "error", "step": 60, "message": "loss is nan"}, True),
-        ({"type": "resume", "step": 60}, False),
-    ):
-        with (path / "record.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        assert load_run(path).status.endswith("stopped by: loss is nan") == shown
-
-
 def test_a_run_without_config_or_with_half_a_summary_is_read(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", make_config())
     (path / "summary.json").write_text('{"test_accuracy": 0.9')

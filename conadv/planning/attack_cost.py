@@ -18,11 +18,11 @@ from conadv.distributed.teams import Teams
 from conadv.engine.attack_ranks.executor import Ranks
 from conadv.engine.executors import Executor, Inline, Stream
 from conadv.errors import ConadvError
+from conadv.planning.cost_model import kind_of
 from conadv.planning.timing import WARMUP, Case, Row, Sample, burst, mean, measure
 from conadv.planning.trial import Shape, Trial, with_method
 from conadv.types import Span
 
-CONCURRENT = ("conadv", "conadv-lookahead")
 EXECUTORS: dict[str, Callable[[Teams], Executor]] = {
     "inline": lambda teams: Inline(),
     "stream": lambda teams: Stream(),
@@ -58,7 +58,7 @@ def attack_cost(
     cases: dict[str, Case] = {}
     opened: list[Executor] = []
     for size, method in product(batches, methods):
-        for how in executors if method in CONCURRENT else ("inline",):
+        for how in executors if kind_of(method).stale else ("inline",):
             opened.append(EXECUTORS[how](teams))
             numbers, learners = teams.micro_batches(1), len(teams.learners)
             trial = Trial(with_method(config, method), shape, teams.comm, size, numbers, opened[-1])

@@ -128,7 +128,7 @@ class Trial:
         made = round(config.attack.share * micro_batch) if method.route is not None else 0
         clean = micro_batch - made * (method.mix == "replace")
         views = (clean, made, micro_batch * (config.data.aug_view is not None))
-        extra = (learners > 1, attack_ranks > 0, config.method == "sam", config.lookahead)
+        extra = (learners > 1, attack_ranks > 0, method.two_gradients, method.lookahead)
         kept = round(workspace * sizes.activations_per_image)
         return step_bytes(
             sizes.model_copy(update={"activations_per_image": kept}),
