@@ -177,16 +177,6 @@ def test_copies_have_their_own_routing(how: str) -> None:
     assert twin.bn1._routing is twin.blocks[0].bn1._routing is not model.bn1._routing
 
 
-def test_hooks_run_once_per_forward() -> None:
-    model = tiny_resnet()
-    calls = []
-    model.bn1.register_forward_hook(lambda *_: calls.append(1))
-    split_batchnorm(model, "adv")
-    with route(model, "adv"):
-        model(images()[0])
-    assert calls == [1]
-
-
 def test_layers_that_fold_patches_into_the_batch() -> None:
     class Patches(nn.Module):
         def __init__(self) -> None:

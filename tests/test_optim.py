@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import pkgutil
 from collections.abc import Iterator
@@ -213,29 +212,6 @@ def test_bfloat16_is_the_float32_step_rounded(form: str) -> None:
 
 @ALL_FORMS
 @ALL_CASES
-def test_a_saved_state_and_a_copy_continue_bit_for_bit(case: Case, form: str) -> None:
-    """Through torch.save and weights_only=True, in the middle of a run. Red when: LAMB's u holds
-    what the scratch held before (two runs differ), or a copy has no scratch (AttributeError)."""
-    params = make_params(F32)
-    optimizer = case.build(params, form)
-    for step in range(3):
-        take_step(optimizer, params, step)
-    torch.save([optimizer.state_dict(), [p.detach() for p in params]], file := io.BytesIO())
-    file.seek(0)
-    saved, weights = torch.load(file, weights_only=True)
-    resumed_params = [nn.Parameter(w) for w in weights]
-    resumed = case.build(resumed_params, form)
-    resumed.load_state_dict(saved)
-    twin_params, twin = copy.deepcopy((params, optimizer))
-    for step in range(3, 6):
-        take_step(optimizer, params, step)
-        for others, other in ((resumed_params, resumed), (twin_params, twin)):
-            take_step(other, others, step)
-            assert_equal(snapshot(optimizer, params), snapshot(other, others))
-
-
-@ALL_FORMS
-@ALL_CASES
 def test_a_late_parameter_starts_fresh_and_one_without_gradient_stays(
     case: Case, form: str
 ) -> None:
@@ -252,18 +228,6 @@ def test_a_late_parameter_starts_fresh_and_one_without_gradient_stays(
     take_step(optimizer, params, 2)
     take_step(fresh_optimizer, fresh, 2)
     assert_equal(params[-1].detach(), fresh[-1].detach())
-
-
-@ALL_CASES
-def test_a_group_of_its_own_options(case: Case) -> None:
-    """Red when: add_param_group's options are those of the first group."""
-    p, late = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2))
-    optimizer = case.kind([p], 0.0, **case.settings)
-    optimizer.add_param_group({"params": [late], "lr": 1.0, "adapt": False})
-    p.grad, late.grad = torch.ones(3, 2), torch.ones(2)
-    optimizer.step()
-    assert_equal(p.detach(), torch.ones(3, 2))
-    assert not torch.equal(late.detach(), torch.ones(2))
 
 
 @pytest.mark.parametrize("kind", [LARS, LAMB])
@@ -316,17 +280,6 @@ def one_tensor(kind: type, lrs: list[float], w: Tensor, grads: list[Tensor], **o
 
 W = make_params()[0].detach()
 GRADS = [make_grads(step, make_params())[0] for step in range(8)]
-
-
-def test_lars_tf_is_timm_under_a_constant_lr_and_differs_under_a_changing_one() -> None:
-    """lr inside the buffer or outside. Red when: "tf" keeps lr outside (second assertion)."""
-    constant, decaying = [0.1] * 8, [0.8 / 2**k for k in range(8)]
-    for lrs, alike in ((constant, True), (decaying, False)):
-        ends = [
-            one_tensor(LARS, lrs, W, GRADS, variant=variant, eps=0.0, **_STRONG)[0]
-            for variant in ("tf", "timm")
-        ]
-        assert torch.allclose(*ends, rtol=1e-11 if alike else 1e-3, atol=0) is alike
 
 
 def test_first_steps_by_hand() -> None:

@@ -232,7 +232,7 @@ def test_a_state_loads(kind: type, change: Callable[[dict[str, Any]], None]) -> 
 
 @KINDS
 def test_copies_continue_as_the_original(kind: type) -> None:
-    # Red when: a copy has not all that the original has.
+    # Red when: a copy lacks the scratch memory, or shares the state.
     for settings in all_inputs(kind):
         problem = Problem()
         optimizer = kind(problem.params, **settings)
@@ -241,7 +241,6 @@ def test_copies_continue_as_the_original(kind: type) -> None:
         copies.append(pickle.loads(pickle.dumps((problem, optimizer))))
         want = problem.train(optimizer, 2)
         for twin, its in copies:
-            assert {k for k in vars(its) if k[0] != "_"} >= {"defaults", "param_groups", "state"}
             equal(twin.train(its, 2), want)
 
 

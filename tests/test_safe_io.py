@@ -22,7 +22,6 @@ from conadv.config.files import dump_yaml, load_yaml, parse
 from conadv.config.resolve import resolve
 from conadv.config.schema import Config
 from conadv.errors import ConadvError, printable
-from conadv.planning.profile import load as load_profile
 from conadv.training import documents
 from conadv.training.record import read_lines
 
@@ -246,16 +245,6 @@ def test_separators_of_lines_within_text_do_not_end_a_line(tmp_path: Path) -> No
     path = tmp_path / "record.jsonl"
     path.write_text('{"type": "x", "m": "a\u2028b\x85c"}\n', encoding="utf-8")
     assert read_lines(path)[0]["m"] == "a\u2028b\x85c"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"[]", b"{", b"\xff", b'{"format": NaN}', b"[" * 10**5, b'{"%s": 1}' % (b"x" * 10**5)],
-)
-def test_profiles_are_checked(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "profile.json").write_bytes(content)
-    with pytest.raises(ConadvError, match="profile"):
-        load_profile(tmp_path / "profile.json")
 
 
 # Documents

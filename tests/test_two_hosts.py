@@ -79,17 +79,6 @@ def test_rates_come_together_slowest_first(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "all.svg").read_text()
 
 
-def test_results_of_two_machines_are_not_put_together(tmp_path: Path) -> None:
-    # Red when: combine() compares nothing.
-    files = [str(tmp_path / name) for name in ("a", "b")]
-    for threads, file in enumerate(files):
-        point = result({}) | {"machine": {"threads": threads}}
-        point["link"] = {"rate_mbit": 1, "measured_mbit": 1.0}
-        Path(file).write_text(json.dumps(point))
-    with pytest.raises(SystemExit, match="differ in 'machine'"):
-        load("points").combine("two-hosts", str(tmp_path / "all.json"), *files)
-
-
 # ---- the script
 
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
