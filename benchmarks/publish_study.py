@@ -23,6 +23,7 @@ B; C minus D"), to (of against: the arms that others are named after, such as "L
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -50,6 +51,10 @@ FIELDS = (
 MARK = re.compile(r"(<!-- table: (?P<what>[^\n]*) -->\n).*?(<!-- end table -->)", re.S)
 
 
+study_of = functools.cache(read_sweep)
+"""A study's folder -> what its records say; a page asks for each more than once."""
+
+
 def publish(sweep: Path) -> None:
     """Keep sweep.json, the report's summary.json, a line per run, and the figures."""
     document = json.loads((sweep / "sweep.json").read_text())
@@ -74,7 +79,7 @@ def draw_figures() -> None:
     for folder in sorted(PICTURES.iterdir()):
         for file, draw in {"accuracy.png": draw_accuracy, "cost.png": draw_cost}.items():
             with mpl.rc_context(STYLE):
-                figure = draw(read_sweep(STUDIES / folder.name))
+                figure = draw(study_of(STUDIES / folder.name))
             if figure and (folder / file).exists():
                 (folder / file).write_bytes(to_png(figure, 160))
 
@@ -100,7 +105,7 @@ def section(what: str) -> str:
 
 
 def table(folder: Path, kind: str, options: dict[str, str], drawn: dict[str, Any]) -> pd.DataFrame:
-    study, metric = read_sweep(folder), options.get("on", "test_accuracy")
+    study, metric = study_of(folder), options.get("on", "test_accuracy")
     if kind in ("sharpness", "staleness"):
         found = drawn.get(kind) or drawn[kind.capitalize()]  # version 0.1 wrote small letters
         return pd.DataFrame(found["rows"], columns=found["head"])

@@ -17,12 +17,18 @@ from .test_two_hosts import load
 STUDIES = Path(__file__).resolve().parent.parent / "results" / "studies"
 
 
-@pytest.fixture
-def publish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The script, with a repository of its own."""
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweep(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def publish(sweep: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The script with a repository of its own, into which it has published ``sweep``."""
     script = load("publish_study")
     for name in ("STUDIES", "PICTURES", "ROOT"):
-        monkeypatch.setattr(script, name, tmp_path / name)
+        setattr(script, name, tmp_path_factory.mktemp(name))
+    script.publish(sweep)
     return script
 
 
@@ -60,19 +66,14 @@ def test_studies_published_by_version_01_are_read(folder: Path) -> None:
         )
 
 
-def test_a_sweep_is_published_and_drawn_again(publish: Any, tmp_path: Path) -> None:
+def test_a_sweep_is_published_and_drawn_again(publish: Any, sweep: Path) -> None:
     # Red when: a line takes another run's results, or the published study has other numbers than
     # the sweep.
-    sweep = write_sweep(tmp_path / "sweep")
-    publish.publish(sweep)
     folder = publish.STUDIES / "digits"
     (publish.PICTURES / "digits" / "accuracy.png").unlink()
     publish.draw_figures()
-    assert {file.name for file in (publish.PICTURES / "digits").iterdir()} == {
-        "cost.png",
-        "training.png",
-        "sharpness.png",
-    }
+    names = {file.name for file in (publish.PICTURES / "digits").iterdir()}
+    assert names == {"cost.png", "training.png", "sharpness.png"}
     again, before = read_sweep(folder), read_sweep(sweep)
     for new, old in zip(again.arms, before.arms, strict=True):
         assert (new.name, new.role, new.edge, new.attacks) == (
@@ -90,9 +91,8 @@ def test_a_sweep_is_published_and_drawn_again(publish: Any, tmp_path: Path) -> N
     assert "| + ConAdv | 2 | stale | 80 |" in publish.section("digits staleness | at: 100")
 
 
-def test_a_mark_says_what_is_drawn(publish: Any, tmp_path: Path) -> None:
+def test_a_mark_says_what_is_drawn(publish: Any) -> None:
     # Red when: the metric, the place, or the family of the named pairs is not the mark's.
-    publish.publish(write_sweep(tmp_path / "sweep"))
     short = publish.section("digits accuracy | at: 300 | columns: arm; cost").splitlines()
     assert short[0] == "| arm | cost |"
     assert short[2:4] == ["| LARS | 1 |", "| + second clean view | 2 |"]
@@ -117,10 +117,9 @@ def test_a_mark_says_what_is_drawn(publish: Any, tmp_path: Path) -> None:
 
 
 def test_a_page_that_differs_is_found_and_mended(
-    publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    publish: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Red when: --check writes, or what stands outside of the marks changes.
-    publish.publish(write_sweep(tmp_path / "sweep"))
     (publish.ROOT / "docs").mkdir(parents=True)
     page = publish.ROOT / "README.md"
     page.write_text(text := "a\n<!-- table: digits tuning -->\nold\n<!-- end table -->\nb\n")
