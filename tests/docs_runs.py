@@ -35,8 +35,8 @@ LAST: dict[str, str] = {
     "conadv train digits": SHORT,
     "conadv train cifar10": PHOTOS,
     "conadv train imagefolder": PHOTOS,
-    "conadv train imagenet": f"{PHOTOS} --data.num-workers 0 --model resnet18",
-    "conadv train imagefolder --data DIR --model resnet50": "--model resnet18",
+    "conadv train imagenet": f"{PHOTOS} --data.num-workers 0 --model resnet8 --model.width 4",
+    "conadv train imagefolder --data DIR --model resnet50": "--model resnet8 --model.width 4",
     "conadv analyze": "--images 16 --iterations 2 --eigenvalues 1",
     "conadv analyze runs/sharpness": "--at-loss 2.4",  # that of a run of a few steps
     "conadv plan": "--workload.model resnet8 --workload.width 4 --workload.image-size 8 --workload.rounds 1",
