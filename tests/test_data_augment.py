@@ -7,13 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from conadv.config.resolve import resolve
-from conadv.config.schema import Config
 from conadv.data import AUGMENTATIONS
 from conadv.data.augment import (
     build_augment,
@@ -47,22 +43,12 @@ def test_keys_are_the_same_on_every_machine() -> None:
     assert keys.tolist() == [-4061753050277948786, -4048447066167926135, -8381359660446067702]
 
 
-@given(st.integers(0, 2**62), st.integers(0, 1000), st.permutations(range(20)), st.integers(1, 19))
-@settings(max_examples=40, deadline=None)
-def test_a_key_does_not_depend_on_the_batch(
-    seed: int, epoch: int, order: list[int], cut: int
-) -> None:
-    # Red when: keys count positions in the batch instead of sample indices.
-    whole = sample_keys(seed, epoch, "clean", torch.arange(20))
-    parts = [sample_keys(seed, epoch, "clean", part) for part in torch.tensor(order).split(cut)]
-    assert torch.equal(torch.cat(parts), whole[order])
-
-
 def test_seed_epoch_view_and_sample_all_change_the_key() -> None:
-    # Red when: any of the four is left out of the key.
+    # Red when: any of the four is left out of the key, or keys count positions in the batch.
     paths = [(0, 0, "clean"), (1, 0, "clean"), (0, 1, "clean"), (0, 0, "aug")]
     keys = [sample_keys(*path, torch.arange(1000)) for path in paths]
     assert len(torch.cat(keys).unique()) == 4000
+    assert torch.equal(sample_keys(*paths[1], torch.tensor([7, 3])), keys[1][[7, 3]])
 
 
 def test_draws_are_uniform_and_slots_independent() -> None:
@@ -149,9 +135,8 @@ def test_evaluation_resizes_the_short_side_and_takes_the_centre() -> None:
 
 
 def test_an_unknown_name_is_an_error() -> None:
-    for build in (build_augment, build_photo_augment):
-        with pytest.raises(ConadvError, match="Did you mean 'randaugment'"):
-            build("randaug", 32)
+    with pytest.raises(ConadvError, match="Did you mean 'randaugment'"):
+        build_augment("randaug", 32)
 
 
 # ---- mixup and cutmix
@@ -192,8 +177,3 @@ def test_cutmix_pastes_one_box_of_the_share_that_the_labels_say() -> None:
         assert partner_share(y_NK, y_N)[1:5] == pytest.approx(share.expand(4), abs=0.02)
         shares.add(round(share.item(), 3))
     assert len(shares) > 3
-
-
-def test_an_image_alone_cannot_be_mixed() -> None:
-    with pytest.raises(ConadvError, match="micro_batch_size 1"):
-        resolve(Config(steps=1, micro_batch_size=1, data={"mixup": 0.2}))

@@ -61,7 +61,7 @@ class Data:
         if rest or not count:
             raise ConadvError(
                 f"global_batch_size {global_batch_size} is not micro_batch_size {micro_batch_size} "
-                f"x accumulation x {ranks} rank(s). Choose a micro-batch that divides a rank's batch."
+                f"x accumulation x {ranks} rank(s). Choose one that divides a rank's batch."
             )
         self.source, self.channels, self.image_size = source, source.channels, source.image_size
         self.class_names, self.num_classes = source.class_names, len(source.class_names)
