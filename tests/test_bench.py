@@ -210,7 +210,8 @@ ROW = {
     *("phases_ms", "server_phases_ms", "labels"),
 }
 SMALL = {
-    "attack-cost": "--model resnet8 --width 2 --image-size 8 --batches 2 4 --burst 1 --methods noise conadv recycle",
+    "attack-cost": "--model resnet8 --width 2 --image-size 8 --batches 2 4 --burst 1 "
+    "--methods noise conadv recycle",
     "data": "--batch 8 --images 16 --photo-size 64 --image-size 32",
     "engine": "",
     "norm": "",

@@ -178,7 +178,8 @@ def test_auto_is_settled_before_a_run_and_a_resume_keeps_it(
 def test_auto_where_it_cannot_be_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(
-        "name: x\nrecipe: digits\nbase: {micro_batch_size: auto}\narms: {a: {}}\nconfirm: {seeds: [0]}\n"
+        "name: x\nrecipe: digits\nbase: {micro_batch_size: auto}\narms: {a: {}}\n"
+        "confirm: {seeds: [0]}\n"
     )
     with pytest.raises(ConadvError, match="could not be compared"):
         expand(load_spec(spec))

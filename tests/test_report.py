@@ -29,6 +29,7 @@ from conadv.report.training_curves_figure import draw_curves
 
 from .report_records import ARMS, CONTROLS, make_config, write_run, write_sweep
 
+STALENESS = "staleness: share of steps"
 EVIL = '<script>alert("1")</script> $\\frac$ --> | [x](y) & _a_ \n*b*'
 
 
@@ -330,14 +331,14 @@ def test_the_accuracy_table_holds_the_numbers(study: Comparison) -> None:
 @pytest.mark.parametrize(
     ("make", "place", "cells"),
     [
-        (tables.costs, ("300", "+ ConAdv"), {"of the whole training": "54,000", "times the baseline's": "3.00", "step time": "150 ms"}),
+        (tables.costs, ("300", "+ ConAdv"), {"of the whole training": "54,000", "times the baseline's": "3.00"}),
         (tables.tuning, ("300", "LARS"), {"chosen": "lr 4", "choice is": "lr at the edge"}),
         (tables.tuning, ("300", "+ ConAdv"), {"chosen": "lr 2", "choice is": "inside"}),
-        (tables.sharpness, ("300", "+ sequential attack"), {"largest Hessian eigenvalue": "2.65 ± 0.129"}),
-        (tables.staleness, ("300", "+ ConAdv"), {"staleness: share of steps": "0: 1.7 %, 1: 98.3 %"}),
+        (tables.sharpness, ("300", "+ sequential attack"), {"Hessian trace": "13.2 ± 0.645"}),
+        (tables.staleness, ("300", "+ ConAdv"), {STALENESS: "0: 1.7 %, 1: 98.3 %"}),
         (tables.runs, ("300", "LARS", "0"), {"status": "finished", "folder": "0-300-seed0"}),
         (tables.settings, ("method",), {"LARS": "vanilla", "+ ConAdv": "conadv"}),
-        (tables.probes, ("100", "+ ConAdv", "2", "stale"), {"loss increase, %, peak": "80", "loss increase, %, decay": "90"}),
+        (tables.probes, ("100", "+ ConAdv", "2", "stale"), {"loss increase, %, decay": "90"}),
         (tables.probes, ("100", "+ ConAdv", "8", "momentum"), {"prediction error, %, peak": "80"}),
     ],
 )  # fmt: skip
@@ -370,7 +371,7 @@ def test_measured_staleness_is_of_the_weight_version(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", make_config("conadv", staleness=2)) / "record.jsonl"
     path.write_text(path.read_text().replace('"weight_version": 30,', '"weight_version": 31,'))
     found = row(tables.staleness(load(tmp_path)), "conadv tau=2")
-    assert found["staleness: share of steps"] == "0: 1.7 %, 1: 3.3 %, 2: 95.0 %"
+    assert found[STALENESS] == "0: 1.7 %, 1: 3.3 %, 2: 95.0 %"
 
 
 def test_differences_without_an_interval_say_why() -> None:
@@ -513,6 +514,6 @@ def test_the_command_line_reports_runs_and_a_sweep(
 
 
 def test_the_report_needs_no_torch() -> None:
-    code = "import sys, conadv.report; print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+    code = "import sys, conadv.report; print({'torch', 'matplotlib.pyplot'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.strip() == "set()"
