@@ -180,6 +180,12 @@ class Method:
     attack_route: str = "adv"  # the view, adv or clean, on whose route attacks take their gradient
     attack_statistics: str = "batch"  # what batch norm normalises by in attacks, or running
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for old, new in {"extra": "extra_view", "absorb": "on_input_grad"}.items():
+            if old in cls.__dict__:  # nobody would call it: training would be on clean images alone
+                raise ConadvError(f"{cls.__name__}.{old} is called {new} since version 0.2.")
+
     @property
     def ahead(self) -> int:
         """How many steps ahead ``prepare`` must see the data; 0 when it does nothing."""

@@ -704,6 +704,7 @@ class _Returns(nn.Module):
         (lambda: make(Sequential(ATTACK), space=PixelSpace()), "normalisation once"),
         (lambda: make(Sequential(FGSM(EPS)), space=None)(as_batch(0)), "outside of PixelSpace"),
         (lambda: make(Concurrent(ATTACK, 1), executor=Stream()), "needs a CUDA device"),
+        (lambda: type("Mine", (Vanilla,), {"extra": None}), "called extra_view since"),
         (lambda: make(Vanilla(), precision="fp8"), "fp8"),
         (lambda: make(Vanilla(), pending_dtype="int4"), "int4"),
         (lambda: Concurrent(ATTACK, -1), "0 or more"),

@@ -15,7 +15,7 @@ from conadv.attacks.loss import TrainedLoss
 from conadv.engine.forward import Network
 from conadv.engine.inputs import Inputs
 from conadv.nn import split_batchnorm as norm
-from conadv.nn.buffers import BufferCopies
+from conadv.nn.buffers import BufferCopies, every_parameter
 from conadv.types import Attack, Batch, ExtraBatch, Forward, Method
 
 
@@ -67,7 +67,7 @@ class AttackPass:
         weights.
         """
         self.inputs.check_space(batch)
-        watched = self.network.trainable().values()
+        watched = every_parameter(self.network.model)
         images, labels = [], []
         for micro in batch.micro:
             count = method.num_attacked(len(micro.y_N))

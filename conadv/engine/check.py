@@ -13,6 +13,7 @@ from conadv.attacks.space import PixelSpace
 from conadv.distributed.comm import Comm
 from conadv.errors import ConadvError, unknown
 from conadv.nn import split_batchnorm as norm
+from conadv.nn.buffers import every_parameter
 from conadv.types import Method
 
 VIEWS = ("clean", "aug", "adv")
@@ -74,7 +75,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, *, sched
 
 def trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[tuple[int, bool]]:
     """Which parameters are trained, to notice that others are: requires_grad_, add_param_group."""
-    found = [(id(p), p.requires_grad) for p in model.parameters()]
+    found = [(id(p), p.requires_grad) for p in every_parameter(model)]
     return [*found, (sum(len(group["params"]) for group in optimizer.param_groups), True)]
 
 

@@ -59,6 +59,12 @@ class BufferCopies:
                         yield f"{prefix}.{key}".lstrip("."), (module, key, buffer)
 
 
+def every_parameter(model: nn.Module) -> list[nn.Parameter]:
+    """Every module's parameters, at half the time of the named ones."""
+    found = (p for module in model.modules() for p in module._parameters.values())
+    return [p for p in found if p is not None]
+
+
 @contextmanager
 def with_state(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside the block the model has other parameters and buffers, by name.
@@ -66,6 +72,9 @@ def with_state(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]
     ``torch.func.functional_call`` has them for the forward pass only: activation checkpointing,
     which runs forward again in backward, would find the model's own there.
     """
+    if not values:  # a walk over all modules costs as much as a small forward pass
+        yield
+        return
     own = dict((*model.named_parameters(), *model.named_buffers()))
     new = {id(own[name]): value for name, value in values.items()}
     kept = []
