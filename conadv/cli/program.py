@@ -139,7 +139,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     frame = (ours or list(frames))[-1]
     return EXIT_BUG, (
         f"Unexpected {type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}: "
-        f"{error}. This is a bug of conadv: please report it with the traceback that --debug shows."
+        f"{error}. This is a bug of conadv: please report it with what --debug shows."
     )
 
 
