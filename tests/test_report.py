@@ -331,7 +331,8 @@ def test_the_accuracy_table_holds_the_numbers(study: Comparison) -> None:
 @pytest.mark.parametrize(
     ("make", "place", "cells"),
     [
-        (tables.costs, ("300", "+ ConAdv"), {"of the whole training": "54,000", "times the baseline's": "3.00"}),
+        (tables.costs, ("300", "+ ConAdv"), {"of the whole training": "54,000"}),
+        (tables.costs, ("300", "+ ConAdv"), {"times the baseline's": "3.00"}),
         (tables.tuning, ("300", "LARS"), {"chosen": "lr 4", "choice is": "lr at the edge"}),
         (tables.tuning, ("300", "+ ConAdv"), {"chosen": "lr 2", "choice is": "inside"}),
         (tables.sharpness, ("300", "+ sequential attack"), {"Hessian trace": "13.2 ± 0.645"}),
