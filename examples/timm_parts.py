@@ -1,5 +1,4 @@
-"""ConAdv with the parts of timm's training script: its data loader, mixup, loss, optimizer and
-scheduler.
+"""ConAdv with the parts of timm's train.py: data loader, mixup, loss, optimizer and scheduler.
 
     python examples/timm_parts.py
 

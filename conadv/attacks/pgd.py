@@ -18,8 +18,8 @@ from conadv.types import Forward
 class PGD:
     """x_{k+1} = Project(x_k + step_size * direction(grad_x L(x_k, y))), k = 0 .. num_steps - 1.
 
-    ``eps``, ``step_size``: [0, 1] pixel units, as numbers or text ("4/255"); step_size None: eps for
-    one step, 2.5 eps / num_steps for more.
+    ``eps``, ``step_size``: [0, 1] pixel units, as numbers or text ("4/255"); step_size None: eps
+    for one step, 2.5 eps / num_steps for more.
     ``norm``: "linf" or "l2". ``targeted``: descend towards a random other class. ``random_start``:
     probability, for each image, of starting from a random point of the ball instead of the image.
     ``space``: the model's normalisation; attacks clip to valid pixels, not to a fixed interval of

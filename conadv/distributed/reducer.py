@@ -111,7 +111,7 @@ class GradientReducer:
         return bool(self._handles)
 
     def follow(self) -> bool:
-        """Before a step's first pass: whether parameters were frozen or unfrozen since the last one.
+        """Before a step's first pass: whether parameters were frozen or unfrozen since the last.
 
         Ranks: not collective. Where any rank says so, all call :meth:`regroup` after :meth:`wait`.
         """

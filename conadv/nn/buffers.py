@@ -1,8 +1,8 @@
 """Buffers of a model, so that a forward pass can leave all of its state alone.
 
 Batch norm's statistics are kept still by a flag (:func:`conadv.frozen_stats`). Other modules have
-none and write to theirs in train mode: instance norm, spectral norm, moving quantisers, modules that
-carry a state of a generator. Those are copied before, and put back.
+none and write to theirs in train mode: instance norm, spectral norm, moving quantisers, modules
+that carry a state of a generator. Those are copied before, and put back.
 """
 
 from __future__ import annotations

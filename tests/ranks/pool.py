@@ -77,7 +77,7 @@ class Ranks:
             pipe.send((function, args))
 
     def answers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """("value", ...), ("error", (type, message, traceback)) or ("ended", code) of every rank."""
+        """("value", ...), ("error", (type, message, traceback)) or ("ended", code) of each rank."""
         self.start(function, *args)
         return [self.answer(rank) for rank in range(len(self.pipes))]
 
