@@ -27,8 +27,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint__every_epochs": None,
 }
 CASES = {
-    "a learner": (2, 0, signal.SIGTERM, 143),
-    "the first learner": (0, 0, signal.SIGINT, 130),
+    "a learner": (2, 0, signal.SIGINT, 130),
     "an attack rank": (2, 1, signal.SIGTERM, 143),
 }
 
