@@ -22,8 +22,7 @@ REMOVED: dict[str, tuple[Any, ...]] = {
     "probe.predictors": (["momentum", "last-update", "momentum-gradient"], ["momentum"]),
 }
 """Settings of version 0.1 that no study supported, with the values that mean what is done without
-them.
-"""
+them."""
 
 
 def removed_setting(name: str) -> ConadvError:

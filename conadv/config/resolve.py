@@ -20,8 +20,7 @@ METHOD_SETTINGS = tuple(dict.fromkeys(name for row in METHODS.values() for name 
 OPTIM_SETTINGS = tuple(dict.fromkeys(name for row in OPTIMIZERS.values() for name in row.defaults))
 EXTRA_VIEW_SETTINGS = ("attack.share", "attack.route", "attack.statistics")
 """Settings of the attack that no recipe chooses, so that they must have an effect wherever they
-stand.
-"""
+stand."""
 
 
 def resolve(config: Config) -> Config:

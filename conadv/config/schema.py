@@ -71,44 +71,36 @@ class DataConfig(Section):
     source: SourceName = "digits"
     dir: Annotated[Path | None, alias("--data")] = None
     """Image folder DIR/{train,test}/<class>/*; parquet files of huggingface; for a download, where
-    it is kept.
-    """
+    it is kept."""
     download: Annotated[bool, alias("--download")] = False
     """Let torchvision download the data set into dir."""
     image_size: int | None = Field(None, ge=4, le=1024)
     """Height and width in pixels that the model sees; None keeps the size of in-memory images."""
     train_images: Count | None = Field(None, ge=2)
     """Train on this many images, the same share of every class, chosen by subset_seed; None takes
-    all.
-    """
+    all."""
     validation_images: Count | None = Field(None, ge=1)
     """Hold so many of these out of training, the same share of every class, to choose settings by;
-    None holds none.
-    """
+    None holds none."""
     subset_seed: int | None = Field(0, ge=0, le=LARGEST_SEED)
     """Chooses train_images and validation_images. None takes the run's seed: every seed then has
-    images of its own.
-    """
+    images of its own."""
     augment: Annotated[AugmentName, alias("--augment")] = "none"
     """Augmentation of the clean view."""
     aug_view: Annotated[AugmentName | None, alias("--aug-view")] = None
     """Augmentation of a third view with its own route; None has no third view."""
     mixup: Annotated[Alpha, alias("--mixup")] = Field(0.0, ge=0, le=LARGEST)
     """Mix every training image with another of its micro-batch, by a share from Beta(mixup, mixup);
-    0 does not.
-    """
+    0 does not."""
     cutmix: Annotated[Alpha, alias("--cutmix")] = Field(0.0, ge=0, le=LARGEST)
     """Paste a box of another image, of a share from Beta(cutmix, cutmix); with mixup each
-    micro-batch draws which.
-    """
+    micro-batch draws which."""
     changed: Literal["error", "accept"] = "error"
     """With --resume: what happens where the data are no longer those of the checkpoint; the record
-    lists what changed.
-    """
+    lists what changed."""
     on_bad_image: Annotated[Literal["error", "skip"], alias("--on-bad-image")] = "error"
     """An image file that cannot be read stops the run, or another image of its class takes its
-    place (listed).
-    """
+    place (listed)."""
     num_workers: int = Field(0, ge=0, le=256)
     """Loader processes; 0 loads in the training process (best for images held in memory)."""
     mean: tuple[float, ...] = (0.5,)
@@ -122,8 +114,7 @@ class ModelConfig(Section):
 
     name: Annotated[str, alias("--model")] = "resnet8"
     """resnet{8,14,20,32,44,56} for small images (He et al. 2016, section 4.2), any torchvision
-    classifier, timm:NAME, or module:function, your own code (docs/models.md).
-    """
+    classifier, timm:NAME, or module:function, your own code (docs/models.md)."""
     width: int | None = Field(None, ge=1, le=WIDEST)
     """Channels of the first stage of the small-image networks (16 in the paper)."""
     args: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=100)
@@ -206,8 +197,7 @@ class EvalConfig(Section):
     """How many training images train_loss and train_accuracy use at most."""
     precise_bn_images: Annotated[Count | None, alias("--precise-bn")] = Field(None, ge=2)
     """After the last step compute batch norm's running statistics anew over so many training
-    images.
-    """
+    images."""
 
 
 class EmaConfig(Section):
@@ -215,8 +205,7 @@ class EmaConfig(Section):
 
     decay: float | None = Field(None, gt=0, lt=1)
     """Share of the old average in the new one, such as 0.999; smaller in the first steps. None
-    keeps no average.
-    """
+    keeps no average."""
 
 
 class CheckpointConfig(Section):
@@ -228,8 +217,7 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints stay."""
     keep_best: bool = False
     """Also keep the checkpoint with the best accuracy on data.validation_images, measured every
-    eval.every_epochs.
-    """
+    eval.every_epochs."""
     background: bool = False
     """Write while training goes on, from a copy of the state in the CPU's memory."""
 
@@ -253,20 +241,17 @@ class Config(Section):
     recipe: tyro.conf.Suppress[str] = "custom"
     method: MethodName = "vanilla"
     """vanilla | sam | multiview, noise (controls) | disadv (sequential attack) | conadv
-    (concurrent) | recycle.
-    """
+    (concurrent) | recycle."""
     staleness: int | None = Field(None, ge=0, le=1024)
     """tau: the adversarial batch of step t is made at the weights of step t - tau (conadv only;
-    default 1).
-    """
+    default 1)."""
     lookahead: bool = False
     """Attack at predicted weights instead of stale ones (conadv only)."""
     pending_dtype: Literal["float32", "float16", "bfloat16", "uint8"] | None = None
     """How adversarial images wait between steps (conadv and recycle; default float32)."""
     mix: Literal["add", "replace"] | None = None
     """Extra images beside the clean ones, as published (add, the default), or in the place of
-    attack.share of them (replace): a step then has no more gradients than plain training.
-    """
+    attack.share of them (replace): a step then has no more gradients than plain training."""
     adv_weight: float | None = Field(None, gt=0, le=LARGEST)
     """Weight of the extra view's loss beside the clean view's 1 (default 1; the mean is taken)."""
     adv_route: Literal["own", "statistics", "clean"] = "own"
@@ -286,8 +271,7 @@ class Config(Section):
     """Clean images per update, over all micro-batches and ranks."""
     micro_batch_size: Annotated[Count, Field(ge=1)] | Literal["auto"] | None = None
     """Clean images per forward pass: what batch norm sees in each route. None is the global batch;
-    auto the largest that fits on this device, by trial, which config.yaml then names.
-    """
+    auto the largest that fits on this device, by trial, which config.yaml then names."""
     epochs: float | None = Field(None, gt=0, le=LONGEST)
     """Passes over the training set (give epochs or steps)."""
     steps: Count | None = Field(None, ge=1)
@@ -295,12 +279,10 @@ class Config(Section):
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """bf16 and fp16 are autocast's; fp16 scales the loss and leaves out a step whose gradient
-    overflows.
-    """
+    overflows."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is infinite or NaN: end the run before the update, or leave the
-    update out.
-    """
+    update out."""
     nonfinite_limit: Count = Field(10, ge=1)
     """With skip: so many steps in a row without an update end the run."""
     channels_last: bool = False

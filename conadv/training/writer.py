@@ -34,8 +34,7 @@ class Writer:
         self._error: ConadvError | None = None
         self.background_seconds: float | None = None if background else 0.0
         """What the last write beside the training took: None before the first has ended, 0 if there
-        are none.
-        """
+        are none."""
 
     @property
     def failed(self) -> bool:
