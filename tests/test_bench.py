@@ -211,7 +211,7 @@ ROW = {
 }
 SMALL = {
     "attack-cost": "--model resnet8 --width 2 --image-size 8 --batches 2 4 --burst 1 "
-    "--methods noise conadv recycle",
+    "--methods noise conadv vanilla recycle-replace",
     "data": "--batch 8 --images 16 --photo-size 64 --image-size 32",
     "engine": "",
     "norm": "",
@@ -248,8 +248,9 @@ def test_each_benchmark_writes_json_and_a_table(
         assert len(found["samples_ms"]) == 1
     if what == "attack-cost":
         assert content["ranks"] == {"learners": 1, "attack_ranks": 0, "backend": None}
-        assert [found["labels"]["local_batch_size"] for found in rows] == [2] * 3 + [4] * 3
+        assert [found["labels"]["local_batch_size"] for found in rows] == [2] * 4 + [4] * 4
         last = rows[-1]
+        assert last["yardstick"] == "vanilla, batch 4"
         assert last["images_per_second"] == pytest.approx(4000 / last["median_ms"])
 
 
@@ -279,7 +280,7 @@ def test_a_pause_is_part_of_the_time() -> None:
 WRONG = {
     "photo size": ("data --photo-size 7", "--photo-size 7 must be 8 or more"),
     "out": ("data --out .", "is a folder"),
-    "no yardstick": ("attack-cost --methods conadv --model resnet8", "add that to --methods"),
+    "no yardstick": ("attack-cost --methods conadv --model resnet8", "--methods needs 'noise' too"),
     "no attack ranks": ("attack-cost --executors ranks", "ranks executor needs attack ranks"),
     "one rank": ("attack-cost --attack-ranks 1", "at least one rank must be left to learn"),
     "overlap": ("attack-cost --overlap off", "no effect on one learner"),

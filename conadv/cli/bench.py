@@ -32,7 +32,16 @@ if TYPE_CHECKING:
     from conadv.distributed.comm import Comm
 
 MethodName = Literal[
-    "vanilla", "multiview", "noise", "disadv", "conadv", "conadv-lookahead", "recycle"
+    "vanilla",
+    "multiview",
+    "noise",
+    "disadv",
+    "conadv",
+    "conadv-lookahead",
+    "recycle",
+    "noise-replace",
+    "conadv-replace",
+    "recycle-replace",
 ]
 
 
@@ -52,7 +61,7 @@ class BenchArgs:
 @dataclass
 class AttackCostArgs(BenchArgs):
     """Time of a training step by method, beside `noise`: the same views and gradients without an
-    attack.
+    attack. A method with -replace, half of whose images replace clean ones, is beside `vanilla`.
 
     Under torchrun each rank trains on its share; with --attack-ranks M, M of the ranks only attack.
     A case is timed in bursts of consecutive steps, since an adversarial batch is made steps ahead

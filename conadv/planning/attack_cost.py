@@ -1,4 +1,6 @@
-"""What each method's attack costs per step, beside ``noise``: by executor, local batch and ranks.
+"""What each method's attack costs per step, by executor, local batch and ranks.
+
+Beside ``noise``; where extra images replace clean ones, beside ``vanilla``.
 
 An adversarial batch for step t is made during step t - tau, so single steps cannot be interleaved.
 A case is timed in bursts of consecutive steps of one engine, which goes on where its last burst
@@ -18,7 +20,6 @@ from conadv.distributed.teams import Teams
 from conadv.engine.attack_ranks.executor import Ranks
 from conadv.engine.executors import Executor, Inline, Stream
 from conadv.errors import ConadvError
-from conadv.planning.cost_model import kind_of
 from conadv.planning.timing import WARMUP, Case, Row, Sample, burst, mean, measure
 from conadv.planning.trial import Shape, Trial, with_method
 from conadv.types import Span
@@ -52,13 +53,17 @@ def attack_cost(
         raise ConadvError(
             "--overlap has no effect on one learner: nothing is sent during backward."
         )
-    if "noise" not in methods:
-        raise ConadvError("All methods are compared with 'noise': add that to --methods.")
+    for needed, by in (("noise", ""), ("vanilla", "-replace")):
+        if needed not in methods and any(name.endswith(by) for name in methods):
+            raise ConadvError(f"--methods needs {needed!r} too: others are compared with it.")
     torch.backends.cudnn.benchmark = True  # shapes are fixed: the fastest kernels, for all cases
     cases: dict[str, Case] = {}
     opened: list[Executor] = []
     for size, method in product(batches, methods):
-        for how in executors if kind_of(method).stale else ("inline",):
+        # What replaces clean images computes as many gradients as plain training, not as noise.
+        replaces = method.endswith("-replace")
+        stale = method.startswith("conadv") and not replaces
+        for how in executors if stale else ("inline",):
             opened.append(EXECUTORS[how](teams))
             numbers, learners = teams.micro_batches(1), len(teams.learners)
             trial = Trial(with_method(config, method), shape, teams.comm, size, numbers, opened[-1])
@@ -73,9 +78,9 @@ def attack_cost(
                 "gradient_bytes": sum(p.nbytes for p in trial.engine.trainable().values()),
             }
             for overlap in overlaps:
-                noise = name_of("noise", "inline", size, overlap)
+                other = name_of("vanilla" if replaces else "noise", "inline", size, overlap)
                 about = labels | {"overlap": overlap and learners > 1}
-                case = Case(partial(run, overlap), noise, about)
+                case = Case(partial(run, overlap), other, about)
                 cases[name_of(method, how, size, overlap)] = case
     rows = measure(cases, rounds, teams.world)
     for executor in opened:

@@ -47,6 +47,8 @@ KINDS = {
     "conadv": Kind("conadv", "beside"),
     "conadv-lookahead": Kind("conadv", "beside", lookahead=True),
     "recycle": Kind("recycle", "beside"),
+    # As many gradients as plain training, and the input gradient of the first layer.
+    "recycle-replace": Kind("vanilla", "none"),
 }
 MEASURED = ("vanilla", "noise", "conadv", "conadv-lookahead", "recycle")
 
@@ -290,12 +292,13 @@ class Planner:
     def device_bytes(self, method: str, layout: Layout) -> int:
         """The most that any rank of the layout needs at least; as float32."""
         kind, sizes = kind_of(method), self.profile.sizes
-        views = 1 if method == "vanilla" else 2
+        views = 1 if kind.measured == "vanilla" else 2
+        waiting = {"recycle": 1.0, "recycle-replace": 0.5}.get(method, 0.0)
         learner = step_bytes(
             sizes,
             copies=2 + (layout.learners > 1) + kind.lookahead + (layout.attack_ranks > 0),
             local_batch=layout.local_batch,
-            held=views + (self.staleness if kind.stale else int(method == "recycle")),
+            held=views + (self.staleness if kind.stale else waiting),
             micro_batch=layout.micro_batch,
             views_per_pass=views // self.measured(method).passes or 1,
         )

@@ -34,10 +34,19 @@ class Shape:
 
 
 def with_method(config: Config, name: str) -> Config:
-    """``config``, not yet resolved, with a plan's method, such as "conadv-lookahead"."""
-    method, lookahead = name.removesuffix("-lookahead"), name.endswith("-lookahead")
-    staleness = config.staleness if method == "conadv" else None
-    return resolve(replace(config, method=method, lookahead=lookahead, staleness=staleness))
+    """``config``, not yet resolved, with a plan's method, such as "conadv-lookahead".
+
+    "-replace": half of the images are the method's, in one batch norm with the clean ones.
+    """
+    method, _, variant = name.partition("-")
+    changes = {
+        "method": method,
+        "lookahead": variant == "lookahead",
+        "staleness": config.staleness if method == "conadv" else None,
+    }
+    if variant == "replace":
+        changes |= {"mix": "replace", "attack__share": 0.5, "adv_route": "clean"}
+    return resolve(replace(config, **changes))
 
 
 class Trial:
