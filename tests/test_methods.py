@@ -676,6 +676,7 @@ class _Returns(nn.Module):
         (lambda: make(Vanilla())((1, 2)), "pair"),
         (lambda: make(Vanilla())((*images(), torch.arange(8))), r"step\(\(x, y\)\)"),
         (lambda: make(Vanilla())((images()[0], images()[1][:4])), "differ in number"),
+        (lambda: make(Vanilla())((images()[0][:0], images()[1][:0])), "has no images"),
         (lambda: make(Vanilla())((images()[0].long(), images()[1])), "uint8 pixels or floats"),
         (lambda: make(Vanilla())(images(dtype=torch.float64)), "convert one of them"),
         (lambda: make(Vanilla(), _Returns(lambda y: {"logits": y}))(images()), "returns a dict"),

@@ -47,6 +47,8 @@ class Inputs:
             raise ConadvError(
                 f"Images {tuple(x_NCHW.shape)} and labels {tuple(y_N.shape)} differ in number."
             )
+        if not len(y_N):
+            raise ConadvError("The batch has no images. Leave out empty batches.")
         return Batch(step, (MicroBatch(rank, y_N, {"clean": x_NCHW}),))
 
     def images(self, micro: MicroBatch, view: str, first: int = 0) -> Tensor:
