@@ -35,8 +35,8 @@ from . import trials
 
 SLOW = 10.0
 SEED = 20
-EACH = 250  # inputs of a reader in one trial; of a command a 25th
-FULL, SHORT = 400, 1  # trials of each target
+EACH = 100  # inputs of a reader in one trial; of a command a 25th
+FULL, SHORT = 1_000, 1  # trials of each target
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (
     b"NaN 1e999 -1 null true [] {} &a *a <<: = 4/0 !!int !!bool !!set_{a} 1:1 "
