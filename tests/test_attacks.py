@@ -286,6 +286,7 @@ def with_backward(forward: Any, x: Tensor, y: Tensor, generator: torch.Generator
 OWN: dict[str, tuple[Any, str]] = {
     "three arguments": (lambda model, x, y: x, r"called with \(forward, x_NCHW, y_N, generator\)"),
     "no function": ("fgsm", "The attack str is no attack"),
+    "a class": (FGSM, r"FGSM is a class: pass an attack, FGSM\("),
     "nothing": (lambda f, x, y, g: None, "returned NoneType, not images like its own"),
     "a pair": (lambda f, x, y, g: (x, y), "returned tuple"),
     "another shape": (lambda f, x, y, g: x[:1], r"of shape \(1, 3, 8, 8\)"),
@@ -309,6 +310,19 @@ def test_an_attack_of_ones_own_that_would_do_harm_is_named(name: str, method: An
 
     with pytest.raises(ConadvError, match=message):
         train()
+
+
+def test_classes_and_names_are_no_parts_of_a_step() -> None:
+    # Red when: check_kinds is removed (AttributeError), or an attack alone takes any output.
+    model, (x, y) = no_norm_net(dtype=torch.float32), images()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wrong = [(model, torch.optim.SGD, None), (type(model), optimizer, None)]
+    wrong += [(model, optimizer, method) for method in ("conadv", Sequential)]
+    for parts in wrong:
+        with pytest.raises(ConadvError, match=r"TrainStep takes an? "):
+            TrainStep(*parts)  # type: ignore[arg-type]
+    with pytest.raises(ConadvError, match="The model returns a dict"):
+        FGSM(0.1)(lambda x: {"logits": model(x)}, x, y, gen())  # type: ignore[arg-type,return-value]
 
 
 def test_an_attack_of_ones_own_may_return_its_images_or_a_part_of_a_graph() -> None:

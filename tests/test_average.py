@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,10 @@ def test_the_average_of_spectral_norm_keeps_its_unit_vectors() -> None:
         ConadvError, match=r"parametrizations of torch.nn.utils in place of its hook"
     ):
         EMA(hooked, 0.9)
+    locked = nn.Linear(4, 4)
+    locked.lock = threading.Lock()  # red when: a TypeError; FSDP has an AssertionError instead
+    with pytest.raises(ConadvError, match="cannot be copied for an average"):
+        EMA(locked, 0.9)
 
 
 def test_the_average_does_not_touch_training(whole: Path, tmp_path: Path) -> None:

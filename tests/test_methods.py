@@ -658,6 +658,18 @@ def test_loops_that_mix_up_their_batches_are_told() -> None:
         engine.prepare(as_batch(3))
 
 
+def test_a_second_prepare_in_one_step_is_named() -> None:
+    # Red when: it is let through; the next step then blames the batch that it is given.
+    engine = make(Concurrent(ATTACK, 1))
+    engine.gradient(as_batch(0))
+    engine.prepare(as_batch(1))
+    with pytest.raises(ConadvError, match="called twice"):
+        engine.prepare(as_batch(2))
+    engine.update()
+    engine.gradient(as_batch(1))
+    engine.prepare(as_batch(2))
+
+
 class _Returns(nn.Module):
     def __init__(self, change: Callable[[torch.Tensor], object]) -> None:
         super().__init__()
@@ -709,6 +721,7 @@ class _Returns(nn.Module):
         (lambda: make(Vanilla(), precision="fp8"), "fp8"),
         (lambda: make(Vanilla(), pending_dtype="int4"), "int4"),
         (lambda: Concurrent(ATTACK, -1), "0 or more"),
+        (lambda: Concurrent(ATTACK, 1.5), "whole number"),  # type: ignore[arg-type]
         (lambda: Concurrent(ATTACK, 0, lookahead=True), "no effect"),
         (lambda: Recycle(FGSM(EPS, targeted=True)), "untargeted"),
         (lambda: make(Vanilla()).update(), "without gradient"),

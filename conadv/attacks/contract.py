@@ -19,6 +19,8 @@ from conadv.types import Attack, Forward
 
 def check_attack(attack: Any) -> None:
     """ConadvError unless ``attack`` can be called with (forward, x_NCHW, y_N, generator)."""
+    if isinstance(attack, type):  # a class may take four arguments too
+        raise ConadvError(f"{attack.__name__} is a class: pass an attack, {attack.__name__}(...).")
     try:
         inspect.signature(attack).bind(None, None, None, None)
     except ValueError:  # Python knows no signature, as of some built-in functions

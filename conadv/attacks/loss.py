@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _LIKE_OUTPUT = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
+    *(nn.PoissonNLLLoss, nn.HingeEmbeddingLoss, nn.SoftMarginLoss, nn.KLDivLoss),
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
+    *(F.poisson_nll_loss, F.hinge_embedding_loss, F.soft_margin_loss, F.kl_div),
 )
 
 
@@ -39,6 +42,12 @@ class TrainedLoss:
     """
 
     def __init__(self, loss: Loss = F.cross_entropy) -> None:
+        if isinstance(loss, type) or not callable(loss):
+            raise ConadvError(
+                f"The loss {getattr(loss, '__name__', repr(loss))} is no function of (output, "
+                "y_N). Pass F.cross_entropy, an instance such as nn.CrossEntropyLoss(), or your "
+                "own function."
+            )
         self._loss = loss
         self._settings = _settings(loss)
         self._kind = loss.func if isinstance(loss, partial) else loss
@@ -53,19 +62,27 @@ class TrainedLoss:
         # A module always has an ignore_index, so it may always find labels to ignore.
         given = {"weight", "ignore_index"} & {k for k, v in self._settings.items() if v is not None}
         self.weighted = self.classes and bool(given)
+        # Of torch's own losses their settings say all; others may not do what those say.
+        kind = type(self._kind) if isinstance(self._kind, nn.Module) else self._kind
+        old = {"size_average", "reduce"} & set(self._settings)
+        self._torchs = getattr(kind, "__module__", "").startswith("torch.nn.") and not old
         self._checked = False
 
     def __call__(self, output: Tensor, y_N: Tensor) -> Tensor:
         """The mean over images, a scalar. The first call is a sync point."""
         loss = self._call(self._loss, output, y_N)
-        if not self._checked and self._sum is None:
+        if not self._checked and not self._torchs:
             self._check_is_mean(loss, output, y_N)
         self._checked = True
         return loss
 
     def total(self, output: Tensor, y_N: Tensor) -> Tensor:
         """The sum over images, or the mean of a loss that knows nothing else."""
-        return self._call(self._loss if self._sum is None else self._sum, output, y_N)
+        total = self._call(self._loss if self._sum is None else self._sum, output, y_N)
+        if self.weighted and not self._torchs and not self._checked:
+            self._check_is_total(total.detach(), output.detach(), y_N)
+            self._checked = True
+        return total
 
     def mass(self, y_N: Tensor) -> Tensor:
         """What the mean over these labels divides their sum by, in float64; for ``weighted``."""
@@ -84,6 +101,11 @@ class TrainedLoss:
         return bool(found) or any(self._kind is kind for kind in kinds)
 
     def _call(self, loss: Loss, output: Tensor, y_N: Tensor) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ConadvError(
+                f"The model returns a {type(output).__name__}, where one tensor is needed. Wrap it "
+                "in a module that returns the logits alone."
+            )
         output = raised(output)
         if y_N.is_floating_point():
             y_N = y_N.to(output.dtype)
@@ -126,6 +148,16 @@ class TrainedLoss:
             raise ConadvError(
                 "The loss of a batch that is given twice is twice the loss: it is a sum over "
                 "images. Have it return the mean."
+            )
+
+    def _check_is_total(self, total: Tensor, output: Tensor, y_N: Tensor) -> None:
+        """ConadvError if a loss derived from torch's has other sums than its mean tells."""
+        mean, mass = float(self._call(self._loss, output, y_N)), float(self.mass(y_N))
+        if mass and not math.isclose(float(total), mean * mass, rel_tol=1e-3):
+            raise ConadvError(
+                f"{type(self._kind).__name__} is derived from a loss of torch's over classes, but "
+                "with reduction='sum' it is not the sum of which it is the mean. Derive it from "
+                "nn.Module, to train on its mean."
             )
 
 

@@ -19,6 +19,19 @@ from conadv.types import Method
 VIEWS = ("clean", "aug", "adv")
 
 
+def check_kinds(model: object, optimizer: object, method: object) -> None:
+    """ConadvError for a class or a name in the place of an object."""
+    wanted = {
+        "an nn.Module": (model, isinstance(model, nn.Module)),
+        "a Method": (method, isinstance(method, Method)),
+        # Wrappers of optimizers are no torch.optim.Optimizer; a class has no param_groups.
+        "an optimizer": (optimizer, hasattr(optimizer, "param_groups")),
+    }
+    for kind, (found, fits) in wanted.items():
+        if not fits:
+            raise ConadvError(f"TrainStep takes {kind}, not {found!r:.60}.")
+
+
 def check_model(model: nn.Module, method: Method, adv_route: str, ranks: int) -> None:
     """ConadvError unless ``ranks`` ranks can train the model by the method."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -106,6 +106,7 @@ class TrainStep:
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, TrainedLoss(loss)
         self.method = _CleanOnly() if method is None else method
+        check.check_kinds(model, optimizer, self.method)
         self.device = next(model.parameters()).device
         self.comm = comm or check.alone(self.device)
         self.space = check.one_space(space, self.method.space)
@@ -133,6 +134,7 @@ class TrainStep:
         self._lookahead = LookAhead(model, optimizer, lr_at) if looks_ahead else None
         self._batch: Batch | None = None  # of the gradient that has not been applied yet
         self._gradient_version: int | None = None
+        self._prepared: int | None = None  # the version at which a future batch was attacked
         self._begun: int | None = None  # the version whose step has begun
         self._trained = check.trained(model, optimizer)
         self._extra_version: int | None = None
@@ -203,8 +205,14 @@ class TrainStep:
             raise ConadvError(
                 "prepare(future) belongs between gradient(batch) and the update of the same step."
             )
+        if future is not None and self._prepared == self.version:
+            raise ConadvError(
+                "prepare(future) was called twice in one step, for one place. Call it once; give "
+                "several micro-batches as one conadv.Batch."
+            )
         self.comm.at("attack", self.version)
         self.begin()
+        self._prepared = self.version if future is not None else None
         with self.clock.phase("attack"):
             self.method.prepare(self, self._as_future(future))
             self.snapshot()
@@ -324,7 +332,7 @@ class TrainStep:
         """
         check_keys(state, ("version", "pending", "lookahead", "guard"), "its engine")
         self.version = check_count(state["version"], "its engine's version")
-        self._begun = None
+        self._begun = self._prepared = None
         self.attacks.end()
         if images is not None:
             images.check(state["pending"], self.version, self.pending.dtype)
@@ -395,6 +403,7 @@ class TrainStep:
         except NonFiniteError as error:
             assert self._batch is not None
             self.optimizer.zero_grad(set_to_none=True)  # whoever goes on starts from none
+            self._prepared = None
             cause = self.inputs.likely_cause(self._batch, self.comm)
             raise NonFiniteError(f"{error} {cause}") from None
         if skipped is None:

@@ -34,8 +34,8 @@ class Concurrent(AttackMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.staleness < 0:
-            raise ConadvError(f"staleness = {self.staleness} must be 0 or more.")
+        if not isinstance(self.staleness, int) or self.staleness < 0:
+            raise ConadvError(f"staleness = {self.staleness!r} must be a whole number, 0 or more.")
         if self.lookahead and not self.staleness:
             raise ConadvError("lookahead has no effect with staleness 0: the weights are current.")
 

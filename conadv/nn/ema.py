@@ -41,11 +41,11 @@ class EMA(AveragedModel):
             raise ValueError(f"decay = {decay} must be in (0, 1).")
         try:
             super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError, TypeError) as error:  # hooks, FSDP, locks and files
             raise ConadvError(
                 f"The {type(model).__name__} cannot be copied for an average: {printable(error)}. "
                 "Use the parametrizations of torch.nn.utils in place of its hooks (spectral_norm, "
-                "weight_norm)."
+                "weight_norm), and average weights before they are sharded."
             ) from error
         self.decay = decay
 
