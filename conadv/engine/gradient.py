@@ -17,6 +17,7 @@ from conadv.distributed.reducer import GradientReducer
 from conadv.engine.forward import Network
 from conadv.engine.inputs import Inputs, Views
 from conadv.engine.stop import StopRequest
+from conadv.errors import ConadvError
 from conadv.types import Batch, ExtraBatch, MicroBatch
 
 
@@ -60,6 +61,7 @@ class GradientPass:
         self.requests: Tensor | None = None  # sum over ranks of what they were asked for
         self._loss_sum: Handle | None = None
         self._changed = False  # whether this rank trains other parameters than in the last step
+        self._images = 0  # of this rank in this step
 
     def run(
         self,
@@ -79,7 +81,7 @@ class GradientPass:
         clean = []
         shares = self._shares(batch, extra, scale)
         self._changed = self.reducer is not None and self.reducer.follow()
-        self.weights = shares.weights
+        self.weights, self._images = shares.weights, sum(len(m.y_N) for m in batch.micro)
         for m, micro in enumerate(batch.micro):
             views = self.inputs.views(m, micro, extra, self.replace)
             if input_grad:  # on a tensor of its own: what came in may be the caller's
@@ -106,11 +108,19 @@ class GradientPass:
         self.reducer.wait(clock)
         if self._loss_sum is not None:
             sums = self._loss_sum.wait()
-            means = (sums[:-2] / self.comm.ranks).unbind()
+            means = (sums[:-3] / self.comm.ranks).unbind()
             self.losses = dict(zip(self.losses, means, strict=True))
-            self.requests, self._loss_sum = sums[-2], None
-            # Sync point. A layer that was unfrozen has gradients that nobody has summed yet.
-            if bool(sums[-1]):
+            self.requests, self._loss_sum = sums[-3], None
+            changed, images = sums[-2:].tolist()  # sync point
+            # Every rank's mean counts alike, which is the mean over all images of equal batches.
+            if images != self.comm.ranks * self._images and not self.loss.weighted:
+                raise ConadvError(
+                    f"Ranks have batches of different sizes: {self._images} images here, "
+                    f"{images:g} on {self.comm.ranks} ranks. Give every rank as many, such as by "
+                    "drop_last=True of its loader."
+                )
+            # A layer that was unfrozen has gradients that nobody has summed yet.
+            if changed:
                 self.reducer.regroup()
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -185,5 +195,5 @@ class GradientPass:
     def _launch_losses(self, totals: Mapping[str, Tensor], shares: Shares) -> None:
         """Start their sum before backward, so that it is ahead of the large messages."""
         means = torch.stack([total / shares.divisors[name] for name, total in totals.items()])
-        more = means.new_tensor([self.stop.encoded(), float(self._changed)])
+        more = means.new_tensor([self.stop.encoded(), float(self._changed), self._images])
         self._loss_sum = self.comm.all_reduce_async(torch.cat([means, more]))

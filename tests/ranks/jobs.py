@@ -181,6 +181,11 @@ def gone(comm: Comm, culprit: int, how: str) -> None:
         engine(batch, future)
 
 
+def uneven(comm: Comm) -> None:
+    """A loader that gives rank 0 seven images and rank 1 three."""
+    make(comm, "vanilla", no_norm_net())(images(7 - 4 * comm.rank, dtype=F64))
+
+
 def gradient_twice(comm: Comm) -> None:
     engine = make(comm, "vanilla", no_norm_net())
     for _ in range(2):

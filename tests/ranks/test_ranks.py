@@ -165,6 +165,7 @@ def test_ranks_leave_a_step_out_together(two: Ranks) -> None:
     [
         (jobs.disagree, (), "The folder /data is not here. (rank 1)"),
         (jobs.gradient_twice, (), "cleared gradients"),
+        (jobs.uneven, (), "batches of different sizes"),
         (
             jobs.switched_alone,
             ("2", False),
