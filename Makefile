@@ -16,7 +16,8 @@ test: $(VENV)/installed-test
 LOOPS := $(VENV)-loops
 test-loops: $(VENV)/installed-test
 	@if $(MAKE) --quiet $(LOOPS)/installed; then \
-		OMP_NUM_THREADS=1 $(LOOPS)/bin/python -m pytest tests/test_examples.py tests/test_export.py tests/test_loggers.py; \
+		OMP_NUM_THREADS=1 $(LOOPS)/bin/python -m pytest tests/test_examples.py tests/test_export.py tests/test_loggers.py \
+			tests/test_shared_tensors.py; \
 	else \
 		echo "test-loops: skipped: Lightning, Accelerate, ONNX and Weights & Biases cannot be installed here"; \
 	fi

@@ -163,6 +163,8 @@ def pixel_size(name: str, value: float | str, norm: Norm) -> float:
         raise ConadvError(f"norm {norm!r} is not known. Use 'linf' or 'l2'.")
     try:
         size = read_fraction(value) if isinstance(value, str) else as_number(name, value)
+    except ConadvError:
+        raise
     except ValueError as error:
         raise ConadvError(f"{name}: {error}.") from error
     if not size >= 0:
