@@ -32,7 +32,11 @@ Schedule = Callable[[int], float]
 
 
 class Attack(Protocol):
-    """Makes adversarial images. Pure: changes no module, ``.grad`` or global generator.
+    """Makes adversarial images. Pure: changes no ``.grad`` and no global generator.
+
+    What ``forward`` does to a module's buffers is the caller's: a module in train mode moves its
+    running statistics in every pass. The engine puts all buffers back; a loop of one's own that
+    calls an attack itself does so in eval mode or, for batch norm, in ``conadv.frozen_stats``.
 
     Returns a tensor like ``x_NCHW`` (same shape, dtype, device; detached) whose distance to it is
     at most ``eps``.
