@@ -32,11 +32,13 @@ from conadv.training.checkpoint import (
     steps,
 )
 from conadv.training.loop import train
+from conadv.training.observer import Observer
 from conadv.training.record import read_lines, truncate
 from conadv.training.resume import load_run
 from conadv.training.resume import scatter as _deal
 from conadv.training.run_dir import RunDir
 from conadv.training.writer import Writer
+from conadv.types import StepRecord
 
 from .test_training import config, weights, without_times
 
@@ -278,10 +280,18 @@ def test_a_failed_background_write_ends_the_run_before_its_next_checkpoint(
             raise ConadvError("Cannot write the checkpoint: No space left on device.")
         return original(folder, step, *rest)
 
+    class Waits(Observer):
+        """Until the thread has failed: how long it takes depends on the machine."""
+
+        def step(self, record: StepRecord) -> None:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint 5":
+                    thread.join(60)
+
     monkeypatch.setattr(checkpoint, "save", full)
     changes = {"checkpoint__background": True, "checkpoint__every_epochs": 2 / 3}
     with pytest.raises(ConadvError, match="No space left"):
-        train(config(global_batch_size=128, epochs=2, **changes), tmp_path)
+        train(config(global_batch_size=128, epochs=2, **changes), tmp_path, observer=Waits())
     last = read_lines(tmp_path / "record.jsonl")[-1]
     assert last["type"] == "error"
     assert last["step"] < 10  # when the next checkpoint is due
