@@ -161,12 +161,13 @@ def pixel_size(name: str, value: float | str, norm: Norm) -> float:
     """
     if norm not in ("linf", "l2"):
         raise ConadvError(f"norm {norm!r} is not known. Use 'linf' or 'l2'.")
-    try:
-        size = read_fraction(value) if isinstance(value, str) else as_number(name, value)
-    except ConadvError:
-        raise
-    except ValueError as error:
-        raise ConadvError(f"{name}: {error}.") from error
+    if isinstance(value, str):
+        try:
+            size = read_fraction(value)
+        except ValueError as error:
+            raise ConadvError(f"{name}: {error}.") from error
+    else:
+        size = as_number(name, value)
     if not size >= 0:
         raise ConadvError(f"{name} = {size} must be 0 or more.")
     if norm == "linf" and size >= 1:
